@@ -1,0 +1,236 @@
+"""What is on disk: every column's type, unit and meaning, the manifest's place, and the sampling draw.
+
+The only module of `pipeline` that `trainer` may import. A column's documentation travels inside the Parquet
+file (Arrow field metadata `doc`), and `SCHEMA_HASH` changes with any column, type or meaning, so a reader
+can refuse what it was not written for. The sampling draw is *not* a column: it would be 88% of the file
+(57 of 65 MB at 17M frames); it is a pure function of (sampling_seed, epoch, frame), given here for numpy
+and as a polars expression, and pinned by golden values in the tests.
+
+    F frames of a clip
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SCHEMA_VERSION: Final = 1
+NOT_SAMPLED: Final = -100  # label of a frame that carries no loss
+MANIFEST: Final = "manifest.json"
+QUARANTINE: Final = "quarantine.jsonl"
+
+ROLES: Final = ("system", "user", "assistant", "DST_UPDATE")
+CONVENTIONS: Final = ("event", "window", "lead-in")
+POSITIVES: Final = ("span", "onset")
+# transition -> the state that a step is in afterwards
+TRANSITIONS: Final = {
+    "start": "in_progress",
+    "complete": "completed",
+    "pause": "paused",
+    "resume": "in_progress",
+    "cancel": "cancelled",
+    "reset": "not_started",
+    "fail": "failed",
+}
+
+
+def _field(name: str, type_: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, type_, nullable=nullable, metadata={"doc": doc})
+
+
+def _list(*fields: pa.Field) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.struct(fields), nullable=False))
+
+
+_UPDATE = _list(
+    _field("id", pa.string(), "step id"), _field("transition", pa.string(), "one of TRANSITIONS, e.g. start")
+)
+_TURN = _list(
+    _field("role", pa.string(), "system, user, assistant or DST_UPDATE"),
+    _field("text", pa.string(), "what was said; for DST_UPDATE its updates as 'S1->complete, S2->start'"),
+    _field(
+        "start_frame",
+        pa.int32(),
+        "first absolute frame of the event, the source's frame convention already applied; null: the turn has no frames",
+        nullable=True,
+    ),
+    _field("end_frame", pa.int32(), "one past the event's last frame; null as start_frame", nullable=True),
+    _field("time_s", pa.float64(), "seconds from the video's start, as the source says; null if it does not", nullable=True),
+    _field("updates", _UPDATE, "state transitions of a DST_UPDATE turn, in order; else empty"),
+)  # fmt: skip
+
+FRAMES: Final = pa.schema(
+    [
+        _field("clip_id", pa.string(), "the clip this frame belongs to"),
+        _field("clip", pa.int32(), "position of the clip in its split, from 0"),
+        _field("frame", pa.int32(), "absolute frame number in the video, from 0"),
+        _field("time_s", pa.float32(), "frame / fps, seconds from the video's start"),
+        _field("speaking_label", pa.int8(), "1 the assistant speaks here, 0 supervised silence, -100 not sampled"),
+        _field("dst_update_label", pa.int8(), "1 the state changes here, 0 supervised, -100 not sampled"),
+    ]
+)  # fmt: skip
+
+CLIPS: Final = pa.schema(
+    [
+        _field("clip_id", pa.string(), "unique within its split"),
+        _field("clip", pa.int32(), "position of the clip in its split, from 0"),
+        _field("video_uid", pa.string(), "one camera's recording"),
+        _field("recording_id", pa.string(), "one real-world take, over all its camera views; split and resample by this"),
+        _field("dataset", pa.string(), "the source's name; 'unknown' where it gives none"),
+        _field("clip_idx", pa.int32(), "the source's number of the clip in its video; 0 where it gives none"),
+        _field("fps", pa.float32(), "frames per second of the frame numbers"),
+        _field("start_frame", pa.int32(), "first frame of the clip (absolute)"),
+        _field("end_frame", pa.int32(), "one past the last frame of the clip"),
+        _field("num_frames", pa.int32(), "end_frame - start_frame"),
+        _field("frames_file", pa.string(), "where the source keeps the frames; relative", nullable=True),
+        _field("goal", pa.string(), "the task's goal", nullable=True),
+        _field("knowledge", pa.string(), "the task's recipe, as text", nullable=True),
+        _field(
+            "steps",
+            _list(_field("id", pa.string(), "step id"), _field("name", pa.string(), "what the step is")),
+            "the task's steps, in order; empty where the source has no DST",
+        ),
+        _field(
+            "initial_state",
+            _list(_field("id", pa.string(), "step id"), _field("state", pa.string(), "e.g. in_progress")),
+            "state before the clip's first turn, as the source says; a step left out is not started",
+        ),
+        _field("turns", _TURN, "the conversation, in the source's order"),
+        _field("sampling_seed", pa.uint64(), "seed of the clip's draws: a pure function of (--seed, clip_id)"),
+        _field("neg_rate", pa.float64(), "probability that a frame positive for neither head is supervised"),
+        _field("positive", pa.string(), "span: every frame of an event is positive; onset: its first alone"),
+        _field("frame_convention", pa.string(), "how the source's start_frame/end_frame were read"),
+        _field("n_speaking", pa.int32(), "frames with speaking_label 1"),
+        _field("n_dst_update", pa.int32(), "frames with dst_update_label 1"),
+        _field("n_supervised", pa.int32(), "frames with a 0 or 1 for at least one head (epoch 0)"),
+    ]
+)  # fmt: skip
+
+
+def _described(schema: pa.Schema) -> str:
+    return "\n".join(f"{f.name}|{f.type}|{f.nullable}|{f.metadata[b'doc'].decode()}" for f in schema)
+
+
+SCHEMA_HASH: Final = hashlib.sha256(
+    f"{SCHEMA_VERSION}\n{_described(FRAMES)}\n{_described(CLIPS)}".encode()
+).hexdigest()[:16]
+_METADATA = {"prospect_dst.schema_version": str(SCHEMA_VERSION), "prospect_dst.schema_hash": SCHEMA_HASH}
+FRAMES = FRAMES.with_metadata(_METADATA)  # type: ignore[misc]
+CLIPS = CLIPS.with_metadata(_METADATA)  # type: ignore[misc]
+
+
+def shard_path(table: str, split: str, part: int) -> str:
+    """Path of a shard relative to the output folder; table is `frames` or `clips`."""
+    return f"{table}/split={split}/part-{part:05d}.parquet"
+
+
+# ---- the sampling draw -------------------------------------------------------------------------------
+
+_GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, and its two multipliers
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def sampling_seed(seed: int, clip_id: str) -> int:
+    """uint64 seed of one clip's draws: the first 8 bytes of SHA-256 of 'seed:clip_id' (never `hash()`)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:8], "little")
+
+
+def rate_threshold(rate: float) -> int:
+    """Draws strictly below this integer are supervised: round(rate * 2**32), 2**32 for rate 1."""
+    return round(rate * 2**32)
+
+
+def _splitmix64_scalar(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK
+    return x ^ (x >> 31)
+
+
+def draws(seed: int, epoch: int, frames: np.ndarray) -> np.ndarray:
+    """uint32 draws [F] for absolute `frames` [F] of one clip; the high half of splitmix64.
+
+    key = mix(seed + (epoch + 1) * GAMMA); draw = mix(key + (frame + 1) * GAMMA) >> 32, all modulo 2**64.
+    Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    key = _splitmix64_scalar((seed + (epoch + 1) * _GAMMA) & _MASK)
+    x = (frames.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA) + np.uint64(key)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_MIX1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_MIX2)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(32)).astype(np.uint32)
+
+
+def draw_expr(epoch: int = 0, seed: str = "sampling_seed", frame: str = "frame") -> pl.Expr:
+    """The same draws as a polars expression (UInt32) over a frames table joined to its clips' sampling_seed.
+
+    supervised-at-another-rate, in one line:
+        frames.join(clips.select("clip", "sampling_seed"), on="clip")
+              .with_columns(kept=draw_expr().cast(pl.UInt64) < rate_threshold(0.25))
+    """
+    import polars as pl
+
+    def lit(value: int) -> pl.Expr:
+        return pl.lit(value & _MASK, dtype=pl.UInt64)
+
+    def mix(x: pl.Expr) -> pl.Expr:
+        x = (x ^ _shift_right(x, 30)) * lit(_MIX1)
+        x = (x ^ _shift_right(x, 27)) * lit(_MIX2)
+        return x ^ _shift_right(x, 31)
+
+    key = mix(pl.col(seed).cast(pl.UInt64) + lit((epoch + 1) * _GAMMA))
+    drawn = mix(key + (pl.col(frame).cast(pl.UInt64) + lit(1)) * lit(_GAMMA))
+    return _shift_right(drawn, 32).cast(pl.UInt32).alias("draw")
+
+
+def _shift_right(x: pl.Expr, bits: int) -> pl.Expr:
+    return x // (1 << bits)  # polars has no >>; floor division of a UInt64 is one
+
+
+def columns_doc() -> list[dict[str, Any]]:
+    """One row per column (table, column, type, nullable, doc), for people and for the README."""
+    return [
+        {"table": name, "column": f.name, "type": str(f.type), "nullable": f.nullable, "doc": f.metadata[b"doc"].decode()}
+        for name, schema in (("frames", FRAMES), ("clips", CLIPS))
+        for f in schema
+    ]  # fmt: skip
+
+
+# ---- where a clip's frames lie -----------------------------------------------------------------------
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path from a file stays below the folder it is looked up in (no '..', not absolute, no NUL)."""
+    windows = PureWindowsPath(path)
+    return not (
+        not path
+        or "\0" in path
+        or PurePosixPath(path).is_absolute()
+        or windows.drive
+        or windows.root
+        or ".." in windows.parts
+    )
+
+
+def find_frames(root: Path, video_uid: str, frames_file: str | None) -> Path | None:
+    """The Arrow file with a video's frames below `root`, or None.
+
+    Tried in order: root/frames_file, then its bare name and video_uid.arrow in root and root/frames, each
+    with and without the prefix before 'nusar-' (in the public data the two names differ by it).
+    """
+    tried = [root / frames_file] if frames_file and is_inside(frames_file) else []
+    stems = [Path(frames_file).stem] if frames_file else []
+    stems += [video_uid] if is_inside(video_uid) else []
+    stems += [stem[stem.index("nusar-") :] for stem in stems if "nusar-" in stem]
+    tried += [folder / f"{stem}.arrow" for stem in dict.fromkeys(stems) for folder in (root, root / "frames")]
+    return next((path for path in tried if path.is_file()), None)
