@@ -1,0 +1,11 @@
+"""The two ways a user can be told 'no'. `cli` alone turns them into one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """The input, or the folder, cannot be used (exit status 1). The message: where, found, expected, next."""
+
+
+class UsageError(ValueError):
+    """The command was asked for something that makes no sense (exit status 2)."""

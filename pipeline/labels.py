@@ -1,0 +1,153 @@
+"""Pure label logic: ranges in, arrays out. No clock, path, randomness or logging.
+
+Three conventions share the field names start_frame/end_frame; `canonical` turns each into the half-open range
+of the event's frames, `vote` says which one a set of turns follows. `label_head` then gives 1, 0 or -100 per
+frame. A clip costs some 40 us: slice assignments per turn, whole arrays for the rest (a Python loop over
+frames is 30 times slower).
+
+    F frames of a clip, T turns, V voting turns, C clips
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from pipeline.schema import CONVENTIONS, NOT_SAMPLED
+
+FLOOR_TOLERANCE: Final = 1e-6  # time * fps may fall just short of a whole frame
+AGREEMENT: Final = 0.9  # share of turns that a convention must explain
+MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
+
+
+def event_frame(time_s: np.ndarray, fps: np.ndarray) -> np.ndarray:
+    """Frame number (float64) [V] that shows second `time_s`: floor(time * fps) with a tolerance."""
+    return np.floor(time_s * fps + FLOOR_TOLERANCE)
+
+
+def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Half-open absolute ranges ([T], [T]) of the events whose source fields are `start`, `end`.
+
+    event: as they are. window: end is inclusive. lead-in: the range is the silence before; the event is its
+    last frame, end - 1, also where the range is empty because two turns share a time.
+    """
+    if convention == "window":
+        return start, end + 1
+    if convention == "lead-in":
+        return end - 1, end
+    return start, end
+
+
+def vote(
+    clip: np.ndarray, start: np.ndarray, end: np.ndarray, frame: np.ndarray, clip_start: np.ndarray, clips: int
+) -> np.ndarray:
+    """int64 [C, 4]: per clip its number of voting turns, and how many of them fit lead-in, event, window.
+
+    The voters [V] are the timed, non-system turns with frames, in order; clip [V] is each one's clip, frame
+    [V] its event frame, clip_start [C] the clips' first frames before any cutting.
+    """
+    before = np.empty_like(start)
+    before[1:] = end[:-1]
+    first = np.ones(len(clip), bool)
+    first[1:] = clip[1:] != clip[:-1]
+    before[first] = clip_start[clip[first]]
+    fits = (
+        np.ones(len(clip), bool),
+        (start == before) & ((end == frame) | (end == frame + 1)),
+        (start <= frame) & (frame < end),
+        end == frame,
+    )
+    return np.stack([np.bincount(clip[fit], minlength=clips) for fit in fits], axis=1)
+
+
+def decide(votes: np.ndarray) -> str | None:
+    """The convention that summed `votes` [4] speak for; None where no rule explains 90% of the turns."""
+    total, lead_in, event, window = (int(v) for v in votes)
+    if total < MIN_VOTERS:
+        return "event"
+    for name, count in (("lead-in", lead_in), ("event", event), ("window", window)):
+        if 10 * count >= 9 * total:
+            return name
+    return None
+
+
+def fitting(convention: str, votes: np.ndarray) -> int:
+    """How many of the voting turns follow `convention`."""
+    return int(votes[{"lead-in": 1, "event": 2, "window": 3}[convention]])
+
+
+def mark(ranges: np.ndarray, clip_start: int, frames: int) -> np.ndarray:
+    """bool [F]: frames of the clip inside any of the half-open absolute `ranges` [T, 2]."""
+    marked = np.zeros(frames, bool)
+    for start, end in np.clip(ranges - clip_start, 0, frames).tolist():
+        marked[start:end] = True
+    return marked
+
+
+def onsets(ranges: np.ndarray) -> np.ndarray:
+    """The first frame of each range [T, 2]; an empty range stays empty."""
+    return np.stack([ranges[:, 0], np.minimum(ranges[:, 0] + 1, ranges[:, 1])], axis=1)
+
+
+def label_head(positive: np.ndarray, rest: np.ndarray, other: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """int8 labels [F] of one head: 1 where positive; -100 in the rest of an onset's range; else 0 where
+    the other head is positive or the frame was drawn; else -100.
+
+    positive, rest, other, drawn: bool [F]; `other` is the other head's positives.
+    """
+    labels = np.where(other | drawn, np.int8(0), np.int8(NOT_SAMPLED))
+    labels[rest] = NOT_SAMPLED
+    labels[positive] = 1
+    return labels
+
+
+def label_clip(
+    bounds: tuple[int, int],
+    speaking: np.ndarray,
+    dst_update: np.ndarray | None,
+    drawn: np.ndarray,
+    positive: str = "span",
+) -> np.ndarray:
+    """int8 [2, F]: speaking and DST-update labels of one clip.
+
+    bounds: [start, end) absolute; speaking, dst_update: canonical event ranges int64 [T, 2]; dst_update None:
+    the clip says nothing about the second head, which is -100 throughout; drawn: bool [F].
+    """
+    frames = bounds[1] - bounds[0]
+    nothing = np.zeros((0, 2), np.int64)
+    positives, rests = [], []
+    for ranges in (speaking, nothing if dst_update is None else dst_update):
+        spanned = mark(ranges, bounds[0], frames)
+        hits = mark(onsets(ranges), bounds[0], frames) if positive == "onset" else spanned
+        positives.append(hits)
+        rests.append(spanned & ~hits)
+    labels = np.stack(
+        [label_head(positives[head], rests[head], positives[1 - head], drawn) for head in (0, 1)]
+    )
+    if dst_update is None:
+        labels[1] = NOT_SAMPLED
+    return labels
+
+
+DROP_REASONS: Final = ("no frames", "empty range", "outside the clip", "onset outside the clip")
+
+
+def drops(
+    start: np.ndarray, end: np.ndarray, clip_start: np.ndarray, clip_end: np.ndarray, positive: str
+) -> np.ndarray:
+    """int8 [T]: why each speaking or DST turn labels nothing, as an index into DROP_REASONS; -1: it labels.
+
+    start, end: canonical ranges, start -1 and end -2 for a turn without frames; clip_*: its clip's bounds.
+    """
+    reason = np.full(len(start), -1, np.int8)
+    if positive == "onset":
+        reason[(start < clip_start) | (start >= clip_end)] = 3
+    reason[(end <= clip_start) | (start >= clip_end)] = 2
+    reason[end <= start] = 1
+    reason[end == NO_FRAMES[1]] = 0
+    return reason
+
+
+NO_FRAMES: Final = (-1, -2)  # (start, end) of a turn without frames; no real range is reversed
+assert set(CONVENTIONS) == {"lead-in", "event", "window"}

@@ -1,0 +1,172 @@
+"""Files that are complete or absent: the folder lock, staging, atomic Parquet parts, the manifest.
+
+Everything is written below OUT/.staging and renamed into place at the end, the manifest last: a folder without
+manifest.json holds nothing finished. A run killed at any point leaves the old complete output, or (in the
+moment of the renames) none. The lock is flock's, so a killed run never blocks the next one.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE
+
+LOCK: Final = ".lock"
+STAGING: Final = ".staging"
+_OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[Path]:
+    """Own the folder `out` and yield its empty staging folder. Raises InputError when another run owns it.
+
+    On the way out staging is gone, and a folder that this run created and left without output is too.
+    """
+    created = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
+    try:
+        _take(handle, out)
+        staging = out / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+    except OSError as error:
+        raise _explain(error, out) from None
+    finally:
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        if created and not (out / MANIFEST).exists():
+            _remove_empty(out)
+        os.close(handle)
+
+
+def _take(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+
+
+def _remove_empty(out: Path) -> None:
+    (out / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
+
+
+def _explain(error: OSError, out: Path) -> InputError:
+    where = error.filename or out
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        return InputError(f"{out}: no space left on the disk; nothing was changed; make room and run again")
+    return InputError(f"{where}: {error.strerror or error}; nothing was changed")
+
+
+def commit(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Swap the staged tables into `out`; the manifest goes first when leaving and comes last."""
+    staged_manifest = staging / MANIFEST
+    staged_manifest.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in staging.rglob("*"):
+        _sync(path)
+    old = staging / "old"
+    old.mkdir()
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in _OURS:
+        if (out / name).exists():
+            (out / name).rename(old / name)
+        if (staging / name).exists():
+            (staging / name).rename(out / name)
+    _sync(out)
+    staged_manifest.rename(out / MANIFEST)
+    _sync(out)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest; None where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def intact(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether every shard of the manifest is there with its bytes unchanged."""
+    for shard in manifest.get("shards", []):
+        path = folder / shard["path"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"] or sha256(path) != shard["sha256"]:
+            return False
+    return True
+
+
+# ---- Parquet -----------------------------------------------------------------------------------------
+
+# Chosen, not defaulted: at 17 million frames 8 MB and 1.9 s instead of 116 MB and 3.6 s.
+_FRAMES_STORED = FRAMES.set(0, pa.field("clip_id", pa.dictionary(pa.int32(), pa.string()), nullable=False))
+_FRAMES_OPTIONS: dict[str, Any] = {
+    "use_dictionary": ["clip_id", "clip", "speaking_label", "dst_update_label"],
+    "column_encoding": {"frame": "DELTA_BINARY_PACKED", "time_s": "BYTE_STREAM_SPLIT"},
+}
+
+
+class TableWriter:
+    """One Parquet part; each `write` is one row group. The ids of `frames` may come dictionary-encoded:
+    the file still says plain string, because the Arrow schema that readers restore is put there by hand.
+    """
+
+    def __init__(self, path: Path, table: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.schema = FRAMES if table == "frames" else CLIPS
+        stored = _FRAMES_STORED if table == "frames" else CLIPS
+        options = _FRAMES_OPTIONS if table == "frames" else {}
+        self._writer = pq.ParquetWriter(
+            path, stored, compression="zstd", compression_level=1, store_schema=False, **options
+        )
+        self.rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=max(1, batch.num_rows))
+        self.rows += batch.num_rows
+
+    def close(self) -> None:
+        arrow = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
+        self._writer.add_key_value_metadata({"ARROW:schema": arrow})
+        self._writer.close()
+
+    @property
+    def batch_schema(self) -> pa.Schema:
+        """What `write` takes."""
+        return _FRAMES_STORED if self.schema is FRAMES else CLIPS
