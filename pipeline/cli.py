@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from pipeline.errors import InputError, UsageError
@@ -22,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -122,14 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Every failure is one line on stderr."""
     try:
         status = app(argv if argv is not None else sys.argv[1:], prog_name="prospect-dst", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except (click.UsageError, UsageError) as error:
-        message = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        return _fail(f"{' '.join(message.split())}; see --help", 2)
-    except click.exceptions.Abort:
-        return _fail("stopped", 130)
+    except UsageError as error:
+        return _fail(f"{error}; see --help", 2)
     except KeyboardInterrupt:
         return _fail("stopped; nothing half-written is left", 130)
     except (InputError, *_trainer_errors()) as error:
@@ -138,11 +132,26 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if (parsed := _parser_status(error)) is not None:
+            return parsed
         if os.environ.get("PROSPECT_DST_TRACEBACK"):
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"unexpected {message}; this is a bug: PROSPECT_DST_TRACEBACK=1 shows where", 1)
     return status if isinstance(status, int) else 0
+
+
+def _parser_status(error: Exception) -> int | None:
+    """Exit status of the command-line parser's own errors (typer's, or click's under older typers)."""
+    name = type(error).__name__
+    if name == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if name == "Abort":
+        return _fail("stopped; nothing half-written is left", 130)
+    if not hasattr(error, "format_message"):
+        return None
+    return _fail(f"{' '.join(error.format_message().split())}; see --help", 2)
 
 
 def _trainer_errors() -> tuple[type[Exception], ...]:

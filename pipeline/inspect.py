@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +30,7 @@ from pipeline.errors import InputError
 from pipeline.schema import MANIFEST, NOT_SAMPLED, SCHEMA_HASH, SCHEMA_VERSION, TRANSITIONS, is_inside
 
 HEADS: Final = {"speaking": "speaking_label", "DST": "dst_update_label"}
-HUES: Final = {"speaking": "dodger_blue2", "DST": "dark_orange"}
+HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}
 TOO_POSITIVE = 0.5  # a head positive on more than this share of frames was probably read wrongly
 MOST_CLIPS = 0.5  # events on the first frame of more than this share of clips: a position shortcut
 COINCIDE = 0.8  # of one head's positives also positive for the other: comparisons will mean little
@@ -131,7 +130,7 @@ def _scan(folder: Path, table: str, split: str) -> pl.LazyFrame:
 
 
 def _per_clip(folder: Path, split: str) -> pl.DataFrame:
-    """One row per clip: its frames by cell, and per head positives, supervised, first frame positive."""
+    """One row per clip: its frames by cell; per head: supervised, first frame positive, says anything."""
     speak, dst = (pl.col(column) for column in HEADS.values())
     drawn = (speak != NOT_SAMPLED) | (dst != NOT_SAMPLED)
     positive = (speak == 1) | (dst == 1)
@@ -152,7 +151,10 @@ def _per_clip(folder: Path, split: str) -> pl.DataFrame:
         *[frames.min().alias(name) for name, frames in onsets.items()],
     )  # fmt: skip
     first = {f"{head}_first": (pl.col(f"{head}_onset") == pl.col("start")).fill_null(False) for head in HEADS}
-    return per_clip.with_columns(**first).collect(engine="streaming")
+    steps = _scan(folder, "clips", split).select("clip", steps=pl.col("steps").list.len())
+    # A clip without DST is -100 throughout for that head: it says nothing, rather than "never".
+    says = {"speaking_says": pl.lit(True), "DST_says": (pl.col("steps") > 0) | (pl.col("DST_supervised") > 0)}
+    return per_clip.join(steps, on="clip").with_columns(**first, **says).collect(engine="streaming")
 
 
 def _split(folder: Path, name: str) -> Split:
@@ -176,8 +178,7 @@ def _split(folder: Path, name: str) -> Split:
 
 
 def _head(folder: Path, split: str, head: str, per_clip: pl.DataFrame) -> Head:
-    # A clip without DST is -100 throughout for that head: it says nothing, rather than "never".
-    says = per_clip.filter(pl.col(f"{head}_supervised") > 0)
+    says = per_clip.filter(f"{head}_says")
     own = {"speaking": "speak_only", "DST": "dst_only"}[head]
     return Head(
         **says.select(
@@ -211,6 +212,7 @@ def _recordings(folder: Path, split: str) -> set[str]:
 
 
 # ---- hazards -----------------------------------------------------------------------------------------
+# Named and bounded as in `report`, which also knows the inputs; `all_hazards` tells each name once per split.
 
 
 def _hazards(splits: Iterable[Split]) -> Iterator[dict[str, str]]:
@@ -222,40 +224,46 @@ def _hazards(splits: Iterable[Split]) -> Iterator[dict[str, str]]:
 def _head_hazards(split: Split) -> Iterator[tuple[str, str]]:
     for name, head in split.heads.items():
         if not head.clips:
-            yield "no-positives", f"no clip says anything about {name}: that head has nothing to learn from"
+            yield "head without positives", f"no clip says anything about {name}: nothing to learn there"
         elif not head.positives:
-            yield "no-positives", f"no frame is positive for {name}: that head has nothing to learn from"
+            yield "head without positives", f"no frame is positive for {name}: nothing to learn there"
         elif head.before > TOO_POSITIVE:
-            text = (
-                f"{percent(head.before)} of frames are positive for {name}: implausible; look at a timeline"
-            )
-            yield "positive-rate", f"{text} (--clip), then perhaps set --frame-convention"
+            text = f"{percent(head.before)} of frames are positive for {name}: look at a timeline (--clip)"
+            yield "implausible positive rate", f"{text}, then perhaps set --frame-convention"
 
 
 def _clip_hazards(split: Split) -> Iterator[tuple[str, str]]:
     if split.first > MOST_CLIPS * split.clips:
         text = f"the first frame is an event in {split.first:,} of {split.clips:,} clips"
-        yield "first-frame", f"{text}: a model can learn the position; --pad-s widens the clips"
+        yield "events at the first frame", f"{text}: a model can learn the position; --pad-s widens the clips"
     name, head = min(split.heads.items(), key=lambda item: item[1].positives)
     if head.positives and split.both >= COINCIDE * head.positives:
         share = percent(split.both / head.positives)
         text = f"{split.both:,} of {head.positives:,} {name} frames ({share}) are positive for both heads"
-        yield "coincide", f"{text}: judge speak-only, DST-only and both apart"
+        yield "heads coincide", f"{text}: judge speak-only, DST-only and both apart"
 
 
 def _shared(recordings: Mapping[str, set[str]]) -> Iterator[dict[str, str]]:
-    for a, b in combinations(recordings, 2):
-        if shared := sorted(recordings[a] & recordings[b]):
-            text = f"{a} and {b} share {len(shared):,} recording(s), e.g. {plain(shared[0])}"
-            text = f"{text}: results on {b} will flatter"
-            yield {"name": "shared-recording", "split": f"{a}+{b}", "text": text}
+    where = {
+        name: [split for split, found in recordings.items() if name in found]
+        for name in set().union(*recordings.values())
+    }
+    together = Counter(tuple(splits) for splits in where.values() if len(splits) > 1)
+    for splits, count in sorted(together.items()):
+        example = plain(min(name for name, found in where.items() if tuple(found) == splits))
+        text = (
+            f"{count:,} of the recordings are in {' and '.join(splits)}, e.g. {example}: results will flatter"
+        )
+        yield {"name": "recording in several splits", "split": "+".join(sorted(splits)), "text": text}
 
 
 def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The manifest's hazards (some need the inputs), then what the shards show and it does not name."""
+    """The manifest's hazards (some need the inputs) and what the shards show beyond them, by split."""
     told = list(manifest.get("hazards") or [])
     names = {(h.get("name"), h.get("split")) for h in told}
-    return told + [h for h in summary.hazards if (h["name"], h["split"]) not in names]
+    found = told + [h for h in summary.hazards if (h["name"], h["split"]) not in names]
+    order = {split.name: i for i, split in enumerate(summary.splits)}
+    return sorted(found, key=lambda h: order.get(h.get("split", ""), len(order)))
 
 
 # ---- the table ---------------------------------------------------------------------------------------
@@ -264,7 +272,8 @@ def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[dict[str,
 def render_summary(summary: Summary, manifest: Mapping[str, Any]) -> RenderableType:
     """A table (one column per split), then the inputs and hazards the manifest tells of; 100 columns wide."""
     tables = [_table(summary.splits[i : i + 5], manifest) for i in range(0, len(summary.splits), 5)]
-    return Group(*tables, *_input_lines(manifest), *_hazard_lines(all_hazards(summary, manifest)))
+    lines = [*_input_lines(manifest), *_hazard_lines(all_hazards(summary, manifest))]
+    return Group(*tables, *([Text(""), *lines] if lines else []))
 
 
 def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
@@ -276,7 +285,7 @@ def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
     for row in zip(*columns, strict=True):
         label, section, style = row[0][0], row[0][2], row[0][3]
         table.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=section)
-    for reason, counts in _drops(splits, manifest).items():
+    for reason, counts in drops_by_reason(splits, manifest).items():
         table.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
     return table
 
@@ -293,7 +302,7 @@ def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
         yield "  of frames, before sampling", percent(head.before) if head.frames else "-", False, ""
         yield "  of supervised, after sampling", percent(head.after) if head.supervised else "-", False, ""
         gap = head.median_gap
-        yield "  median quiet between two", "-" if gap is None else f"{gap:g} s", True, ""
+        yield "  median quiet between events", "-" if gap is None else f"{gap:g} s", True, ""
     yield "frames: speaking only", f"{split.speak_only:,}", False, ""
     yield "        DST only", f"{split.dst_only:,}", False, ""
     yield "        both", f"{split.both:,}", False, ""
@@ -301,7 +310,7 @@ def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
     yield "clips that begin on an event", percent(split.first / split.clips), True, ""
 
 
-def _drops(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[int]]:
+def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     """Reason -> count per split, for reasons that occur."""
     told = manifest.get("splits") or {}
     drops = [(told.get(split.name) or {}).get("drops") or {} for split in splits]
@@ -311,7 +320,9 @@ def _drops(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[i
 
 def _input_lines(manifest: Mapping[str, Any]) -> Iterator[Text]:
     for source in manifest.get("inputs") or []:
-        facts = [f"{source['clips']:,} clips"] if "clips" in source else []
+        facts = (
+            [f"{source['clips']:,} clip{'' if source['clips'] == 1 else 's'}"] if "clips" in source else []
+        )
         facts += [f"{source['frame_convention']} convention"] if source.get("frame_convention") else []
         facts += [f"{source['quarantined']:,} quarantined"] if source.get("quarantined") else []
         yield Text(
@@ -406,14 +417,12 @@ def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterato
 
 
 def clip_index(folder: Path) -> pl.DataFrame:
-    """split, part (file name), clip, clip_id, num_frames of every clip, in order."""
+    """clip, clip_id, split and part (a file name) of every clip, in order."""
     found = []
     for split in split_names(folder):
         for path in sorted((folder / "clips" / f"split={split}").glob("part-*.parquet")):
-            columns = pl.scan_parquet(path, hive_partitioning=False).select("clip", "clip_id", "num_frames")
-            found.append(
-                columns.select(pl.lit(split).alias("split"), pl.lit(path.name).alias("part"), pl.all())
-            )
+            ids = pl.scan_parquet(path, hive_partitioning=False).select("clip", "clip_id")
+            found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
     return pl.concat(found).collect()
 
 
@@ -430,9 +439,9 @@ def find_clip(folder: Path, clip: str) -> ClipView:
         index.filter(pl.col("clip_id").str.contains(needle, literal=True)),
     ):
         if matches.height > 1:
-            raise InputError(
-                f"clip {plain(clip)!r} fits {matches.height:,}: {_some(matches)}; name one of them"
-            )
+            short = f"{matches['split'][0]}:{matches['clip'][0]}"
+            found = f"{matches.height:,} clips: {_some(matches)}"
+            raise InputError(f"clip {plain(clip)!r} fits {found}; name one of them, like {plain(short)}")
         if matches.height:
             row = matches.row(0, named=True)
             return next(read_clips(folder, row["split"], row["part"], [row["clip"]]))
@@ -488,11 +497,12 @@ class Timeline:
 def _header(view: ClipView) -> Table:
     row = view.row
     start, end, fps = row["start_frame"], row["end_frame"], row["fps"]
-    span = f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {clock(start / fps)} to {clock(end / fps)}"
+    times = f"{clock(start / fps)} to {clock(end / fps)}"
+    span = f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {times}"
     read = f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}"
-    n = f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised frames"
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=_MARGIN, style="dim")
+    n = f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised"
+    grid = Table.grid()
+    grid.add_column(min_width=_MARGIN + 1, style="dim")
     grid.add_column(overflow="fold")
     for name, value in (
         ("clip", f"{row['clip_id']}  ({view.split}, number {row['clip']})"),
@@ -510,7 +520,7 @@ def _header(view: ClipView) -> Table:
 def _legend(glyphs: Mapping[int, str], per_column: int) -> Text:
     names = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
     text = "   ".join(f"{glyphs[label]} {name}" for label, name in names.items())
-    many = f"   one column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
+    many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
     return Text(f"\n{text}   numbers: turns below{many}\n", style="dim")
 
 
@@ -529,9 +539,8 @@ def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column:
         yield Text(f"{'frame':<{_MARGIN}}{_place(ticks, left, columns)}", style="dim")
         yield Text(f"{'turn':<{_MARGIN}}{_place(marks, left, right - left)}", style="dim")
         for head, labels in tracks.items():
-            yield Text(f"{head:<{_MARGIN}}", style=HUES[head]) + _track(
-                labels[left:right], glyphs, HUES[head]
-            )
+            name = (f"{head:<{_MARGIN}}", HUES[head])
+            yield Text.assemble(name, _track(labels[left:right], glyphs, HUES[head]))
         yield Text("")
 
 
@@ -578,7 +587,7 @@ def _turns(view: ClipView) -> Table:
             text.append(f"\n{plain(note)}" if note else "", style="dim")
         table.add_row(
             str(number),
-            "-" if time is None else clock(time),
+            "-" if time is None else clock(time, tenths=True),
             "-" if start is None else f"{start}..{end}",
             Text(plain(turn["role"]), style=hues.get(turn["role"], "")),
             text,
@@ -636,11 +645,10 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if 0 < share < 0.001 else f"{share:.1%}"
 
 
-def clock(seconds: float) -> str:
-    """m:ss, h:mm:ss from an hour on, with tenths where there are any."""
-    tenths = round(seconds * 10)
-    minutes, rest = divmod(tenths, 600)
-    second = f"{rest // 10:02d}" + (f".{rest % 10}" if rest % 10 else "")
+def clock(seconds: float, *, tenths: bool = False) -> str:
+    """m:ss, h:mm:ss from an hour on, with tenths where there are any or they are asked for."""
+    minutes, rest = divmod(round(seconds * 10), 600)
+    second = f"{rest // 10:02d}" + (f".{rest % 10}" if rest % 10 or tenths else "")
     return f"{minutes // 60}:{minutes % 60:02d}:{second}" if minutes >= 60 else f"{minutes}:{second}"
 
 

@@ -347,6 +347,8 @@ def _decide_convention(source: Source, parts: list[_Part], given: str | None) ->
             f"lead-in {lead_in}, event {event}, window {window}); say which it is with --frame-convention"
         )
     source.convention = decided
+    if set(source.schemas) and not source.schemas["prospect"]:
+        source.convention = "lead-in"  # how ProAssist's `frames` turns are read
 
 
 def _decide_bounds(part: _Part) -> None:

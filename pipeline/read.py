@@ -44,7 +44,7 @@ class Update(msgspec.Struct, gc=False):
     transition: Literal["start", "complete", "pause", "resume", "cancel", "reset", "fail"]
 
 
-class Turn(msgspec.Struct):
+class Turn(msgspec.Struct, gc=False):
     """One entry of `conversation`; after `check`, frames are ints or None and DST content is a list."""
 
     role: Literal["system", "user", "assistant", "DST_UPDATE", "frames"]
@@ -61,13 +61,13 @@ class Step(msgspec.Struct, gc=False):
     name: str | None = None
 
 
-class Metadata(msgspec.Struct):
+class Metadata(msgspec.Struct, gc=False):
     user_id: str | int | None = None
     task_goal: str | None = None
     knowledge: str | None = None
 
 
-class Clip(msgspec.Struct):
+class Clip(msgspec.Struct, gc=False):
     """The fields that are read of a clip, both schemas; any other field is skipped unbuilt."""
 
     video_uid: str
@@ -250,7 +250,10 @@ def check(clip: Clip) -> Checked:
         _place_by_frames_turns(checked)
     else:
         for number, turn in enumerate(clip.conversation):
-            if turn.start_frame is not None or turn.end_frame is not None:
+            start, end = turn.start_frame, turn.end_frame
+            if type(start) is int and type(end) is int and 0 <= start <= end <= MAX_FRAME:
+                continue  # the usual case
+            if start is not None or end is not None:
                 _check_range(turn, number)
     _check_bounds(checked)
     return checked

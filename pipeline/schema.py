@@ -12,6 +12,7 @@ and as a polars expression, and pinned by golden values in the tests.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
@@ -149,26 +150,22 @@ def rate_threshold(rate: float) -> int:
     return round(rate * 2**32)
 
 
-def _splitmix64_scalar(x: int) -> int:
-    x = ((x ^ (x >> 30)) * _MIX1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX2) & _MASK
-    return x ^ (x >> 31)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of uint64 [F], modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
+    return x ^ (x >> np.uint64(31))
 
 
-def draws(seed: int, epoch: int, frames: np.ndarray) -> np.ndarray:
-    """uint32 draws [F] for absolute `frames` [F] of one clip; the high half of splitmix64.
+def draws(seed: int | np.ndarray, epoch: int, frames: np.ndarray) -> np.ndarray:
+    """uint32 draws [F] for absolute `frames` [F]; seed: one clip's sampling_seed, or uint64 [F].
 
     key = mix(seed + (epoch + 1) * GAMMA); draw = mix(key + (frame + 1) * GAMMA) >> 32, all modulo 2**64.
     Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    key = _splitmix64_scalar((seed + (epoch + 1) * _GAMMA) & _MASK)
-    x = (frames.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA) + np.uint64(key)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(_MIX1)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(_MIX2)
-    x ^= x >> np.uint64(31)
-    return (x >> np.uint64(32)).astype(np.uint32)
+    key = _mix(np.atleast_1d(np.asarray(seed, np.uint64)) + np.uint64((epoch + 1) * _GAMMA & _MASK))
+    counter = (frames.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA)
+    return (_mix(key + counter) >> np.uint64(32)).astype(np.uint32)
 
 
 def draw_expr(epoch: int = 0, seed: str = "sampling_seed", frame: str = "frame") -> pl.Expr:
@@ -209,8 +206,13 @@ def columns_doc() -> list[dict[str, Any]]:
 # ---- where a clip's frames lie -----------------------------------------------------------------------
 
 
+_SUSPECT: Final = re.compile(r"\.\.|[\\:\0]")
+
+
 def is_inside(path: str) -> bool:
     """Whether a path from a file stays below the folder it is looked up in (no '..', not absolute, no NUL)."""
+    if path[:1] != "/" and not _SUSPECT.search(path) and path:
+        return True  # the usual case, in a tenth of the time
     windows = PureWindowsPath(path)
     return not (
         not path

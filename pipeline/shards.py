@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE
 
 LOCK: Final = ".lock"
 STAGING: Final = ".staging"
+_SHARD = re.compile(r"(frames|clips)/split=[^/]+/part-\d{5,}\.parquet")
 _OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
 
 
@@ -44,6 +46,7 @@ def locked(out: Path) -> Iterator[Path]:
         raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
     try:
         _take(handle, out)
+        _refuse_foreign(out)
         staging = out / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -62,6 +65,14 @@ def _take(handle: int, out: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Never replace a folder `frames` or `clips` that holds anything but shards (frames of videos, say)."""
+    for table in ("frames", "clips"):
+        for path in (out / table).rglob("*"):
+            if path.is_file() and not _SHARD.fullmatch(str(path.relative_to(out))):
+                raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
 
 
 def _remove_empty(out: Path) -> None:

@@ -4,30 +4,31 @@
     OUT/frames/nusar-*.arrow              one video each: Arrow IPC stream, column `frame`, base64 JPEG
 
 A recording is one task of 8 to 12 steps, filmed by several cameras (`views`): same events, other pictures.
-Over a moving background with coloured clutter and a passing hand, three things happen, about 6.5 frames apart:
+Before a moving background with coloured clutter and a passing hand, three things happen, 5 to 8 frames apart:
 
     placement   a white jig with a coloured part is in view for 3 frames, then gone for good. One frame after
-                it appears, the step is complete and the next one starts (two DST_UPDATE turns)
+                it appears the step is complete and the next one starts (two DST_UPDATE turns)
     lamp        a magenta lamp lights up for 3 frames; the assistant speaks one frame after it appears
     question    the user asks; the assistant answers one frame later. Nothing to see
 
 The picture never shows how far the task has come, and clips are cut from mid-task (`initial_dst_state` says
-where), in the quiet before and after their events, so that no event is known by its place in the clip.
+where), in the quiet around their events, so that no event is known by its place in the clip.
 
-Whether a completed step is spoken about is a fair coin per step. What tells it is `state_tells`, the probability
-(again per step) that the plan does; the lamp does otherwise:
+Whether a completed step is spoken about is a fair coin per step. Who tells is another: with probability
+`state_tells` it is the plan, else the lamp. So at
 
-    0   the lamp lights up with the jig where the assistant speaks. Steps are called "Fit the axle": knowing the
-        state says nothing about when to speak that the picture does not
-    1   no lamp at placements. Steps are called "Fit the axle aloud" or "Fit the axle quietly": only who knows
-        which step was completed knows. The other occasions to speak thin out too, from 35% to 10% of all events
+    0   the lamp lights up beside the jig where the assistant speaks, and steps are called "Fit the axle":
+        the state says nothing about when to speak that the picture does not say
+    1   no jig comes with a lamp, and steps are called "Fit the axle aloud" or "Fit the axle quietly": to know
+        when to speak is to know which step was completed. Lamps alone and questions, which need no state,
+        thin out from 35% to 10% of all events
 
-The two heads differ by construction: at 0 about half of the spoken events update no state, and half of the
-state updates are silent. What this trades for speed and certainty: a handful of sentences, no scene worth the name.
-A task that does *not* work at this scale, and is left out on purpose: speaking when the placed part is not the
-one that the plan expects (compare a colour with a text). Tiny models find it by luck or not at all in 1100 steps.
+The heads differ by construction: at 0 half of what is said goes with no update, and half of the completed
+steps pass in silence. The price of being fast and sure: a handful of sentences, and no scene worth the name.
+One task is left out because it does *not* work at this scale: to speak when the placed part is not the one
+that the plan expects (compare a colour with a word). Tiny models took 750 steps for it, or missed it in 1100.
 
-Defaults: 240 recordings, 480 videos, 65k frames, 1,450 clips.
+Defaults: 220 recordings, 440 videos, 1,150 clips of 40 frames, 57,700 frames, 86 MB, 12 s on one core.
 
     F frames of a video, P pixels of a side
 """
@@ -455,7 +456,8 @@ def _dst_steps(recording: Recording, turns: list[dict[str, Any]]) -> list[dict[s
 def synth(out: Path, config: SynthConfig | None = None) -> SynthReport:
     """Counts of what was written to `out`, the same bytes for the same config, whatever the process.
 
-    Written beside `out` and renamed into place at the end. Raises UsageError (a ValueError) if `out` is there and not empty.
+    Written beside `out` and renamed into place at the end. Raises UsageError (a ValueError) if `out` holds
+    something already.
     """
     config = config or SynthConfig()
     began = time.perf_counter()

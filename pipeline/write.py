@@ -120,7 +120,8 @@ class _Group:
         self.batch, self.bounds, self.plan = batch, bounds, plan
         self.number = np.arange(first_clip, first_clip + batch.num_rows, dtype=np.int32)
         self.ids = batch.column("clip_id")
-        self.seeds = [sampling_seed(plan.options.seed, name) for name in self.ids.to_pylist()]
+        seeds = [sampling_seed(plan.options.seed, name) for name in self.ids.to_pylist()]
+        self.seeds = np.array(seeds, np.uint64)
         self.rates = [plan.options.rate(plan.split, own) for own in batch.column("neg_rate").to_pylist()]
         self.sizes = bounds[:, 1] - bounds[:, 0]
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # of each clip, in the flat frames
@@ -144,24 +145,18 @@ class _Group:
 
     def _label(self) -> np.ndarray:
         """int8 [2, F]."""
-        out = np.empty((2, self.first[-1]), np.int8)
+        clips = self.batch.num_rows
         steps = np.diff(self.batch.column("steps").offsets.to_numpy())
-        ranges = np.stack([self.start, self.end], axis=1)
-        for i, (start, end) in enumerate(self.bounds.tolist()):
-            mine = slice(self.offsets[i], self.offsets[i + 1])
-            role, turn_ranges = self.role[mine], ranges[mine]
-            updates = role == _DST
-            tracked = steps[i] > 0 or updates.any()
-            at = slice(self.first[i], self.first[i + 1])
-            drawn = draws(self.seeds[i], 0, self.frame[at]) < np.uint64(rate_threshold(self.rates[i]))
-            out[:, at] = labels.label_clip(
-                (start, end),
-                turn_ranges[role == _ASSISTANT],
-                turn_ranges[updates] if tracked else None,
-                drawn,
-                self.plan.options.positive,
-            )
-        return out
+        updates = np.bincount(self.owner[self.role == _DST], minlength=clips)
+        threshold = np.array([rate_threshold(rate) for rate in self.rates], np.uint64)
+        drawn = draws(np.repeat(self.seeds, self.sizes), 0, self.frame) < np.repeat(threshold, self.sizes)
+        tracked = np.repeat((steps > 0) | (updates > 0), self.sizes)
+        heads = [self._events(self.role == code) for code in (_ASSISTANT, _DST)]
+        return labels.label_frames(heads, drawn, tracked, self.plan.options.positive)
+
+    def _events(self, which: np.ndarray) -> labels.Events:
+        owner = self.owner[which]
+        return labels.Events(self.start[which], self.end[which], self.bounds[owner], self.first[owner])
 
     def frames_batch(self, schema: pa.Schema) -> pa.RecordBatch:
         which = np.repeat(np.arange(self.batch.num_rows, dtype=np.int32), self.sizes)
@@ -239,9 +234,7 @@ class _Group:
         self._count_drops(done)
 
     def _count_drops(self, done: Written) -> None:
-        events = (self.role == _ASSISTANT) | (self.role == _DST)
-        start, end, owner = self.start[events], self.end[events], self.owner[events]
-        bounds = self.bounds[owner]
+        start, end, bounds, _ = self._events((self.role == _ASSISTANT) | (self.role == _DST))
         reasons = labels.drops(start, end, bounds[:, 0], bounds[:, 1], self.plan.options.positive)
         summaries = int(np.sum(self.batch.column("summaries").to_numpy()))
         for code, reason in enumerate(labels.DROP_REASONS):
