@@ -1,0 +1,156 @@
+"""Label algebra on ranges and draws written by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import labels
+from pipeline.labels import NO_FRAMES, Events
+
+
+def events(ranges, bounds):
+    ranges = np.array(ranges, np.int64).reshape(-1, 2)
+    return Events(ranges[:, 0], ranges[:, 1], np.tile(bounds, (len(ranges), 1)), np.zeros(len(ranges), np.int64))
+
+
+def label(speaking, dst, bounds=(10, 18), drawn=(), positive="span", tracked=True):
+    size = bounds[1] - bounds[0]
+    mask = np.zeros(size, bool)
+    mask[[frame - bounds[0] for frame in drawn]] = True
+    heads = [events(speaking, bounds), events(dst, bounds)]
+    return labels.label_frames(heads, mask, np.full(size, tracked), positive).tolist()
+
+
+N = -100
+
+
+def test_a_frame_positive_for_one_head_is_silence_for_the_other():
+    assert label([(11, 13)], [(12, 14)], drawn=[17]) == [
+        [N, 1, 1, 0, N, N, N, 0],
+        [N, 0, 1, 1, N, N, N, 0],
+    ]
+
+
+def test_onset_leaves_the_rest_of_the_range_alone_for_its_head_only():
+    # frame 12 is drawn: silence for DST; for speaking it is the rest of a range
+    assert label([(11, 14)], [], drawn=[12], positive="onset") == [
+        [N, 1, N, N, N, N, N, N],
+        [N, 0, 0, N, N, N, N, N],
+    ]
+
+
+def test_the_rest_of_a_range_is_not_punished_by_the_other_heads_onset():
+    assert label([(11, 14)], [(12, 13)], positive="onset") == [
+        [N, 1, N, N, N, N, N, N],
+        [N, 0, 1, N, N, N, N, N],
+    ]
+
+
+def test_an_onset_inside_another_turns_rest_is_positive():
+    assert label([(11, 14), (12, 15)], [], positive="onset")[0] == [N, 1, 1, N, N, N, N, N]
+
+
+def test_an_onset_before_the_clip_is_not_moved_into_it():
+    assert label([(8, 12)], [], drawn=range(10, 18), positive="onset") == [
+        [N, N, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_turns_are_cut_to_the_clip_and_never_moved():
+    speaking = [(5, 11), (17, 30), (18, 20), (0, 10), (100, 200)]
+    assert label(speaking, [])[0] == [1, N, N, N, N, N, N, 1]
+
+
+def test_the_last_turn_may_end_where_the_clip_ends():
+    assert label([], [(449, 451)], bounds=(445, 451))[1] == [N, N, N, N, 1, 1]
+
+
+def test_a_clip_without_dst_says_nothing_about_the_second_head():
+    assert label([(11, 12)], [], drawn=range(10, 18), tracked=False) == [[0, 1, 0, 0, 0, 0, 0, 0], [N] * 8]
+
+
+def test_clips_end_to_end_do_not_touch():
+    bounds = np.array([[0, 3], [0, 3]])
+    heads = [
+        Events(np.array([2, 0]), np.array([9, 1]), bounds, np.array([0, 3])),
+        Events(*(np.zeros(0, np.int64),) * 2, np.zeros((0, 2), np.int64), np.zeros(0, np.int64)),
+    ]
+    out = labels.label_frames(heads, np.zeros(6, bool), np.ones(6, bool), "span")
+    assert out[0].tolist() == [N, N, 1, 1, N, N]
+
+
+ranges = st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 12)).map(lambda r: (r[0], r[0] + r[1])), max_size=6)
+
+
+@given(ranges, ranges, st.lists(st.integers(0, 2**32 - 1), min_size=30, max_size=30), st.sampled_from(["span", "onset"]))
+def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws, positive):
+    bounds, drawn = (2, 32), np.array(draws)
+    heads = [events(speaking, bounds), events(dst, bounds)]
+    kept = []
+    for rate in (0.0, 0.25, 0.7, 1.0):
+        mask = drawn < round(rate * 2**32)
+        out = labels.label_frames(heads, mask, np.ones(30, bool), positive)
+        kept.append(out != N)
+        assert ((out == 1) == (labels.label_frames(heads, mask | True, np.ones(30, bool), positive) == 1)).all()
+    assert all((low <= high).all() for low, high in zip(kept, kept[1:], strict=False))
+    if positive == "span":
+        assert kept[-1].all()
+        closed = np.zeros(30, bool)
+        for start, end in [*speaking, *dst]:
+            closed[max(start - 2, 0) : max(end - 2, 0)] = True
+        assert (kept[0] == closed).all()
+
+
+def test_conventions_say_which_frames_an_event_has():
+    start, end = np.array([193, 5]), np.array([195, 5])
+    assert [a.tolist() for a in labels.canonical("event", start, end)] == [[193, 5], [195, 5]]
+    assert [a.tolist() for a in labels.canonical("window", start, end)] == [[193, 5], [196, 6]]
+    assert [a.tolist() for a in labels.canonical("lead-in", start, end)] == [[194, 4], [195, 5]]
+
+
+def votes(turns, clip_start=0):
+    """turns: (start, end, floor(time * fps)) of one clip."""
+    start, end, frame = (np.array(column, np.int64) for column in zip(*turns, strict=True))
+    return labels.vote(np.zeros(len(turns), int), start, end, frame, np.array([clip_start]), 1)[0]
+
+
+def test_votes_for_each_convention():
+    assert votes([(3, 5, 3), (7, 9, 8), (10, 12, 12)]).tolist() == [3, 0, 2, 1]
+    assert votes([(0, 4, 4), (4, 9, 8), (9, 9, 9)]).tolist() == [3, 3, 1, 2]
+    assert votes([(1, 4, 4), (6, 9, 9)]).tolist() == [2, 0, 0, 2]
+
+
+def test_lead_in_begins_at_the_clips_start():
+    assert votes([(10, 14, 14)], clip_start=10)[1] == 1
+    assert votes([(10, 14, 14)], clip_start=9)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("tally", "decided"),
+    [
+        ((4, 0, 0, 0), "event"),  # too few turns to tell
+        ((10, 9, 9, 9), "lead-in"),
+        ((10, 8, 9, 9), "event"),
+        ((10, 8, 8, 9), "window"),
+        ((10, 8, 8, 8), None),
+        ((11, 9, 0, 0), None),
+    ],
+)
+def test_ninety_percent_decide(tally, decided):
+    assert labels.decide(np.array(tally)) == decided
+
+
+def test_times_just_short_of_a_frame_belong_to_it():
+    # 0.29 * 100 is 28.999999999999996
+    assert labels.event_frame(np.array([0.29, 97.2]), np.array([100.0, 2.0])).tolist() == [29.0, 194.0]
+
+
+def test_why_turns_label_nothing():
+    start = np.array([NO_FRAMES[0], 12, 18, 4, 8, 12])
+    end = np.array([NO_FRAMES[1], 12, 20, 10, 12, 14])
+    low, high = np.full(6, 10), np.full(6, 18)
+    named = [labels.DROP_REASONS[r] if r >= 0 else "" for r in labels.drops(start, end, low, high, "onset")]
+    assert named == ["no frames", "empty range", "outside the clip", "outside the clip", "onset outside the clip", ""]
+    assert labels.drops(start, end, low, high, "span").tolist() == [0, 1, 2, 2, -1, -1]

@@ -1,0 +1,439 @@
+"""`preprocess` as a user meets it: files in, shards out; complete, or absent."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import shards
+from pipeline.cli import main
+from pipeline.errors import InputError, UsageError
+from pipeline.options import Options
+from pipeline.preprocess import preprocess
+from pipeline.schema import CLIPS, FRAMES
+
+
+def turn(role, start=None, end=None, time_s=None, content=None):
+    made = {"role": role, "content": content if content is not None else f"{role} text"}
+    if role == "DST_UPDATE" and content is None:
+        made["content"] = [{"id": "S1", "transition": "start"}]
+    for key, value in (("start_frame", start), ("end_frame", end), ("time", time_s)):
+        if value is not None:
+            made[key] = value
+    return made
+
+
+def clip(name="a", start=10, end=20, turns=None, **more):
+    conversation = [turn("assistant", 12, 14, 6.0)] if turns is None else turns
+    steps = [{"id": "S1", "name": "Attach the wheels"}]
+    made = {"id": name, "video_uid": f"video-{name}", "conversation": conversation, "dst": steps, "fps": 2}
+    return made | {"start_frame_idx": start, "end_frame_idx": end} | more
+
+
+def write(path: Path, clips) -> Path:
+    path.write_text(json.dumps(clips))
+    return path
+
+
+def run(tmp_path, clips, name="train_training.json", **options):
+    source = write(tmp_path / name, clips)
+    manifest, _ = preprocess([source], tmp_path / "out", Options(**options))
+    return manifest
+
+
+def frames(out: Path, split="train"):
+    return pl.read_parquet(out / f"frames/split={split}/*.parquet", hive_partitioning=False)
+
+
+def clips_of(out: Path, split="train"):
+    return pl.read_parquet(out / f"clips/split={split}/*.parquet", hive_partitioning=False)
+
+
+def labels(out: Path, head="speaking_label", split="train"):
+    return frames(out, split).group_by("clip_id", maintain_order=True).agg(head)[head].to_list()
+
+
+def snapshot(folder: Path):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- labels and columns end to end -------------------------------------------------------------------
+
+
+def test_a_clip_becomes_rows(tmp_path):
+    run(tmp_path, [clip(neg_frame_sampling_rate=1.0)])
+    out = tmp_path / "out"
+    table = frames(out)
+    assert table["frame"].to_list() == list(range(10, 20))
+    assert table["time_s"].to_list() == [f / 2 for f in range(10, 20)]
+    assert table["speaking_label"].to_list() == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert table["dst_update_label"].to_list() == [0] * 10
+    row = clips_of(out).row(0, named=True)
+    assert (row["start_frame"], row["end_frame"], row["num_frames"], row["n_speaking"]) == (10, 20, 10, 2)
+    assert (row["neg_rate"], row["positive"], row["frame_convention"]) == (1.0, "span", "event")
+    assert row["steps"] == [{"id": "S1", "name": "Attach the wheels"}]
+    assert row["turns"][0] == {
+        "role": "assistant", "text": "assistant text", "start_frame": 12, "end_frame": 14, "time_s": 6.0, "updates": []
+    }  # fmt: skip
+
+
+def test_files_carry_the_schema_exactly(tmp_path):
+    run(tmp_path, [clip()])
+    for table, schema in (("frames", FRAMES), ("clips", CLIPS)):
+        found = pq.read_schema(tmp_path / f"out/{table}/split=train/part-00000.parquet")
+        assert found.equals(schema, check_metadata=True)
+
+
+def test_rates_by_split_and_by_clip(tmp_path):
+    sources = [write(tmp_path / f"{s}_x.json", [clip(neg_frame_sampling_rate=0.25)]) for s in ("train", "val", "test")]
+    sources.append(write(tmp_path / "train_y.json", [clip("b")]))
+    preprocess(sources, tmp_path / "out")
+    assert clips_of(tmp_path / "out")["neg_rate"].to_list() == [0.25, 0.5]
+    assert clips_of(tmp_path / "out", "val")["neg_rate"].to_list() == [1.0]
+    preprocess(sources, tmp_path / "out", Options(neg_rate={"*": 0.1, "test": 0.9}))
+    assert clips_of(tmp_path / "out")["neg_rate"].to_list() == [0.1, 0.1]
+    assert clips_of(tmp_path / "out", "test")["neg_rate"].to_list() == [0.9]
+
+
+def test_two_files_of_one_split_are_numbered_through(tmp_path):
+    sources = [write(tmp_path / f"train_{n}.json", [clip(n + str(i)) for i in range(3)]) for n in "xy"]
+    preprocess(sources, tmp_path / "out")
+    assert clips_of(tmp_path / "out")["clip"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert clips_of(tmp_path / "out")["clip_id"].to_list() == ["x0", "x1", "x2", "y0", "y1", "y2"]
+
+
+def test_conversations_over_one_video_are_told_apart(tmp_path):
+    one, two = (clip(turns=[turn("assistant", 12, 14, 6.0, text)]) for text in ("hello", "hi"))
+    del one["id"], two["id"]
+    manifest = run(tmp_path, [one, two, one])
+    assert clips_of(tmp_path / "out")["clip_id"].n_unique() == 2
+    assert manifest["quarantined"] == 1  # the true duplicate
+
+
+def test_missing_bounds_come_from_the_turns_but_not_the_systems(tmp_path):
+    turns = [turn("system", 0, 1), turn("user", 193, 195, 96.5), turn("assistant", 449, 451, 224.5)]
+    made = clip(turns=turns)
+    del made["start_frame_idx"], made["end_frame_idx"]
+    run(tmp_path, [made])
+    row = clips_of(tmp_path / "out").row(0, named=True)
+    assert (row["start_frame"], row["end_frame"]) == (193, 451)
+
+
+def test_padding_stops_at_frame_0_and_at_neighbours(tmp_path):
+    here = {"video_uid": "v"}
+    made = [clip("a", 3, 10, **here), clip("b", 14, 20, **here), clip("c", 14, 22, **here), clip("d", 3, 9)]
+    run(tmp_path, made, pad_s=2.5)
+    found = clips_of(tmp_path / "out").select("start_frame", "end_frame").rows()
+    # a: to frame 0, and right up to b at 14; b, c overlap, so they are no neighbours of each other
+    assert found == [(0, 14), (10, 25), (10, 27), (0, 14)]
+
+
+def test_recordings_span_camera_views(tmp_path):
+    names = ["assembly_nusar-1_x__HMC_1", "disassembly_nusar-1_x__HMC_2", "other__cam"]
+    made = [clip(name, video_uid=name) for name in names]
+    run(tmp_path, made)
+    assert clips_of(tmp_path / "out")["recording_id"].to_list() == ["nusar-1_x", "nusar-1_x", "other__cam"]
+    run(tmp_path, made, recording_regex="^(.*)__")
+    assert clips_of(tmp_path / "out")["recording_id"].to_list()[2] == "other"
+
+
+def test_text_updates_and_summaries(tmp_path):
+    turns = [
+        {"role": "system", "content": "Help."},
+        {"role": "frames", "start": 10, "end": 13},
+        turn("user"),
+        turn("assistant"),
+        {"role": "frames", "start": 13, "end": 16},
+        turn("DST_UPDATE", content="S1->complete, S2 -> start"),
+        {"role": "system", "content": "Please summarize the progress."},
+        turn("assistant"),
+    ]
+    manifest = run(tmp_path, [clip(turns=turns, neg_frame_sampling_rate=0)])
+    row = clips_of(tmp_path / "out").row(0, named=True)
+    got = [(t["role"], t["start_frame"], t["end_frame"]) for t in row["turns"]]
+    assert got == [("system", None, None), ("user", 12, 13), ("assistant", 12, 13), ("DST_UPDATE", 15, 16),
+                   ("system", None, None), ("assistant", None, None)]  # fmt: skip
+    assert row["turns"][3]["updates"] == [{"id": "S1", "transition": "complete"}, {"id": "S2", "transition": "start"}]
+    assert row["n_speaking"] == 1
+    assert manifest["splits"]["train"]["drops"] == {"summary, not speech": 1}
+
+
+def test_a_user_turn_is_heard_by_the_next_frame_when_frames_follow(tmp_path):
+    turns = [{"role": "frames", "start": 11, "end": 15}, turn("user"), {"role": "frames", "start": 15, "end": 16},
+             turn("assistant")]  # fmt: skip
+    run(tmp_path, [clip(turns=turns)])
+    got = [(t["start_frame"], t["end_frame"]) for t in clips_of(tmp_path / "out").row(0, named=True)["turns"]]
+    assert got == [(15, 16), (15, 16)]
+
+
+def test_drops_are_counted_by_reason(tmp_path):
+    turns = [
+        turn("assistant", 0, 5),
+        turn("assistant", 13, 13),
+        turn("assistant"),
+        turn("DST_UPDATE", 18, 25),
+        turn("user", 0, 1),
+    ]
+    counts = run(tmp_path, [clip(turns=turns)], frame_convention="event")["splits"]["train"]
+    assert counts["drops"] == {"no frames": 1, "empty range": 1, "outside the clip": 1}
+    assert counts["turns_cut"] == 1
+
+
+def test_mixed_conventions_ask_which(tmp_path):
+    fits_event = [turn("assistant", 12, 14, 6.0)] * 5
+    fits_window = [turn("assistant", 9, 12, 6.0)] * 5
+    with pytest.raises(InputError, match=r"lead-in 0, event 5, window 5.*--frame-convention"):
+        run(tmp_path, [clip(turns=fits_event), clip("b", turns=fits_window)])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- hazards -----------------------------------------------------------------------------------------
+
+
+def test_hazards_are_named(tmp_path):
+    first = clip("a", turns=[turn("assistant", 10, 19, 5.0), turn("DST_UPDATE", 10, 19, 5.0)], video_uid="shared")
+    sources = [write(tmp_path / "train_x.json", [first]), write(tmp_path / "val_x.json", [clip("b", video_uid="shared")])]
+    manifest, _ = preprocess(sources, tmp_path / "out", Options(frames_root=str(tmp_path)))
+    found = {(h["split"], h["name"]) for h in manifest["hazards"]}
+    assert found == {
+        ("train", "implausible positive rate"),
+        ("train", "events at the first frame"),
+        ("train", "heads coincide"),
+        ("val", "head without positives"),
+        ("train+val", "recording in several splits"),
+        ("train", "frames missing"),
+        ("val", "frames missing"),
+    }
+
+
+# ---- complete or absent ------------------------------------------------------------------------------
+
+
+def test_an_unchanged_input_is_skipped_and_a_changed_one_is_not(tmp_path):
+    source = write(tmp_path / "train_x.json", [clip(), {"video_uid": "broken"}])
+    out = tmp_path / "out"
+    assert preprocess([source], out)[1] is False
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
+    manifest, skipped = preprocess([source], out)
+    assert skipped
+    assert manifest["status"] == 3  # as the first time
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")} == before
+    assert preprocess([source], out, Options(seed=1))[1] is False
+    write(source, [clip(end=21)])
+    assert preprocess([source], out, Options(seed=1))[1] is False
+    assert not (out / "quarantine.jsonl").exists()
+
+
+def test_a_damaged_shard_is_made_again(tmp_path):
+    source = write(tmp_path / "train_x.json", [clip()])
+    preprocess([source], tmp_path / "out")
+    good = snapshot(tmp_path / "out")
+    part = tmp_path / "out/frames/split=train/part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-9] + b"edited!!!")
+    assert preprocess([source], tmp_path / "out")[1] is False
+    assert snapshot(tmp_path / "out") == good
+
+
+def many(count=700):
+    return [clip(f"c{i}", 10, 60, [turn("assistant", 12 + i % 20, 14 + i % 20, (12 + i % 20) / 2)]) for i in range(count)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr("pipeline.preprocess.PART_CLIPS", 100)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, small_parts):
+    made = many()
+    made[150] = {"video_uid": "broken"}
+    made[320] = made[10]
+    source = write(tmp_path / "train_x.json", made)
+    for workers in (1, 3):
+        preprocess([source], tmp_path / f"out{workers}", workers=workers)
+    assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out3")
+    assert clips_of(tmp_path / "out1")["clip"].to_list() == list(range(698))
+    parts = [pq.ParquetFile(p).metadata.num_rows for p in sorted((tmp_path / "out1/clips/split=train").iterdir())]
+    assert parts == [100, 99, 100, 99, 100, 100, 100]
+
+
+def test_parts_and_row_groups_hold_the_same_clips(tmp_path):
+    source = write(tmp_path / "train_x.json", many())
+    preprocess([source], tmp_path / "out")
+    table, rows = (pq.ParquetFile(tmp_path / f"out/{t}/split=train/part-00000.parquet") for t in ("frames", "clips"))
+    sizes = [rows.metadata.row_group(i).num_rows for i in range(rows.num_row_groups)]
+    assert sizes == [256, 256, 188]
+    for i in range(rows.num_row_groups):
+        mine = table.read_row_group(i, columns=["clip"])["clip"].unique().to_pylist()
+        assert mine == rows.read_row_group(i, columns=["clip"])["clip"].to_pylist()
+
+
+def test_a_second_run_into_one_folder_refuses(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run is writing there"):
+            run(tmp_path, [clip()])
+    run(tmp_path, [clip()])
+
+
+def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
+    run(tmp_path, [clip()])
+    before = snapshot(tmp_path / "out")
+
+    def full(self, batch):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.TableWriter, "write", full)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        run(tmp_path, [clip(), clip("b")])
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        source = write(tmp_path / "train_x.json", many(3000))
+        with pytest.raises(InputError, match="no space left on the disk"):
+            preprocess([source], disk / "out", workers=1)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
+    source = write(tmp_path / "train_x.json", [clip()])
+    (tmp_path / "file").touch()
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "file" / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_users_own_frames_folder_is_never_replaced(tmp_path):
+    (tmp_path / "out/frames").mkdir(parents=True)
+    video = tmp_path / "out/frames/video.arrow"
+    video.touch()
+    with pytest.raises(InputError, match="is no shard"):
+        run(tmp_path, [clip()])
+    assert video.exists()
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    run(tmp_path, [clip()])
+    run(tmp_path, [clip(), clip("b")])
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from pipeline import preprocess as p
+p.PART_CLIPS = 40
+p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]), workers=int(sys.argv[3]))
+"""
+
+
+def is_complete(out: Path) -> bool:
+    manifest = shards.read_manifest(out)
+    return manifest is not None and shards.intact(out, manifest)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
+    old, new = write(tmp_path / "train_a.json", [clip()]), write(tmp_path / "train_b.json", many(2000))
+    out = tmp_path / "out"
+    whole = time.monotonic()
+    subprocess.run([sys.executable, "-c", KILLED, new, tmp_path / "timed", "1"], check=True)
+    whole = time.monotonic() - whole
+    for attempt in range(8):
+        shutil.rmtree(out, ignore_errors=True)
+        preprocess([old], out)
+        before = snapshot(out)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, new, out, str(1 + attempt % 2)])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(whole * (0.3 + 0.1 * attempt))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (out / "manifest.json").exists():
+            assert is_complete(out)
+            if json.loads((out / "manifest.json").read_text())["inputs"][0]["path"] == str(old):
+                after = {k: v for k, v in snapshot(out).items() if not k.startswith(".staging")}
+                assert after == before
+        preprocess([new], out)
+        assert is_complete(out)
+        assert not (out / ".staging").exists()
+        assert len(clips_of(out)) == 2000
+
+
+def test_killed_between_the_renames_the_next_run_does_the_work(tmp_path, monkeypatch):
+    run(tmp_path, [clip()])
+    done = []
+
+    def die(path):
+        done.append(path)
+        if path == tmp_path / "out":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "_sync", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [clip(), clip("b")])
+    assert not (tmp_path / "out/manifest.json").exists()  # neither old nor new claims to be complete
+    monkeypatch.undo()
+    run(tmp_path, [clip(), clip("b")])
+    assert len(clips_of(tmp_path / "out")) == 2
+
+
+# ---- usage -------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_tells_no_split_is_bad_usage(tmp_path, capsys):
+    source = write(tmp_path / "trainer.json", [clip()])
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert "--split" in capsys.readouterr().err
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--split", "dev"]) == 0
+    assert clips_of(tmp_path / "out", "dev")["neg_rate"].to_list() == [1.0]
+
+
+def test_one_bad_clip_among_good_ones(tmp_path, capsys):
+    bad = clip("bad", turns=[turn("assistant", 39, 31)])
+    source = write(tmp_path / "train_x.json", [clip(), bad, clip("b")])
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out")]) == 3
+    line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
+    assert (line["clip"], line["turn"], line["field"], line["clip_id"]) == (1, 0, "end_frame", "bad")
+    assert line["message"] == f"{source} clip 1 turn 0: end_frame: found 31, expected at least start_frame 39"
+    assert clips_of(tmp_path / "out")["clip_id"].to_list() == ["a", "b"]
+    capsys.readouterr()
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "no"), "--on-error", "fail"]) == 1
+    assert "clip 1 turn 0" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_wrong_options_are_bad_usage():
+    for wrong in ({"positive": "x"}, {"neg_rate": {"*": 1.5}}, {"pad_s": -1}, {"recording_regex": "("}, {"split": "../x"}):
+        with pytest.raises(UsageError):
+            Options(**wrong)
+
+
+def test_the_pipeline_runs_where_torch_is_not_installed(tmp_path):
+    source = write(tmp_path / "train_x.json", [clip()])
+    code = (
+        "import sys; sys.modules['torch'] = None; from pipeline.cli import main;"
+        f"sys.exit(main(['preprocess', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}])"
+        f" or main(['inspect', {str(tmp_path / 'out')!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,109 @@
+"""The contract on disk: draws pinned by golden values, the same in numpy and polars; paths that stay inside."""
+
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.schema import CLIPS, FRAMES, draw_expr, draws, find_frames, is_inside, rate_threshold, sampling_seed
+
+U64 = st.integers(0, 2**64 - 1)
+
+
+def scalar_draw(seed: int, epoch: int, frame: int) -> int:
+    """The definition with Python's own integers."""
+    mask = 2**64 - 1
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    key = mix((seed + (epoch + 1) * 0x9E3779B97F4A7C15) & mask)
+    return mix((key + (frame + 1) * 0x9E3779B97F4A7C15) & mask) >> 32
+
+
+def test_draws_are_pinned():
+    # splitmix64's published first outputs for state 0 are e220a8397b1dcdaf, 6e789e6aa1b965f4, ...: the mixer is theirs
+    assert scalar_draw(0, -1, 0) == 0xE220A839
+    assert scalar_draw(0, -1, 1) == 0x6E789E6A
+    assert sampling_seed(0, "a") == 16685818722191274909
+    golden = [2213166446, 3628260881, 1131142829, 3476189328]
+    assert draws(16685818722191274909, 0, np.array([0, 1, 2, 193])).tolist() == golden
+    assert draws(16685818722191274909, 7, np.array([0, 193])).tolist() == [2894445336, 301746446]
+
+
+@given(U64, st.integers(0, 10**6), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
+def test_numpy_and_polars_draw_the_same(seed, epoch, frames):
+    expected = [scalar_draw(seed, epoch, frame) for frame in frames]
+    assert draws(seed, epoch, np.array(frames, np.int32)).tolist() == expected
+    table = pl.DataFrame(
+        {"sampling_seed": [seed] * len(frames), "frame": frames}, schema={"sampling_seed": pl.UInt64, "frame": pl.Int32}
+    )
+    assert table.select(draw_expr(epoch))["draw"].to_list() == expected
+
+
+def test_draws_of_several_clips_at_once():
+    seeds = np.array([5, 5, 9], np.uint64)
+    frames = np.array([3, 4, 3])
+    expected = [scalar_draw(5, 2, 3), scalar_draw(5, 2, 4), scalar_draw(9, 2, 3)]
+    assert draws(seeds, 2, frames).tolist() == expected
+
+
+def test_draws_look_uniform():
+    share = (draws(sampling_seed(0, "clip"), 0, np.arange(200_000)) < np.uint64(rate_threshold(0.3))).mean()
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize(("rate", "threshold"), [(0.0, 0), (1.0, 2**32), (0.5, 2**31), (0.7, 3006477107), (1e-12, 0)])
+def test_thresholds_are_integers(rate, threshold):
+    assert rate_threshold(rate) == threshold
+
+
+def test_seeds_do_not_depend_on_the_process():
+    code = "from pipeline.schema import sampling_seed; print(sampling_seed(3, 'clip'))"
+    seen = {
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": h}, capture_output=True, text=True).stdout
+        for h in ("1", "2")
+    }
+    assert seen == {f"{sampling_seed(3, 'clip')}\n"}
+
+
+def test_every_column_says_what_it_means():
+    assert all(field.metadata[b"doc"] for field in [*FRAMES, *CLIPS])
+    assert FRAMES.names == ["clip_id", "clip", "frame", "time_s", "speaking_label", "dst_update_label"]
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("frames/a.arrow", True),
+        ("a..b", True),
+        ("take:2", True),
+        ("C:b", False),
+        ("a\\b", True),
+        ("../a", False),
+        ("a/../../b", False),
+        ("/etc/passwd", False),
+        ("C:\\x", False),
+        ("\\\\host\\x", False),
+        ("a\\..\\b", False),
+        ("a\0b", False),
+        ("", False),
+    ],
+)
+def test_paths_from_a_file_never_climb_out(path, inside):
+    assert is_inside(path) is inside
+
+
+def test_frames_are_found_under_their_other_name(tmp_path):
+    (tmp_path / "frames").mkdir()
+    file = tmp_path / "frames" / "nusar-1__view.arrow"
+    file.touch()
+    assert find_frames(tmp_path, "assembly_nusar-1__view", "data/frames/assembly_nusar-1__view.arrow") == file
+    assert find_frames(tmp_path, "assembly_nusar-2__view", None) is None
+    assert find_frames(tmp_path / "frames", "x", "../frames/nusar-1__view.arrow") == file  # by its bare name only
