@@ -81,17 +81,17 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="write one self-contained page with many timelines")] = None,
 ) -> int:
     """Look at shards: the summary, one clip's timeline, or a page of timelines."""
-    from pipeline import inspect as look
+    from pipeline import inspect_html, shards, timeline
     from pipeline.terminal import console
 
-    manifest = look.verify(folder)
+    manifest = shards.verify(folder)
     if clip is not None:
-        console().print(look.timeline(folder, clip))
+        console().print(timeline.timeline(folder, clip))
     elif html is None:
         _show_summary(folder, manifest)
     if html is not None:
-        look.write_html(folder, html)
-        typer.echo(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
+        inspect_html.write_page(folder, html)
+        typer.echo(f"wrote {html} ({html.stat().st_size / 1000:,.0f} kB)")
     return 0
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}; see --help", 2)
     except KeyboardInterrupt:
         return _fail("stopped; nothing half-written is left", 130)
-    except (InputError, *_trainer_errors()) as error:
+    except InputError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (parsed := _parser_status(error)) is not None:
             return parsed
+        if type(error).__name__ == "TrainerError":
+            return _fail(str(error), 1)
         if os.environ.get("PROSPECT_DST_TRACEBACK"):
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -152,12 +154,6 @@ def _parser_status(error: Exception) -> int | None:
     if not hasattr(error, "format_message"):
         return None
     return _fail(f"{' '.join(error.format_message().split())}; see --help", 2)
-
-
-def _trainer_errors() -> tuple[type[Exception], ...]:
-    """The trainer's own error class, if a command has imported the trainer."""
-    module = sys.modules.get("trainer.errors")
-    return (module.TrainerError,) if module else ()
 
 
 def _fail(message: str, status: int) -> int:

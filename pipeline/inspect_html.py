@@ -25,20 +25,11 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.inspect import (
-    ClipView,
-    Split,
-    Summary,
-    all_hazards,
-    clip_index,
-    drops_by_reason,
-    plain,
-    read_clips,
-    summarise,
-    turn_note,
-    verify,
-)
+from pipeline.inspect import Split, Summary, all_hazards, drops_by_reason, summarise
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.shards import verify
+from pipeline.terminal import plain
+from pipeline.timeline import ClipView, clip_index, read_clips, turn_note
 
 MAX_BYTES: Final = 5_000_000  # of timelines; at least one is always shown
 MAX_FRAMES: Final = 20_000  # shown of one clip
@@ -53,9 +44,7 @@ def write_page(folder: Path, out: Path, max_clips: int = 200) -> None:
     data = page_data(folder, manifest, summarise(folder), max_clips)
     page = fill(files("pipeline").joinpath("inspect.html").read_text(encoding="utf-8"), data)
     if out.is_dir():
-        raise InputError(
-            f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html"
-        )
+        raise InputError(f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -71,9 +60,7 @@ def fill(template: str, data: Mapping[str, Any]) -> str:
     coded = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         coded = coded.replace(sign, f"\\u{ord(sign):04x}")
-    policy = (
-        f"default-src 'none'; script-src {_hash(template, 'script')}; style-src {_hash(template, 'style')}"
-    )
+    policy = f"default-src 'none'; script-src {_hash(template, 'script')}; style-src {_hash(template, 'style')}"
     title = html.escape(f"{data['folder']} - labels")
     for mark, text in (("POLICY", policy), ("TITLE", title), ("DATA", coded)):  # data last: it may hold marks
         before, after = template.split("{{" + mark + "}}", 1)

@@ -49,7 +49,12 @@ def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.n
 
 
 def vote(
-    clip: np.ndarray, start: np.ndarray, end: np.ndarray, frame: np.ndarray, clip_start: np.ndarray, clips: int
+    clip: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    frame: np.ndarray,
+    clip_start: np.ndarray,
+    clips: int,
 ) -> np.ndarray:
     """int64 [C, 4]: per clip its number of voting turns, and how many of them fit lead-in, event, window.
 

@@ -63,5 +63,3 @@ class Options:
 def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise UsageError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
-
-

@@ -29,7 +29,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from pipeline import labels, report
+from pipeline import hazards, labels
 from pipeline.errors import InputError, UsageError
 from pipeline.frames import count_frames
 from pipeline.options import Options
@@ -37,7 +37,7 @@ from pipeline.read import MAX_FRAMES, ClipError, Index, Refusal, check_size, ind
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames
 from pipeline.shards import commit, intact, locked, read_manifest, sha256
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
-from pipeline.write import Plan, Written, write_part
+from pipeline.write import Plan, Written, merged, write_part
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
@@ -65,7 +65,7 @@ def preprocess(
     key = _key(sources, options)
     with locked(out) as staging:
         before = read_manifest(out)
-        if before and before.get("key") == key and intact(out, before):
+        if before and before.get("key") == key and intact(out):
             return before, True
         run = _Run(sources, options, staging, workers, progress)
         manifest = run.manifest(key)
@@ -204,11 +204,8 @@ class _Run:
         _write_quarantine(self.staging, refused)
         return self._told(key, parts, written, refused)
 
-    def _told(
-        self, key: str, parts: list[_Part], written: list[Written], refused: list[Refusal]
-    ) -> dict[str, Any]:
-        splits = report.merge(written)
-        kept = [report.Kept(p.source.split, p.survey, p.keep, p.bounds) for p in parts]
+    def _told(self, key: str, parts: list[_Part], written: list[Written], refused: list[Refusal]) -> dict[str, Any]:
+        splits = merged(written)
         return {
             "schema_version": SCHEMA_VERSION,
             "schema_hash": SCHEMA_HASH,
@@ -219,9 +216,24 @@ class _Run:
             "inputs": [source.summary() for source in self.sources],
             "splits": splits,
             "quarantined": len(refused),
-            "hazards": report.hazards(splits, kept, self.options.frames_root),
+            "hazards": self._hazards(parts, splits),
             "shards": [shard for part in written for shard in part.shards],
         }
+
+    def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
+        found = [h for split, told in splits.items() for h in hazards.of_labels(split, _label_counts(told))]
+        recordings: dict[str, set[str]] = {}
+        videos: dict[tuple[str, str, str | None], int] = {}
+        for part in parts:
+            split, known = part.source.split, part.survey
+            for i in np.flatnonzero(part.keep).tolist():
+                recordings.setdefault(split, set()).add(known.recording_ids[i])
+                video = (split, known.video_uids[i], known.frames_files[i])
+                videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
+        found += hazards.of_recordings(recordings)
+        if self.options.frames_root:
+            found += hazards.of_frames(Path(self.options.frames_root), videos)
+        return found
 
     def _map(self, function: Callable[..., Any], calls: list[tuple[Any, ...]], what: str) -> list[Any]:
         """Results in order, from this process or from a pool of workers; either way the same."""
@@ -311,6 +323,14 @@ class _Run:
             first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
             raise InputError(f"{names}: found no usable clip, expected at least one{first}")
         return refused
+
+
+def _label_counts(told: dict[str, Any]) -> hazards.LabelCounts:
+    heads = {
+        name: hazards.HeadCounts(told[f"{key}_clips"], told[f"{key}_frames"], told[f"{key}_positive"])
+        for name, key in (("speaking", "speaking"), ("DST", "dst_update"))
+    }
+    return hazards.LabelCounts(told["clips"], told["first_frame_positive"], told["both_positive"], heads)
 
 
 def _part(source: Source, task: Task, found: Survey) -> _Part:

@@ -134,9 +134,7 @@ class Refusal(msgspec.Struct):
         return f"{self.file}{clip}{turn}: {self.field}: found {self.found}, expected {self.expected}"
 
 
-def refuse(
-    file: str, clip: int | None, error: ClipError, span: tuple[int, int], clip_id: str | None = None
-) -> Refusal:
+def refuse(file: str, clip: int | None, error: ClipError, span: tuple[int, int], clip_id: str | None = None) -> Refusal:
     return Refusal(file, clip, clip_id, error.turn, error.field, error.found, error.expected, *span)
 
 

@@ -59,11 +59,11 @@ _TURN = _list(
     _field(
         "start_frame",
         pa.int32(),
-        "first absolute frame of the event, the source's frame convention already applied; null: the turn has no frames",
+        "first absolute frame of the event, the source's frame convention already applied; null: no frames",
         nullable=True,
     ),
     _field("end_frame", pa.int32(), "one past the event's last frame; null as start_frame", nullable=True),
-    _field("time_s", pa.float64(), "seconds from the video's start, as the source says; null if it does not", nullable=True),
+    _field("time_s", pa.float64(), "seconds from the video's start, as the source says", nullable=True),
     _field("updates", _UPDATE, "state transitions of a DST_UPDATE turn, in order; else empty"),
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ CLIPS: Final = pa.schema(
         _field("clip_id", pa.string(), "unique within its split"),
         _field("clip", pa.int32(), "position of the clip in its split, from 0"),
         _field("video_uid", pa.string(), "one camera's recording"),
-        _field("recording_id", pa.string(), "one real-world take, over all its camera views; split and resample by this"),
+        _field("recording_id", pa.string(), "one real-world take, over all camera views; split and resample by this"),
         _field("dataset", pa.string(), "the source's name; 'unknown' where it gives none"),
         _field("clip_idx", pa.int32(), "the source's number of the clip in its video; 0 where it gives none"),
         _field("fps", pa.float32(), "frames per second of the frame numbers"),
@@ -197,7 +197,7 @@ def _shift_right(x: pl.Expr, bits: int) -> pl.Expr:
 def columns_doc() -> list[dict[str, Any]]:
     """One row per column (table, column, type, nullable, doc), for people and for the README."""
     return [
-        {"table": name, "column": f.name, "type": str(f.type), "nullable": f.nullable, "doc": f.metadata[b"doc"].decode()}
+        {"table": name, "column": f.name, "type": str(f.type), "null": f.nullable, "doc": f.metadata[b"doc"].decode()}
         for name, schema in (("frames", FRAMES), ("clips", CLIPS))
         for f in schema
     ]  # fmt: skip

@@ -24,10 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE
+from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, is_inside
+from pipeline.terminal import plain
 
 LOCK: Final = ".lock"
 STAGING: Final = ".staging"
+REDO: Final = "run `prospect-dst preprocess ... --out {folder}` again"
 _SHARD = re.compile(r"(frames|clips)/split=[^/]+/part-\d{5,}\.parquet")
 _OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
 
@@ -133,13 +135,60 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def intact(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every shard of the manifest is there with its bytes unchanged."""
-    for shard in manifest.get("shards", []):
-        path = folder / shard["path"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"] or sha256(path) != shard["sha256"]:
-            return False
-    return True
+def intact(folder: Path) -> bool:
+    """Whether the folder holds a complete output, every shard unchanged."""
+    try:
+        return bool(verify(folder))
+    except InputError:
+        return False
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, once every shard proves to be the one it lists; InputError names the damage otherwise."""
+    manifest = _manifest(folder)
+    redo = REDO.format(folder=plain(folder))
+    listed = set()
+    for shard in manifest["shards"]:
+        _verify_shard(folder, shard, redo)
+        listed.add(folder / shard["path"])
+    for path in sorted(folder.glob("*/split=*/*.parquet")):
+        if path not in listed:
+            raise InputError(f"{plain(path)}: a shard that {MANIFEST} does not list; remove it, or {redo}")
+    return manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path, redo = folder / MANIFEST, REDO.format(folder=plain(folder))
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        how = f"run `prospect-dst preprocess ... --out {plain(folder)}`"
+        raise InputError(f"no {MANIFEST} in {plain(folder)}: not a finished output; {how}") from None
+    except ValueError as e:
+        raise InputError(f"{plain(path)}: not readable as JSON ({plain(e)}); {redo}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+        raise InputError(f"{plain(path)}: not a manifest of prospect-dst (no list of shards); {redo}")
+    found = (manifest.get("schema_version"), manifest.get("schema_hash"))
+    if found != (SCHEMA_VERSION, SCHEMA_HASH):
+        wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
+        raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
+    return manifest
+
+
+def _verify_shard(folder: Path, shard: Any, redo: str) -> None:
+    name = shard.get("path") if isinstance(shard, dict) else None
+    if not isinstance(name, str) or not is_inside(name):
+        raise InputError(f"{plain(folder / MANIFEST)}: lists a shard at {plain(name)}; {redo}")
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{plain(path)}: listed in {MANIFEST}, but missing; {redo}")
+    if path.stat().st_size != shard.get("bytes"):
+        found = f"{path.stat().st_size:,} bytes, expected {shard.get('bytes')}"
+        raise InputError(f"{plain(path)}: damaged or edited, found {plain(found)}; {redo}")
+    digest = sha256(path)
+    if digest != shard.get("sha256"):
+        text = f"damaged or edited, found sha256 {digest}, expected {plain(shard.get('sha256'))}"
+        raise InputError(f"{plain(path)}: {text}; {redo}")
 
 
 # ---- Parquet -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import labels
-from pipeline.read import MAX_CLIP_BYTES, Checked, ClipError, Refusal, clip_name, decode, refuse
+from pipeline.read import MAX_CLIP_BYTES, Checked, ClipError, Metadata, Refusal, clip_name, decode, refuse
 from pipeline.schema import ROLES
 
 GROUP_CLIPS: Final = 256
@@ -177,7 +177,9 @@ def _groups(spans: np.ndarray) -> Iterator[tuple[int, int]]:
     return cut(spans, GROUP_CLIPS, GROUP_BYTES)
 
 
-def _spooled(clips: list[Checked], ids: list[str], recordings: list[str]) -> tuple[pa.RecordBatch, tuple[np.ndarray, ...]]:
+def _spooled(
+    clips: list[Checked], ids: list[str], recordings: list[str]
+) -> tuple[pa.RecordBatch, tuple[np.ndarray, ...]]:
     """A group's clips as a record batch, and its numbers: fps [C], given [C, 2], seen [C, 2], votes [C, 4]."""
     turns = [turn for clip in clips for turn in clip.turns]
     offsets = _offsets([len(clip.turns) for clip in clips])
@@ -188,7 +190,8 @@ def _spooled(clips: list[Checked], ids: list[str], recordings: list[str]) -> tup
     updates = [t.content if type(t.content) is list else _NOTHING for t in turns]
     flat = [update for some in updates for update in some]
     text = [
-        ", ".join([f"{u.id}->{u.transition}" for u in t.content]) if type(t.content) is list else t.content for t in turns
+        ", ".join([f"{u.id}->{u.transition}" for u in t.content]) if type(t.content) is list else t.content
+        for t in turns
     ]
     update_offsets = _offsets([len(some) for some in updates])
     columns = [
@@ -201,11 +204,13 @@ def _spooled(clips: list[Checked], ids: list[str], recordings: list[str]) -> tup
     ]
     struct = pa.StructArray.from_arrays([pa.array(c) for c in columns], fields=list(_SPOOL_TURN))
     batch = pa.RecordBatch.from_arrays(
-        [*_clip_columns(clips, ids, recordings), pa.ListArray.from_arrays(pa.array(offsets), struct)], schema=SPOOL
+        [*_clip_columns(clips, ids, recordings), pa.ListArray.from_arrays(pa.array(offsets), struct)],
+        schema=SPOOL,
     )
     fps = np.array([clip.fps for clip in clips], np.float64)
     given = np.array(
-        [(NOT_GIVEN if c.start is None else c.start, NOT_GIVEN if c.end is None else c.end) for c in clips], np.int64
+        [(NOT_GIVEN if c.start is None else c.start, NOT_GIVEN if c.end is None else c.end) for c in clips],
+        np.int64,
     ).reshape(-1, 2)
     owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
     framed = (role != _SYSTEM) & (end != labels.NO_FRAMES[1])
@@ -234,27 +239,34 @@ def _list_of(offsets: np.ndarray, type_: pa.DataType, first: list[Any], second: 
 
 def _clip_columns(clips: list[Checked], ids: list[str], recordings: list[str]) -> list[pa.Array]:
     sources = [clip.clip for clip in clips]
-    steps = [clip.dst or _NOTHING for clip in sources]
+    about = [clip.metadata or _NO_METADATA for clip in sources]
+    steps = [[(step.id, step.name or "") for step in clip.dst or _NOTHING] for clip in sources]
     states = [list((clip.initial_dst_state or {}).items()) for clip in sources]
-    flat_steps = [step for some in steps for step in some]
-    flat_states = [pair for some in states for pair in some]
-    about = [clip.metadata for clip in sources]
+    text = pa.string()
     return [
-        pa.array(ids, pa.string()),
-        pa.array([clip.video_uid for clip in sources], pa.string()),
-        pa.array(recordings, pa.string()),
-        pa.array([clip.dataset or "unknown" for clip in sources], pa.string()),
+        pa.array(ids, text),
+        pa.array([clip.video_uid for clip in sources], text),
+        pa.array(recordings, text),
+        pa.array([clip.dataset or "unknown" for clip in sources], text),
         pa.array([clip.clip_idx or 0 for clip in clips], pa.int32()),
         pa.array([clip.fps for clip in clips], pa.float64()),
-        pa.array([clip.frames_file for clip in sources], pa.string()),
-        pa.array([c.inferred_goal or (m and m.task_goal) for c, m in zip(sources, about, strict=True)], pa.string()),
-        pa.array([c.inferred_knowledge or (m and m.knowledge) for c, m in zip(sources, about, strict=True)], pa.string()),
-        _list_of(_offsets([len(s) for s in steps]), _PAIRS, [s.id for s in flat_steps], [s.name or "" for s in flat_steps]),
-        _list_of(_offsets([len(s) for s in states]), _PAIRS, [k for k, _ in flat_states], [v for _, v in flat_states]),
+        pa.array([clip.frames_file for clip in sources], text),
+        pa.array([c.inferred_goal or m.task_goal for c, m in zip(sources, about, strict=True)], text),
+        pa.array([c.inferred_knowledge or m.knowledge for c, m in zip(sources, about, strict=True)], text),
+        _pairs(steps),
+        _pairs(states),
         pa.array([clip.neg_frame_sampling_rate for clip in sources], pa.float64()),
         pa.array([clip.schema == "proassist" for clip in clips], pa.bool_()),
         pa.array([clip.summaries for clip in clips], pa.int32()),
-    ]  # fmt: skip
+    ]
+
+
+_NO_METADATA: Final = Metadata()
+
+
+def _pairs(rows: list[list[tuple[str, str]]]) -> pa.ListArray:
+    flat = [pair for row in rows for pair in row]
+    return _list_of(_offsets([len(row) for row in rows]), _PAIRS, [k for k, _ in flat], [v for _, v in flat])
 
 
 def _seen(owner: np.ndarray, start: np.ndarray, end: np.ndarray, clips: int) -> np.ndarray:
@@ -264,5 +276,3 @@ def _seen(owner: np.ndarray, start: np.ndarray, end: np.ndarray, clips: int) -> 
     np.maximum.at(seen[:, 1], owner, end)
     seen[seen[:, 1] == NOT_GIVEN] = NOT_GIVEN
     return seen
-
-

@@ -324,9 +324,7 @@ def _add_noise(frames: np.ndarray, rng: np.random.Generator, sigma: float) -> No
 # ---- what is said, and the clips ---------------------------------------------------------------------
 
 
-def make_clips(
-    recording: Recording, view: int, rng: np.random.Generator, config: SynthConfig
-) -> list[dict[str, Any]]:
+def make_clips(recording: Recording, view: int, rng: np.random.Generator, config: SynthConfig) -> list[dict[str, Any]]:
     """The recording's clips as the prospect schema has them. The generator chooses words and times."""
     turns = [turn for event in recording.events for turn in _turns(event, recording, rng, config)]
     steps = _dst_steps(recording, turns)
@@ -384,9 +382,7 @@ def _turns(
     start = event.turn_frame
     seconds = _seconds(rng, start, config)
     if event.kind == "question":
-        yield _turn(
-            "user", _pick(rng, _QUESTIONS), event.frame, _seconds(rng, event.frame, config), "user|generic"
-        )
+        yield _turn("user", _pick(rng, _QUESTIONS), event.frame, _seconds(rng, event.frame, config), "user|generic")
     if event.kind == "placement":
         yield _update(event.step, "complete", start, seconds)
         if event.step + 1 < len(recording.step_names):

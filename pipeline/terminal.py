@@ -1,9 +1,10 @@
-"""Where output goes: a rich console on stdout (100 columns when piped), progress bars on stderr."""
+"""Where output goes and how it is said: a console on stdout, progress bars on stderr, text made safe to show."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -29,3 +30,28 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=of)  # type: ignore[arg-type]
 
         yield report
+
+
+# ---- words ---------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> str:
+    """Text on one line with nothing a terminal obeys: controls and direction overrides show as \ufffd."""
+    text = " ".join(str(value).split())
+    if text.isprintable():
+        return text
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
+
+
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}" if 0 < share < 0.001 else f"{share:.1%}"
+
+
+def clock(seconds: float, *, tenths: bool = False) -> str:
+    """m:ss, h:mm:ss from an hour on, with tenths where there are any or they are asked for."""
+    minutes, rest = divmod(round(seconds * 10), 600)
+    second = f"{rest // 10:02d}" + (f".{rest % 10}" if rest % 10 or tenths else "")
+    return f"{minutes // 60}:{minutes % 60:02d}:{second}" if minutes >= 60 else f"{minutes}:{second}"

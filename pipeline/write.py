@@ -73,6 +73,24 @@ def write_part(plan: Plan) -> Written:
     return done
 
 
+def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
+    """Counts per split for the manifest, summed over the parts."""
+    splits: dict[str, Written] = {}
+    for part in written:
+        total = splits.setdefault(part.split, Written(part.split))
+        total.counts.update(part.counts)
+        total.drops.update(part.drops)
+        total.seconds += part.seconds
+    return {
+        split: {
+            **total.counts,
+            "hours": round(total.seconds / 3600, 4),
+            "drops": {reason: count for reason, count in sorted(total.drops.items()) if count},
+        }
+        for split, total in splits.items()
+    }
+
+
 def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str, Any]:
     return {
         "path": shard_path(table, plan.split, plan.part),
@@ -150,7 +168,8 @@ class _Group:
         updates = np.bincount(self.owner[self.role == _DST], minlength=clips)
         threshold = np.array([rate_threshold(rate) for rate in self.rates], np.uint64)
         drawn = draws(np.repeat(self.seeds, self.sizes), 0, self.frame) < np.repeat(threshold, self.sizes)
-        tracked = np.repeat((steps > 0) | (updates > 0), self.sizes)
+        self.tracked = (steps > 0) | (updates > 0)
+        tracked = np.repeat(self.tracked, self.sizes)
         heads = [self._events(self.role == code) for code in (_ASSISTANT, _DST)]
         return labels.label_frames(heads, drawn, tracked, self.plan.options.positive)
 
@@ -222,6 +241,10 @@ class _Group:
         done.counts.update(
             clips=self.batch.num_rows,
             frames=len(self.frame),
+            speaking_clips=self.batch.num_rows,
+            speaking_frames=len(self.frame),
+            dst_update_clips=int(self.tracked.sum()),
+            dst_update_frames=int(self.sizes[self.tracked].sum()),
             supervised=int(((speaking != -100) | (dst != -100)).sum()),
             speaking_supervised=int((speaking != -100).sum()),
             dst_update_supervised=int((dst != -100).sum()),

@@ -1,5 +1,7 @@
 """Label algebra on ranges and draws written by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -84,7 +86,12 @@ def test_clips_end_to_end_do_not_touch():
 ranges = st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 12)).map(lambda r: (r[0], r[0] + r[1])), max_size=6)
 
 
-@given(ranges, ranges, st.lists(st.integers(0, 2**32 - 1), min_size=30, max_size=30), st.sampled_from(["span", "onset"]))
+@given(
+    ranges,
+    ranges,
+    st.lists(st.integers(0, 2**32 - 1), min_size=30, max_size=30),
+    st.sampled_from(["span", "onset"]),
+)
 def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws, positive):
     bounds, drawn = (2, 32), np.array(draws)
     heads = [events(speaking, bounds), events(dst, bounds)]
@@ -94,7 +101,7 @@ def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws
         out = labels.label_frames(heads, mask, np.ones(30, bool), positive)
         kept.append(out != N)
         assert ((out == 1) == (labels.label_frames(heads, mask | True, np.ones(30, bool), positive) == 1)).all()
-    assert all((low <= high).all() for low, high in zip(kept, kept[1:], strict=False))
+    assert all((low <= high).all() for low, high in itertools.pairwise(kept))
     if positive == "span":
         assert kept[-1].all()
         closed = np.zeros(30, bool)
@@ -152,5 +159,12 @@ def test_why_turns_label_nothing():
     end = np.array([NO_FRAMES[1], 12, 20, 10, 12, 14])
     low, high = np.full(6, 10), np.full(6, 18)
     named = [labels.DROP_REASONS[r] if r >= 0 else "" for r in labels.drops(start, end, low, high, "onset")]
-    assert named == ["no frames", "empty range", "outside the clip", "outside the clip", "onset outside the clip", ""]
+    assert named == [
+        "no frames",
+        "empty range",
+        "outside the clip",
+        "outside the clip",
+        "onset outside the clip",
+        "",
+    ]
     assert labels.drops(start, end, low, high, "span").tolist() == [0, 1, 2, 2, -1, -1]

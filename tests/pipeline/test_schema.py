@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.schema import CLIPS, FRAMES, draw_expr, draws, find_frames, is_inside, rate_threshold, sampling_seed
+from pipeline.schema import (
+    CLIPS,
+    FRAMES,
+    draw_expr,
+    draws,
+    find_frames,
+    is_inside,
+    rate_threshold,
+    sampling_seed,
+)
 
 U64 = st.integers(0, 2**64 - 1)
 
@@ -42,7 +51,8 @@ def test_numpy_and_polars_draw_the_same(seed, epoch, frames):
     expected = [scalar_draw(seed, epoch, frame) for frame in frames]
     assert draws(seed, epoch, np.array(frames, np.int32)).tolist() == expected
     table = pl.DataFrame(
-        {"sampling_seed": [seed] * len(frames), "frame": frames}, schema={"sampling_seed": pl.UInt64, "frame": pl.Int32}
+        {"sampling_seed": [seed] * len(frames), "frame": frames},
+        schema={"sampling_seed": pl.UInt64, "frame": pl.Int32},
     )
     assert table.select(draw_expr(epoch))["draw"].to_list() == expected
 

@@ -247,8 +247,7 @@ def test_views_of_a_recording_share_events_and_differ_in_pictures(made, clips):
 
     for recording in {recording_of(clip) for clip in every(clips)}:
         of_view = [
-            [clip for clip in every(clips) if clip["video_uid"] == f"synth_{recording}__view{view}"]
-            for view in (0, 1)
+            [clip for clip in every(clips) if clip["video_uid"] == f"synth_{recording}__view{view}"] for view in (0, 1)
         ]
         assert [without_names(clip) for clip in of_view[0]] == [without_names(clip) for clip in of_view[1]]
         first, second = (read_frames(made[0], view[0]) for view in of_view)
@@ -391,11 +390,6 @@ def test_other_settings_keep_turns_inside_their_clips(tmp_path, config):
     synth(tmp_path / "out", chosen)
     for clip in json.loads((tmp_path / "out" / "test_training.json").read_text()):
         for turn in clip["conversation"][1:]:
-            assert (
-                clip["start_frame_idx"]
-                <= turn["start_frame"]
-                <= turn["time"] * chosen.fps
-                < turn["end_frame"]
-            )
+            assert clip["start_frame_idx"] <= turn["start_frame"] <= turn["time"] * chosen.fps < turn["end_frame"]
             assert turn["end_frame"] < clip["end_frame_idx"]
         assert read_frames(tmp_path / "out", clip).shape[1:] == (chosen.px, chosen.px, 3)

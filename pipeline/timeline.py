@@ -1,0 +1,259 @@
+"""One clip to look at: its labels on a ruler, its turns, and the state that they lead to.
+
+Reads one row group of the shards. Each sign on the tracks means one thing, so that a timeline reads without
+colour too; where a clip is too long for the screen, one column shows the strongest label of several frames.
+
+    F frames of a clip, K frames in one terminal column
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import InputError
+from pipeline.inspect import HEADS, HUES, split_names
+from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.terminal import clock, plain
+
+
+@dataclass(frozen=True, slots=True)
+class ClipView:
+    """A row of the clips table with its labels, int8 [F] each."""
+
+    split: str
+    row: dict[str, Any]  # columns of schema.CLIPS
+    speaking: np.ndarray
+    dst: np.ndarray
+
+
+def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterator[ClipView]:
+    """The given clips of one part (a file name), in order."""
+    rows = pl.scan_parquet(folder / "clips" / f"split={split}" / part, hive_partitioning=False)
+    frames = pl.scan_parquet(folder / "frames" / f"split={split}" / part, hive_partitioning=False)
+    wanted = pl.col("clip").is_in(clips)
+    labels = frames.filter(wanted).select("clip", *HEADS.values()).collect()
+    by_clip = {int(key[0]): f for key, f in labels.partition_by("clip", as_dict=True).items()}
+    for row in rows.filter(wanted).collect().iter_rows(named=True):
+        speaking, dst = (by_clip[row["clip"]][column].to_numpy() for column in HEADS.values())
+        yield ClipView(split, row, speaking, dst)
+
+
+def clip_index(folder: Path) -> pl.DataFrame:
+    """clip, clip_id, split and part (a file name) of every clip, in order."""
+    found = []
+    for split in split_names(folder):
+        for path in sorted((folder / "clips" / f"split={split}").glob("part-*.parquet")):
+            ids = pl.scan_parquet(path, hive_partitioning=False).select("clip", "clip_id")
+            found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
+    return pl.concat(found).collect()
+
+
+def find_clip(folder: Path, clip: str) -> ClipView:
+    """The clip with this id, number, or unique part of an id; `val:` before it looks in one split alone."""
+    index = clip_index(folder)
+    split, colon, rest = clip.partition(":")
+    needle = clip
+    if colon and rest and split in set(index["split"]):
+        index, needle = index.filter(pl.col("split") == split), rest
+    for matches in (
+        index.filter(pl.col("clip_id").is_in([clip, needle])),
+        index.filter(pl.col("clip").cast(pl.String) == needle),
+        index.filter(pl.col("clip_id").str.contains(needle, literal=True)),
+    ):
+        if matches.height > 1:
+            short = f"{matches['split'][0]}:{matches['clip'][0]}"
+            found = f"{matches.height:,} clips: {_some(matches)}"
+            raise InputError(f"clip {plain(clip)!r} fits {found}; name one of them, like {plain(short)}")
+        if matches.height:
+            row = matches.row(0, named=True)
+            return next(read_clips(folder, row["split"], row["part"], [row["clip"]]))
+    raise InputError(f"no clip {plain(clip)!r} in {plain(folder)}; there are e.g. {_some(index)}")
+
+
+def _some(index: pl.DataFrame, count: int = 4) -> str:
+    names = [f"{row['split']}:{plain(row['clip_id'])}" for row in index.head(count).iter_rows(named=True)]
+    return ", ".join(names) + (", ..." if index.height > count else "")
+
+
+def replay(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """State of every step after each turn, one dict per turn; a step nothing is said of is not started."""
+    state = {step["id"]: "not_started" for step in row["steps"]}
+    state |= {step["id"]: step["state"] for step in row["initial_state"]}
+    states = []
+    for turn in row["turns"]:
+        state = state | {u["id"]: TRANSITIONS.get(u["transition"], u["transition"]) for u in turn["updates"]}
+        states.append(state)
+    return states
+
+
+def timeline(folder: Path, clip: str) -> RenderableType:
+    """One clip to look at: header, labels of both heads on a ruler, turns with the state they lead to."""
+    return Timeline(find_clip(folder, clip))
+
+
+GLYPHS: Final = {1: "█", 0: "─", NOT_SAMPLED: "·"}
+ASCII_GLYPHS: Final = {1: "#", 0: "-", NOT_SAMPLED: "."}
+_MARGIN = 9  # width of the track names
+
+
+class Timeline:
+    """Rich renderable of a clip. Each sign means one thing, so that it reads without colour too.
+
+    One column is one frame; past `max_rows` wrapped rows a column holds K frames and shows the strongest.
+    """
+
+    def __init__(self, view: ClipView, max_rows: int = 20) -> None:
+        self.view = view
+        self.max_rows = max_rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        glyphs = ASCII_GLYPHS if options.ascii_only else GLYPHS
+        columns = max(20, (min(options.max_width, 170) - _MARGIN) // 20 * 20)
+        per_column = -(-len(self.view.speaking) // (columns * self.max_rows))
+        yield _header(self.view)
+        yield _legend(glyphs, per_column)
+        yield from _tracks(self.view, glyphs, columns, per_column)
+        yield _turns(self.view)
+
+
+def _header(view: ClipView) -> Table:
+    row = view.row
+    start, end, fps = row["start_frame"], row["end_frame"], row["fps"]
+    times = f"{clock(start / fps)} to {clock(end / fps)}"
+    span = f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {times}"
+    read = f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}"
+    n = f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised"
+    grid = Table.grid()
+    grid.add_column(min_width=_MARGIN + 1, style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in (
+        ("clip", f"{row['clip_id']}  ({view.split}, number {row['clip']})"),
+        ("video", row["video_uid"]),
+        ("recording", row["recording_id"]),
+        ("frames", span),
+        ("labels", f"{n}; {read}"),
+        ("goal", row["goal"]),
+    ):
+        if value:
+            grid.add_row(name, Text(plain(value)))
+    return grid
+
+
+def _legend(glyphs: Mapping[int, str], per_column: int) -> Text:
+    names = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
+    text = "   ".join(f"{glyphs[label]} {name}" for label, name in names.items())
+    many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
+    return Text(f"\n{text}   numbers: turns below{many}\n", style="dim")
+
+
+def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column: int) -> Iterator[Text]:
+    """Wrapped rows of a ruler, the turns' numbers and both heads' labels, then an empty line."""
+    start, fps = view.row["start_frame"], view.row["fps"]
+    edges = np.arange(0, len(view.speaking), per_column)
+    tracks = {
+        "speaking": np.maximum.reduceat(view.speaking, edges),
+        "DST": np.maximum.reduceat(view.dst, edges),
+    }
+    marks = _marks(view, per_column)
+    for left in range(0, len(edges), columns):
+        right = min(left + columns, len(edges))
+        ticks = {c: f"╷{(f := start + c * per_column)} {clock(f / fps)}" for c in range(left, right, 20)}
+        yield Text(f"{'frame':<{_MARGIN}}{_place(ticks, left, columns)}", style="dim")
+        yield Text(f"{'turn':<{_MARGIN}}{_place(marks, left, right - left)}", style="dim")
+        for head, labels in tracks.items():
+            name = (f"{head:<{_MARGIN}}", HUES[head])
+            yield Text.assemble(name, _track(labels[left:right], glyphs, HUES[head]))
+        yield Text("")
+
+
+def _track(labels: np.ndarray, glyphs: Mapping[int, str], hue: str) -> Text:
+    text = Text()
+    for label in labels.tolist():
+        text.append(glyphs[label], style=f"bold {hue}" if label == 1 else "dim")
+    return text
+
+
+def _marks(view: ClipView, per_column: int) -> dict[int, str]:
+    """Column -> number of the turn that begins there; '3-5' where several do."""
+    begins: dict[int, list[int]] = {}
+    for number, turn in enumerate(view.row["turns"], 1):
+        if turn["start_frame"] is not None:
+            column = (turn["start_frame"] - view.row["start_frame"]) // per_column
+            begins.setdefault(column, []).append(number)
+    return {column: f"{n[0]}-{n[-1]}" if len(n) > 1 else str(n[0]) for column, n in begins.items()}
+
+
+def _place(labels: Mapping[int, str], left: int, width: int) -> str:
+    """One line with each label at its column less `left`; one that would touch the one before is left out."""
+    line = ""
+    for column in sorted(c for c in labels if left <= c < left + width):
+        at = column - left
+        if at >= len(line) + bool(line):
+            line = line.ljust(at) + labels[column]
+    return line
+
+
+def _turns(view: ClipView) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("frames", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    table.add_column("text", overflow="fold", ratio=1)
+    hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
+    for number, (turn, state) in enumerate(zip(view.row["turns"], replay(view.row), strict=True), 1):
+        start, end = turn["start_frame"], turn["end_frame"]
+        time = turn["time_s"] if turn["time_s"] is not None or start is None else start / view.row["fps"]
+        text = Text(_updates(turn))
+        for note in (turn_note(view.row, turn), state_line(state) if turn["updates"] else ""):
+            text.append(f"\n{plain(note)}" if note else "", style="dim")
+        table.add_row(
+            str(number),
+            "-" if time is None else clock(time, tenths=True),
+            "-" if start is None else f"{start}..{end}",
+            Text(plain(turn["role"]), style=hues.get(turn["role"], "")),
+            text,
+        )
+    return table
+
+
+def _updates(turn: Mapping[str, Any]) -> str:
+    if not turn["updates"]:
+        return plain(turn["text"])
+    return plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]))
+
+
+def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
+    """Why a turn that could label frames of the clip labels none, or only some; '' where it does its work."""
+    start, end = turn["start_frame"], turn["end_frame"]
+    if turn["role"] not in ("assistant", "DST_UPDATE"):
+        return ""
+    if start is None:
+        return "(no frames: labels nothing)"
+    if start >= end:
+        return "(empty range: labels nothing)"
+    if end <= row["start_frame"] or start >= row["end_frame"]:
+        return "(outside the clip: labels nothing)"
+    if row["positive"] == "onset" and start < row["start_frame"]:
+        return "(its onset is outside the clip: labels nothing)"
+    return "(cut to the clip)" if start < row["start_frame"] or end > row["end_frame"] else ""
+
+
+def state_line(state: Mapping[str, str]) -> str:
+    """'state: completed S1 S2 | in progress S3 | not started S4', steps in order."""
+    steps: dict[str, list[str]] = {}
+    for step, name in state.items():
+        steps.setdefault(name, []).append(step)
+    order = Counter({"completed": 3, "in_progress": 2, "not_started": -1})
+    names = sorted(steps, key=lambda name: -order[name])
+    return "state: " + " | ".join(f"{name.replace('_', ' ')} {' '.join(steps[name])}" for name in names)
