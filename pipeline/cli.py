@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import InputError, UsageError
+from trainer.config import TrainConfig  # plain data, no torch
 
 app = typer.Typer(
     name="prospect-dst",
@@ -71,6 +72,8 @@ def preprocess(
         typer.echo(f"{out}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
         _show_summary(out, manifest)
+    if manifest["quarantined"]:
+        typer.echo(f"{manifest['quarantined']} refused: each has a line in {out}/quarantine.jsonl", err=True)
     return int(manifest["status"])
 
 
@@ -92,6 +95,115 @@ def inspect(
     if html is not None:
         inspect_html.write_page(folder, html)
         typer.echo(f"wrote {html} ({html.stat().st_size / 1000:,.0f} kB)")
+    return 0
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="new folder for {split}_training.json and frames/*.arrow")],
+    train: Annotated[int, typer.Option(help="recordings in the train split")] = 190,
+    val: Annotated[int, typer.Option(help="recordings in the val split")] = 15,
+    test: Annotated[int, typer.Option(help="recordings in the test split")] = 15,
+    views: Annotated[int, typer.Option(help="camera views per recording")] = 2,
+    difficulty: Annotated[float, typer.Option(help="of seeing: 0 easy .. 1 hard")] = 0.25,
+    state_tells: Annotated[
+        float, typer.Option(help="how much of when to speak only the task's state tells: 0 nothing .. 1 all")
+    ] = 0.0,
+    px: Annotated[int, typer.Option(help="side of the square frames, pixels")] = 64,
+    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
+) -> int:
+    """Make task videos with conversations, in the files a user has."""
+    from pipeline.synth import SynthConfig
+    from pipeline.synth import synth as run
+
+    recordings = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
+    config = SynthConfig(
+        recordings=recordings, views=views, difficulty=difficulty, state_tells=state_tells, px=px, seed=seed
+    )
+    report = run(out, config)
+    for split, counts in report.splits.items():
+        typer.echo(f"{split:5} {counts.recordings} recordings, {counts.videos} videos, {counts.clips} clips")
+    typer.echo(f"next: prospect-dst preprocess {out} --out DATA --frames-root {out}")
+    return 0
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
+    run: Annotated[Path, typer.Option(help="new folder for checkpoints and metrics")],
+    model: Annotated[str, typer.Option(help="tiny (random, 1.1M), a folder, or a name on the hub")] = TrainConfig.model,
+    frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
+    clips_per_step: Annotated[int, typer.Option(help="clips in one optimizer step")] = TrainConfig.clips_per_step,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = TrainConfig.lr,
+    warmup_steps: Annotated[
+        int, typer.Option(help="linear warm-up; cosine to 0 afterwards")
+    ] = TrainConfig.warmup_steps,
+    balance: Annotated[
+        str, typer.Option(help="none, or mean: positives and negatives weigh equally")
+    ] = TrainConfig.balance,
+    reweigh: Annotated[
+        bool, typer.Option(help="drawn negatives weigh 1 / rate: undoes the sampling's bias")
+    ] = TrainConfig.reweigh,
+    tokens_per_frame: Annotated[
+        int, typer.Option(help="image tokens of a frame, a square number")
+    ] = TrainConfig.tokens_per_frame,
+    max_tokens: Annotated[
+        int, typer.Option(help="longest window; longer clips are cut, with context")
+    ] = TrainConfig.max_tokens,
+    w_speak: Annotated[float, typer.Option(help="weight of the speaking head's loss")] = TrainConfig.w_speak,
+    w_dst: Annotated[float, typer.Option(help="weight of the DST head's loss")] = TrainConfig.w_dst,
+    w_lm: Annotated[float, typer.Option(help="weight of the language model's loss")] = TrainConfig.w_lm,
+    freeze_vision: Annotated[
+        bool, typer.Option(help="train neither vision tower nor connector")
+    ] = TrainConfig.freeze_vision,
+    eval_split: Annotated[str, typer.Option(help="split to evaluate on")] = TrainConfig.eval_split,
+    eval_every: Annotated[int, typer.Option(help="steps between evaluations; 0: at the end")] = TrainConfig.eval_every,
+    seed: Annotated[int, typer.Option(help="of weights and order")] = TrainConfig.seed,
+) -> int:
+    """Train SmolVLM with a speaking and a DST-update head."""
+    from pipeline.demo import render_report
+    from pipeline.terminal import console
+    from trainer.train import train as fit
+
+    chosen = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
+    report = fit(data, run, TrainConfig(**chosen), frames_root)
+    if report.evaluation is None:
+        typer.echo(report.note)
+    else:
+        console().print(render_report(report.evaluation))
+    typer.echo(f"{report.steps} steps in {report.seconds:.0f} s; next: prospect-dst evaluate {run} {data} --split test")
+    return 0
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a folder written by train")],
+    data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
+    split: Annotated[str, typer.Option(help="split to score")] = "test",
+    frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
+    scores: Annotated[Path | None, typer.Option(help="write every frame's scores to this Parquet file")] = None,
+) -> int:
+    """Score every frame of a split: average precision of both heads, against chance."""
+    from pipeline.demo import render_report
+    from pipeline.terminal import console
+    from trainer.evaluate import evaluate as score
+
+    console().print(render_report(score(run, data, split, frames_root, scores)))
+    return 0
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="new folder for everything the demo makes")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 250,
+    seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
+) -> int:
+    """Do the main job on made-up data in under five minutes, and show what was learned."""
+    from pipeline.demo import demo as run
+    from pipeline.terminal import console
+
+    run(out, steps, seed, console())
     return 0
 
 

@@ -269,9 +269,13 @@ def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[st
 
 
 def _input_lines(manifest: Mapping[str, Any]) -> Iterator[Text]:
+    """Per input file: what was found, and what was assumed."""
     for source in manifest.get("inputs") or []:
         facts = [f"{source['clips']:,} clip{'' if source['clips'] == 1 else 's'}"] if "clips" in source else []
         facts += [f"{source['frame_convention']} convention"] if source.get("frame_convention") else []
+        if source.get("turns_not_fitting"):
+            facts.append(f"{source['turns_not_fitting']:,} of {source['votes']['turns']:,} turns do not fit it")
+        facts += [f"fps absent in {source['fps_assumed']:,} clips, 2 assumed"] if source.get("fps_assumed") else []
         facts += [f"{source['quarantined']:,} quarantined"] if source.get("quarantined") else []
         yield Text(f"{plain(Path(str(source.get('path', '?'))).name)}: {plain(', '.join(facts))}", style="dim")
 

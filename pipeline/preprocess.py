@@ -15,11 +15,13 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -33,7 +35,7 @@ from pipeline import hazards, labels
 from pipeline.errors import InputError, UsageError
 from pipeline.frames import count_frames
 from pipeline.options import Options
-from pipeline.read import MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
+from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames
 from pipeline.shards import commit, intact, locked, read_manifest, sha256
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
@@ -247,9 +249,12 @@ class _Run:
         context = get_context("spawn")  # workers hold no copy of the lock
         count = min(self.workers, len(calls))
         with ProcessPoolExecutor(count, context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
-            for result in pool.map(function, *zip(*calls, strict=True)):
-                results.append(result)
-                self.progress(what, len(results), len(calls))
+            try:
+                for result in pool.map(function, *zip(*calls, strict=True)):
+                    results.append(result)
+                    self.progress(what, len(results), len(calls))
+            except BrokenProcessPool:
+                raise InputError("a worker was killed (out of memory?); run again with fewer --workers") from None
         return results
 
     def _tasks(self) -> tuple[list[Source], list[Task]]:
@@ -399,12 +404,12 @@ def _pad(parts: list[_Part], options: Options) -> None:
         first, i = members[0]
         there = _frames_there(options.frames_root, first.survey.video_uids[i], first.survey.frames_files[i])
         for (part, i), (start, end) in zip(members, spans.tolist(), strict=True):
-            pad = int(options.pad_s * part.survey.fps[i] + labels.FLOOR_TOLERANCE)
+            pad = int(min(options.pad_s * part.survey.fps[i] + labels.FLOOR_TOLERANCE, MAX_FRAMES))
             before, after = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
             least = int(ends[before - 1]) if before else 0
             most = int(starts[after]) if after < len(starts) else end + pad
             most = most if there is None else max(end, min(most, there))
-            part.bounds[i] = (max(least, start - pad), min(most, end + pad))
+            part.bounds[i] = (max(least, start - pad), min(most, end + pad, MAX_FRAME))
 
 
 def _frames_there(root: str | None, video_uid: str, frames_file: str | None) -> int | None:
@@ -425,7 +430,8 @@ def _delete(folder: Path) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """A worker ends with the run that started it, also when that was killed."""
+    """A worker ends with the run that started it, also when that was killed; Ctrl-C is the run's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -14,14 +14,18 @@ Before a moving background with coloured clutter and a passing hand, three thing
 The picture never shows how far the task has come, and clips are cut from mid-task (`initial_dst_state` says
 where), in the quiet around their events, so that no event is known by its place in the clip.
 
-Whether a completed step is spoken about is a fair coin per step. Who tells is another: with probability
-`state_tells` it is the plan, else the lamp. So at
+Whether a completed step is spoken about is told by the plan with probability `state_tells`, drawn for each step,
+else by the lamp. So at
 
-    0   the lamp lights up beside the jig where the assistant speaks, and steps are called "Fit the axle":
-        the state says nothing about when to speak that the picture does not say
+    0   the lamp lights up beside the jig where the assistant speaks (a fair coin), and steps are called "Fit the
+        axle": the state says nothing about when to speak that the picture does not say
     1   no jig comes with a lamp, and steps are called "Fit the axle aloud" or "Fit the axle quietly": to know
         when to speak is to know which step was completed. Lamps alone and questions, which need no state,
         thin out from 35% to 10% of all events
+
+There are three toys, and each has one plan of loud and quiet steps, so that "S3 of the crane" says enough: with a
+plan drawn for each recording the word must be looked up in the prompt, which a tiny model (0.9M parameters) had
+not learned in 400 steps from updates that name ids alone (speaking AP 0.83; 1.00 with names in the updates).
 
 The heads differ by construction: at 0 half of what is said goes with no update, and half of the completed
 steps pass in silence. The price of being fast and sure: a handful of sentences, and no scene worth the name.
@@ -61,7 +65,8 @@ _PARTS = (
     *("axle", "wheel", "gear", "lever", "spring", "bolt", "plate", "handle"),
     *("hook", "ring", "cap", "tube", "crank", "panel", "hinge", "pin"),
 )
-_THINGS = ("crane", "truck", "robot", "windmill", "cart", "drill")
+# which of a toy's steps are spoken about (a) and which pass quietly (q), where the plan tells
+_PLANS: Final = {"Crane": "aaqaqqqaaqaqaqqa", "Truck": "qaqqaaaqqaqaqaaq", "Robot": "aqqaaqaqaaqqqaqa"}
 _SYSTEM = "You are a helpful assistant."
 _QUESTIONS = ("Is this right?", "Can I go on?", "Does it fit?")
 _ANSWERS = ("Yes, go on.", "Yes, it is fine.")
@@ -173,8 +178,10 @@ def _between(rng: np.random.Generator, low: int, high: int) -> int:
 def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> Recording:
     """A recording's plan, events and clips: a pure function of the generator's state and the config."""
     num_steps = _between(rng, *config.steps)
+    toy = _pick(rng, tuple(_PLANS))
+    planned = np.array([letter == "a" for letter in _PLANS[toy][:num_steps]])
     told = rng.random(num_steps) < config.state_tells
-    spoken = rng.random(num_steps) < 0.5
+    spoken = np.where(told, planned, rng.random(num_steps) < 0.5)
     kinds = _kinds(rng, told, spoken, 0.35 - 0.25 * config.state_tells)
     cuts = _cuts(rng, kinds, config)
     events, clips, num_frames = _on_a_clock(rng, kinds, cuts)
@@ -182,7 +189,7 @@ def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> 
     words = [(" aloud" if s else " quietly") if t else "" for t, s in zip(told, spoken, strict=True)]
     return Recording(
         name=name,
-        goal=f"Building a Toy {_pick(rng, _THINGS).title()}",
+        goal=f"Building a Toy {toy}",
         step_names=[f"Fit the {part}{word}" for part, word in zip(parts, words, strict=True)],
         events=events,
         clips=clips,

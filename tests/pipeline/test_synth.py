@@ -190,16 +190,13 @@ def test_without_the_state_every_word_follows_a_lamp_or_a_question_one_frame_lat
 
 
 def test_clips_start_and_end_in_silence_in_mid_task_and_do_not_overlap(clips):
-    leads = set()
     ends: dict[str, int] = {}
     for clip in every(clips):
         first, last = clip["conversation"][1], clip["conversation"][-1]
-        leads.add(first["start_frame"] - clip["start_frame_idx"])
         assert first["start_frame"] >= clip["start_frame_idx"] + 2
         assert last["end_frame"] <= clip["end_frame_idx"] - 2
         assert clip["start_frame_idx"] >= max(1, ends.get(clip["video_uid"], 0))
         ends[clip["video_uid"]] = clip["end_frame_idx"]
-    assert len(leads) > 3  # where a clip's first event lies is not the same everywhere
     assert len({tuple(clip["initial_dst_state"].values()) for clip in every(clips)}) > 3
 
 
@@ -284,6 +281,18 @@ def test_at_1_the_step_name_tells_and_no_lamp_does():
             assert plan.step_names[event.step].endswith(" aloud" if event.speaks else " quietly")
 
 
+def test_at_1_each_toy_has_one_plan_with_as_many_loud_steps_as_quiet_ones():
+    plans_of: dict[str, set[str]] = {}
+    for plan in plans(1):
+        letters = "".join("a" if name.endswith("aloud") else "q" for name in plan.step_names)
+        plans_of.setdefault(plan.goal, set()).add(letters)
+    assert len(plans_of) == 3
+    for found in plans_of.values():
+        longest = max(found, key=len)
+        assert longest.count("a") == longest.count("q") == 6
+        assert all(longest.startswith(letters) for letters in found)
+
+
 def test_between_either_the_name_or_the_lamp_tells_never_both():
     told = []
     for plan in plans(0.3):
@@ -302,6 +311,17 @@ def test_speaking_and_updates_never_coincide_everywhere(state_tells, low, high):
     assert low < np.mean([event.kind == "placement" for event in spoken]) < high
     assert {event.kind for event in spoken} == {"placement", "lamp", "question"}
     assert 0.4 < np.mean([event.speaks for event in events if event.kind == "placement"]) < 0.6
+
+
+def test_where_a_clip_s_first_event_lies_and_how_far_its_task_is_differ_from_clip_to_clip():
+    first = [
+        next(event for event in plan.events if event.frame >= start) for plan in plans(1) for start, _ in plan.clips
+    ]
+    starts = [start for plan in plans(1) for start, _ in plan.clips]
+    leads = [event.frame - start for event, start in zip(first, starts, strict=True)]
+    assert {lead: leads.count(lead) > 50 for lead in leads} == dict.fromkeys((2, 3, 4, 5, 6), True)
+    steps = [event.step for event in first if event.kind == "placement"]
+    assert all(steps.count(step) > 10 for step in range(8))
 
 
 def test_every_clip_has_its_number_of_events_and_every_event_lies_whole_inside_or_outside():

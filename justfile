@@ -1,0 +1,28 @@
+# `uv run` builds the environment; nothing else to install.
+
+# the main job on made-up data, under five minutes
+demo *ARGS:
+    uv run prospect-dst demo {{ARGS}}
+
+# all tests
+test *ARGS:
+    uv run pytest {{ARGS}}
+
+# lint, format, types
+check:
+    uv run ruff check .
+    uv run ruff format --check .
+    uv run mypy
+
+# repair what can be repaired
+fix:
+    uv run ruff check --fix .
+    uv run ruff format .
+
+# what CI runs
+ci:
+    bash .ci/run
+
+# preprocess against the plan's path, HF datasets and orjson (1.1 GB, some ten minutes, 16 GB of memory)
+bench-preprocess *ARGS:
+    uv run --group bench python benchmarks/preprocess/run.py {{ARGS}}

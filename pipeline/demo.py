@@ -1,0 +1,121 @@
+"""The main job on made-up data, from nothing to a trained model's held-out score: synth -> preprocess -> inspect ->
+train -> evaluate. Under five minutes on two cores; every step is the command of that name, called as a function.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pipeline.errors import UsageError
+from pipeline.inspect import render_summary, summarise
+from pipeline.options import Options
+from pipeline.picture import Scored, blocks, svg, telling_clip
+from pipeline.preprocess import preprocess
+from pipeline.synth import SynthConfig, synth
+from pipeline.timeline import timeline
+
+if TYPE_CHECKING:
+    from trainer.evaluate import EvalReport
+
+
+def demo(out: Path, steps: int, seed: int, console: Console) -> EvalReport:
+    """Do it all below the new folder `out`; returns the held-out report. Raises UsageError if `out` is in use."""
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
+    raw, data, run = out / "raw", out / "data", out / "run"
+    step = _Steps(console)
+
+    step("synth", f"made-up task videos with conversations -> {raw}")
+    made = synth(raw, SynthConfig(seed=seed))
+    for split, counts in made.splits.items():
+        console.print(
+            f"    {split:5} {counts.recordings:4} recordings, {counts.videos:4} videos, {counts.clips:5} clips"
+        )
+
+    step("preprocess", f"conversations -> per-frame labels -> {data}")
+    manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
+    console.print(render_summary(summarise(data), manifest))
+
+    step("inspect", f"one clip of them (prospect-dst inspect {data} --clip test:0)")
+    console.print(timeline(data, "test:0"))
+
+    step("train", f"a 1.1M-parameter SmolVLM, from scratch, {steps} steps on the CPU -> {run}")
+    _train(data, run, steps, seed, console)
+
+    step("evaluate", "on the test split: recordings that were never trained on")
+    report, scored = _evaluate(run, data)
+    console.print(render_report(report))
+    for line in blocks(scored):
+        console.print(line)
+    picture = out / "learned.svg"
+    picture.write_text(_picture(scored, raw, report), encoding="utf-8")
+    console.print(f"\n[bold]{picture}[/] shows that clip; {step.seconds():.0f} s in all. Yours next:")
+    console.print("    prospect-dst preprocess YOUR_training.json --out DATA --frames-root FRAMES")
+    return report
+
+
+class _Steps:
+    """Numbers the steps and keeps the time."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.count, self.began = console, 0, time.monotonic()
+
+    def __call__(self, name: str, what: str) -> None:
+        self.count += 1
+        self.console.print(f"\n[bold]{self.count}  {name}[/]  {what}  [dim]({self.seconds():.0f} s)[/]")
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> None:
+    from trainer.config import TrainConfig
+    from trainer.train import train
+
+    config = TrainConfig(model="tiny", steps=steps, warmup_steps=min(50, steps), seed=seed)
+    report = train(data, run, config, progress=True)
+    console.print(f"    {report.steps} steps in {report.seconds:.0f} s, loss of the last one {report.loss:.3f}")
+
+
+def _evaluate(run: Path, data: Path) -> tuple[EvalReport, Scored]:
+    from trainer.evaluate import evaluate
+
+    scores = run / "scores-test.parquet"
+    report = evaluate(run, data, "test", out=scores)
+    return report, telling_clip(data, scores, "test")
+
+
+def captions(report: EvalReport) -> dict[str, str]:
+    """Per head 'average precision 0.99, chance 0.12'."""
+    return {
+        name: f"average precision {_number(head.ap)} on {report.clips} held-out clips, by chance {head.chance:.3f}"
+        for name, head in (("speaking", report.speak), ("DST", report.dst))
+    }
+
+
+def _picture(scored: Scored, raw: Path, report: EvalReport) -> str:
+    return svg(scored, raw, captions(report), "When should the assistant speak, when does the task's state change?")
+
+
+def render_report(report: EvalReport) -> Any:
+    """A table: average precision per head against chance, and where the positives lie."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("head", "average precision", "by chance", "positive frames", "of frames"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for name, head in (("speaking", report.speak), ("DST", report.dst)):
+        table.add_row(name, _number(head.ap), f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
+    cells = f"positive frames: speaking only {report.speak_only:,}, DST only {report.dst_only:,}, both {report.both:,}"
+    table.caption = f"{cells}; teacher-forced: the reference's texts are in the context"
+    table.caption_justify = "left"
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
