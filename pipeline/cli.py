@@ -131,34 +131,24 @@ def synth(
 def train(
     data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
     run: Annotated[Path, typer.Option(help="new folder for checkpoints and metrics")],
-    model: Annotated[str, typer.Option(help="tiny (random, 1.1M), a folder, or a name on the hub")] = TrainConfig.model,
+    model: Annotated[str, typer.Option(help="tiny, a folder, or a name on the hub")] = TrainConfig.model,
     frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
     clips_per_step: Annotated[int, typer.Option(help="clips in one optimizer step")] = TrainConfig.clips_per_step,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = TrainConfig.lr,
-    warmup_steps: Annotated[
-        int, typer.Option(help="linear warm-up; cosine to 0 afterwards")
-    ] = TrainConfig.warmup_steps,
-    balance: Annotated[
-        str, typer.Option(help="none, or mean: positives and negatives weigh equally")
-    ] = TrainConfig.balance,
-    reweigh: Annotated[
-        bool, typer.Option(help="drawn negatives weigh 1 / rate: undoes the sampling's bias")
-    ] = TrainConfig.reweigh,
+    warmup_steps: Annotated[int, typer.Option(help="linear warm-up, then cosine to 0")] = TrainConfig.warmup_steps,
+    balance: Annotated[str, typer.Option(help="none, or mean: both classes weigh equally")] = TrainConfig.balance,
+    reweigh: Annotated[bool, typer.Option(help="drawn negatives weigh 1 / rate")] = TrainConfig.reweigh,
     tokens_per_frame: Annotated[
-        int, typer.Option(help="image tokens of a frame, a square number")
+        int, typer.Option(help="tokens of a frame, a square number")
     ] = TrainConfig.tokens_per_frame,
-    max_tokens: Annotated[
-        int, typer.Option(help="longest window; longer clips are cut, with context")
-    ] = TrainConfig.max_tokens,
+    max_tokens: Annotated[int, typer.Option(help="longest window; longer clips are cut")] = TrainConfig.max_tokens,
     w_speak: Annotated[float, typer.Option(help="weight of the speaking head's loss")] = TrainConfig.w_speak,
     w_dst: Annotated[float, typer.Option(help="weight of the DST head's loss")] = TrainConfig.w_dst,
-    w_lm: Annotated[float, typer.Option(help="weight of the language model's loss")] = TrainConfig.w_lm,
-    freeze_vision: Annotated[
-        bool, typer.Option(help="train neither vision tower nor connector")
-    ] = TrainConfig.freeze_vision,
+    w_lm: Annotated[float, typer.Option(help="weight of the text's loss")] = TrainConfig.w_lm,
+    freeze_vision: Annotated[bool, typer.Option(help="keep the vision tower as it is")] = TrainConfig.freeze_vision,
     eval_split: Annotated[str, typer.Option(help="split to evaluate on")] = TrainConfig.eval_split,
-    eval_every: Annotated[int, typer.Option(help="steps between evaluations; 0: at the end")] = TrainConfig.eval_every,
+    eval_every: Annotated[int, typer.Option(help="steps between; 0: at the end")] = TrainConfig.eval_every,
     seed: Annotated[int, typer.Option(help="of weights and order")] = TrainConfig.seed,
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head."""
@@ -218,8 +208,10 @@ def _rates(given: list[str]) -> dict[str, float]:
     """--neg-rate values as {split: rate}; '*' stands for every split not named."""
     rates: dict[str, float] = {}
     for item in ",".join(given).split(",") if given else []:
-        split, _, number = item.rpartition("=")
+        split, equals, number = item.rpartition("=")
         try:
+            if equals and not split.strip():
+                raise ValueError
             rates[split.strip() or "*"] = float(number)
         except ValueError:
             raise UsageError(f"--neg-rate {item!r}: expected a rate like 0.3, or train=0.3,val=1") from None
@@ -269,7 +261,7 @@ def _parser_status(error: Exception) -> int | None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"prospect-dst: {message}", file=sys.stderr)
+    print(f"prospect-dst: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

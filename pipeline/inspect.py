@@ -119,7 +119,7 @@ def split_names(folder: Path) -> list[str]:
 
 def _scan(folder: Path, table: str, split: str) -> pl.LazyFrame:
     parts = sorted((folder / table / f"split={split}").glob("part-*.parquet"))
-    return pl.scan_parquet(parts, hive_partitioning=False)
+    return pl.scan_parquet(parts, hive_partitioning=False, glob=False)
 
 
 def _per_clip(folder: Path, split: str) -> pl.DataFrame:

@@ -32,7 +32,8 @@ class Events(NamedTuple):
 
 def event_frame(time_s: np.ndarray, fps: np.ndarray) -> np.ndarray:
     """Frame number (float64) [V] that shows second `time_s`: floor(time * fps) with a tolerance."""
-    return np.floor(time_s * fps + FLOOR_TOLERANCE)
+    with np.errstate(over="ignore"):
+        return np.floor(time_s * fps + FLOOR_TOLERANCE)
 
 
 def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -175,8 +175,8 @@ class _Part:
 
     def refuse(self, i: int, error: ClipError) -> None:
         """Drop clip `i` of the part."""
-        number = int(self.survey.number[i])
-        start, end = self.task.spans[number - self.task.first].tolist()
+        place = self.survey.place[i]
+        number, (start, end) = int(self.task.numbers[place]), self.task.spans[place].tolist()
         self.keep[i] = False
         self.source.refuse(refuse(self.task.file, number, error, (start, end), self.survey.clip_ids[i]))
 
@@ -266,7 +266,7 @@ class _Run:
             for start, end in cut(found.spans, PART_CLIPS, PART_BYTES):
                 spool = self.spool / f"{number}-{start}.arrow"
                 owners.append(source)
-                tasks.append(Task(str(source.path), start, found.spans[start:end], str(spool)))
+                tasks.append(Task(str(source.path), found.spans[start:end], found.numbers[start:end], str(spool)))
         return owners, tasks
 
     def _index(self, source: Source) -> Index | None:
@@ -280,8 +280,8 @@ class _Run:
             source.refuse(Refusal(str(source.path), None, None, None, "file", what, "clips", 0, source.bytes))
             return None
         source.form = found.form
-        for before, broken, span in found.broken:
-            source.refuse(refuse(str(source.path), before, broken, span))
+        for number, broken, span in found.broken:
+            source.refuse(refuse(str(source.path), number, broken, span))
         return found
 
     def _check_unchanged(self) -> None:
@@ -382,7 +382,9 @@ def _decide_bounds(part: _Part) -> None:
     seen = part.survey.seen + np.stack([np.zeros_like(inclusive), inclusive], axis=1)
     part.bounds = np.where(part.survey.given == NOT_GIVEN, seen, part.survey.given)
     sizes = part.bounds[:, 1] - part.bounds[:, 0]
-    for i in np.flatnonzero(part.keep & ((sizes <= 0) | (sizes > MAX_FRAMES))).tolist():
+    for i in np.flatnonzero(
+        part.keep & ((sizes <= 0) | (sizes > MAX_FRAMES) | (part.bounds[:, 1] > MAX_FRAME))
+    ).tolist():
         try:
             check_size(*part.bounds[i].tolist())
         except ClipError as error:

@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from pipeline.errors import InputError
 from pipeline.schema import TRANSITIONS, is_inside
 
 MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
-MAX_FRAME: Final = 2**31 - 2  # columns are int32, and `window` ends are one past
+MAX_FRAME: Final = 2**31 - 1  # columns are int32
 MAX_CLIP_BYTES: Final = 64 << 20
 DEFAULT_FPS: Final = 2.0
 _BOM: Final = b"\xef\xbb\xbf"
@@ -162,10 +163,18 @@ def decode(raw: bytes, size: int = 0) -> Checked:
         return check(_decode_slowly(raw))
 
 
+def _integer(digits: str) -> int | float:
+    """Python refuses integers of thousands of digits; as infinity they are harmless where nobody reads them."""
+    return int(digits) if len(digits) < 400 else math.inf
+
+
+_LENIENT = json.JSONDecoder(parse_int=_integer)
+
+
 def _decode_slowly(raw: bytes) -> Clip:
     """The standard library accepts NaN in a field that nobody reads; what it refuses is not JSON."""
     try:
-        tree = json.loads(raw.decode("utf-8", "surrogateescape"))
+        tree = _LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise ClipError("JSON", _syntax(error), "a JSON object") from None
     try:
@@ -178,11 +187,14 @@ def _decode_slowly(raw: bytes) -> Clip:
     return clip
 
 
+TOO_DEEP: Final = "nesting too deep to read"
+
+
 def _syntax(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos} of the clip"
     if isinstance(error, RecursionError):
-        return "nesting too deep to read"
+        return TOO_DEEP
     return brief(" ".join(str(error).split()), 90)
 
 
@@ -370,6 +382,8 @@ def check_size(start: int, end: int) -> None:
     """Refuse empty, reversed or absurd clip bounds."""
     if end <= start:
         raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}")
+    if end > MAX_FRAME:
+        raise ClipError("end_frame_idx", str(end), f"at most {MAX_FRAME}")
     if end - start > MAX_FRAMES:
         raise ClipError("end_frame_idx", f"{end - start} frames", f"at most {MAX_FRAMES}")
 
@@ -398,7 +412,13 @@ class Index:
 
     form: str  # array, object, lines
     spans: np.ndarray  # int64 [C, 2]
-    broken: list[tuple[int, ClipError, tuple[int, int]]] = field(default_factory=list)  # (clips before, ...)
+    numbers: np.ndarray  # int64 [C] of each clip in the file; a stretch that is broken counts as one
+    broken: list[tuple[int, ClipError, tuple[int, int]]] = field(default_factory=list)  # (number, why, span)
+
+    @classmethod
+    def whole(cls, form: str, spans: np.ndarray) -> Index:
+        """Of a file where nothing is broken."""
+        return cls(form, spans, np.arange(len(spans)))
 
 
 def index(path: Path) -> Index:
@@ -407,9 +427,11 @@ def index(path: Path) -> Index:
     Raises InputError where the file cannot be read, is empty, or begins like none of them.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
         with path.open("rb") as file:
-            if size == 0:
+            if status.st_size == 0:
                 raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(path, data, file)
@@ -432,10 +454,10 @@ def _index(path: Path, data: mmap.mmap, file: BinaryIO) -> Index:
             f"{path}: found {found}, expected a JSON array of clips, one clip object, or JSON Lines, as UTF-8"
         )
     if _looks_like_lines(data, start):
-        return Index("lines", _line_spans(data))
+        return Index.whole("lines", _line_spans(data))
     try:
         msgspec.json.decode(memoryview(data)[start:], type=msgspec.Raw)
-        return Index("object", np.array([[start, len(data)]], np.int64))
+        return Index.whole("object", np.array([[start, len(data)]], np.int64))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Scanner(file).index("object")
 
@@ -449,7 +471,7 @@ def _index_array(data: mmap.mmap, file: BinaryIO) -> Index:
     starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
     sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
     del clips
-    return Index("array", np.stack([starts, starts + sizes], axis=1).reshape(-1, 2))
+    return Index.whole("array", np.stack([starts, starts + sizes], axis=1).reshape(-1, 2))
 
 
 def _looks_like_lines(data: mmap.mmap, start: int) -> bool:
@@ -467,7 +489,7 @@ def _looks_like_lines(data: mmap.mmap, start: int) -> bool:
 
 def _is_clip(line: bytes) -> bool:
     try:
-        return _clip_like(json.loads(line.decode("utf-8", "surrogateescape")))
+        return _clip_like(_LENIENT.decode(line.decode("utf-8", "surrogateescape")))
     except (ValueError, RecursionError):
         return False
 
@@ -499,13 +521,14 @@ class Scanner:
 
     WINDOW = 4 << 20
     MARGIN = 16  # an error this close to the window's end may only mean: read on
-    MAX_TRIES = 20_000  # failed candidates in one broken stretch
+    PATIENCE = 1 << 28  # characters tried in vain in one broken stretch, before the rest is given up
+    DEEP = 400  # objects to skip where nesting is too deep: all of them inside one another
 
     def __init__(self, file: BinaryIO) -> None:
         file.seek(0)
         self._read: Callable[[int], bytes] = file.read
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._json = json.JSONDecoder()
+        self._json, self.tried = _LENIENT, 0
         self.text, self.at, self.byte, self.done = "", 0, 0, False  # window, cursor in it and in the file
         self._fill()
         if self.text.startswith("\ufeff"):
@@ -513,14 +536,15 @@ class Scanner:
         self._skip_space()
 
     def index(self, form: str) -> Index:
-        spans: list[tuple[int, int]] = []
-        broken = []
+        spans, numbers, broken, number = [], [], [], 0
         for span, error in self._walk(form == "array"):
-            if error:
-                broken.append((len(spans), error, span))
-            else:
+            if error is None:
                 spans.append(span)
-        return Index(form, np.array(spans, np.int64).reshape(-1, 2), broken)
+                numbers.append(number)
+            else:
+                broken.append((number, error, span))
+            number += span[1] > span[0]  # what is only said of a place is no clip
+        return Index(form, np.array(spans, np.int64).reshape(-1, 2), np.array(numbers, np.int64), broken)
 
     def _walk(self, array: bool) -> Iterator[tuple[tuple[int, int], ClipError | None]]:
         """Spans of clips (with None), and of broken stretches (with what is wrong there)."""
@@ -538,14 +562,14 @@ class Scanner:
                     yield self._note("',' before ']'", "a clip")
                 self._advance(1)
                 break
-            if before == "clip":
-                if not array:
-                    break
+            if before == "clip" and array:
                 if char == ",":
                     self._advance(1)
                     before = ","
                     continue
                 yield self._note(brief(char), "',' or ']' after a clip")
+            if before == "clip" and char != "{":
+                break
             span, problem = self._value()
             if problem is None:
                 yield span, None
@@ -572,9 +596,12 @@ class Scanner:
     def _value(self) -> tuple[tuple[int, int], str | None]:
         """Decode the value at the cursor and step over it; on failure stay, and say what is wrong."""
         begin = self.byte
-        _, end, problem = self._try()
+        tree, end, problem = self._try()
+        size = end - self.at
+        if isinstance(tree, list) and self._ends_after(size):
+            problem = "an array that the file ends with"  # a bracket too many: there can be clips inside
         if problem is None:
-            self._advance(end - self.at)
+            self._advance(size)
         return (begin, self.byte), problem
 
     def _try(self) -> tuple[object, int, str | None]:
@@ -584,26 +611,44 @@ class Scanner:
                 tree, end = self._json.raw_decode(self.text, self.at)
                 return tree, end, None
             except json.JSONDecodeError as error:
+                self.tried = error.pos - self.at + 1
                 cut = error.pos >= len(self.text) - self.MARGIN or error.msg.startswith("Unterminated string")
                 if self.done or not cut or len(self.text) - self.at > MAX_CLIP_BYTES:
                     return None, self.at, f"{error.msg} at character {error.pos - self.at} of the clip"
                 self._fill(len(self.text) - self.at)
             except (ValueError, RecursionError) as error:
+                self.tried = 1
                 return None, self.at, _syntax(error)
 
     def _resync(self, step: int = 1) -> bool:
         """Move on to the next object that looks like a clip; False: there is none, the cursor is at the end."""
-        failed = 0
-        while failed < self.MAX_TRIES and self._find_object(step):
+        patience = self.PATIENCE
+        while patience > 0 and self._find_object(step):
             tree, end, problem = self._try()
             if problem is None and _clip_like(tree):
                 return True
-            failed += problem is not None
             step = 1 if problem else end - self.at
+            patience -= self.tried if problem else 0
+            if problem == TOO_DEEP:
+                self._skip_nested()
         while self._peek():
             self._advance(len(self.text) - self.at)
             self._fill()
         return False
+
+    def _ends_after(self, size: int) -> bool:
+        """Whether nothing but space follows the next `size` characters."""
+        while not self.done and not self.text[self.at + size :].strip():
+            self._fill()
+        return not self.text[self.at + size :].strip()
+
+    def _skip_nested(self) -> None:
+        """Step over up to DEEP objects that begin inside one another: each would fail in the same place."""
+        for _ in range(self.DEEP):
+            opens, closes = self.text.find("{", self.at + 1), self.text.find("}", self.at + 1)
+            if opens < 0 or 0 <= closes < opens:
+                return
+            self._advance(opens - self.at)
 
     def _find_object(self, step: int) -> bool:
         """Move the cursor `step` on and to the next '{'; False at the end of the file."""

@@ -63,11 +63,11 @@ _SYSTEM, _ASSISTANT, _DST = (ROLES.index(role) for role in ("system", "assistant
 
 @dataclass(frozen=True)
 class Task:
-    """A part of one file: `spans` int64 [C, 2] of its clips, the first being number `first` of the file."""
+    """A part of one file: where its clips lie, and their numbers in the file."""
 
     file: str
-    first: int
-    spans: np.ndarray
+    spans: np.ndarray  # int64 [C, 2] bytes
+    numbers: np.ndarray  # int64 [C]
     spool: str
 
 
@@ -79,7 +79,7 @@ class Survey:
     video_uids: list[str]
     recording_ids: list[str]
     frames_files: list[str | None]
-    number: np.ndarray  # [C] of the clip in its file
+    place: np.ndarray  # [C] of the clip in its task
     fps: np.ndarray  # [C]
     given: np.ndarray  # int64 [C, 2] bounds as given
     seen: np.ndarray  # int64 [C, 2] first start and last end of the non-system turns with frames
@@ -96,12 +96,12 @@ def survey(task: Task, recording: str) -> Survey:
     groups = []
     with open(task.file, "rb") as file, pa.ipc.new_file(task.spool, SPOOL) as spool:
         for first, last in _groups(task.spans):
-            numbers, clips = _read(task, file.fileno(), range(first, last), refused)
+            places, clips = _read(task, file.fileno(), range(first, last), refused)
             ids = [clip_name(clip) for clip in clips]
             recordings = [recording_id(clip.clip.video_uid, pattern) for clip in clips]
             batch, numeric = _spooled(clips, ids, recordings)
             spool.write_batch(batch)
-            groups.append((numbers, ids, recordings, [_About.of(clip) for clip in clips], numeric))
+            groups.append((places, ids, recordings, [_About.of(clip) for clip in clips], numeric))
     about = [one for group in groups for one in group[3]]
     fps, given, seen, votes = (np.concatenate(column) for column in zip(*[g[4] for g in groups], strict=True))
     return Survey(
@@ -109,7 +109,7 @@ def survey(task: Task, recording: str) -> Survey:
         recording_ids=[name for group in groups for name in group[2]],
         video_uids=[one.video_uid for one in about],
         frames_files=[one.frames_file for one in about],
-        number=np.array([number for group in groups for number in group[0]], np.int64),
+        place=np.array([place for group in groups for place in group[0]], np.int64),
         fps=fps,
         given=given,
         seen=seen,
@@ -133,17 +133,17 @@ class _About(NamedTuple):
 
 
 def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Checked]]:
-    """Numbers (in the file) and checked clips of some of the part's spans; the others go to `refused`."""
-    numbers, clips = [], []
+    """Places (in the task) and checked clips of some of its spans; the others go to `refused`."""
+    places, clips = [], []
     for i in which:
         start, end = task.spans[i].tolist()
         raw = os.pread(handle, end - start, start) if end - start <= MAX_CLIP_BYTES else b""
         try:
             clips.append(decode(raw, end - start))
-            numbers.append(task.first + i)
+            places.append(i)
         except ClipError as error:
-            refused.append(refuse(task.file, task.first + i, error, (start, end), _id_of(raw)))
-    return numbers, clips
+            refused.append(refuse(task.file, int(task.numbers[i]), error, (start, end), _id_of(raw)))
+    return places, clips
 
 
 def _id_of(raw: bytes) -> str | None:

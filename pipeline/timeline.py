@@ -38,8 +38,8 @@ class ClipView:
 
 def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterator[ClipView]:
     """The given clips of one part (a file name), in order."""
-    rows = pl.scan_parquet(folder / "clips" / f"split={split}" / part, hive_partitioning=False)
-    frames = pl.scan_parquet(folder / "frames" / f"split={split}" / part, hive_partitioning=False)
+    rows = pl.scan_parquet(folder / "clips" / f"split={split}" / part, hive_partitioning=False, glob=False)
+    frames = pl.scan_parquet(folder / "frames" / f"split={split}" / part, hive_partitioning=False, glob=False)
     wanted = pl.col("clip").is_in(clips)
     labels = frames.filter(wanted).select("clip", *HEADS.values()).collect()
     by_clip = {int(key[0]): f for key, f in labels.partition_by("clip", as_dict=True).items()}
@@ -53,7 +53,7 @@ def clip_index(folder: Path) -> pl.DataFrame:
     found = []
     for split in split_names(folder):
         for path in sorted((folder / "clips" / f"split={split}").glob("part-*.parquet")):
-            ids = pl.scan_parquet(path, hive_partitioning=False).select("clip", "clip_id")
+            ids = pl.scan_parquet(path, hive_partitioning=False, glob=False).select("clip", "clip_id")
             found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
     return pl.concat(found).collect()
 

@@ -225,7 +225,7 @@ class _Group:
             _ROLES.take(self.turns.field("role")),
             self.turns.field("text"),
             pa.array(self.start.astype(np.int32), mask=absent),
-            pa.array(self.end.astype(np.int32), mask=absent),
+            pa.array(np.minimum(self.end, 2**31 - 1).astype(np.int32), mask=absent),
             self.turns.field("time"),
             _retyped(self.turns.field("updates"), type_.value_type.field("updates").type),
         ]

@@ -1,0 +1,462 @@
+"""Seeded generators of hostile input files, one per convention, and mutations that make a clip malformed.
+
+Each takes a `random.Random`, so the same code serves seeded bulk tests and hypothesis
+(`st.randoms(use_true_random=False)`, which shrinks). Files mostly obey their convention (about 4% of the
+votes do not), and are nasty everywhere else: absolute offsets up to 2**31, co-timed turns, empty, outside,
+unframed and untimed turns, ranges that end exactly at the clip's end, 193.0 for 193.
+
+    rng   random.Random      clip   dict, as in DESIGN.md      f   absolute frame
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+
+FPS = (None, 1, 2, 2.0, 5, 29.97)
+OFFSETS = (0, 1, 7, 193, 5000, 999_999, 2**31 - 3000)
+LENGTHS = (1, 2, 3, 5, 20, 60, 200)
+CONVENTIONS = ("event", "window", "lead-in")
+KINDS = (*CONVENTIONS, "proassist", "mixed")
+TEXTS = ("Now attach it.", "", "çé ✓ 部品", 'a "quoted" \\ back', "line\nbreak\ttab", "} ] , {", "\u2028x")
+TRANSITIONS = ("start", "complete", "pause", "resume", "cancel", "reset", "fail")
+
+
+# ---- turns -------------------------------------------------------------------------------------------
+
+
+def _chance(rng: random.Random, p: float) -> bool:
+    return rng.random() < p
+
+
+def _number(rng: random.Random, value: int):
+    """A frame number, now and then as a whole float."""
+    return float(value) if _chance(rng, 0.1) else value
+
+
+def _content(rng: random.Random, role: str):
+    if role != "DST_UPDATE":
+        return rng.choice(TEXTS)
+    pairs = [(f"S{rng.randint(1, 9)}", rng.choice(TRANSITIONS)) for _ in range(rng.randint(1, 3))]
+    if _chance(rng, 0.3):
+        return ", ".join(f"{step}->{transition}" for step, transition in pairs)
+    return [{"id": step, "transition": transition} for step, transition in pairs]
+
+
+def _moment(rng: random.Random, low: int, high: int, fps: float) -> tuple[float, int]:
+    """(time in s, its frame): on a frame's edge, inside it, just beside, or rounded as the sources do."""
+    frame = rng.randint(low, max(low, high - 1))
+    time = (frame + rng.choice((0.0, 0.0, 0.5, 0.25, 0.999, 1e-9, 1 - 1e-7))) / fps
+    if _chance(rng, 0.3):
+        time = round(time, 1)
+    if _chance(rng, 0.1):
+        time = math.floor(time)
+    return time, math.floor(time * fps + 1e-6)
+
+
+def _turn(rng: random.Random, role: str, time: float | None, start: int, end: int) -> dict:
+    turn = {"role": role, "content": _content(rng, role)}
+    if time is not None:
+        turn["time"] = time
+    elif _chance(rng, 0.3):
+        turn["time"] = None
+    if start <= end and start >= 0:
+        turn |= {"start_frame": _number(rng, start), "end_frame": _number(rng, end)}
+    if _chance(rng, 0.3):
+        turn |= {"labels": "x|y", "dst_state": {"S1": "not_started"}, "progress": None}
+    return turn
+
+
+def _roles(rng: random.Random) -> list[str]:
+    """The roles of the turns that share one moment; often DST, DST, assistant, as in the real clip."""
+    common = (["DST_UPDATE", "DST_UPDATE", "assistant"], ["assistant"], ["user", "assistant"], ["DST_UPDATE"])
+    if _chance(rng, 0.7):
+        return rng.choice(common)
+    return rng.choices(("user", "assistant", "DST_UPDATE"), k=2)
+
+
+def _range(rng: random.Random, convention: str, frame: int, clip_end: int) -> tuple[int, int]:
+    """An `event` or `window` range about a frame, that often ends exactly at the clip's end."""
+    if convention == "window":
+        return max(0, frame - rng.randint(0, 3)), frame
+    end = frame + 1 + rng.choice((0, 0, 1, 2, 7))
+    if frame < clip_end and _chance(rng, 0.2):
+        end = clip_end + rng.choice((0, 0, 1, -1))
+    return max(0, frame - rng.choice((0, 0, 1, 2, 7))), max(end, frame + 1)
+
+
+def _noise(rng: random.Random, turn: dict, start: int, end: int) -> dict:
+    """Make a turn's frames odd without making the clip malformed; mostly untimed, so that it has no vote."""
+    if _chance(rng, 0.85):
+        turn.pop("time", None)
+    turn.pop("start_frame", None)
+    turn.pop("end_frame", None)
+    odd = rng.randint(0, 8)
+    at = rng.randint(start, end)
+    spans = [
+        (), (at, at), (end, end), (max(0, start - 5), start), (end, end + 4), (0, 2**31 - 2),
+        (max(0, start - 3), end + 3), (start, end), (end - 1, end),
+    ]  # fmt: skip
+    if odd == 0 and _chance(rng, 0.5):
+        turn[rng.choice(("start_frame", "end_frame"))] = at
+    for name, value in zip(("start_frame", "end_frame"), spans[odd], strict=False):
+        turn[name] = min(value, 2**31 - 2)
+    if odd == 0 and _chance(rng, 0.3):
+        turn.setdefault("start_frame", None)
+        turn.setdefault("end_frame", None)
+    return turn
+
+
+def _turns(rng: random.Random, convention: str, start: int, end: int, fps: float) -> list[dict]:
+    reach = rng.choice((0, 0, 0, 6))  # some clips have turns before and after their bounds
+    low, high = max(0, start - reach), end + reach
+    if convention == "lead-in":
+        low = start
+    moments = sorted(_moment(rng, low, high, fps) for _ in range(rng.choice((0, 1, 2, 3, 5, 8))))
+    turns, previous = [], start
+    for time, frame in moments:
+        step = rng.randint(0, 1)
+        for role in _roles(rng):
+            if convention == "lead-in":
+                span = (previous, max(previous, frame + step))
+            else:
+                span = _range(rng, convention, frame, end)
+            turn = _turn(rng, role, None if _chance(rng, 0.1) else time, *span)
+            if _chance(rng, 0.08):
+                turn = _noise(rng, turn, start, end)
+            elif "time" in turn and turn["time"] is not None and "end_frame" in turn:
+                previous = span[1]
+            turns.append(turn)
+    return turns
+
+
+# ---- clips -------------------------------------------------------------------------------------------
+
+
+def _identify(rng: random.Random, clip: dict, serial: int) -> dict:
+    kind = rng.randint(0, 2)
+    name = rng.choice(("nusar-2021_{}__HMC_1_mono", "a..b {}", "dir/sub {}", "vid_{}"))
+    clip["video_uid"] = name.format(serial // 3)
+    if kind == 0:
+        clip["id"] = f"clip/{serial}"
+    elif kind == 1:
+        clip["id"] = serial
+    if kind == 2 or _chance(rng, 0.5):
+        clip["clip_idx"] = serial % 3
+    return clip
+
+
+def prospect_clip(rng: random.Random, convention: str, serial: int) -> dict:
+    """A valid clip of the prospect schema whose turns mostly obey the convention."""
+    fps, start = rng.choice(FPS), rng.choice(OFFSETS) + rng.randint(0, 3)
+    end = start + rng.choice(LENGTHS)
+    turns = _turns(rng, convention, start, end, 2 if fps is None else fps)
+    clip = _identify(rng, {"conversation": turns}, serial)
+    if _chance(rng, 0.7):
+        system = {"role": "system", "content": "You help.", "start_frame": 0, "end_frame": 1}
+        if _chance(rng, 0.2):
+            system["time"] = 0.0
+        turns.insert(rng.choice((0, 0, 0, len(turns))), system)
+    if fps is not None:
+        clip["fps"] = fps
+    if _chance(rng, 0.6):
+        clip["dst"] = [{"type": "step", "id": f"S{i}", "name": f"{i}", "start_ts": 1.0} for i in range(1, 4)]
+    elif _chance(rng, 0.5):
+        clip["dst"] = rng.choice(([], None))
+    if _chance(rng, 0.4):
+        clip["neg_frame_sampling_rate"] = rng.choice((0, 0.0, 0.1, 0.7, 1, 1.0, None))
+    if _chance(rng, 0.3):
+        clip |= {"quality": rng.choice((3.5, None, [1])), "video_labels": {}, "seq_len": 818, "dataset": "d"}
+    if _chance(rng, 0.3):
+        clip |= {"inferred_goal": "g", "inferred_knowledge": rng.choice(("k\nk", None))}
+        clip["frames_file"] = "f/a.arrow"
+    _place(rng, clip, start, end)
+    items = list(clip.items())
+    rng.shuffle(items)
+    return dict(items)
+
+
+def _place(rng: random.Random, clip: dict, start: int, end: int) -> None:
+    """Give the clip its bounds, or leave one or both out where they can be inferred without emptiness."""
+    spans = [
+        (t["start_frame"], t["end_frame"])
+        for t in clip["conversation"]
+        if t["role"] != "system" and t.get("start_frame") is not None and t.get("end_frame") is not None
+    ]
+    low, high = (min(s for s, _ in spans), max(e for _, e in spans)) if spans else (0, 0)
+    inferable = spans and 0 < high - low < 20_000 and high < 2**31 - 1
+    if not inferable or _chance(rng, 0.75) or low >= end:
+        clip |= {"start_frame_idx": _number(rng, start), "end_frame_idx": _number(rng, end)}
+    elif _chance(rng, 0.4) and high > start:
+        clip["start_frame_idx"] = start
+    elif _chance(rng, 0.4):
+        clip["end_frame_idx"] = end
+    elif _chance(rng, 0.5):
+        clip |= {"start_frame_idx": None, "end_frame_idx": None}
+
+
+def proassist_clip(rng: random.Random, serial: int) -> dict:
+    """A valid clip of the ProAssist schema; three conversations share a video and a clip number."""
+    start = rng.choice(OFFSETS) + rng.randint(0, 3)
+    turns, at = [{"role": "system", "content": "You are proactive."}], start
+    if _chance(rng, 0.2):
+        turns.append({"role": rng.choice(("assistant", "user")), "content": "before any frame"})
+    for _ in range(rng.choice((1, 2, 3, 6, 10))):
+        upto = at + rng.choice((1, 1, 2, 5, 30))
+        turns.append({"role": "frames", "start": _number(rng, at), "end": _number(rng, upto)})
+        at = upto
+        for role in rng.choices(("user", "assistant", "assistant"), k=rng.choice((0, 1, 1, 1, 2, 3))):
+            turns += [{"role": role, "time": at / 2, "content": rng.choice(TEXTS), "labels": ""}]
+        if _chance(rng, 0.1):
+            turns.append({"role": "system", "content": "Please summarize the progress."})
+            turns.append({"role": "assistant", "content": "The summary."})
+        if _chance(rng, 0.05):
+            turns.append({"role": "DST_UPDATE", "content": _content(rng, "DST_UPDATE")})
+    quality = math.nan if _chance(rng, 0.03) else 9.0  # not read, so harmless
+    clip = {
+        "dataset": "assembly101", "video_uid": f"pro_{serial // 3}", "clip_idx": 0, "conversation": turns,
+        "frames_file": "frames/x.arrow", "metadata": {"user_id": f"talk_{serial % 3}", "quality": quality},
+    }  # fmt: skip
+    if _chance(rng, 0.7):
+        shift = rng.choice((0, 0, 1))  # a clip that is a frame shorter than its turns
+        clip |= {"start_frame_idx": start, "end_frame_idx": max(start + 1, at - shift)}
+    if _chance(rng, 0.5):
+        clip["fps"] = 2
+    if _chance(rng, 0.1):
+        clip["dst"] = [{"id": "S1", "name": "one"}]
+    return clip
+
+
+def clips(rng: random.Random, kind: str, count: int, base: int = 0) -> list[dict]:
+    """`count` valid clips of one kind, with ids that do not repeat from `base` on."""
+    convention = rng.choice(CONVENTIONS)
+    found = []
+    for serial in range(base, base + count):
+        if kind == "proassist" or (kind == "mixed" and _chance(rng, 0.4)):
+            found.append(proassist_clip(rng, serial))
+        else:
+            found.append(prospect_clip(rng, convention if kind == "mixed" else kind, serial))
+    return found
+
+
+def file_of(rng: random.Random, kind: str, count: int, bad: float = 0.15, base: int = 0) -> list:
+    """A file's clips with malformed ones in between (a share `bad` of the good ones)."""
+    result: list = []
+    for clip in clips(rng, kind, count, base):
+        result.append(clip)
+        if _chance(rng, bad):
+            result.append(broken(rng, clip))
+    return result
+
+
+def ballot(rng: random.Random) -> list[dict]:
+    """Plain clips whose timed turns obey one convention to about 90%, so that the vote is close."""
+    main, share = rng.choice(CONVENTIONS), rng.choice((0.8, 0.88, 0.9, 0.92, 0.95, 1))
+    found = []
+    for number in range(rng.randint(1, 4)):
+        fps, start = rng.choice((1, 2, 5, 29.97)), rng.choice((0, 100))
+        at, previous, turns = start, start, []
+        for _ in range(rng.randint(1, 12)):
+            at += rng.randint(0, 4)
+            spans = {
+                "event": (max(0, at - rng.randint(0, 2)), at + 1 + rng.randint(0, 2)),
+                "window": (max(0, at - 2), at),
+                "lead-in": (previous, max(previous, at + rng.randint(0, 1))),
+                "none": (at + 50, at + 60),
+            }
+            low, high = spans[main if _chance(rng, share) else rng.choice(sorted(spans))]
+            turn = {"role": rng.choice(("user", "assistant")), "content": "x", "start_frame": low, "end_frame": high}
+            turn["time"] = (at + rng.choice((0, 0.5))) / fps
+            odd = rng.choice(("system", "time", "end_frame")) if _chance(rng, 0.2) else None
+            if odd == "system":
+                turn["role"] = "system"
+            elif odd is not None:
+                del turn[odd]
+            else:
+                previous = high
+            turns.append(turn)
+        clip = {"video_uid": f"v{number}", "fps": fps, "conversation": turns}
+        found.append(clip | {"start_frame_idx": start, "end_frame_idx": start + 30})
+    return found
+
+
+def dump(rng: random.Random, found: list) -> bytes:
+    """The file's bytes: an array (compact or indented), JSON Lines, or one object where there is one clip."""
+    ascii_only = _chance(rng, 0.5)
+    if len(found) == 1 and isinstance(found[0], dict) and _chance(rng, 0.5):
+        return json.dumps(found[0], indent=rng.choice((None, 1)), ensure_ascii=ascii_only).encode()
+    if all(isinstance(c, dict) for c in found) and _chance(rng, 0.4):
+        ending = rng.choice(("\n", "\r\n"))
+        text = ending.join(json.dumps(c, ensure_ascii=ascii_only) for c in found)
+        return (text + rng.choice(("", ending))).encode()
+    return json.dumps(found, indent=rng.choice((None, None, 1)), ensure_ascii=ascii_only).encode()
+
+
+# ---- malformed ---------------------------------------------------------------------------------------
+
+
+def _set(**values):
+    return lambda clip: clip.update(values)
+
+
+def _drop(name: str):
+    return lambda clip: clip.pop(name, None)
+
+
+def _say(**values):
+    """Append a turn that is well-formed but for what is said."""
+
+    def apply(clip: dict) -> None:
+        turn = {"role": "user", "content": "hi", "time": 3.0, "start_frame": 6, "end_frame": 7} | values
+        clip["conversation"].append({k: v for k, v in turn.items() if v is not ...})
+
+    return apply
+
+
+def _append(turn):
+    return lambda clip: clip["conversation"].append(turn)
+
+
+def _update(content):
+    return _say(role="DST_UPDATE", content=content)
+
+
+MUTATIONS = {
+    "uid missing": _drop("video_uid"),
+    "uid null": _set(video_uid=None),
+    "uid number": _set(video_uid=7),
+    "uid climbs": _set(video_uid="../up"),
+    "uid climbs inside": _set(video_uid="a/../../up"),
+    "uid climbs the Windows way": _set(video_uid="a\\..\\..\\up"),
+    "uid absolute": _set(video_uid="/etc/passwd"),
+    "uid absolute on Windows": _set(video_uid="C:\\x"),
+    "uid with a drive": _set(video_uid="C:x"),
+    "uid UNC": _set(video_uid="\\\\host\\share\\x"),
+    "uid NUL": _set(video_uid="a\0b"),
+    "frames_file climbs": _set(frames_file="data/../../x.arrow"),
+    "frames_file absolute": _set(frames_file="/x.arrow"),
+    "frames_file number": _set(frames_file=1),
+    "frames_file NUL": _set(frames_file="x\0.arrow"),
+    "conversation missing": _drop("conversation"),
+    "conversation null": _set(conversation=None),
+    "conversation an object": _set(conversation={"role": "user"}),
+    "conversation a string": _set(conversation="hi"),
+    "turn a string": _append("hi"),
+    "turn null": _append(None),
+    "turn a list": _append([]),
+    "turn a number": _append(3),
+    "role missing": _say(role=...),
+    "role null": _say(role=None),
+    "role unknown": _say(role="robot"),
+    "role in capitals": _say(role="Assistant"),
+    "role a number": _say(role=1),
+    "content missing": _say(content=...),
+    "content null": _say(content=None),
+    "content a number": _say(content=3),
+    "content a list": _say(content=["hi"]),
+    "content an object": _say(role="assistant", content={"text": "hi"}),
+    "system content a number": _say(role="system", content=3),
+    "update garbage text": _update("what a day"),
+    "update unknown transition in text": _update("S1->explode"),
+    "update half a pair": _update("S1->start, S2"),
+    "update a number": _update(3),
+    "update null": _update(None),
+    "update an object": _update({"id": "S1", "transition": "start"}),
+    "update unknown transition": _update([{"id": "S1", "transition": "explode"}]),
+    "update without id": _update([{"transition": "start"}]),
+    "update without transition": _update([{"id": "S1"}]),
+    "update with a number for id": _update([{"id": 1, "transition": "start"}]),
+    "update with a null transition": _update([{"id": "S1", "transition": None}]),
+    "update list of strings": _update(["S1->start"]),
+    "time NaN": _say(time=math.nan),
+    "time Infinity": _say(time=math.inf),
+    "time -Infinity": _say(time=-math.inf),
+    "time a string": _say(time="3.0"),
+    "time a bool": _say(time=True),
+    "time a list": _say(time=[3.0]),
+    "bounds empty": _set(start_frame_idx=5, end_frame_idx=5),
+    "bounds reversed": _set(start_frame_idx=9, end_frame_idx=5),
+    "bounds negative": _set(start_frame_idx=-1, end_frame_idx=5),
+    "bounds fractional": _set(start_frame_idx=1.5, end_frame_idx=5),
+    "bounds a string": _set(start_frame_idx="1", end_frame_idx=5),
+    "bounds a bool": _set(start_frame_idx=True, end_frame_idx=5),
+    "bounds NaN": _set(start_frame_idx=math.nan, end_frame_idx=5),
+    "bounds over a million": _set(start_frame_idx=0, end_frame_idx=1_000_001),
+    "bounds 10^9": _set(start_frame_idx=0, end_frame_idx=10**9),
+    "bounds over int32": _set(start_frame_idx=2**31, end_frame_idx=2**31 + 5),
+    "bounds over int64": _set(start_frame_idx=2**70, end_frame_idx=2**70 + 5),
+    "fps 0": _set(fps=0),
+    "fps -1": _set(fps=-1),
+    "fps a string": _set(fps="2"),
+    "fps NaN": _set(fps=math.nan),
+    "fps Infinity": _set(fps=math.inf),
+    "fps a bool": _set(fps=True),
+    "rate 1.5": _set(neg_frame_sampling_rate=1.5),
+    "rate -0.1": _set(neg_frame_sampling_rate=-0.1),
+    "rate NaN": _set(neg_frame_sampling_rate=math.nan),
+    "rate a string": _set(neg_frame_sampling_rate="0.5"),
+    "rate a bool": _set(neg_frame_sampling_rate=True),
+    "dst a string": _set(dst="S1"),
+    "dst an object": _set(dst={"S1": "x"}),
+    "dst of numbers": _set(dst=[1]),
+    "dst step without id": _set(dst=[{"name": "one"}]),
+    "dst step with a number for id": _set(dst=[{"id": 1, "name": "one"}]),
+    "id a list": _set(id=["x"]),
+    "id a bool": _set(id=True),
+    "clip_idx a string": _set(clip_idx="0"),
+    "clip_idx fractional": _set(clip_idx=0.5),
+    "dataset a number": _set(dataset=1),
+    "goal a list": _set(inferred_goal=["g"]),
+    "knowledge a number": _set(inferred_knowledge=5),
+}
+# only where turns carry start_frame/end_frame: a ProAssist turn has none to read
+TURN_MUTATIONS = {
+    "start negative": _say(start_frame=-1),
+    "end negative": _say(start_frame=-3, end_frame=-1),
+    "swapped": _say(start_frame=9, end_frame=8),
+    "fractional start": _say(start_frame=6.5),
+    "fractional end": _say(end_frame=7.000001),
+    "start a string": _say(start_frame="6"),
+    "end a bool": _say(start_frame=0, end_frame=True),
+    "end a list": _say(end_frame=[7]),
+    "start NaN": _say(start_frame=math.nan),
+    "end Infinity": _say(end_frame=math.inf),
+    "end over int32": _say(end_frame=2**31),
+    "end over int64": _say(end_frame=2**63),
+    "end over uint64": _say(end_frame=2**64 + 5),
+    "end 1e300": _say(end_frame=1e300),
+    "system turn negative": _say(role="system", start_frame=-1, end_frame=1),
+}
+NOT_A_CLIP = (None, 3, "clip", [], [{"video_uid": "x", "conversation": []}], True, 1.5)
+FRAMES_MUTATIONS = {
+    "frames swapped": _append({"role": "frames", "start": 9, "end": 8}),
+    "frames negative": _append({"role": "frames", "start": -1, "end": 8}),
+    "frames fractional": _append({"role": "frames", "start": 1.5, "end": 8}),
+    "frames a string": _append({"role": "frames", "start": "1", "end": 8}),
+    "frames a bool": _append({"role": "frames", "start": 1, "end": True}),
+    "frames NaN": _append({"role": "frames", "start": math.nan, "end": 8}),
+    "frames over int32": _append({"role": "frames", "start": 1, "end": 2**31}),
+}
+ALL_MUTATIONS = MUTATIONS | TURN_MUTATIONS | FRAMES_MUTATIONS
+
+
+def mutated(clip: dict, name: str) -> dict:
+    """A copy of a valid clip with one thing wrong, and an id of its own so that it is no duplicate."""
+    result = copy.deepcopy(clip)
+    result["id"] = f"bad {name} of {clip.get('id')} {clip.get('video_uid')} {clip.get('clip_idx')}"
+    ALL_MUTATIONS[name](result)
+    return result
+
+
+def broken(rng: random.Random, clip: dict):
+    """A malformed neighbour of a clip: mutated, no object at all, or its duplicate."""
+    kind = rng.randint(0, 9)
+    if kind == 0:
+        return rng.choice(NOT_A_CLIP)
+    if kind == 1:
+        return copy.deepcopy(clip)  # an exact duplicate: the first is kept
+    proassist = any(t["role"] == "frames" for t in clip["conversation"])
+    names = MUTATIONS | (FRAMES_MUTATIONS if proassist else TURN_MUTATIONS)
+    return mutated(clip, rng.choice(sorted(names)))
