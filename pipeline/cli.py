@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -53,7 +53,8 @@ def preprocess(
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.options import ASSEMBLY101, Options
     from pipeline.preprocess import preprocess as run
-    from pipeline.terminal import progress_bar
+    from pipeline.summary import render_summary, summary_of
+    from pipeline.terminal import console, progress_bar
 
     options = Options(
         seed=seed,
@@ -71,7 +72,7 @@ def preprocess(
     if skipped:
         typer.echo(f"{out}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
-        _show_summary(out, manifest)
+        console().print(render_summary(summary_of(manifest), manifest))
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} refused: each has a line in {out}/quarantine.jsonl", err=True)
     return int(manifest["status"])
@@ -85,13 +86,15 @@ def inspect(
 ) -> int:
     """Look at shards: the summary, one clip's timeline, or a page of timelines."""
     from pipeline import inspect_html, shards, timeline
+    from pipeline.inspect import summarise
+    from pipeline.summary import render_summary
     from pipeline.terminal import console
 
     manifest = shards.verify(folder)
     if clip is not None:
         console().print(timeline.timeline(folder, clip))
     elif html is None:
-        _show_summary(folder, manifest)
+        console().print(render_summary(summarise(folder), manifest))
     if html is not None:
         inspect_html.write_page(folder, html)
         typer.echo(f"wrote {html} ({html.stat().st_size / 1000:,.0f} kB)")
@@ -195,13 +198,6 @@ def demo(
 
     run(out, steps, seed, console())
     return 0
-
-
-def _show_summary(folder: Path, manifest: dict[str, Any]) -> None:
-    from pipeline import inspect as look
-    from pipeline.terminal import console
-
-    console().print(look.render_summary(look.summarise(folder), manifest))
 
 
 def _rates(given: list[str]) -> dict[str, float]:

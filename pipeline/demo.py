@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.errors import UsageError
-from pipeline.inspect import render_summary, summarise
 from pipeline.options import Options
 from pipeline.picture import Scored, blocks, svg, telling_clip
 from pipeline.preprocess import preprocess
+from pipeline.summary import render_summary, summary_of
 from pipeline.synth import SynthConfig, synth
 from pipeline.timeline import timeline
 
@@ -38,7 +38,7 @@ def demo(out: Path, steps: int, seed: int, console: Console) -> EvalReport:
 
     step("preprocess", f"conversations -> per-frame labels -> {data}")
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
-    console.print(render_summary(summarise(data), manifest))
+    console.print(render_summary(summary_of(manifest), manifest))
 
     step("inspect", f"one clip of them (prospect-dst inspect {data} --clip test:0)")
     console.print(timeline(data, "test:0"))

@@ -25,9 +25,10 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.inspect import Split, Summary, all_hazards, drops_by_reason, summarise
+from pipeline.inspect import summarise
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
 from pipeline.shards import verify
+from pipeline.summary import Split, Summary, all_hazards, drops_by_reason
 from pipeline.terminal import plain
 from pipeline.timeline import ClipView, clip_index, read_clips, turn_note
 

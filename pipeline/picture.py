@@ -21,8 +21,8 @@ from rich.text import Text
 
 from pipeline.errors import InputError
 from pipeline.frames import read_frames
-from pipeline.inspect import HUES
 from pipeline.schema import find_frames
+from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 from pipeline.timeline import ClipView, find_clip
 

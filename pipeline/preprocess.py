@@ -36,7 +36,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.frames import count_frames
 from pipeline.options import Options
 from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
-from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames
+from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames, shard_path
 from pipeline.shards import commit, intact, locked, read_manifest, sha256
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
 from pipeline.write import Plan, Written, merged, write_part
@@ -223,6 +223,7 @@ class _Run:
         }
 
     def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
+        """The data's hazards; notes each split's number of recordings on the way."""
         found = [h for split, told in splits.items() for h in hazards.of_labels(split, _label_counts(told))]
         recordings: dict[str, set[str]] = {}
         videos: dict[tuple[str, str, str | None], int] = {}
@@ -232,6 +233,8 @@ class _Run:
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
                 video = (split, known.video_uids[i], known.frames_files[i])
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
+        for split, names in recordings.items():
+            splits[split]["recordings"] = len(names)
         found += hazards.of_recordings(recordings)
         if self.options.frames_root:
             found += hazards.of_frames(Path(self.options.frames_root), videos)
@@ -312,11 +315,17 @@ class _Run:
             if not kept:
                 continue
             staging, convention = str(self.staging), part.source.convention
+            if not numbers[split]:
+                self._make_folders(split)
             where = (part.task.spool, staging, split, numbers[split])
             plans.append(Plan(*where, convention, part.keep, part.bounds, clips[split], self.options))
             numbers[split] += 1
             clips[split] += kept
         return plans
+
+    def _make_folders(self, split: str) -> None:
+        for table in ("frames", "clips"):
+            (self.staging / shard_path(table, split, 0)).parent.mkdir(parents=True)
 
     def _refused(self, plans: list[Plan]) -> list[Refusal]:
         """All refusals in input order. Raises InputError where they must stop the run."""
@@ -437,7 +446,7 @@ def _die_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,6 +1,6 @@
 """Files that are complete or absent: the folder lock, staging, atomic Parquet parts, the manifest.
 
-Everything is written below OUT/.staging and renamed into place at the end, the manifest last: a folder without
+Everything is written below OUT/.staging-* and renamed into place at the end, the manifest last: a folder without
 manifest.json holds nothing finished. A run killed at any point leaves the old complete output, or (in the
 moment of the renames) none. The lock is flock's, so a killed run never blocks the next one.
 """
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SC
 from pipeline.terminal import plain
 
 LOCK: Final = ".lock"
-STAGING: Final = ".staging"
+STAGING: Final = ".staging-"
 REDO: Final = "run `prospect-dst preprocess ... --out {folder}` again"
 _SHARD = re.compile(r"(frames|clips)/split=[^/]+/part-\d{5,}\.parquet")
 _OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
@@ -49,14 +50,12 @@ def locked(out: Path) -> Iterator[Path]:
     try:
         _take(handle, out)
         _refuse_foreign(out)
-        staging = out / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        yield staging
+        _clear(out)
+        yield Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
     except OSError as error:
         raise _explain(error, out) from None
     finally:
-        shutil.rmtree(out / STAGING, ignore_errors=True)
+        _clear(out)
         if created and not (out / MANIFEST).exists():
             _remove_empty(out)
         os.close(handle)
@@ -67,6 +66,13 @@ def _take(handle: int, out: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+
+
+def _clear(out: Path) -> None:
+    """Remove what runs left that were killed. Each has a name of its own: a worker that outlives its run for a
+    moment writes nowhere else."""
+    for staging in out.glob(f"{STAGING}*"):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -198,20 +204,40 @@ _FRAMES_STORED = FRAMES.set(0, pa.field("clip_id", pa.dictionary(pa.int32(), pa.
 _FRAMES_OPTIONS: dict[str, Any] = {
     "use_dictionary": ["clip_id", "clip", "speaking_label", "dst_update_label"],
     "column_encoding": {"frame": "DELTA_BINARY_PACKED", "time_s": "BYTE_STREAM_SPLIT"},
+    "write_statistics": ["clip", "frame", "time_s"],  # those of ids and labels let no reader skip anything
+}
+# Text never repeats: looking for a dictionary, and keeping its longest value as statistics, only costs.
+_CLIPS_REPEAT = ("dataset", "positive", "frame_convention", "goal", "knowledge", "role", "transition", "id", "name")
+
+
+def _leaves(type_: pa.DataType, path: str) -> Iterator[str]:
+    """Parquet paths of the leaf columns below a column, e.g. turns.list.element.role."""
+    if pa.types.is_list(type_):
+        yield from _leaves(type_.value_type, f"{path}.list.element")
+    elif pa.types.is_struct(type_):
+        for child in type_:
+            yield from _leaves(child.type, f"{path}.{child.name}")
+    else:
+        yield path
+
+
+_CLIPS_LEAVES = [leaf for column in CLIPS for leaf in _leaves(column.type, column.name)]
+_CLIPS_OPTIONS: dict[str, Any] = {
+    "use_dictionary": [leaf for leaf in _CLIPS_LEAVES if leaf.rpartition(".")[2] in _CLIPS_REPEAT],
+    "write_statistics": [leaf for leaf in _CLIPS_LEAVES if leaf not in ("turns.list.element.text", "knowledge")],
 }
 
 
 class TableWriter:
-    """One Parquet part; each `write` is one row group. The ids of `frames` may come dictionary-encoded:
+    """One Parquet part in a folder that exists; each `write` is one row group. The ids of `frames` may come dictionary-encoded:
     the file still says plain string, because the Arrow schema that readers restore is put there by hand.
     """
 
     def __init__(self, path: Path, table: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.schema = FRAMES if table == "frames" else CLIPS
         stored = _FRAMES_STORED if table == "frames" else CLIPS
-        options = _FRAMES_OPTIONS if table == "frames" else {}
+        options = _FRAMES_OPTIONS if table == "frames" else _CLIPS_OPTIONS
         self._writer = pq.ParquetWriter(
             path, stored, compression="zstd", compression_level=1, store_schema=False, **options
         )

@@ -8,18 +8,23 @@ votes: some 200 bytes a clip) and puts the rest, text and turns, on disk for pas
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import labels
-from pipeline.read import MAX_CLIP_BYTES, Checked, ClipError, Metadata, Refusal, clip_name, decode, refuse
+from pipeline.read import MAX_CLIP_BYTES, Checked, ClipError, Metadata, Refusal, decode, refuse
 from pipeline.schema import ROLES
 
 GROUP_CLIPS: Final = 256
@@ -94,14 +99,16 @@ def survey(task: Task, recording: str) -> Survey:
     pattern = re.compile(recording)
     refused: list[Refusal] = []
     groups = []
-    with open(task.file, "rb") as file, pa.ipc.new_file(task.spool, SPOOL) as spool:
+    with open(task.file, "rb") as file, pa.ipc.new_file(task.spool, SPOOL) as spool, _no_gc():
         for first, last in _groups(task.spans):
             places, clips = _read(task, file.fileno(), range(first, last), refused)
-            ids = [clip_name(clip) for clip in clips]
+            turns = _Turns(clips)
+            ids = _names(clips, turns)
             recordings = [recording_id(clip.clip.video_uid, pattern) for clip in clips]
-            batch, numeric = _spooled(clips, ids, recordings)
-            spool.write_batch(batch)
-            groups.append((places, ids, recordings, [_About.of(clip) for clip in clips], numeric))
+            spool.write_batch(
+                pa.RecordBatch.from_arrays([*_clip_columns(clips, ids, recordings), turns.column()], schema=SPOOL)
+            )
+            groups.append((places, ids, recordings, [_About.of(clip) for clip in clips], turns.numbers()))
     about = [one for group in groups for one in group[3]]
     fps, given, seen, votes = (np.concatenate(column) for column in zip(*[g[4] for g in groups], strict=True))
     return Survey(
@@ -118,6 +125,18 @@ def survey(task: Task, recording: str) -> Survey:
         fps_assumed=sum(one.fps_assumed for one in about),
         refused=refused,
     )
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    """Decoded clips hold no cycles; looking for some costs a tenth of the run."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _About(NamedTuple):
@@ -177,56 +196,96 @@ def _groups(spans: np.ndarray) -> Iterator[tuple[int, int]]:
     return cut(spans, GROUP_CLIPS, GROUP_BYTES)
 
 
-def _spooled(
-    clips: list[Checked], ids: list[str], recordings: list[str]
-) -> tuple[pa.RecordBatch, tuple[np.ndarray, ...]]:
-    """A group's clips as a record batch, and its numbers: fps [C], given [C, 2], seen [C, 2], votes [C, 4]."""
-    turns = [turn for clip in clips for turn in clip.turns]
-    offsets = _offsets([len(clip.turns) for clip in clips])
-    role = np.array([_ROLE_CODES[turn.role] for turn in turns], np.int8)
-    start = np.array([NOT_GIVEN if t.start_frame is None else t.start_frame for t in turns], np.int64)
-    end = np.array([labels.NO_FRAMES[1] if t.end_frame is None else t.end_frame for t in turns], np.int64)
-    times = pa.array([turn.time for turn in turns], pa.float64())
-    updates = [t.content if type(t.content) is list else _NOTHING for t in turns]
-    flat = [update for some in updates for update in some]
-    text = [
-        ", ".join([f"{u.id}->{u.transition}" for u in t.content]) if type(t.content) is list else t.content
-        for t in turns
+class _Turns:
+    """All turns of a group's C clips as flat arrays [T]."""
+
+    def __init__(self, clips: list[Checked]) -> None:
+        columns = [list(chain.from_iterable(part)) for part in zip(*[clip.columns for clip in clips], strict=True)]
+        roles, content, time, start, end = columns or [[]] * 5
+        self.clips = clips
+        self.offsets = _offsets([len(clip.columns[0]) for clip in clips])
+        self.owner = np.repeat(np.arange(len(clips)), np.diff(self.offsets))
+        self.role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
+        self.start = pa.array(start, pa.int64()).fill_null(labels.NO_FRAMES[0]).to_numpy()
+        self.end = pa.array(end, pa.int64()).fill_null(labels.NO_FRAMES[1]).to_numpy()
+        self.time = pa.array(time, pa.float64())
+        updates = [c for c in content if type(c) is list]
+        flat = [(update.id, update.transition) for some in updates for update in some]
+        counts = np.zeros(len(roles), np.int64)
+        counts[self.role == _DST] = [len(some) for some in updates]
+        self.updates = _list_of(_offsets(counts), _UPDATES, [u[0] for u in flat], [u[1] for u in flat])
+        text = pa.array([c if type(c) is str else None for c in content], pa.string())
+        self.text = pc.coalesce(text, _written(self.updates))
+
+    def column(self) -> pa.ListArray:
+        """The spool's `turns`."""
+        numbers = [pa.array(self.start), pa.array(self.end), self.time]
+        columns = [pa.array(self.role), self.text, *numbers, self.updates]
+        struct = pa.StructArray.from_arrays(columns, fields=list(_SPOOL_TURN))
+        return pa.ListArray.from_arrays(pa.array(self.offsets), struct)
+
+    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """fps [C], given bounds [C, 2], seen bounds [C, 2], votes [C, 4]."""
+        clips = self.clips
+        fps = np.array([clip.fps for clip in clips], np.float64)
+        bounds = [(NOT_GIVEN if b is None else b) for clip in clips for b in (clip.start, clip.end)]
+        given = np.array(bounds, np.int64).reshape(-1, 2)
+        framed = (self.role != _SYSTEM) & (self.end != labels.NO_FRAMES[1])
+        seen = _seen(self.owner[framed], self.start[framed], self.end[framed], len(clips))
+        voting = framed & self.time.is_valid().to_numpy(zero_copy_only=False)
+        voting &= ~np.array([clip.schema == "proassist" for clip in clips], bool)[self.owner]
+        owner = self.owner[voting]
+        frame = labels.event_frame(self.time.fill_null(0.0).to_numpy()[voting], fps[owner])
+        first = np.where(given[:, 0] == NOT_GIVEN, seen[:, 0], given[:, 0])
+        return fps, given, seen, labels.vote(owner, self.start[voting], self.end[voting], frame, first, len(clips))
+
+    def digests(self) -> list[str]:
+        """8 hex digits per clip of what is said in it and when: roles, times, frames and texts."""
+        _, ends, data = self.text.buffers()
+        ends = np.frombuffer(ends, np.int32)[: len(self.role) + 1] if len(self.role) else np.zeros(1, np.int32)
+        text = memoryview(data or b"")
+        time = self.time.fill_null(np.nan).to_numpy().view(np.int64)
+        numbers = np.stack([self.role, self.start, self.end, time, np.diff(ends)], axis=1)
+        found = []
+        for clip, begin, stop in zip(self.clips, self.offsets, self.offsets[1:], strict=False):
+            sha = hashlib.sha256(numbers[begin:stop].tobytes())
+            sha.update(text[ends[begin] : ends[stop]])
+            sha.update(f"{clip.start} {clip.end}".encode())
+            found.append(sha.hexdigest()[:8])
+        return found
+
+
+def _written(updates: pa.ListArray) -> pa.StringArray:
+    """Each list of updates as text: 'S1->complete, S2->start'."""
+    ids, transitions = updates.values.flatten()
+    each = pc.binary_join_element_wise(ids, transitions, "->")
+    return pc.binary_join(pa.ListArray.from_arrays(updates.offsets, each), ", ")
+
+
+def _names(clips: list[Checked], turns: _Turns) -> list[str]:
+    """clip_id of each clip: its own `id`, else its video, number, user and a digest of its conversation.
+
+    A pure function of the clip, so that other clips never rename it; two conversations over one video differ
+    in the digest, a true duplicate does not.
+    """
+    given = [clip.clip.id for clip in clips]
+    digests = turns.digests() if None in given else given
+    return [
+        _built_name(clip, str(digest)) if name is None else str(name)
+        for clip, name, digest in zip(clips, given, digests, strict=True)
     ]
-    update_offsets = _offsets([len(some) for some in updates])
-    columns = [
-        role,
-        pa.array(text, pa.string()),
-        start,
-        end,
-        times,
-        _list_of(update_offsets, _UPDATES, [u.id for u in flat], [u.transition for u in flat]),
-    ]
-    struct = pa.StructArray.from_arrays([pa.array(c) for c in columns], fields=list(_SPOOL_TURN))
-    batch = pa.RecordBatch.from_arrays(
-        [*_clip_columns(clips, ids, recordings), pa.ListArray.from_arrays(pa.array(offsets), struct)],
-        schema=SPOOL,
-    )
-    fps = np.array([clip.fps for clip in clips], np.float64)
-    given = np.array(
-        [(NOT_GIVEN if c.start is None else c.start, NOT_GIVEN if c.end is None else c.end) for c in clips],
-        np.int64,
-    ).reshape(-1, 2)
-    owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
-    framed = (role != _SYSTEM) & (end != labels.NO_FRAMES[1])
-    seen = _seen(owner[framed], start[framed], end[framed], len(clips))
-    voting = framed & times.is_valid().to_numpy(zero_copy_only=False)
-    voting &= ~np.array([clip.schema == "proassist" for clip in clips], bool)[owner]
-    frame = labels.event_frame(times.fill_null(0.0).to_numpy()[voting], fps[owner[voting]])
-    first = np.where(given[:, 0] == NOT_GIVEN, seen[:, 0], given[:, 0])
-    votes = labels.vote(owner[voting], start[voting], end[voting], frame, first, len(clips))
-    return batch, (fps, given, seen, votes)
+
+
+def _built_name(checked: Checked, digest: str) -> str:
+    clip = checked.clip
+    parts = (clip.video_uid, checked.clip_idx, clip.metadata.user_id if clip.metadata else None, digest)
+    return "_".join(str(part) for part in parts if part is not None)
 
 
 _NOTHING: Final[list[Any]] = []
 
 
-def _offsets(lengths: list[int]) -> np.ndarray:
+def _offsets(lengths: list[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
 
 

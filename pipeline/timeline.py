@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import InputError
-from pipeline.inspect import HEADS, HUES, split_names
+from pipeline.inspect import split_names
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.summary import HEADS, HUES
 from pipeline.terminal import clock, plain
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline import inspect, inspect_html, shards, terminal, timeline
+from pipeline import inspect, inspect_html, shards, summary, terminal, timeline
 from pipeline.errors import InputError
 from pipeline.schema import CLIPS, FRAMES, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 
@@ -145,7 +145,7 @@ def test_counts_of_hand_labelled_clips(toy):
     assert cells == (4, 0, 2, 7, 5)
     assert train.supervised == pytest.approx(13 / 18)
     assert train.first == 1
-    speaking = inspect.Head(positives=6, frames=18, supervised=13, clips=2, first=1, gaps={2.0: 1})
+    speaking = summary.Head(positives=6, frames=18, supervised=13, clips=2, first=1, gaps={2.0: 1})
     assert train.heads["speaking"] == speaking
     assert (speaking.before, speaking.after, speaking.median_gap) == (6 / 18, 6 / 13, 2.0)
     assert (val.speak_only, val.dst_only, val.both, val.silence, val.not_sampled) == (1, 2, 0, 3, 0)
@@ -154,7 +154,7 @@ def test_counts_of_hand_labelled_clips(toy):
 
 def test_a_clip_without_dst_says_nothing_about_that_head(toy):
     dst = inspect.summarise(toy).splits[0].heads["DST"]
-    assert dst == inspect.Head(positives=2, frames=10, supervised=7, clips=1, first=1, gaps={3.0: 1})
+    assert dst == summary.Head(positives=2, frames=10, supervised=7, clips=1, first=1, gaps={3.0: 1})
 
 
 def test_a_clip_with_nothing_sampled_still_counts_before_sampling(tmp_path):
@@ -211,7 +211,7 @@ def test_summary_table_fits_100_columns_and_tells_drops_and_hazards(toy):
         ],
         "inputs": [{"path": "/x/train_t.json", "clips": 2, "frame_convention": "event", "quarantined": 1}],
     }
-    text = text_of(inspect.render_summary(inspect.summarise(toy), manifest))
+    text = text_of(summary.render_summary(inspect.summarise(toy), manifest))
     lines = [line.rstrip() for line in text.splitlines()]
     assert max(map(len, lines)) <= 100
     assert any(line.split() == ["supervised", "frames", "72.2%", "100.0%"] for line in lines)
@@ -223,15 +223,15 @@ def test_summary_table_fits_100_columns_and_tells_drops_and_hazards(toy):
 
 
 def test_a_hazard_in_the_manifest_is_not_told_twice(toy):
-    summary = inspect.summarise(toy)
+    found = inspect.summarise(toy)
     told = [{"name": "heads coincide", "split": "train", "text": "as preprocess says"}]
-    texts = [h["text"] for h in inspect.all_hazards(summary, {"hazards": told})]
+    texts = [h["text"] for h in summary.all_hazards(found, {"hazards": told})]
     assert "as preprocess says" in texts
     assert len(texts) == 3
 
 
 def test_summary_renders_with_an_empty_manifest(toy):
-    assert "speaking positives" in text_of(inspect.render_summary(inspect.summarise(toy), {}))
+    assert "speaking positives" in text_of(summary.render_summary(inspect.summarise(toy), {}))
 
 
 # ---- verify ------------------------------------------------------------------------------------------
@@ -494,4 +494,4 @@ def test_run_lengths(speaking, dst, code):
     ("counts", "median"), [({}, None), ({3.0: 1}, 3.0), ({1.0: 1, 9.0: 1}, 1.0), ({1.0: 1, 2.0: 5}, 2.0)]
 )
 def test_weighted_median(counts, median):
-    assert inspect.weighted_median(counts) == median
+    assert summary.weighted_median(counts) == median

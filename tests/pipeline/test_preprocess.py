@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from pipeline import shards
 from pipeline.cli import main
 from pipeline.errors import InputError, UsageError
+from pipeline.inspect import summarise
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES
+from pipeline.summary import render_summary, summary_of
 
 
 def turn(role, start=None, end=None, time_s=None, content=None):
@@ -196,6 +200,23 @@ def test_mixed_conventions_ask_which(tmp_path):
     with pytest.raises(InputError, match=r"lead-in 0, event 5, window 5.*--frame-convention"):
         run(tmp_path, [clip(turns=fits_event), clip("b", turns=fits_window)])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_summary_is_the_same_from_the_manifest_and_from_the_shards(tmp_path):
+    sources = [
+        write(tmp_path / "train_x.json", [*many(300), clip("quiet", turns=[turn("user", 12, 14, 6.0)], dst=[])]),
+        write(
+            tmp_path / "test_x.json", [clip("t", turns=[turn("assistant", 10, 12, 5.0), turn("DST_UPDATE", 11, 14)])]
+        ),
+    ]
+    manifest, _ = preprocess(sources, tmp_path / "out")
+    shown = []
+    for numbers in (summary_of(manifest), summarise(tmp_path / "out")):
+        console = Console(width=100, record=True, file=StringIO())
+        console.print(render_summary(numbers, manifest))
+        shown.append(console.export_text())
+    assert shown[0] == shown[1]
+    assert "301" in shown[0]
 
 
 # ---- hazards -----------------------------------------------------------------------------------------
@@ -381,7 +402,7 @@ def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
                 assert after == before
         preprocess([new], out)
         assert is_complete(out)
-        assert not (out / ".staging").exists()
+        assert not list(out.glob(".staging*"))
         assert len(clips_of(out)) == 2000
 
 
