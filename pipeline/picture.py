@@ -87,7 +87,7 @@ def svg(scored: Scored, frames_root: Path | None, captions: dict[str, str], titl
     panels_at = _TOP + size + 44
     turns_at = panels_at + 2 * (_PANEL + _GAP) + 26
     turns = list(_turns(scored, turns_at))
-    height = turns_at + 20 * len(turns) + 10
+    height = turns_at + 10 * len(turns) + 10  # two elements a line
     body = [
         f'<text class="title" x="{_LEFT}" y="28">{html.escape(title)}</text>',
         f'<text class="note" x="{_LEFT}" y="48">{html.escape(_about(scored))}</text>',
@@ -102,7 +102,7 @@ def svg(scored: Scored, frames_root: Path | None, captions: dict[str, str], titl
 def _about(scored: Scored) -> str:
     row = scored.view.row
     return (
-        f"clip {plain(row['clip_id'])}, not seen in training. Curve: the head's score at each frame. "
+        f"clip {plain(row['clip_id'])}, not seen in training. Line: the head's score at each frame. "
         "Band: where the answer is yes."
     )
 
@@ -129,7 +129,7 @@ def _thumbnails(scored: Scored, root: Path | None, size: float) -> Iterator[str]
 def _panel(scored: Scored, head: str, caption: str, top: float) -> Iterator[str]:
     colour, score, labels = _COLOURS[head], scored.scores[head], scored.labels[head]
     width = _x(scored, 1) - _x(scored, 0)
-    yield f'<text class="head" x="{_LEFT}" y="{top - 8:.0f}" fill="{colour}">{head}</text>'
+    yield f'<text class="head" x="{_LEFT}" y="{top - 8:.0f}" style="fill:{colour}">{head}</text>'
     yield f'<text class="note" x="{_LEFT + 90}" y="{top - 8:.0f}">{html.escape(caption)}</text>'
     for frame in np.flatnonzero(labels == 1).tolist():
         x = _x(scored, frame)
@@ -138,8 +138,8 @@ def _panel(scored: Scored, head: str, caption: str, top: float) -> Iterator[str]
         y = top + _PANEL * (1 - share)
         yield f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{share:g}</text>'
-    middles = [f"{_x(scored, i + 0.5):.1f},{top + _PANEL * (1 - s):.1f}" for i, s in enumerate(score.tolist())]
-    yield f'<polyline points="{" ".join(middles)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+    steps = [f"{_x(scored, at):.1f},{top + _PANEL * (1 - s):.1f}" for i, s in enumerate(score) for at in (i, i + 1)]
+    yield f'<polyline points="{" ".join(steps)}" fill="none" stroke="{colour}" stroke-width="2"/>'
 
 
 def _axis(scored: Scored, y: float) -> Iterator[str]:
@@ -152,17 +152,20 @@ def _axis(scored: Scored, y: float) -> Iterator[str]:
 
 
 def _turns(scored: Scored, top: float, most: int = 14) -> Iterator[str]:
-    """What was said and when, one line each; the reference, not the model's own words."""
+    """What was said and when, one line per moment and role; the reference, not the model's own words."""
     row = scored.view.row
-    shown = [t for t in row["turns"] if _inside(t, row)][:most]
-    for i, turn in enumerate(shown):
-        time = clock(turn["start_frame"] / row["fps"], tenths=True)
-        hue = {"assistant": _COLOURS["speaking"], "DST_UPDATE": _COLOURS["DST"]}.get(turn["role"], "#57606a")
+    said: dict[tuple[int, str], list[str]] = {}
+    for turn in row["turns"]:
+        if _inside(turn, row):
+            said.setdefault((turn["start_frame"], turn["role"]), []).append(plain(turn["text"]))
+    for i, ((start, role), texts) in enumerate(list(said.items())[:most]):
+        hue = {"assistant": _COLOURS["speaking"], "DST_UPDATE": _COLOURS["DST"]}.get(role, "#57606a")
         y = top + 20 * i
+        time = clock(start / row["fps"], tenths=True)
         yield f'<text class="tick" x="{_LEFT - 8}" y="{y:.0f}" text-anchor="end">{time}</text>'
         yield (
-            f'<text class="turn" x="{_LEFT}" y="{y:.0f}"><tspan fill="{hue}">{turn["role"]}</tspan> '
-            f"{html.escape(plain(turn['text'])[:120])}</text>"
+            f'<text class="turn" x="{_LEFT}" y="{y:.0f}"><tspan style="fill:{hue}">{role}</tspan> '
+            f"{html.escape(', '.join(texts)[:140])}</text>"
         )
 
 

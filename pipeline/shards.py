@@ -229,8 +229,10 @@ _CLIPS_OPTIONS: dict[str, Any] = {
 
 
 class TableWriter:
-    """One Parquet part in a folder that exists; each `write` is one row group. The ids of `frames` may come dictionary-encoded:
-    the file still says plain string, because the Arrow schema that readers restore is put there by hand.
+    """One Parquet part in a folder that exists; each `write` is one row group.
+
+    The ids of `frames` come dictionary-encoded; the file still says plain string, because the Arrow schema
+    that readers restore is put there by hand.
     """
 
     def __init__(self, path: Path, table: str) -> None:
