@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
+
+from trainer.config import TrainConfig
+from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
+
+LABELS = st.lists(st.tuples(*[st.sampled_from([0, 1, -100])] * 2), max_size=30)
+
+
+def bce(logit: float, label: int) -> float:
+    return math.log1p(math.exp(-logit if label else logit))
+
+
+def sums_of(logits, labels, **config):
+    sums, counts = masked_bce_sum(tensor(logits), tensor(labels))
+    return combine(torch.cat([sums, torch.zeros(1)]), torch.cat([counts, torch.zeros(1)]), TrainConfig(**config))
+
+
+def test_sums_by_hand():
+    sums, counts = masked_bce_sum(tensor([[0.0, 2.0, 5.0], [1.0, -1.0, 5.0]]), tensor([[0, 1, -100], [1, 1, 0]]))
+    expected = [bce(0, 0), bce(2, 1), bce(5, 0), bce(1, 1) + bce(-1, 1)]
+    assert sums.tolist() == pytest.approx(expected)
+    assert counts.tolist() == [1, 1, 1, 2]
+
+
+@given(LABELS, st.randoms(use_true_random=False))
+def test_equals_the_plain_mean_over_supervised_labels(pairs, random):
+    labels = tensor(pairs, dtype=torch.int8).reshape(-1, 2).mT
+    logits = tensor([[random.uniform(-5, 5) for _ in pairs] for _ in (0, 1)]).reshape(2, -1)
+    sums, counts = masked_bce_sum(logits, labels)
+    for head in (0, 1):
+        values = [bce(x, y) for x, y in zip(logits[head].tolist(), labels[head].tolist(), strict=True) if y >= 0]
+        assert float(counts[2 * head : 2 * head + 2].sum()) == len(values)
+        assert float(sums[2 * head : 2 * head + 2].sum()) == pytest.approx(sum(values), abs=1e-4)
+    assert (sums >= 0).all()
+
+
+@given(LABELS)
+def test_nothing_at_unsampled_frames_matters(pairs):
+    labels = tensor(pairs, dtype=torch.int8).reshape(-1, 2).mT
+    logits = torch.zeros(2, len(pairs), requires_grad=True)
+    poison = torch.where(labels == -100, torch.nan, logits)
+    sums, _ = masked_bce_sum(poison, labels)
+    assert torch.isfinite(sums).all()
+    sums, _ = masked_bce_sum(logits, labels)
+    sums.sum().backward()
+    assert (logits.grad[labels == -100] == 0).all()
+
+
+def test_direct_and_inverted_labels_are_the_same_loss():
+    logits, labels = torch.randn(2, 9), torch.randint(0, 2, (2, 9))
+    assert torch.allclose(masked_bce_sum(logits, labels)[0].sum(), masked_bce_sum(-logits, 1 - labels)[0].sum())
+
+
+def test_nothing_supervised_is_exactly_zero_with_a_graph():
+    logits = torch.randn(2, 4, requires_grad=True)
+    text = torch.randn(0, 7, requires_grad=True)
+    sums, counts = masked_bce_sum(logits, torch.full((2, 4), -100))
+    sums = torch.cat([sums, lm_sum(text, torch.zeros(0, dtype=torch.int64))[None]])
+    counts = torch.cat([counts, torch.zeros(1)])
+    for balance in ("none", "mean"):
+        loss, terms = combine(sums, counts, TrainConfig(balance=balance))
+        assert loss.item() == 0
+        assert all(term.item() == 0 for term in terms.values())
+        loss.backward(retain_graph=True)
+    assert (logits.grad == 0).all()
+    assert text.grad is not None
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    st.sampled_from(["none", "mean"]),
+    st.randoms(use_true_random=False),
+)
+def test_micro_batches_add_up_to_the_step(sizes, balance, random):
+    n = sum(sizes)
+    labels = tensor([[random.choice([0, 0, 1, -100]) for _ in range(n)] for _ in (0, 1)]).reshape(2, n)
+    logits = tensor([[random.uniform(-4, 4) for _ in range(n)] for _ in (0, 1)], dtype=torch.float64)
+    logits = logits.reshape(2, n)
+    config = TrainConfig(balance=balance, w_speak=1, w_dst=0.5)
+    parts = [masked_bce_sum(x, y) for x, y in zip(logits.split(sizes, 1), labels.split(sizes, 1), strict=True)]
+    none = torch.zeros(1, dtype=torch.float64)
+    counts = torch.cat([sum(count for _, count in parts), none])
+    whole, _ = masked_bce_sum(logits, labels)
+    expected, _ = combine(torch.cat([whole, none]), counts, config)
+    found = sum(combine(torch.cat([part, none]), counts, config)[0] for part, _ in parts)
+    assert float(found) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_pooled_mean_is_not_the_mean_of_means():
+    """TRAPS 18: 3 supervised frames that are badly wrong and 121 that are right."""
+    logits = tensor([[2.0] * 3 + [-2.2] * 121, [0.0] * 124])
+    labels = torch.zeros(2, 124)
+    labels[1] = -100
+    first, rest = (bce(2, 0), bce(-2.2, 0))
+    pooled, _ = sums_of(logits.tolist(), labels.tolist())
+    assert float(pooled) == pytest.approx((3 * first + 121 * rest) / 124)
+    assert (first + rest) / 2 > 6 * float(pooled)
+
+
+def test_balance_mean_weighs_classes_equally_over_the_step():
+    logits, labels = [[0.0, 0.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0]], [[0, 0, 0, 1], [0, 0, 0, -100]]
+    _, terms = sums_of(logits, labels, balance="mean")
+    assert float(terms["speak"]) == pytest.approx((bce(0, 0) + bce(3, 1)) / 2)
+    assert float(terms["dst"]) == pytest.approx(bce(1, 0))  # one class occurs: its mean alone
+    _, terms = sums_of(logits, labels, balance="none")
+    assert float(terms["speak"]) == pytest.approx((3 * bce(0, 0) + bce(3, 1)) / 4)
+
+
+def test_reweigh_counts_drawn_negatives_as_one_over_the_rate():
+    labels = tensor([[0, 0, 1, -100, 1], [0, 1, 0, -100, 1]])
+    rate = tensor([0.25, 0.25, 0.5, 0.5, 0.5])
+    assert label_weights(labels, rate, True).tolist() == [[4, 1, 1, 1, 1], [4, 1, 1, 1, 1]]
+    assert label_weights(labels, rate, False).unique().tolist() == [1]
+    sums, counts = masked_bce_sum(torch.zeros(2, 5), labels, label_weights(labels, rate, True))
+    assert counts.tolist() == [5, 2, 5, 2]
+    assert sums.tolist() == pytest.approx([n * math.log(2) for n in (5, 2, 5, 2)])
+
+
+def test_reweighed_sampling_estimates_the_full_rate_loss():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 200_000)
+    full = torch.zeros(2, 200_000, dtype=torch.int64)
+    drawn = torch.where(torch.rand(200_000) < 0.2, full, -100)
+    weights = label_weights(drawn, torch.full((200_000,), 0.2), True)
+    sums, counts = masked_bce_sum(logits, drawn, weights)
+    expected, n = masked_bce_sum(logits, full)
+    assert torch.allclose(sums[::2] / counts[::2], expected[::2] / n[::2], rtol=0.01)
+    assert torch.allclose(counts[::2], n[::2], rtol=0.02)

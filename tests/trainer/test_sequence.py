@@ -1,0 +1,282 @@
+"""Sequences, written out by hand token by token. F: a frame's token; [role]: a marker; . : the end of a text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from by_hand import STEPS, Words, clip_example, dst, turn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.clips import ClipExample
+from trainer.errors import TrainerError
+from trainer.sequence import build_windows, cut_windows, state_before
+
+PROMPT = "[system] Help. Toy [step] S1: Put the base down [not_started] [step] S2: Attach the wheel [not_started] ."
+HELP = turn("system", "Help.", 0, 1)
+
+
+def one(clip: ClipExample, k: int = 1) -> tuple[str, object, Words]:
+    words = Words()
+    (window,) = build_windows(clip, words, k, 1000)
+    return words.show(window.input_ids), window, words
+
+
+def toy(*turns, start=0, frames=6, **more) -> ClipExample:
+    return clip_example([HELP, *turns], start, frames, goal="Toy", rate=1.0, **more)
+
+
+def after_prompt(clip: ClipExample) -> str:
+    text, _, _ = one(clip)
+    return text.partition(" . ")[2]
+
+
+def test_user_before_its_first_frame_and_replies_after_their_last():
+    clip = toy(
+        turn("user", "what now", 2, 4),
+        turn("assistant", "put it down", 3, 5),
+    )
+    text, window, _ = one(clip)
+    assert text == f"{PROMPT} F F [user] what now . F F F [assistant] put it down . F"
+    base = len(PROMPT.split())
+    assert (window.decision_positions - base).tolist() == [0, 1, 6, 7, 8, 14]
+    # predicted: put it down . (the marker is given: the head decided to speak)
+    assert (window.lm_positions - base).tolist() == [9, 10, 11, 12]
+    assert window.labels.tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]]
+
+
+def test_real_clip_shape_two_updates_then_speech_at_one_moment():
+    """The real clip at 212: S1 completes, S2 starts, the assistant speaks; frames are absolute."""
+    clip = toy(
+        dst(212, 214, ("S1", "complete")),
+        dst(212, 214, ("S2", "start")),
+        turn("assistant", "Now screw it", 212, 214),
+        start=210,
+        initial=[("S1", "in_progress")],
+    )
+    text, window, words = one(clip)
+    assert text == (
+        "[system] Help. Toy [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] . "
+        "F F F F [DST_UPDATE] S1->complete, S2->start . [assistant] Now screw it . F F"
+    )
+    assert window.first_frame == 210
+    assert window.labels.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]]
+    targets = words.show(window.input_ids[window.lm_positions + 1])
+    assert targets == "S1->complete, S2->start . Now screw it ."
+
+
+def test_dst_text_comes_first_whatever_the_source_order():
+    clip = toy(turn("assistant", "good", 1, 2), dst(1, 2, ("S1", "complete")))
+    assert after_prompt(clip) == "F F [DST_UPDATE] S1->complete . [assistant] good . F F F F"
+
+
+def test_user_sharing_the_frame_of_the_reply_is_heard_before_the_decision():
+    clip = toy(turn("user", "hi", 1, 2), turn("assistant", "hello", 1, 2))
+    assert after_prompt(clip) == "F [user] hi . F [assistant] hello . F F F F"
+
+
+def test_several_turns_of_a_role_at_one_frame_are_all_kept_in_order():
+    clip = toy(
+        turn("assistant", "first", 1, 2),
+        turn("user", "a", 4, 5),
+        turn("assistant", "second", 0, 2),
+        turn("user", "b", 4, 6),
+    )
+    assert after_prompt(clip) == "F F [assistant] first second . F F [user] a b . F F"
+
+
+def test_onset_text_stands_right_after_the_onset_frame():
+    clip = toy(dst(1, 4, ("S1", "complete")), turn("assistant", "good", 2, 4), positive="onset")
+    assert after_prompt(clip) == "F F [DST_UPDATE] S1->complete . F [assistant] good . F F F"
+    _, window, _ = one(clip)
+    assert window.labels.tolist() == [[0, 0, 1, -100, 0, 0], [0, 1, -100, -100, 0, 0]]
+
+
+def test_turns_partly_outside_are_cut_to_the_clip():
+    clip = toy(
+        turn("user", "early", 5, 12),
+        turn("assistant", "late", 15, 30),
+        start=10,
+    )
+    assert after_prompt(clip) == "[user] early . F F F F F F [assistant] late ."
+
+
+def test_turns_wholly_outside_or_without_frames_or_empty_give_no_text():
+    clip = toy(
+        turn("user", "before", 8, 10),
+        turn("assistant", "unseen", None, None),
+        turn("assistant", "empty", 12, 12),
+        dst(16, 18, ("S1", "complete")),
+        turn("user", "after", 16, 17),
+        start=10,
+    )
+    assert after_prompt(clip) == "F F F F F F"
+
+
+def test_onset_before_the_clip_gives_no_text_and_is_already_in_the_state():
+    clip = toy(dst(8, 12, ("S1", "complete")), start=10, positive="onset")
+    text, window, _ = one(clip)
+    assert "[DST_UPDATE]" not in text
+    assert "S1: Put the base down [completed]" in text
+    assert window.labels.tolist() == [[0] * 6, [-100, -100, 0, 0, 0, 0]]
+
+
+def test_k_tokens_per_frame_and_decision_at_the_last():
+    clip = toy(turn("assistant", "ok", 1, 2), frames=3)
+    text, window, _ = one(clip, k=4)
+    assert text == f"{PROMPT} F F F F F F F F [assistant] ok . F F F F"
+    base = len(PROMPT.split())
+    assert (window.frame_positions - base).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [11, 12, 13, 14]]
+    assert (window.decision_positions - base).tolist() == [3, 7, 14]
+
+
+def test_prompt_of_a_clip_without_steps_tells_the_recipe():
+    clip = clip_example([turn("assistant", "hi", 1, 2)], 0, 2, steps=(), goal="Tea", knowledge="Boil water")
+    assert one(clip)[0] == "[system] Tea Boil water . F F [assistant] hi ."
+
+
+def test_a_system_turn_in_mid_conversation_is_not_in_the_prompt():
+    clip = toy(turn("user", "hi", 0, 1), turn("system", "The wheel falls off", 4, 5))
+    assert "falls" not in one(clip)[0]
+
+
+# ---- windows -----------------------------------------------------------------------------------------
+
+
+def long_clip() -> ClipExample:
+    """100 frames; S1 starts at 10, completes at 40, S2 starts at 40, completes at 80."""
+    return toy(
+        dst(10, 12, ("S1", "start")),
+        dst(40, 42, ("S1", "complete"), ("S2", "start")),
+        turn("assistant", "good work", 41, 43),
+        dst(80, 82, ("S2", "complete")),
+        frames=100,
+    )
+
+
+def test_long_clips_become_windows_that_own_every_frame_once():
+    clip, words = long_clip(), Words()
+    prompt = len(PROMPT.split())
+    windows = build_windows(clip, words, 1, prompt + 40)
+    assert len(windows) == 4
+    assert [w.context for w in windows] == [0, 10, 10, 7]  # the last: 7 frames and a text of 3
+    owned = [f for w in windows for f in range(w.first_frame + w.context, w.end_frame)]
+    assert owned == list(range(100))
+    for w in windows:
+        assert len(w.input_ids) <= prompt + 40
+        assert (w.labels[:, : w.context] == -100).all()
+        own = slice(w.first_frame + w.context, w.end_frame)
+        assert np.array_equal(w.labels[:, w.context :], clip.labels[:, own])
+    texts = " ".join(filter(None, (words.show(w.input_ids[w.lm_positions + 1]) for w in windows)))
+    assert texts == "S1->start . S1->complete, S2->start . good work . S2->complete ."
+
+
+def test_a_windows_prompt_has_the_state_before_it_never_its_own_or_later():
+    clip, words = long_clip(), Words()
+    for window in build_windows(clip, words, 1, len(PROMPT.split()) + 30):
+        shown = words.show(window.input_ids)
+        first = window.first_frame
+        # text of an update on [a, b) stands after frame b - 1
+        s1 = "not_started" if first <= 11 else "in_progress" if first <= 41 else "completed"
+        s2 = "not_started" if first <= 41 else "in_progress" if first <= 81 else "completed"
+        assert f"down [{s1}]" in shown
+        assert f"wheel [{s2}]" in shown
+        assert ("S1->start" in shown) == (first <= 11 < window.end_frame)
+
+
+def test_state_replays_transitions_from_the_initial_state():
+    clip = toy(
+        dst(2, 3, ("S1", "pause")),
+        dst(4, 5, ("S1", "resume"), ("S2", "start")),
+        dst(6, 7, ("S2", "fail"), ("S1", "cancel")),
+        dst(8, 9, ("S1", "reset")),
+        frames=12,
+        initial=[("S1", "in_progress")],
+    )
+    states = [tuple(state_before(clip, frame).values()) for frame in (0, 2, 3, 5, 7, 9)]
+    assert states == [
+        ("in_progress", "not_started"),
+        ("in_progress", "not_started"),
+        ("paused", "not_started"),
+        ("in_progress", "in_progress"),
+        ("cancelled", "failed"),
+        ("not_started", "failed"),
+    ]
+
+
+def test_a_transition_without_frames_counts_from_the_next_turn_with_some():
+    clip = toy(dst(2, 3, ("S1", "start")), dst(None, None, ("S1", "complete")), turn("user", "hi", 7, 8), frames=12)
+    assert [state_before(clip, frame)["S1"] for frame in (2, 3, 7, 8)] == [
+        "not_started",
+        "in_progress",
+        "in_progress",
+        "completed",
+    ]
+
+
+def test_a_budget_too_small_names_clip_and_frame():
+    clip = toy(turn("assistant", "a b c d e f g h", 3, 4), clip_id="kitchen/7")
+    prompt = len(PROMPT.split())
+    with pytest.raises(TrainerError, match=f"clip kitchen/7: its prompt has {prompt} tokens .* --max-tokens"):
+        build_windows(clip, Words(), 1, prompt)
+    with pytest.raises(TrainerError, match=r"clip kitchen/7 frame 3: 11 tokens .* leaves 10 beside"):
+        build_windows(clip, Words(), 1, prompt + 10)
+    assert build_windows(clip, Words(), 1, prompt + 11)
+
+
+def test_an_unknown_state_names_the_clip():
+    with pytest.raises(TrainerError, match="clip c0 initial_state S1: 'done', expected one of not_started"):
+        build_windows(toy(initial=[("S1", "done")]), Words(), 1, 100)
+
+
+@given(costs=st.lists(st.integers(1, 20), min_size=1, max_size=60), room=st.integers(20, 80))
+def test_cuts_fit_the_room_and_partition_the_frames(costs, room):
+    cuts = cut_windows(np.array(costs), room)
+    assert [i for _, own, end in cuts for i in range(own, end)] == list(range(len(costs)))
+    for first, own, end in cuts:
+        assert 0 <= first <= own < end
+        assert sum(costs[first:end]) <= room
+        assert sum(costs[first:own]) <= room / 4
+
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant", "DST_UPDATE"]), st.integers(90, 135), st.integers(0, 6)),
+    max_size=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(events=EVENTS, positive=st.sampled_from(["span", "onset"]), room=st.integers(30, 90))
+def test_no_text_precedes_a_frame_that_is_positive_for_its_event(events, positive, room):
+    turns = [turn(role, f"text{i}", start, start + n) for i, (role, start, n) in enumerate(events)]
+    clip = clip_example(turns, 100, 30, positive=positive, rate=1.0)
+    words = Words()
+    prompt = len(build_windows(clip, words, 1, 10_000)[0].input_ids)
+    for window in build_windows(clip, words, 1, prompt + room):
+        shown = [words.words[i].strip(",") for i in window.input_ids]
+        for i, t in enumerate(turns):
+            if t.role != "user" and f"text{i}" in shown:
+                at = shown.index(f"text{i}")
+                last = t.start_frame if positive == "onset" else t.end_frame - 1
+                later = [
+                    f
+                    for f, position in zip(
+                        range(window.first_frame, window.end_frame), window.decision_positions, strict=True
+                    )
+                    if position > at
+                ]
+                assert not [f for f in later if t.start_frame <= f <= last]
+            if t.role == "user" and f"text{i}" in shown:
+                at = shown.index(f"text{i}")
+                heard = max(t.start_frame, 100) - window.first_frame
+                assert window.decision_positions[heard] > at
+
+
+def test_supervised_text_counts_once_over_windows():
+    clip = toy(*[turn("assistant", f"say{i}", i, i + 1) for i in range(0, 90, 7)], frames=90, steps=STEPS)
+    words = Words()
+    whole = build_windows(clip, words, 1, 10_000)[0]
+    cut = build_windows(clip, words, 1, 60)
+    assert len(cut) > 3
+    said = [words.show(w.input_ids[w.lm_positions + 1]) for w in cut]
+    assert " ".join(filter(None, said)) == words.show(whole.input_ids[whole.lm_positions + 1])

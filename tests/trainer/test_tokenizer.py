@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from trainer.errors import TrainerError
+from trainer.tokenizer import MARKERS, TINY_VOCABULARY, Tokens, load_tokens, marker_token, train_tiny_tokens
+
+TEXTS = ["Place the red wheel.", "Attach the wheel to the axle, please.", "S1->complete, S2->start"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    return train_tiny_tokens(TEXTS)
+
+
+@given(st.text())
+def test_any_text_round_trips(text):
+    tokens = train_tiny_tokens(TEXTS)
+    assert tokens.decode(tokens.encode(text)) == text
+
+
+def test_training_is_deterministic_and_small(tokens):
+    again = train_tiny_tokens(iter(TEXTS))
+    assert again.tokenizer.get_vocab() == tokens.tokenizer.get_vocab()
+    assert len(tokens) <= TINY_VOCABULARY
+    assert len(train_tiny_tokens(f"{i} {i * 7919}" for i in range(5000))) <= TINY_VOCABULARY
+
+
+def test_special_tokens_are_distinct_and_named_as_smolvlms(tokens):
+    ids = [tokens.image, tokens.end, *tokens.marker.values()]
+    assert len(set(ids)) == 2 + len(MARKERS)
+    assert marker_token("system") == "<|reserved_special_token_0|>"
+    assert tokens.decode([tokens.image, tokens.end, tokens.marker["failed"]]) == (
+        "<image><end_of_utterance><|reserved_special_token_10|>"
+    )
+
+
+def test_special_tokens_in_data_stay_text(tokens):
+    text = "look: <image><end_of_utterance> <|reserved_special_token_2|>"
+    ids = tokens.encode(text)
+    assert not {tokens.image, tokens.end, *tokens.marker.values()} & set(ids)
+    assert tokens.decode(ids) == text
+
+
+def test_save_and_load_give_the_same_ids(tokens, tmp_path):
+    tokens.save(tmp_path)
+    again = load_tokens(tmp_path)
+    text = "Attach <image> the wheel ✓"
+    assert again.encode(text) == tokens.encode(text)
+    assert (again.image, again.end, again.marker) == (tokens.image, tokens.end, tokens.marker)
+
+
+def test_a_tokenizer_without_smolvlms_tokens_is_refused():
+    with pytest.raises(TrainerError, match="no token <image>, expected a SmolVLM's"):
+        Tokens(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())))
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(TrainerError, match=f"{tmp_path}: no tokenizer could be loaded"):
+        load_tokens(tmp_path)

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from by_hand import NoisyFrames, clip_example, dst, turn, write_frames, write_shards
+
+from trainer.batch import collate, micro_batches
+from trainer.checkpoint import load_run, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.errors import TrainerError
+from trainer.evaluate import evaluate, score_clips
+from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.sequence import build_windows
+from trainer.shards import Split
+from trainer.tokenizer import train_tiny_tokens
+from trainer.train import clip_stream, learning_rate, make_optimizer, train, train_step
+
+FRAMES = NoisyFrames()
+TINY = TrainConfig(steps=2, clips_per_step=3, warmup_steps=1, max_tokens=200, micro_batch_tokens=200)
+
+
+def clip(i: int, split: str = "train", **more):
+    """An event's frame is white; 12 frames."""
+    at = 3 + i % 5
+    turns = [
+        turn("user", "What now?", 1, 2),
+        dst(at, at + 1, ("S1", "complete")),
+        turn("assistant", "Well done.", at + 1, at + 3),
+    ]
+    return clip_example(turns, 0, 12 + i % 3, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}", **more)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data")
+    root = out / "frames-on-disk"
+    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", 6), ("val", 4))}
+    for clips in splits.values():
+        for c in clips:
+            frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
+            write_frames(root / f"{c.video_uid}.arrow", frames)
+    return write_shards(out, splits, frames_root=root, group=2)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    train(data, folder, TINY, progress=False)
+    return folder
+
+
+def parts(n: int = 5):
+    tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
+    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128, (0.2, 0.1)))
+    windows = [w for i in range(n) for w in build_windows(clip(i, rate=0.3), tokens, 1, 200)]
+    return tokens, model, windows
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ---- the step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TINY, TrainConfig(balance="mean", reweigh=True)])
+def test_micro_batches_give_the_gradient_of_one_big_batch(config):
+    _, model, windows = parts()
+    gradients, steps = [], []
+    for groups in ([windows], [[w] for w in windows], [windows[3:], windows[:3]]):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        step = train_step(model, optimizer, [collate(g, FRAMES) for g in groups], config)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        steps.append(step)
+    for other, gradient in zip(steps[1:], gradients[1:], strict=True):
+        assert other.__dict__ == pytest.approx(steps[0].__dict__, rel=1e-5)
+        assert float((gradient - gradients[0]).norm() / gradients[0].norm()) < 1e-6
+
+
+def test_the_first_loss_is_that_of_the_prior():
+    tokens, model, windows = parts()
+    step = train_step(model, make_optimizer(model, TINY), [collate(windows, FRAMES)], TINY)
+    labels = np.concatenate([w.labels for w in windows], 1)
+    expected = [
+        np.where(row[row >= 0] == 1, -math.log(p), -math.log(1 - p)).mean()
+        for row, p in zip(labels, (0.2, 0.1), strict=True)
+    ]
+    assert (step.speak, step.dst) == pytest.approx(tuple(expected), rel=1e-5)
+    assert step.n_speak == (labels[0] >= 0).sum()
+    assert step.n_lm == sum(len(w.lm_positions) for w in windows)
+    assert step.lm < 3 * math.log(len(tokens))
+
+
+def test_a_step_without_anything_to_supervise_is_zero_and_moves_nothing():
+    _, model, _ = parts()
+    tokens = train_tiny_tokens(["x"])
+    silent = clip_example([], 0, 5, rate=0.0)
+    assert (silent.labels == -100).all()
+    batch = collate(build_windows(silent, tokens, 1, 200), FRAMES)
+    before = weights(model)
+    config = TrainConfig(weight_decay=0.0)
+    step = train_step(model, make_optimizer(model, config), [batch, batch], config)
+    assert (step.loss, step.n_speak, step.n_dst, step.n_lm, step.grad_norm) == (0, 0, 0, 0, 0)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_clips():
+    _, model, windows = parts()
+    with torch.no_grad():
+        model.heads.speak.bias.fill_(math.nan)
+    body = model.vlm.lm_head.weight.detach().clone()
+    with pytest.raises(TrainerError, match=r"loss is not finite at clips train0, train1; lower --lr"):
+        train_step(model, make_optimizer(model, TINY), [collate(windows[:2], FRAMES)], TINY)
+    assert torch.equal(model.vlm.lm_head.weight, body)
+
+
+def test_warm_up_rises_and_the_cosine_falls_to_zero():
+    config = TrainConfig(lr=1.0, warmup_steps=4, steps=10)
+    rates = [learning_rate(step, config) for step in range(10)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[7] == pytest.approx(0.5)
+    assert learning_rate(10, config) == pytest.approx(0)
+
+
+def test_biases_and_norms_do_not_decay():
+    _, model, _ = parts()
+    decayed, kept = make_optimizer(model, TINY).param_groups
+    assert decayed["weight_decay"] == 0.01
+    assert kept["weight_decay"] == 0
+    assert {p.ndim for p in kept["params"]} == {1}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+# ---- a run -------------------------------------------------------------------------------------------
+
+
+def test_two_steps_end_to_end(run, data):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[0]["n_speak"] > 0
+    assert lines[2]["evaluation"]["clips"] == 4
+    assert lines[2]["evaluation"]["speak_only"] == 8
+    assert lines[2]["evaluation"]["dst_only"] == 4
+    assert {p.name for p in run.iterdir()} == {"metrics.jsonl", "last", "best"}
+    loaded = load_run(run)
+    assert loaded.config == TINY
+    assert loaded.info["step"] == 2
+    assert loaded.info["data_key"] == Split(data, "train").key
+    assert loaded.info["neg_rate"] == 0.5
+
+
+def test_the_same_seed_and_data_give_the_same_weights(run, data, tmp_path):
+    train(data, tmp_path / "again", TINY, progress=False)
+    assert torch.equal(weights(load_run(tmp_path / "again").model), weights(load_run(run).model))
+    names = ("metrics.jsonl", "last/model.safetensors", "last/heads.safetensors", "last/tokenizer.json")
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_training_learns_white_frames(data, tmp_path):
+    config = TrainConfig(steps=60, clips_per_step=6, warmup_steps=10, max_tokens=200, micro_batch_tokens=1000)
+    report = train(data, tmp_path / "run", config, progress=False)
+    first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
+    assert report.loss < 0.3 * first["loss"]
+    assert report.evaluation.speak.ap > 0.9
+    assert last["evaluation"]["dst"]["ap"] > 0.9
+
+
+def test_a_run_that_exists_is_not_overwritten(run, data):
+    with pytest.raises(TrainerError, match="exists and is not empty; choose a new folder"):
+        train(data, run, TINY, progress=False)
+
+
+def test_shards_without_train_say_which_splits_there_are(tmp_path):
+    out = write_shards(tmp_path, {"test": [clip(0, "test")]})
+    with pytest.raises(TrainerError, match="no split 'train', found: test"):
+        train(out, tmp_path / "run", TINY, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, tmp_path):
+    config = TrainConfig(steps=1, warmup_steps=0, clips_per_step=2, eval_split="dev")
+    report = train(data, tmp_path / "run", config, progress=False)
+    assert report.evaluation is None
+    assert report.note == "no split 'dev' to evaluate on, found: train, val; preprocess one, or set --eval-split"
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_the_stream_goes_on_over_epochs_with_fresh_draws(data):
+    split = Split(data, "train")
+    stream = clip_stream(split, seed=0)
+    first, second = ([next(stream) for _ in range(6)] for _ in range(2))
+    assert sorted(c.clip_id for c in first) == sorted(c.clip_id for c in second)
+    drawn = [{c.clip_id: c.labels.tolist() for c in clips} for clips in (first, second)]
+    assert drawn[0] != drawn[1]
+    resumed = clip_stream(split, seed=0, epoch=1, position=4)
+    assert [next(resumed).clip_id for _ in range(2)] == [c.clip_id for c in second[4:]]
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------
+
+
+def test_save_and_load_give_bit_equal_logits(tmp_path):
+    tokens, model, windows = parts()
+    train_step(model, make_optimizer(model, TINY), [collate(windows, FRAMES)], TINY)
+    save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 1})
+    save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 2})  # replaces it
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+    loaded = load_run(tmp_path)
+    batch = collate(windows, FRAMES)
+    with torch.no_grad():
+        found, expected = loaded.model(batch), model(batch)
+    assert torch.equal(found.decisions, expected.decisions)
+    assert torch.equal(found.text, expected.text)
+    assert loaded.info == {"step": 2}
+
+
+def test_a_checkpoint_without_heads_is_an_error(tmp_path):
+    tokens, model, _ = parts(1)
+    save_checkpoint(tmp_path / "last", model, tokens, TINY, {})
+    heads = tmp_path / "last" / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:50])
+    with pytest.raises(TrainerError, match=r"heads\.safetensors: damaged"):
+        load_run(tmp_path)
+    heads.unlink()
+    with pytest.raises(TrainerError, match=r"heads\.safetensors: not found, and heads are never made up"):
+        load_run(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_the_users_error(tmp_path):
+    with pytest.raises(TrainerError, match="expected a run of prospect-dst train"):
+        load_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
+    with pytest.raises(TrainerError, match="format 99, expected 1"):
+        load_run(tmp_path)
+
+
+def test_a_body_with_missing_weights_is_refused(run, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "last", tmp_path / "last")
+    path = tmp_path / "last" / "model.safetensors"
+    state = load_file(path)
+    state.pop("model.connector.modality_projection.proj.weight")
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(TrainerError, match=r"1 weights missing, model\.connector"):
+        load_run(tmp_path)
+
+
+# ---- evaluation --------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_one_row_per_frame(run, data, tmp_path):
+    import pyarrow.parquet as pq
+
+    report = evaluate(run, data, "val", out=tmp_path / "scores.parquet")
+    rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    clips = [clip(i, "val", rate=1.0) for i in range(4)]
+    assert [(r["clip_id"], r["frame"]) for r in rows] == [(c.clip_id, f) for c in clips for f in range(c.num_frames)]
+    labels = np.concatenate([c.labels for c in clips], 1)
+    assert [r["speaking_label"] for r in rows] == labels[0].tolist()
+    assert [r["dst_update_label"] for r in rows] == labels[1].tolist()
+    assert report.speak.frames == len(rows)
+    assert report.speak.chance == pytest.approx(8 / len(rows))
+    assert (report.speak_only, report.dst_only, report.both) == (8, 4, 0)
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]
+    assert report.to_json() == logged
+
+
+def test_scores_depend_neither_on_batching_nor_on_order(run, data):
+    loaded, split = load_run(run), Split(data, "val")
+    root = data / "frames-on-disk"
+    from trainer.frames import ArrowFrames
+
+    frames = ArrowFrames(root, 64)
+    clips = list(split.in_order())
+    one = TrainConfig(clips_per_step=1, warmup_steps=0, steps=1, max_tokens=200, micro_batch_tokens=200)
+    many = TrainConfig(clips_per_step=99, max_tokens=200, micro_batch_tokens=9999)
+    expected = {s.clip.clip_id: s.logits for s in score_clips(loaded.model, loaded.tokens, iter(clips), frames, one)}
+    found = {s.clip.clip_id: s.logits for s in score_clips(loaded.model, loaded.tokens, reversed(clips), frames, many)}
+    for name, logits in expected.items():
+        assert np.allclose(found[name], logits, atol=1e-5)
+
+
+def test_windows_give_each_frame_one_score(run, data):
+    loaded, split = load_run(run), Split(data, "val")
+    from trainer.frames import ArrowFrames
+
+    frames = ArrowFrames(data / "frames-on-disk", 64)
+    prompt = max(len(build_windows(c, loaded.tokens, 1, 200)[0].input_ids) - c.num_frames for c in split.in_order())
+    short = TrainConfig(max_tokens=prompt + 6, micro_batch_tokens=500)
+    for scored in score_clips(loaded.model, loaded.tokens, split.in_order(), frames, short):
+        assert len(build_windows(scored.clip, loaded.tokens, 1, prompt + 6)) > 1
+        assert scored.logits.shape == scored.labels.shape == (2, scored.clip.num_frames)
+
+
+def test_micro_batch_budget_only_cuts(run, data):
+    loaded = load_run(run)
+    windows = [w for c in Split(data, "val").in_order() for w in build_windows(c, loaded.tokens, 1, 200)]
+    assert sum(len(b.windows) for b in micro_batches(windows, FRAMES, 100)) == len(windows)
+
+
+# ---- config ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"balance": "some"}, "balance is 'some', expected one of none, mean"),
+        ({"warmup_steps": 300}, "warmup_steps 300 > steps 200"),
+        ({"tokens_per_frame": 3}, "expected a square number"),
+        ({"max_tokens": 0}, "max_tokens is 0, expected above 0"),
+        ({"w_speak": 0, "w_dst": 0, "w_lm": 0}, "all 0"),
+    ],
+)
+def test_fields_that_disagree_are_named(wrong, message):
+    with pytest.raises(TrainerError, match=message):
+        TrainConfig(**wrong)
+
+
+def test_config_goes_through_json():
+    config = TrainConfig(lr=3e-4, betas=(0.8, 0.9), reweigh=True)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(TrainerError, match="unknown lerning_rate"):
+        TrainConfig.from_json({"lerning_rate": 1})

@@ -1,0 +1,5 @@
+"""The one exception that is the user's to fix; everything else that is raised here is a defect of ours."""
+
+
+class TrainerError(ValueError):
+    """One line: where, what was found, what was expected, what to do next. The CLI prints it and exits 1."""

@@ -1,0 +1,172 @@
+"""Scores every frame of a split and says how well each head ranks them: average precision against chance.
+
+Teacher-forced: the context holds the reference's texts, which flatters (a DST text, whatever it says,
+announces that speech is near). Every frame is supervised here, whatever rate the shards were written
+with. Windows never see each other: neither batch size nor order changes a score beyond float rounding.
+Speaking and DST events coincide on real data, so the cells (speak only, DST only, both) stand beside the
+averages.
+
+    N frames scored
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from sklearn.metrics import average_precision_score
+
+from trainer.batch import Batch, micro_batches, windows_of
+from trainer.checkpoint import load_run
+from trainer.clips import DST, SPEAK, ClipExample
+from trainer.config import TrainConfig
+from trainer.frames import FrameSource, open_frames
+from trainer.losses import lm_sum
+from trainer.model import ProspectModel, pick_device
+from trainer.shards import Split
+from trainer.tokenizer import Tokens
+
+SCORES = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("recording_id", pa.string()),
+        ("frame", pa.int32()),
+        ("speaking_logit", pa.float32()),
+        ("dst_update_logit", pa.float32()),
+        ("speaking_label", pa.int8()),
+        ("dst_update_label", pa.int8()),
+    ]
+)
+
+
+class ClipScores(NamedTuple):
+    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST)."""
+
+    clip: ClipExample
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int8]
+    lm_loss: float  # nats, summed over the clip's supervised text
+    lm_tokens: int
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    ap: float | None  # None where there is no positive frame, or no frame at all
+    chance: float  # the AP of guessing: the share of positive frames
+    frames: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    split: str
+    clips: int
+    speak: HeadReport
+    dst: HeadReport
+    speak_only: int  # frames positive for speaking and not for DST
+    dst_only: int
+    both: int
+    lm_loss: float | None  # nats per supervised text token
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(run: Path, data: Path, split: str, frames_root: Path | None = None, out: Path | None = None) -> EvalReport:
+    """Score `split` of `data` with the checkpoint in `run`; `out` gets one Parquet row per frame (SCORES)."""
+    loaded, opened = load_run(run), Split(data, split)
+    frames = open_frames(opened.manifest, frames_root, loaded.model.side)
+    model = loaded.model.to(pick_device())
+    scored = list(score_clips(model, loaded.tokens, opened.in_order(), frames, loaded.config))
+    if out is not None:
+        write_scores(out, scored)
+    return report(split, scored)
+
+
+def score_clips(
+    model: ProspectModel,
+    tokens: Tokens,
+    clips: Iterator[ClipExample],
+    frames: FrameSource,
+    config: TrainConfig,
+) -> Iterator[ClipScores]:
+    """Each clip's scores, in the order of `clips`; `config` gives token budgets and the clips per pass."""
+    training = model.training
+    model.eval()
+    while chunk := list(itertools.islice(clips, config.clips_per_step)):
+        windows = windows_of(chunk, tokens, config)
+        batches = micro_batches(windows, frames, config.micro_batch_tokens)
+        scores = dict(pair for batch in batches for pair in _score(model, batch))
+        for clip in chunk:
+            parts = [scores[id(window)] for window in windows if window.clip is clip]
+            logits, losses, counts = zip(*parts, strict=True)
+            yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
+    model.train(training)
+
+
+_WindowScore = tuple[npt.NDArray[np.float32], float, int]
+
+
+@torch.inference_mode()
+def _score(model: ProspectModel, batch: Batch) -> list[tuple[int, _WindowScore]]:
+    """(window's id, (logits of its own frames, text loss, text tokens)) for each window."""
+    batch = batch.to(next(model.parameters()).device)
+    scores = model(batch)
+    frames, texts = [w.labels.shape[1] for w in batch.windows], [len(w.lm_positions) for w in batch.windows]
+    rows = zip(
+        batch.windows,
+        scores.decisions.float().cpu().split(frames, dim=1),
+        scores.text.split(texts),
+        batch.lm_targets.split(texts),
+        strict=True,
+    )
+    return [
+        (id(w), (logits[:, w.context :].numpy(), float(lm_sum(text, target)), len(target)))
+        for w, logits, text, target in rows
+    ]
+
+
+def report(split: str, scored: list[ClipScores]) -> EvalReport:
+    """Average precision per head over all frames of all clips, and how the two heads' positives coincide."""
+    logits = np.concatenate([s.logits for s in scored], 1)
+    labels = np.concatenate([s.labels for s in scored], 1)
+    speak, dst = labels[SPEAK] == 1, labels[DST] == 1
+    text_tokens = sum(s.lm_tokens for s in scored)
+    return EvalReport(
+        split=split,
+        clips=len(scored),
+        speak=_head(logits[SPEAK], labels[SPEAK]),
+        dst=_head(logits[DST], labels[DST]),
+        speak_only=int((speak & ~dst).sum()),
+        dst_only=int((dst & ~speak).sum()),
+        both=int((dst & speak).sum()),
+        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
+    )
+
+
+def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8]) -> HeadReport:
+    known = labels >= 0
+    frames, positives = int(known.sum()), int((labels == 1).sum())
+    ap = float(average_precision_score(labels[known], logits[known])) if positives else None
+    return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)
+
+
+def write_scores(out: Path, scored: list[ClipScores]) -> None:
+    """One Parquet row per frame (SCORES), renamed into place when complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.new")
+    with pq.ParquetWriter(new, SCORES, compression="zstd") as writer:
+        for s in scored:
+            n = s.clip.num_frames
+            names = [pa.array([name] * n) for name in (s.clip.clip_id, s.clip.recording_id)]
+            frames = np.arange(s.clip.start_frame, s.clip.end_frame, dtype=np.int32)
+            writer.write_table(pa.table([*names, frames, *s.logits, *s.labels], schema=SCORES))
+    new.rename(out)

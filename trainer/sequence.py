@@ -1,0 +1,229 @@
+"""A clip -> the token sequences that the model reads: pure, no torch, no files.
+
+    [system ... [step] S1: name [state] ... end] image*k image*k [user ... end] image*k image*k
+    [DST ... end] [assistant ... end] image*k ...
+
+User text stands before the first frame of its range, DST and assistant text after the last of theirs
+(after the onset frame where labels are onsets), so no event's text precedes a frame that is positive for
+it. A head that fires once writes one text: what several turns of a role say at one frame is joined, in
+order. A turn without frames, or wholly outside the clip, gives no text. The context holds the reference's
+texts: training is teacher-forced.
+
+A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own
+frames: seen, not supervised. Costs at most a third more compute; every frame is supervised in exactly one
+window.
+
+    L tokens    F frames of the window    k tokens per frame    T supervised text tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from trainer.clips import ClipExample, Turn
+from trainer.errors import TrainerError
+from trainer.tokenizer import STATES, Tokens
+
+CONTEXT = 0.25  # share of a window's room for frames that repeats what came before
+REPLIES = ("DST_UPDATE", "assistant")  # in this order where both stand after one frame
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One sequence. Its first `context` frames only give context; labels there are -100."""
+
+    clip: ClipExample
+    first_frame: int  # absolute number of the window's first frame
+    context: int
+    input_ids: Ints  # [L]
+    frame_positions: Ints  # [F, k] where each frame's image tokens stand
+    lm_positions: Ints  # [T] positions whose *next* token is a supervised text token
+    labels: npt.NDArray[np.int8]  # [2, F]
+
+    @property
+    def decision_positions(self) -> Ints:
+        """[F]: the last token of each frame, where both heads read."""
+        return self.frame_positions[:, -1]
+
+    @property
+    def end_frame(self) -> int:
+        return self.first_frame + len(self.frame_positions)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.clip.clip_id} [{self.first_frame}, {self.end_frame})"
+
+
+@dataclass
+class _Block:
+    """A frame with the texts around it, as ids."""
+
+    before: list[int] = field(default_factory=list)
+    replies: list[list[int]] = field(default_factory=list)
+
+    def cost(self, k: int) -> int:
+        return len(self.before) + k + sum(map(len, self.replies))
+
+
+def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int) -> list[Window]:
+    """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
+
+    Raises TrainerError, naming the clip, where the prompt or one frame with its texts exceeds the budget.
+    """
+    blocks = _blocks(clip, tokens)
+    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame))
+    if room < k:
+        raise TrainerError(
+            f"clip {clip.clip_id}: its prompt has {max_tokens - room} tokens and max_tokens is {max_tokens}; "
+            f"raise --max-tokens"
+        )
+    costs = np.array([block.cost(k) for block in blocks], np.int64)
+    if costs.max() > room:
+        worst = int(costs.argmax())
+        raise TrainerError(
+            f"clip {clip.clip_id} frame {clip.start_frame + worst}: {costs[worst]} tokens with its texts, "
+            f"but max_tokens {max_tokens} leaves {room} beside the prompt; raise --max-tokens"
+        )
+    windows = [_build(clip, tokens, k, blocks, cut) for cut in cut_windows(costs, room)]
+    assert all(len(window.input_ids) <= max_tokens for window in windows)
+    return windows
+
+
+def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
+    """(first, own, end) of each window, as indices into `costs` [F] (tokens per frame, none above `room`).
+
+    Frames [first, own) are context, [own, end) are the window's own. The own ranges partition the frames.
+    """
+    total = np.concatenate([[0], np.cumsum(costs)])
+    cuts: list[tuple[int, int, int]] = []
+    own = 0
+    while own < len(costs):
+        context = min(int(CONTEXT * room), room - int(costs[own]))  # the first own frame must fit
+        first = int(np.searchsorted(total, total[own] - context)) if own else 0
+        end = int(np.searchsorted(total, total[first] + room, side="right")) - 1
+        cuts.append((first, own, end))
+        own = end
+    return cuts
+
+
+# ---- where texts stand -------------------------------------------------------------------------------
+
+
+def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
+    """The frame that a turn's text stands at (before it for a user, else after it), or None without frames.
+
+    Clipped to the clip where the range overlaps it, outside the clip where the range does, too.
+    """
+    if turn.start_frame is None or turn.end_frame is None or turn.start_frame >= turn.end_frame:
+        return None
+    if turn.start_frame >= clip.end_frame or turn.end_frame <= clip.start_frame:
+        return turn.start_frame
+    if turn.role == "user":
+        return max(turn.start_frame, clip.start_frame)
+    return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
+
+
+def _blocks(clip: ClipExample, tokens: Tokens) -> list[_Block]:
+    """One block per frame of the clip [F]."""
+    said: dict[tuple[int, str], list[str]] = {}
+    for turn in clip.turns:
+        frame = _text_frame(turn, clip)
+        if frame is not None and clip.start_frame <= frame < clip.end_frame:
+            said.setdefault((frame - clip.start_frame, turn.role), []).append(turn.text)
+    blocks = [_Block() for _ in range(clip.num_frames)]
+    for (i, role), texts in said.items():
+        if role == "user":
+            blocks[i].before = _utterance(role, texts, tokens)
+    for role in REPLIES:
+        for (i, said_by), texts in said.items():
+            if said_by == role:
+                blocks[i].replies.append(_utterance(role, texts, tokens))
+    return blocks
+
+
+def _utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
+    joined = (", " if role == "DST_UPDATE" else " ").join(texts)
+    return [tokens.marker[role], *tokens.encode(joined), tokens.end]
+
+
+# ---- prompt ------------------------------------------------------------------------------------------
+
+
+def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
+    """State of each step just before `frame`: the initial one, with the transitions whose text stands earlier.
+
+    A transition without frames counts from the next turn that has some, so the future never leaks in.
+    """
+    state = dict.fromkeys((step for step, _ in clip.steps), "not_started") | dict(clip.initial_state)
+    known_from: list[tuple[int, Turn]] = []
+    at = clip.end_frame
+    for turn in reversed(clip.turns):
+        own = _text_frame(turn, clip)
+        at = at if own is None else own
+        known_from.append((at, turn))
+    known_from.reverse()
+    for at, turn in sorted(known_from, key=lambda item: item[0]):
+        if at < frame:
+            state |= {step: TRANSITIONS[transition] for step, transition in turn.updates}
+    return state
+
+
+def _prompt(clip: ClipExample, tokens: Tokens, frame: int) -> list[int]:
+    """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`."""
+    ids = [tokens.marker["system"], *tokens.encode("\n".join(_task(clip)))]
+    state = state_before(clip, frame)
+    for step, name in clip.steps:
+        if state[step] not in STATES:
+            raise TrainerError(
+                f"clip {clip.clip_id} initial_state {step}: {state[step]!r}, expected one of "
+                f"{', '.join(STATES)}; fix the source and run preprocess again"
+            )
+        ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}"), tokens.marker[state[step]]]
+    return [*ids, tokens.end]
+
+
+def _task(clip: ClipExample) -> list[str]:
+    """What opens the conversation: leading system turns, the goal, and the recipe where no steps tell it."""
+    system: list[str] = []
+    for turn in clip.turns:
+        if turn.role != "system":
+            break
+        system.append(turn.text)
+    recipe = None if clip.steps else clip.knowledge
+    return [*system, *(text for text in (clip.goal, recipe) if text)]
+
+
+# ---- assembly ----------------------------------------------------------------------------------------
+
+
+def _build(clip: ClipExample, tokens: Tokens, k: int, blocks: list[_Block], cut: tuple[int, int, int]) -> Window:
+    first, own, end = cut
+    ids = _prompt(clip, tokens, clip.start_frame + first)
+    frames: list[range] = []
+    supervised: list[int] = []
+    for i in range(first, end):
+        ids += blocks[i].before
+        frames.append(range(len(ids), len(ids) + k))
+        ids += [tokens.image] * k
+        for reply in blocks[i].replies:
+            if i >= own:
+                supervised += range(len(ids), len(ids) + len(reply) - 1)
+            ids += reply
+    labels = clip.labels[:, first:end].copy()
+    labels[:, : own - first] = NOT_SAMPLED
+    return Window(
+        clip=clip,
+        first_frame=clip.start_frame + first,
+        context=own - first,
+        input_ids=np.array(ids, np.int64),
+        frame_positions=np.array(frames, np.int64).reshape(end - first, k),
+        lm_positions=np.array(supervised, np.int64),
+        labels=labels,
+    )

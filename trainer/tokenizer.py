@@ -1,0 +1,100 @@
+"""Text -> ids, and the markers around it. Ids are looked up by string, never through eos_token or pad_token.
+
+SmolVLM has 88 `<|reserved_special_token_i|>` that mean nothing yet; roles and states take the first
+eleven, so no vocabulary is resized. Their order in MARKERS is a file format: a checkpoint knows them by
+number. For `--model tiny` a byte-level BPE of at most 1,024 tokens is trained on the split's own texts
+(under a second). Literal "<image>" in someone's text stays text: special tokens are never parsed out of
+data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from trainer.errors import TrainerError
+
+IMAGE, END = "<image>", "<end_of_utterance>"
+STATES = ("not_started", "in_progress", "paused", "completed", "cancelled", "failed")
+MARKERS = ("system", "user", "assistant", "DST_UPDATE", "step", *STATES)
+TINY_VOCABULARY = 1024
+
+
+def marker_token(name: str) -> str:
+    """The reserved token that stands for a role or a state."""
+    return f"<|reserved_special_token_{MARKERS.index(name)}|>"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer with the special ids that a sequence needs; TrainerError where one is missing."""
+
+    tokenizer: Any  # PreTrainedTokenizerFast
+
+    def __post_init__(self) -> None:
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # "<image>" in a text is just text
+        _ = self.image, self.end, self.marker
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text with its markers, for eyes."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    @cached_property
+    def image(self) -> int:
+        return self._special(IMAGE)
+
+    @cached_property
+    def end(self) -> int:
+        return self._special(END)
+
+    @cached_property
+    def marker(self) -> dict[str, int]:
+        return {name: self._special(marker_token(name)) for name in MARKERS}
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def _special(self, token: str) -> int:
+        found = self.tokenizer.backend_tokenizer.token_to_id(token)
+        if found is None:
+            raise TrainerError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
+        return int(found)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_tokens(name: str | Path) -> Tokens:
+    """The tokenizer of a folder or of a model on the hub."""
+    try:
+        return Tokens(PreTrainedTokenizerFast.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainerError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None
+
+
+def train_tiny_tokens(texts: Iterable[str]) -> Tokens:
+    """A byte-level BPE of at most TINY_VOCABULARY tokens; any text round-trips; same texts, same ids."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        min_frequency=2,
+        special_tokens=[IMAGE, END, *map(marker_token, MARKERS)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokens(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
