@@ -105,6 +105,13 @@ def cut(start: np.ndarray, end: np.ndarray, bounds: np.ndarray, first: np.ndarra
 def mark(ranges: np.ndarray, frames: int) -> np.ndarray:
     """bool [F]: frames inside any of the half-open `ranges` [T, 2] (reversed ones are empty)."""
     ranges = ranges[ranges[:, 1] > ranges[:, 0]]
+    lengths = ranges[:, 1] - ranges[:, 0]
+    total = int(lengths.sum())
+    if total <= frames:  # events are rare: name their frames
+        marked = np.zeros(frames, bool)
+        within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        marked[np.repeat(ranges[:, 0], lengths) + within] = True
+        return marked
     opened = np.bincount(ranges[:, 0], minlength=frames + 1)
     closed = np.bincount(ranges[:, 1], minlength=frames + 1)
     return np.cumsum(opened - closed)[:frames] > 0

@@ -302,8 +302,7 @@ def _check_turns(checked: Checked) -> None:
 def _check_names(clip: Clip) -> None:
     if not clip.video_uid:
         raise ClipError("video_uid", '""', "a name")
-    for name in ("video_uid", "frames_file"):
-        path = getattr(clip, name)
+    for name, path in (("video_uid", clip.video_uid), ("frames_file", clip.frames_file)):
         if path and not is_inside(path):
             raise ClipError(name, brief(path), "a relative path without '..'")
     if clip.id == "":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -196,6 +197,9 @@ def _groups(spans: np.ndarray) -> Iterator[tuple[int, int]]:
     return cut(spans, GROUP_CLIPS, GROUP_BYTES)
 
 
+_UPDATE = operator.attrgetter("id", "transition")
+
+
 class _Turns:
     """All turns of a group's C clips as flat arrays [T]."""
 
@@ -210,7 +214,7 @@ class _Turns:
         self.end = pa.array(end, pa.int64()).fill_null(labels.NO_FRAMES[1]).to_numpy()
         self.time = pa.array(time, pa.float64())
         updates = [c for c in content if type(c) is list]
-        flat = [(update.id, update.transition) for some in updates for update in some]
+        flat = list(map(_UPDATE, chain.from_iterable(updates)))
         counts = np.zeros(len(roles), np.int64)
         counts[self.role == _DST] = [len(some) for some in updates]
         self.updates = _list_of(_offsets(counts), _UPDATES, [u[0] for u in flat], [u[1] for u in flat])

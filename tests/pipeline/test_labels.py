@@ -73,6 +73,12 @@ def test_a_clip_without_dst_says_nothing_about_the_second_head():
     assert label([(11, 12)], [], drawn=range(10, 18), tracked=False) == [[0, 1, 0, 0, 0, 0, 0, 0], [N] * 8]
 
 
+def test_more_events_than_frames_mark_the_same_frames():
+    few, many = np.array([[1, 3], [2, 4]]), np.array([[1, 3], [2, 4]] * 10)
+    expected = [False, True, True, True, False, False]
+    assert labels.mark(few, 6).tolist() == labels.mark(many, 6).tolist() == expected
+
+
 def test_clips_end_to_end_do_not_touch():
     bounds = np.array([[0, 3], [0, 3]])
     heads = [
