@@ -139,7 +139,9 @@ def train(
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
     clips_per_step: Annotated[int, typer.Option(help="clips in one optimizer step")] = TrainConfig.clips_per_step,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = TrainConfig.lr,
-    warmup_steps: Annotated[int, typer.Option(help="linear warm-up, then cosine to 0")] = TrainConfig.warmup_steps,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="linear, then cosine to 0; default: 40, or all steps")
+    ] = None,
     balance: Annotated[str, typer.Option(help="none, or mean: both classes weigh equally")] = TrainConfig.balance,
     reweigh: Annotated[bool, typer.Option(help="drawn negatives weigh 1 / rate")] = TrainConfig.reweigh,
     tokens_per_frame: Annotated[
@@ -159,6 +161,7 @@ def train(
     from pipeline.terminal import console
     from trainer.train import train as fit
 
+    warmup_steps = min(TrainConfig.warmup_steps, steps) if warmup_steps is None else warmup_steps
     chosen = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
     report = fit(data, run, TrainConfig(**chosen), frames_root)
     if report.evaluation is None:
@@ -189,7 +192,7 @@ def evaluate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="new folder for everything the demo makes")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 250,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
     seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
 ) -> int:
     """Do the main job on made-up data in under five minutes, and show what was learned."""

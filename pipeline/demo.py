@@ -5,6 +5,7 @@ train -> evaluate. Under five minutes on two cores; every step is the command of
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
     from trainer.evaluate import EvalReport
 
 
-def demo(out: Path, steps: int, seed: int, console: Console) -> EvalReport:
-    """Do it all below the new folder `out`; returns the held-out report. Raises UsageError if `out` is in use."""
-    if out.exists() and any(out.iterdir()):
+def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfig | None = None) -> EvalReport:
+    """Do it all below the new folder `out`; returns the held-out report. Raises UsageError if `out` is in use.
+
+    made_of: other data than the default; its seed is replaced by `seed`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
     raw, data, run = out / "raw", out / "data", out / "run"
     step = _Steps(console)
 
     step("synth", f"made-up task videos with conversations -> {raw}")
-    made = synth(raw, SynthConfig(seed=seed))
+    made = synth(raw, replace(made_of or SynthConfig(), seed=seed))
     for split, counts in made.splits.items():
         console.print(
             f"    {split:5} {counts.recordings:4} recordings, {counts.videos:4} videos, {counts.clips:5} clips"
@@ -43,7 +47,7 @@ def demo(out: Path, steps: int, seed: int, console: Console) -> EvalReport:
     step("inspect", f"one clip of them (prospect-dst inspect {data} --clip test:0)")
     console.print(timeline(data, "test:0"))
 
-    step("train", f"a 1.1M-parameter SmolVLM, from scratch, {steps} steps on the CPU -> {run}")
+    step("train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
     _train(data, run, steps, seed, console)
 
     step("evaluate", "on the test split: recordings that were never trained on")
@@ -76,7 +80,7 @@ def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> No
     from trainer.config import TrainConfig
     from trainer.train import train
 
-    config = TrainConfig(model="tiny", steps=steps, warmup_steps=min(50, steps), seed=seed)
+    config = TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed)
     report = train(data, run, config, progress=True)
     console.print(f"    {report.steps} steps in {report.seconds:.0f} s, loss of the last one {report.loss:.3f}")
 

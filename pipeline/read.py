@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.schema import TRANSITIONS, is_inside
+from pipeline.schema import STATES, TRANSITIONS, is_inside
 
 MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
 MAX_FRAME: Final = 2**31 - 1  # columns are int32
@@ -305,6 +305,9 @@ def _check_names(clip: Clip) -> None:
     for name, path in (("video_uid", clip.video_uid), ("frames_file", clip.frames_file)):
         if path and not is_inside(path):
             raise ClipError(name, brief(path), "a relative path without '..'")
+    for step, state in (clip.initial_dst_state or {}).items():
+        if state not in STATES:
+            raise ClipError(f"initial_dst_state.{step}", brief(state), f"one of {', '.join(STATES)}")
     if clip.id == "":
         raise ClipError("id", '""', "a name or a number")
 

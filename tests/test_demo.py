@@ -32,7 +32,9 @@ def made(tmp_path_factory):
 
 def test_the_demo_goes_through_every_step_and_ends_with_numbers_and_a_picture(made):
     out, report, text = made
-    order = [text.index(f"{i}  {name}") for i, name in enumerate(("synth", "preprocess", "inspect", "train", "evaluate"), 1)]
+    order = [
+        text.index(f"{i}  {name}") for i, name in enumerate(("synth", "preprocess", "inspect", "train", "evaluate"), 1)
+    ]
     assert order == sorted(order)
     assert "average precision" in text
     assert report.speak.positives > 0
@@ -103,11 +105,11 @@ def test_synth_options_have_the_defaults_of_its_config():
 
 @pytest.mark.slow
 def test_both_heads_learn_to_see(tmp_path):
-    """A third of the demo's steps on a third of its data already rank well; the demo itself reaches 1.000."""
+    """A third of the demo's data ranks well already; blind to the frames, the texts alone give under 0.7."""
     raw, data = tmp_path / "raw", tmp_path / "data"
     synth(raw, SynthConfig(recordings={"train": 70, "val": 8}))
     assert run("preprocess", raw, "--out", data, "--frames-root", raw) == 0
-    assert run("train", data, "--run", tmp_path / "run", "--steps", 110, "--warmup-steps", 30) == 0
+    assert run("train", data, "--run", tmp_path / "run", "--steps", 160) == 0
     lines = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = lines[-1]["evaluation"]
     assert min(found["speak"]["ap"], found["dst"]["ap"]) > 0.9
