@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 
 from pipeline.errors import UsageError
 from pipeline.options import Options
@@ -116,9 +116,7 @@ def render_report(report: EvalReport) -> Any:
     for name, head in (("speaking", report.speak), ("DST", report.dst)):
         table.add_row(name, _number(head.ap), f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
     cells = f"positive frames: speaking only {report.speak_only:,}, DST only {report.dst_only:,}, both {report.both:,}"
-    table.caption = f"{cells}; teacher-forced: the reference's texts are in the context"
-    table.caption_justify = "left"
-    return table
+    return Group(table, f"[dim]{cells}\nteacher-forced: the reference's texts are in the context[/]")
 
 
 def _number(value: float | None) -> str:
