@@ -52,6 +52,25 @@ def test_polars_lines_work(sample, monkeypatch):
     assert kept.item() < 0.5
 
 
+def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    lines = [line.partition("#")[0].split()[1:] for line in README.splitlines() if line.startswith("prospect-dst ")]
+    assert [line[0] for line in lines] == [
+        "preprocess",
+        "inspect",
+        "inspect",
+        "synth",
+        "preprocess",
+        "train",
+        "evaluate",
+    ]
+    small = {"synth": ["--train", "2", "--val", "1", "--test", "1"], "train": ["--steps", "1"]}
+    for line in lines:
+        assert main([*line, *small.get(line[0], [])]) == 0
+    assert "tea_nusar" in (tmp_path / "labels.html").read_text()
+
+
 def test_every_command_of_the_readme_exists():
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     told = set(re.findall(r"prospect-dst ([a-z]+)", README))
