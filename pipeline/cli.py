@@ -28,7 +28,9 @@ app = typer.Typer(
 
 @app.command()
 def preprocess(
-    inputs: Annotated[list[Path], typer.Argument(help="JSON / JSON Lines files, or folders of {split}_*.json")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="JSON / JSON Lines files, or folders of {split}_*.json", readable=False)
+    ],
     out: Annotated[Path, typer.Option(help="output folder; replaced whole, or left as it was")],
     positive: Annotated[str, typer.Option(help="span: every frame of an event; onset: its first alone")] = "span",
     neg_rate: Annotated[
@@ -54,7 +56,7 @@ def preprocess(
     from pipeline.options import ASSEMBLY101, Options
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary, summary_of
-    from pipeline.terminal import console, progress_bar
+    from pipeline.terminal import console, plain, progress_bar
 
     options = Options(
         seed=seed,
@@ -70,11 +72,11 @@ def preprocess(
     with progress_bar() as progress:
         manifest, skipped = run(inputs, out, options, workers or _cores(), progress)
     if skipped:
-        typer.echo(f"{out}: nothing changed since the last run (same inputs, options and version); skipped")
+        typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
         console().print(render_summary(summary_of(manifest), manifest))
     if manifest["quarantined"]:
-        typer.echo(f"{manifest['quarantined']} refused: each has a line in {out}/quarantine.jsonl", err=True)
+        typer.echo(f"{manifest['quarantined']} refused: each has a line in {plain(out)}/quarantine.jsonl", err=True)
     return int(manifest["status"])
 
 
@@ -88,7 +90,7 @@ def inspect(
     from pipeline import inspect_html, shards, timeline
     from pipeline.inspect import summarise
     from pipeline.summary import render_summary
-    from pipeline.terminal import console
+    from pipeline.terminal import console, plain
 
     manifest = shards.verify(folder)
     if clip is not None:
@@ -97,7 +99,7 @@ def inspect(
         console().print(render_summary(summarise(folder), manifest))
     if html is not None:
         inspect_html.write_page(folder, html)
-        typer.echo(f"wrote {html} ({html.stat().st_size / 1000:,.0f} kB)")
+        typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1000:,.0f} kB)")
     return 0
 
 
@@ -223,17 +225,23 @@ def _cores() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Every failure is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         status = app(argv if argv is not None else sys.argv[1:], prog_name="prospect-dst", standalone_mode=False)
     except UsageError as error:
         return _fail(f"{error}; see --help", 2)
     except KeyboardInterrupt:
-        return _fail("stopped; nothing half-written is left", 130)
+        return _fail(INTERRUPTED, 130)
     except InputError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check space and permissions, then run again", 1)
     except Exception as error:
         if (parsed := _parser_status(error)) is not None:
             return parsed
@@ -243,7 +251,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"unexpected {message}; this is a bug: PROSPECT_DST_TRACEBACK=1 shows where", 1)
+    if status == 130:  # typer's word for Ctrl-C
+        return _fail(INTERRUPTED, 130)
     return status if isinstance(status, int) else 0
+
+
+INTERRUPTED = "stopped; nothing half-written is left"
 
 
 def _parser_status(error: Exception) -> int | None:
@@ -253,14 +266,16 @@ def _parser_status(error: Exception) -> int | None:
         error.show()  # type: ignore[attr-defined]
         return 2
     if name == "Abort":
-        return _fail("stopped; nothing half-written is left", 130)
+        return _fail(INTERRUPTED, 130)
     if not hasattr(error, "format_message"):
         return None
     return _fail(f"{' '.join(error.format_message().split())}; see --help", 2)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"prospect-dst: {' '.join(message.split())}", file=sys.stderr)
+    from pipeline.terminal import plain
+
+    print(f"prospect-dst: {plain(message)}", file=sys.stderr)
     return status
 
 

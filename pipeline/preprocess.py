@@ -4,13 +4,14 @@ Pass 1 (`survey`) decodes and checks clips, spools what is kept as Arrow, and co
 can decide: the file's frame convention, duplicate ids, every clip's neighbours and its number. Pass 2
 (`write`) turns one spooled part into labels and shards. Both work on parts of at most 2,048 clips, each a
 pure function of the part, so that any number of workers writes the same bytes and memory is bounded by one
-part per worker. The spool trades a quarter of the input's size on disk for decoding the JSON once.
+part per worker. The spool trades 0.4 of the input's size on disk for decoding the JSON once.
 
     C clips of a part
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from pipeline.frames import count_frames
 from pipeline.options import Options
 from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames, shard_path
-from pipeline.shards import commit, intact, locked, read_manifest, sha256
+from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
 from pipeline.write import Plan, Written, merged, write_part
 
@@ -61,18 +62,26 @@ def preprocess(
     """
     options = options or Options()
     sources = [_source(path, options) for path in _expand(inputs, options)]
+    _check_rates(options, {source.split for source in sources})
     for number, source in enumerate(sources):
         progress("hashing", number, len(sources))
         source.sha256 = sha256(source.path)
     key = _key(sources, options)
-    with locked(out) as staging:
+    with locked(out):
         before = read_manifest(out)
         if before and before.get("key") == key and intact(out):
             return before, True
-        run = _Run(sources, options, staging, workers, progress)
-        manifest = run.manifest(key)
-        commit(staging, out, manifest)
+        with staging(out) as folder:
+            manifest = _Run(sources, options, folder, workers, progress).manifest(key)
+            commit(folder, out, manifest)
     return manifest, False
+
+
+def _check_rates(options: Options, splits: set[str]) -> None:
+    """A misspelt split must not cost its rate in silence."""
+    if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
+        there = ", ".join(sorted(splits))
+        raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
 
 
 # ---- inputs ------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ def _key(sources: list[Source], options: Options) -> str:
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
-    return sorted((p.name, p.stat().st_size) for p in (*root.glob("*.arrow"), *root.glob("frames/*.arrow")))
+    return sorted((str(path.relative_to(root)), path.stat().st_size) for path in root.rglob("*.arrow"))
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -203,8 +212,10 @@ class _Run:
         refused = self._refused(plans)
         written = self._map(write_part, [(plan,) for plan in plans], "writing")
         _delete(self.spool)
-        _write_quarantine(self.staging, refused)
-        return self._told(key, parts, written, refused)
+        manifest = self._told(key, parts, written, refused)
+        if refused:
+            manifest["quarantine_sha256"] = _write_quarantine(self.staging / QUARANTINE, refused)
+        return manifest
 
     def _told(self, key: str, parts: list[_Part], written: list[Written], refused: list[Refusal]) -> dict[str, Any]:
         splits = merged(written)
@@ -253,7 +264,9 @@ class _Run:
         count = min(self.workers, len(calls))
         with ProcessPoolExecutor(count, context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
             try:
-                for result in pool.map(function, *zip(*calls, strict=True)):
+                with _uninterrupted():  # workers inherit it: Ctrl-C is this process's business
+                    coming = pool.map(function, *zip(*calls, strict=True))
+                for result in coming:
                     results.append(result)
                     self.progress(what, len(results), len(calls))
             except BrokenProcessPool:
@@ -368,9 +381,7 @@ def _refuse_duplicates(parts: list[_Part]) -> None:
 def _decide_convention(source: Source, parts: list[_Part], given: str | None) -> None:
     """Let the file's valid clips vote on how start_frame and end_frame are meant."""
     for part in parts:
-        seen = part.survey.seen
-        empty = (part.bounds == NOT_GIVEN).any(axis=1) & (seen[:, 0] == seen[:, 1])
-        source.votes += part.survey.votes[part.keep & ~empty].sum(axis=0)
+        source.votes += part.survey.votes[part.keep & _may_be_valid(part)].sum(axis=0)
         source.schemas["proassist"] += int(part.survey.proassist[part.keep].sum())
         source.schemas["prospect"] += int((~part.survey.proassist[part.keep]).sum())
     decided = given or labels.decide(source.votes)
@@ -383,6 +394,13 @@ def _decide_convention(source: Source, parts: list[_Part], given: str | None) ->
     source.convention = decided
     if set(source.schemas) and not source.schemas["prospect"]:
         source.convention = "lead-in"  # how ProAssist's `frames` turns are read
+
+
+def _may_be_valid(part: _Part) -> np.ndarray:
+    """bool [C]: clips whose bounds are right in one convention at least (`window` adds a frame at the end)."""
+    bounds = np.where(part.survey.given == NOT_GIVEN, part.survey.seen, part.survey.given)
+    sizes = bounds[:, 1] - bounds[:, 0]
+    return (sizes + (part.survey.given[:, 1] == NOT_GIVEN) > 0) & (sizes <= MAX_FRAMES)
 
 
 def _decide_bounds(part: _Part) -> None:
@@ -428,10 +446,11 @@ def _frames_there(root: str | None, video_uid: str, frames_file: str | None) -> 
     return count_frames(path) if path else None
 
 
-def _write_quarantine(staging: Path, refused: list[Refusal]) -> None:
-    if refused:
-        lines = [msgspec.json.encode({**msgspec.structs.asdict(r), "message": str(r)}) for r in refused]
-        (staging / QUARANTINE).write_bytes(b"\n".join(lines) + b"\n")
+def _write_quarantine(path: Path, refused: list[Refusal]) -> str:
+    """One line per refusal; returns the file's SHA-256."""
+    lines = [json.dumps({**msgspec.structs.asdict(refusal), "message": str(refusal)}) for refusal in refused]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return sha256(path)
 
 
 def _delete(folder: Path) -> None:
@@ -440,9 +459,21 @@ def _delete(folder: Path) -> None:
     folder.rmdir()
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore SIGINT for a moment (signals are the main thread's)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _die_with(parent: int) -> None:
-    """A worker ends with the run that started it, also when that was killed; Ctrl-C is the run's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends with the run that started it, also when that was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:

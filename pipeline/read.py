@@ -182,12 +182,20 @@ def _decode_slowly(raw: bytes) -> Clip:
         for number, turn in enumerate(clip.conversation):
             if turn.time is not None and not math.isfinite(turn.time):
                 raise ClipError("time", str(turn.time), "a finite number of seconds", number)
-        msgspec.json.encode(clip)  # a lone surrogate, or bytes that are not UTF-8, in a field that is read
+        for number, turn in enumerate(clip.conversation):
+            _encodable(turn, number)
+        _encodable(clip, None)
     except msgspec.ValidationError as error:
         raise _explain(error) from None
-    except (UnicodeEncodeError, RecursionError, OverflowError) as error:
-        raise ClipError("text", _syntax(error), "valid UTF-8 text") from None
     return clip
+
+
+def _encodable(part: Clip | Turn, number: int | None) -> None:
+    """Refuse a lone surrogate, or bytes that are not UTF-8, in a field that is read."""
+    try:
+        msgspec.json.encode(part)
+    except UnicodeEncodeError:
+        raise ClipError("text", "bytes that are not UTF-8, or half a surrogate pair", "valid text", number) from None
 
 
 TOO_DEEP: Final = "nesting too deep to read"
@@ -466,7 +474,7 @@ def _index(path: Path, data: mmap.mmap, file: BinaryIO) -> Index:
     if opening == b"[":
         return _index_array(data, file)
     if opening != b"{":
-        found = "only white space" if not opening else brief(data[start : start + 20])
+        found = _kind(data[start : start + 20])
         raise InputError(
             f"{path}: found {found}, expected a JSON array of clips, one clip object, or JSON Lines, as UTF-8"
         )
@@ -477,6 +485,17 @@ def _index(path: Path, data: mmap.mmap, file: BinaryIO) -> Index:
         return Index.whole("object", np.array([[start, len(data)]], np.int64))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Scanner(file).index("object")
+
+
+def _kind(head: bytes) -> str:
+    """What a file that is not JSON begins like, and what to do about it."""
+    if not head:
+        return "only white space"
+    if head[:2] == b"\x1f\x8b":
+        return "a gzip file (decompress it first)"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16 text (save it as UTF-8 first)"
+    return brief(head)
 
 
 def _index_array(data: mmap.mmap, file: BinaryIO) -> Index:

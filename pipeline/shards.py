@@ -36,29 +36,46 @@ _OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manif
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[Path]:
-    """Own the folder `out` and yield its empty staging folder. Raises InputError when another run owns it.
+def locked(out: Path) -> Iterator[None]:
+    """Own the folder `out`; raises InputError when another run owns it, or it cannot be made.
 
-    On the way out staging is gone, and a folder that this run created and left without output is too.
+    A folder that this run created and left without output is removed again.
     """
     created = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
+    handle = _open_lock(out)
     try:
         _take(handle, out)
-        _refuse_foreign(out)
-        _clear(out)
-        yield Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
-    except OSError as error:
-        raise _explain(error, out) from None
+        yield
+        created = False
     finally:
-        _clear(out)
         if created and not (out / MANIFEST).exists():
             _remove_empty(out)
         os.close(handle)
+
+
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """An empty folder inside `out`, which must be locked; gone afterwards. OSErrors become InputErrors."""
+    try:
+        _refuse_foreign(out)
+        _clear(out)
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise _explain(error, out) from None
+
+
+def _open_lock(out: Path) -> int:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            return os.open(out / LOCK, os.O_RDONLY)  # a finished output may be read-only: it can be skipped
+        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
 
 
 def _take(handle: int, out: Path) -> None:
@@ -71,8 +88,8 @@ def _take(handle: int, out: Path) -> None:
 def _clear(out: Path) -> None:
     """Remove what runs left that were killed. Each has a name of its own: a worker that outlives its run for a
     moment writes nowhere else."""
-    for staging in out.glob(f"{STAGING}*"):
-        shutil.rmtree(staging, ignore_errors=True)
+    for left in out.glob(f"{STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -96,22 +113,29 @@ def _explain(error: OSError, out: Path) -> InputError:
     return InputError(f"{where}: {error.strerror or error}; nothing was changed")
 
 
-def commit(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Swap the staged tables into `out`; the manifest goes first when leaving and comes last."""
-    staged_manifest = staging / MANIFEST
-    staged_manifest.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in staging.rglob("*"):
+def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Swap the staged tables into `out`; the manifest goes first when leaving and comes last.
+
+    What fails, or is interrupted, on the way is undone: the old output is back.
+    """
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for path in staged.rglob("*"):
         _sync(path)
-    old = staging / "old"
+    old = staged / "old"
     old.mkdir()
-    (out / MANIFEST).unlink(missing_ok=True)
-    for name in _OURS:
-        if (out / name).exists():
-            (out / name).rename(old / name)
-        if (staging / name).exists():
-            (staging / name).rename(out / name)
-    _sync(out)
-    staged_manifest.rename(out / MANIFEST)
+    leaving = [(out / name, old / name) for name in (MANIFEST, *_OURS) if (out / name).exists()]
+    coming = [(staged / name, out / name) for name in (*_OURS, MANIFEST) if (staged / name).exists()]
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for source, target in leaving + coming:
+            if target == out / MANIFEST:
+                _sync(out)
+            source.rename(target)
+            moved.append((source, target))
+    except BaseException:
+        for source, target in reversed(moved):
+            target.rename(source)
+        raise
     _sync(out)
 
 
@@ -157,6 +181,8 @@ def verify(folder: Path) -> dict[str, Any]:
     for shard in manifest["shards"]:
         _verify_shard(folder, shard, redo)
         listed.add(folder / shard["path"])
+    if "quarantine_sha256" in manifest:
+        _verify_quarantine(folder, manifest, redo)
     for path in sorted(folder.glob("*/split=*/*.parquet")):
         if path not in listed:
             raise InputError(f"{plain(path)}: a shard that {MANIFEST} does not list; remove it, or {redo}")
@@ -179,6 +205,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
         raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
     return manifest
+
+
+def _verify_quarantine(folder: Path, manifest: dict[str, Any], redo: str) -> None:
+    path = folder / QUARANTINE
+    if not path.is_file() or sha256(path) != manifest["quarantine_sha256"]:
+        raise InputError(f"{plain(path)}: missing, damaged or edited (sha256 is not the manifest's); {redo}")
 
 
 def _verify_shard(folder: Path, shard: Any, redo: str) -> None:
@@ -248,6 +280,10 @@ class TableWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=max(1, batch.num_rows))
         self.rows += batch.num_rows
+
+    def abandon(self) -> None:
+        """After a failure: leave the file as it is, and say nothing more about it."""
+        self._writer.is_open = False
 
     def close(self) -> None:
         arrow = base64.b64encode(self.schema.serialize().to_pybytes()).decode()

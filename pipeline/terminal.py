@@ -6,6 +6,7 @@ import contextlib
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from io import StringIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def console() -> Console:
     """For results."""
+    if sys.stdout is None:  # closed by whoever called
+        return Console(file=StringIO(), width=100)
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 

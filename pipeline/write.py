@@ -60,6 +60,20 @@ def write_part(plan: Plan) -> Written:
         table: TableWriter(Path(plan.staging) / shard_path(table, plan.split, plan.part), table)
         for table in ("frames", "clips")
     }
+    try:
+        clips = _write_groups(plan, writers, done)
+        for writer in writers.values():
+            writer.close()
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    done.shards = [_entry(plan, table, writer, clips) for table, writer in writers.items()]
+    return done
+
+
+def _write_groups(plan: Plan, writers: dict[str, TableWriter], done: Written) -> int:
+    """Write and count the part's groups; returns the number of clips."""
     clip = plan.first_clip
     for batch, bounds in _groups(plan):
         group = _Group(batch, bounds, clip, plan)
@@ -67,10 +81,7 @@ def write_part(plan: Plan) -> Written:
         writers["clips"].write(group.clips_batch())
         group.count(done)
         clip += batch.num_rows
-    for table, writer in writers.items():
-        writer.close()
-        done.shards.append(_entry(plan, table, writer, clip - plan.first_clip))
-    return done
+    return clip - plan.first_clip
 
 
 def merged(written: list[Written]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,9 @@ import time
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -25,6 +27,7 @@ from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES
 from pipeline.summary import render_summary, summary_of
+from pipeline.synth import write_frames
 
 
 def turn(role, start=None, end=None, time_s=None, content=None):
@@ -406,22 +409,90 @@ def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
         assert len(clips_of(out)) == 2000
 
 
-def test_killed_between_the_renames_the_next_run_does_the_work(tmp_path, monkeypatch):
+DIES = """
+import os, sys
+from pathlib import Path
+from pipeline import preprocess as p, shards
+sync = shards._sync
+shards._sync = lambda path: os._exit(9) if path == Path(sys.argv[2]) else sync(path)
+p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]))
+"""
+
+
+def test_killed_between_the_renames_the_next_run_does_the_work(tmp_path):
     run(tmp_path, [clip()])
-    done = []
+    source = write(tmp_path / "train_training.json", [clip(), clip("b")])
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", DIES, source, out]).returncode == 9
+    assert not (out / "manifest.json").exists()  # neither old nor new claims to be complete
+    preprocess([source], out)
+    assert shards.intact(out)
+    assert len(clips_of(out)) == 2
 
-    def die(path):
-        done.append(path)
-        if path == tmp_path / "out":
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_sync", die)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", range(6))
+def test_a_commit_that_fails_midway_brings_the_old_output_back(tmp_path, monkeypatch, step, error):
+    run(tmp_path, [clip()])
+    before = snapshot(tmp_path / "out")
+    rename, count = Path.rename, iter(range(100))
+
+    def failing(self, target):
+        if next(count) == step:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((InputError, KeyboardInterrupt)):
         run(tmp_path, [clip(), clip("b")])
-    assert not (tmp_path / "out/manifest.json").exists()  # neither old nor new claims to be complete
     monkeypatch.undo()
-    run(tmp_path, [clip(), clip("b")])
-    assert len(clips_of(tmp_path / "out")) == 2
+    assert snapshot(tmp_path / "out") == before
+    assert shards.intact(tmp_path / "out")
+
+
+def test_a_run_that_is_refused_leaves_the_other_alone(tmp_path, small_parts):
+    source, out = write(tmp_path / "train_x.json", many(1500)), tmp_path / "out"
+    first = subprocess.Popen([sys.executable, "-c", KILLED, source, out, "1"])
+    while first.poll() is None:
+        with contextlib.suppress(InputError):
+            if list(out.glob(".staging*")):
+                preprocess([source], out, Options(seed=1))
+                break
+    assert first.wait() == 0
+    assert shards.intact(out)
+
+
+def test_a_lost_quarantine_file_is_noticed(tmp_path):
+    source = write(tmp_path / "train_x.json", [clip(), {"video_uid": "broken"}])
+    preprocess([source], tmp_path / "out")
+    (tmp_path / "out/quarantine.jsonl").unlink()
+    assert preprocess([source], tmp_path / "out")[1] is False
+    assert (tmp_path / "out/quarantine.jsonl").exists()
+
+
+def test_refused_clips_do_not_vote(tmp_path):
+    misfits = clip("bad", 5000, 6000, [turn("assistant", 9, 12, 50.0)] * 50)
+    del misfits["end_frame_idx"]
+    good = clip("good", turns=[turn("assistant", 12, 14, 6.0)] * 20)
+    manifest = run(tmp_path, [misfits, good])
+    assert (manifest["quarantined"], manifest["inputs"][0]["frame_convention"]) == (1, "event")
+
+
+def test_frames_on_disk_are_held_against_the_annotations(tmp_path):
+    root = tmp_path / "frames"
+    root.mkdir()
+    write_frames(root / "video-short.arrow", np.zeros((15, 8, 8, 3), np.uint8))
+    write_frames(root / "video-long.arrow", np.zeros((25, 8, 8, 3), np.uint8))
+    table = pa.table({"frame": ["x"] * 12})
+    with pa.OSFile(str(root / "video-file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    (root / "video-bad.arrow").write_bytes(b"no arrow")
+    manifest = run(tmp_path, [clip(n) for n in ("short", "long", "file", "bad")], frames_root=str(root), pad_s=2)
+    told = {h["name"]: h["text"] for h in manifest["hazards"] if "frames" in h["name"] or "annot" in h["name"]}
+    assert set(told) == {"annotations longer than the frames", "frames unreadable"}
+    assert "video-short (annotated to 20, has 15)" in told["annotations longer than the frames"]
+    assert "video-file (annotated to 20, has 12)" in told["annotations longer than the frames"]
+    assert clips_of(tmp_path / "out")["end_frame"].to_list() == [20, 24, 20, 24]  # padding ends with the frames
 
 
 # ---- usage -------------------------------------------------------------------------------------------
