@@ -10,6 +10,7 @@ frame. Everything works on flat arrays of many clips at once: no loop over frame
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from pipeline.schema import CONVENTIONS, NOT_SAMPLED
 
 FLOOR_TOLERANCE: Final = 1e-6  # time * fps may fall just short of a whole frame
-AGREEMENT: Final = 0.9  # share of turns that a convention must explain
+AGREEMENT: Final = Fraction(9, 10)  # share of turns that a convention must explain
 MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
 
 
@@ -82,7 +83,7 @@ def decide(votes: np.ndarray) -> str | None:
     if total < MIN_VOTERS:
         return "event"
     for name, count in (("lead-in", lead_in), ("event", event), ("window", window)):
-        if 10 * count >= 9 * total:
+        if count >= AGREEMENT * total:
             return name
     return None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
@@ -192,15 +192,6 @@ def draw_expr(epoch: int = 0, seed: str = "sampling_seed", frame: str = "frame")
 
 def _shift_right(x: pl.Expr, bits: int) -> pl.Expr:
     return x // (1 << bits)  # polars has no >>; floor division of a UInt64 is one
-
-
-def columns_doc() -> list[dict[str, Any]]:
-    """One row per column (table, column, type, nullable, doc), for people and for the README."""
-    return [
-        {"table": name, "column": f.name, "type": str(f.type), "null": f.nullable, "doc": f.metadata[b"doc"].decode()}
-        for name, schema in (("frames", FRAMES), ("clips", CLIPS))
-        for f in schema
-    ]  # fmt: skip
 
 
 # ---- where a clip's frames lie -----------------------------------------------------------------------

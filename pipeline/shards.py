@@ -231,7 +231,7 @@ def _verify_shard(folder: Path, shard: Any, redo: str) -> None:
 
 # ---- Parquet -----------------------------------------------------------------------------------------
 
-# Chosen, not defaulted: at 17 million frames 8 MB and 1.9 s instead of 116 MB and 3.6 s.
+# Chosen, not defaulted: 17 million frames take 8 MB instead of 116, in half the time.
 _FRAMES_STORED = FRAMES.set(0, pa.field("clip_id", pa.dictionary(pa.int32(), pa.string()), nullable=False))
 _FRAMES_OPTIONS: dict[str, Any] = {
     "use_dictionary": ["clip_id", "clip", "speaking_label", "dst_update_label"],

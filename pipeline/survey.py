@@ -1,7 +1,7 @@
 """Pass 1: a part's JSON -> checked clips, spooled as Arrow, and the little that the whole input must know.
 
-Costs one typed decode of the JSON and some 2 us a turn; keeps in memory what later decisions need (ids, bounds,
-votes: some 200 bytes a clip) and puts the rest, text and turns, on disk for pass 2.
+Costs one typed decode of the JSON and some 3 us a turn; keeps in memory what later decisions need (ids, bounds,
+votes: some 700 bytes a clip) and puts the rest, text and turns, on disk for pass 2.
 
     C clips of a part, T turns
 """
@@ -130,7 +130,7 @@ def survey(task: Task, recording: str) -> Survey:
 
 @contextlib.contextmanager
 def _no_gc() -> Iterator[None]:
-    """Decoded clips hold no cycles; looking for some costs a tenth of the run."""
+    """Decoded clips hold no cycles: looking for some only costs."""
     enabled = gc.isenabled()
     gc.disable()
     try:

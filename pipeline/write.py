@@ -1,7 +1,7 @@
 """Pass 2: one spooled part -> per-frame labels, its `frames` and `clips` shards, and the counts for the report.
 
 A pure function of its Plan: no other part, clock or worker can change a byte. A group of at most 256 clips is one
-row group in both tables. Costs some 60 us a clip, most of it in the Parquet encoders.
+row group in both tables. Costs some 100 us a clip, half of it in the Parquet encoders.
 
     C clips of a group, T turns, F frames of the group
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from pipeline import labels
 from pipeline.options import Options
-from pipeline.schema import CLIPS, ROLES, draws, rate_threshold, sampling_seed, shard_path
+from pipeline.schema import CLIPS, NOT_SAMPLED, ROLES, draws, rate_threshold, sampling_seed, shard_path
 from pipeline.shards import TableWriter, sha256
 
-GROUP_FRAMES: Final = 2_000_000  # 7,000 clips of the usual size; bounds memory where clips are huge
+GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
 _ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
 _ROLES: Final = pa.array(ROLES)
 
@@ -205,7 +205,7 @@ class _Group:
         rows = self.batch.num_rows
         taken = {name: self.batch.column(name) for name in ("clip_id", "video_uid", "recording_id", "dataset")}
         taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
-        supervised = (self.labels != -100).any(axis=0)
+        supervised = (self.labels != NOT_SAMPLED).any(axis=0)
         proassist = self.batch.column("proassist").to_pylist()
         taken |= {
             "clip": pa.array(self.number),
@@ -256,9 +256,9 @@ class _Group:
             speaking_frames=len(self.frame),
             dst_update_clips=int(self.tracked.sum()),
             dst_update_frames=int(self.sizes[self.tracked].sum()),
-            supervised=int(((speaking != -100) | (dst != -100)).sum()),
-            speaking_supervised=int((speaking != -100).sum()),
-            dst_update_supervised=int((dst != -100).sum()),
+            supervised=int(((speaking != NOT_SAMPLED) | (dst != NOT_SAMPLED)).sum()),
+            speaking_supervised=int((speaking != NOT_SAMPLED).sum()),
+            dst_update_supervised=int((dst != NOT_SAMPLED).sum()),
             speaking_positive=int((speaking == 1).sum()),
             dst_update_positive=int((dst == 1).sum()),
             both_positive=int(both.sum()),

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,50 @@ def test_a_mistake_is_one_line_on_stderr(made, tmp_path, monkeypatch, capsys, ar
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", None), ("config.json", b"{}"), ("config.json", b'{"model_type": "llama"}'),
+     ("model.safetensors", b"cut"), ("model.safetensors", None), ("heads.safetensors", b"cut"), ("run.json", b"{")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line(made, tmp_path, capsys, name, content):
+    broken = tmp_path / "run"
+    shutil.copytree(made[0] / "run", broken)
+    for folder in ("last", "best"):
+        if content is None:
+            (broken / folder / name).unlink()
+        else:
+            (broken / folder / name).write_bytes(content)
+    assert run("evaluate", broken, made[0] / "data") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "this is a bug" not in error
+
+
+def test_a_file_named_test_never_becomes_training_data(tmp_path, capsys):
+    root = Path(__file__).parents[1]
+    shutil.copy(root / "data/train_sample.json", tmp_path / "test_training.json")
+    assert run("preprocess", tmp_path / "test_training.json", "--out", tmp_path / "data") == 0
+    assert run("train", tmp_path / "data", "--run", tmp_path / "run") == 1
+    assert "found: test" in capsys.readouterr().err
+
+
+def test_a_manifest_never_leads_out_of_its_folder(made, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(made[0] / "data", data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    shard = next(shard for shard in manifest["shards"] if shard["split"] == "train")
+    shard["path"] = "../data/" + shard["path"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    for command in (("inspect", data), ("train", data, "--run", tmp_path / "run")):
+        assert run(*command) == 1
+        assert "../data" in capsys.readouterr().err
+
+
+def test_a_window_longer_than_the_model_reads_is_refused(made, tmp_path, capsys):
+    assert run("train", made[0] / "data", "--run", tmp_path / "run", "--max-tokens", 100_000) == 1
+    assert "8192" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():

@@ -5,8 +5,9 @@
     tokenizer.json, ...              the tokenizer
     run.json                         TrainConfig, step, the data's key, positive rates and neg_rate of `train`
 
-No pickle. A checkpoint is written beside its place and renamed into it: killed at any point, either the old
-one is complete or the new one is. Save and load give bit-equal logits.
+No pickle. A checkpoint is written beside its place and renamed into it: killed at any point, the old one or the
+new one is complete (between the two renames the old one is called RUN/.last.old). Save and load give bit-equal
+logits.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Frames go through the vision tower and the connector directly, in float32: the model's own image path
 drops frames that are exactly zero after normalisation and resamples video. Then
 `text_model(inputs_embeds=...)`: the same call in transformers 5.17 and 5.23. The language-model head runs
-on supervised text rows only, which at a vocabulary of 49k makes its loss nearly free (a third less memory
-and a quarter less time per step than on all rows).
+on supervised text rows only, which at a vocabulary of 49k makes its loss nearly free (a prototype at 256M took a
+third less memory and a quarter less time per step than on all rows).
 
     B windows    L tokens    N frames    H hidden    k tokens per frame    S side in pixels
     T text rows    V vocabulary
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import AutoConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from trainer.batch import Batch
@@ -130,11 +131,14 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration(tiny_config(vocabulary))
     try:
+        config = AutoConfig.from_pretrained(name)  # first: without one, the library builds the full-size model
+        if not isinstance(config, SmolVLMConfig):
+            raise ValueError(f"a {config.model_type}, not a smolvlm")
         vlm, loading = SmolVLMForConditionalGeneration.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainerError(f"{name}: no SmolVLM could be loaded ({reason}); give a folder, or tiny") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -10,7 +10,7 @@ order. A turn without frames, or wholly outside the clip, gives no text. The con
 texts: training is teacher-forced.
 
 A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own
-frames: seen, not supervised. Costs at most a third more compute; every frame is supervised in exactly one
+frames: seen, not supervised. Costs at most a third more frame tokens; every frame is supervised in exactly one
 window.
 
     L tokens    F frames of the window    k tokens per frame    T supervised text tokens

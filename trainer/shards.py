@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.schema import MANIFEST, NOT_SAMPLED, SCHEMA_HASH, SCHEMA_VERSION, draws
+from pipeline.schema import MANIFEST, NOT_SAMPLED, SCHEMA_HASH, SCHEMA_VERSION, draws, is_inside
 from trainer.clips import ClipExample, Turn, epoch_labels
 from trainer.errors import TrainerError
 
@@ -61,7 +61,8 @@ def read_manifest(data: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest["schema_version"], manifest["schema_hash"])
-        manifest["shards"], manifest["splits"]
+        needed = ("path", "table", "split", "part", "clips", "bytes", "sha256")
+        _ = manifest["splits"], [shard[key] for shard in manifest["shards"] for key in needed]
     except (ValueError, KeyError, TypeError) as error:
         raise TrainerError(f"{path}: not a manifest ({error!r}); run preprocess again") from None
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
@@ -72,6 +73,8 @@ def read_manifest(data: Path) -> dict[str, Any]:
 
 def _verify(data: Path, shard: dict[str, Any]) -> Path:
     """The shard's path, after its size and SHA-256 proved to be the manifest's."""
+    if not is_inside(shard["path"]):
+        raise TrainerError(f"{data / MANIFEST}: lists a shard at {shard['path']!r}; run preprocess again")
     path = data / shard["path"]
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"]:
@@ -183,7 +186,7 @@ class Split:
         clip = _example(loaded.clips.slice(row, 1).to_pylist()[0], stored)
         self._check_draw(clip, group)
         rate = clip.neg_rate if rate is None else rate
-        return _with_labels(clip, epoch_labels(clip, stored == 1, epoch, rate))
+        return replace(clip, labels=epoch_labels(clip, stored == 1, epoch, rate))
 
     def _check_draw(self, clip: ClipExample, group: int) -> None:
         drawn = epoch_labels(clip, clip.labels == 1, 0, clip.neg_rate)
@@ -253,7 +256,3 @@ def _example(row: dict[str, Any], labels: npt.NDArray[np.int8]) -> ClipExample:
         turns=turns,
         labels=labels,
     )
-
-
-def _with_labels(clip: ClipExample, labels: npt.NDArray[np.int8]) -> ClipExample:
-    return ClipExample(**{**clip.__dict__, "labels": labels})

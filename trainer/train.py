@@ -3,7 +3,7 @@
 
 Teacher-forced: texts in the context are the reference's. One optimizer step is `clips_per_step` clips,
 cut into micro-batches by memory alone; the loss is normalised over the whole step, so the cut changes
-nothing. Same seed, data and machine: the same weights, bit for bit.
+nothing. Same seed, data and machine: the same weights, bit for bit (on the CPU; not tried on a GPU).
 
     RUN/metrics.jsonl   one line per step (and per evaluation)
     RUN/last, RUN/best  checkpoints; best by mean AP on the evaluation split
@@ -216,6 +216,9 @@ def _make_model(split: Split, tokens: Tokens, config: TrainConfig) -> tuple[Pros
     rates = statistics.positive_rates()
     seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
     vlm = load_model(config.model, len(tokens), config.seed)
+    longest = int(vlm.config.text_config.max_position_embeddings)
+    if config.max_tokens > longest:
+        raise TrainerError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
     info = {"data_key": split.key, "positive_rates": rates, "neg_rate": statistics.neg_rate}
     model = ProspectModel(vlm, heads, config.tokens_per_frame, config.freeze_vision)

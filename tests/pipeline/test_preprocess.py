@@ -184,6 +184,24 @@ def test_a_user_turn_is_heard_by_the_next_frame_when_frames_follow(tmp_path):
     assert got == [(15, 16), (15, 16)]
 
 
+F0, F1, F2 = ({"role": "frames", "start": 5 * i + 10, "end": 5 * i + 15} for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("turns", "heard"),
+    [
+        ([F0, turn("user"), F1, F2, turn("assistant")], [(15, 16)]),
+        ([F0, turn("user"), F1], [(15, 16)]),
+        ([F0, turn("user", content="a"), F1, turn("user", content="b"), F2], [(15, 16), (20, 21)]),
+        ([F0, turn("user", content="a"), turn("user", content="b"), turn("assistant")], [(14, 15), (14, 15)]),
+    ],
+)
+def test_a_user_turn_is_heard_once(tmp_path, turns, heard):
+    run(tmp_path, [clip(end=30, turns=turns)])
+    found = clips_of(tmp_path / "out").row(0, named=True)["turns"]
+    assert [(t["start_frame"], t["end_frame"]) for t in found if t["role"] == "user"] == heard
+
+
 def test_drops_are_counted_by_reason(tmp_path):
     turns = [
         turn("assistant", 0, 5),
