@@ -98,7 +98,7 @@ def inspect(
     elif html is None:
         console().print(render_summary(summarise(folder), manifest))
     if html is not None:
-        inspect_html.write_page(folder, html)
+        inspect_html.write_page(folder, html, manifest=manifest)
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1000:,.0f} kB)")
     return 0
 

@@ -16,7 +16,7 @@ from pipeline import hazards
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
 from pipeline.shards import REDO
-from pipeline.summary import HEADS, Head, Split, Summary
+from pipeline.summary import HEADS, Head, Split, Summary, label_hazards, split_order
 from pipeline.terminal import plain
 
 
@@ -26,17 +26,16 @@ def summarise(folder: Path) -> Summary:
     splits = [_split(folder, name) for name in names]
     recordings = {name: _recordings(folder, name) for name in names}
     distinct = len(set().union(*recordings.values()))
-    found = [hazard for split in splits for hazard in _hazards(split)]
+    found = [hazard for split in splits for hazard in label_hazards(split)]
     return Summary(splits, distinct, [*found, *hazards.of_recordings(recordings)])
 
 
 def split_names(folder: Path) -> list[str]:
     """Splits in the folder: train, val, test first, then others by name."""
-    order = {"train": 0, "val": 1, "test": 2}
     found = {p.parent.name.removeprefix("split=") for p in folder.glob("clips/split=*/part-*.parquet")}
     if not found:
         raise InputError(f"{plain(folder)}: no shards here; {REDO.format(folder=plain(folder))}")
-    return sorted(found, key=lambda name: (order.get(name, 3), name))
+    return sorted(found, key=split_order)
 
 
 def _scan(folder: Path, table: str, split: str) -> pl.LazyFrame:
@@ -124,9 +123,3 @@ def _gaps(folder: Path, split: str, column: str) -> dict[float, int]:
 def _recordings(folder: Path, split: str) -> set[str]:
     found = _scan(folder, "clips", split).select(pl.col("recording_id").unique()).collect()
     return set(found.to_series().to_list())
-
-
-def _hazards(split: Split) -> list[hazards.Hazard]:
-    heads = {n: hazards.HeadCounts(h.clips, h.frames, h.positives) for n, h in split.heads.items()}
-    counts = hazards.LabelCounts(split.clips, split.first, split.both, heads)
-    return list(hazards.of_labels(split.name, counts))

@@ -39,9 +39,9 @@ MAX_TEXT: Final = 400  # characters shown of one turn
 GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is open
 
 
-def write_page(folder: Path, out: Path, max_clips: int = 200) -> None:
-    """Write the page to `out`, whole or not at all."""
-    manifest = verify(folder)
+def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[str, Any] | None = None) -> None:
+    """Write the page to `out`, whole or not at all; `manifest`: what `verify` gave, if it was called already."""
+    manifest = verify(folder) if manifest is None else manifest
     data = page_data(folder, manifest, summarise(folder), max_clips)
     page = fill(files("pipeline").joinpath("inspect.html").read_text(encoding="utf-8"), data)
     if out.is_dir():

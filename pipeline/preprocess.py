@@ -39,6 +39,7 @@ from pipeline.options import Options
 from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames, shard_path
 from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
+from pipeline.summary import label_hazards, summary_of
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
 from pipeline.write import Plan, Written, merged, write_part
 
@@ -235,7 +236,6 @@ class _Run:
 
     def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
         """The data's hazards; notes each split's number of recordings on the way."""
-        found = [h for split, told in splits.items() for h in hazards.of_labels(split, _label_counts(told))]
         recordings: dict[str, set[str]] = {}
         videos: dict[tuple[str, str, str | None], int] = {}
         for part in parts:
@@ -246,6 +246,8 @@ class _Run:
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)
+        by_name = {split.name: split for split in summary_of({"splits": splits}).splits}
+        found = [hazard for name in splits for hazard in label_hazards(by_name[name])]
         found += hazards.of_recordings(recordings)
         if self.options.frames_root:
             found += hazards.of_frames(Path(self.options.frames_root), videos)
@@ -350,14 +352,6 @@ class _Run:
             first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
             raise InputError(f"{names}: found no usable clip, expected at least one{first}")
         return refused
-
-
-def _label_counts(told: dict[str, Any]) -> hazards.LabelCounts:
-    heads = {
-        name: hazards.HeadCounts(told[f"{key}_clips"], told[f"{key}_frames"], told[f"{key}_positive"])
-        for name, key in (("speaking", "speaking"), ("DST", "dst_update"))
-    }
-    return hazards.LabelCounts(told["clips"], told["first_frame_positive"], told["both_positive"], heads)
 
 
 def _part(source: Source, task: Task, found: Survey) -> _Part:

@@ -270,10 +270,10 @@ class TableWriter:
     def __init__(self, path: Path, table: str) -> None:
         self.path = path
         self.schema = FRAMES if table == "frames" else CLIPS
-        stored = _FRAMES_STORED if table == "frames" else CLIPS
+        self.batch_schema = _FRAMES_STORED if table == "frames" else CLIPS  # what `write` takes
         options = _FRAMES_OPTIONS if table == "frames" else _CLIPS_OPTIONS
         self._writer = pq.ParquetWriter(
-            path, stored, compression="zstd", compression_level=1, store_schema=False, **options
+            path, self.batch_schema, compression="zstd", compression_level=1, store_schema=False, **options
         )
         self.rows = 0
 
@@ -289,8 +289,3 @@ class TableWriter:
         arrow = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
         self._writer.add_key_value_metadata({"ARROW:schema": arrow})
         self._writer.close()
-
-    @property
-    def batch_schema(self) -> pa.Schema:
-        """What `write` takes."""
-        return _FRAMES_STORED if self.schema is FRAMES else CLIPS

@@ -118,9 +118,20 @@ def summary_of(manifest: Mapping[str, Any]) -> Summary:
                 positive=[],
             )
         )
-    order = {name: i for i, name in enumerate(("train", "val", "test"))}
-    splits.sort(key=lambda split: (order.get(split.name, 3), split.name))
+    splits.sort(key=lambda split: split_order(split.name))
     return Summary(splits, 0, [])
+
+
+def split_order(name: str) -> tuple[int, str]:
+    """Sort key of splits: train, val, test first, then others by name."""
+    return {"train": 0, "val": 1, "test": 2}.get(name, 3), name
+
+
+def label_hazards(split: Split) -> list[hazards.Hazard]:
+    """What the split's label counts warn of."""
+    heads = {n: hazards.HeadCounts(h.clips, h.frames, h.positives) for n, h in split.heads.items()}
+    counts = hazards.LabelCounts(split.clips, split.first, split.both, heads)
+    return list(hazards.of_labels(split.name, counts))
 
 
 def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[hazards.Hazard]:
