@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import InputError, UsageError
-from trainer.config import TrainConfig  # plain data, no torch
+from trainer.config import PARTS, RunOptions, TrainConfig  # plain data, no torch
 
 app = typer.Typer(
     name="prospect-dst",
@@ -134,43 +134,79 @@ def synth(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
-    run: Annotated[Path, typer.Option(help="new folder for checkpoints and metrics")],
+    run: Annotated[Path, typer.Option(help="folder for checkpoints and metrics: new, unless --resume")],
+    resume: Annotated[
+        bool, typer.Option(help="go on from RUN/last, with the run's own options, bit for bit as if never stopped")
+    ] = False,
     model: Annotated[str, typer.Option(help="tiny, a folder, or a name on the hub")] = TrainConfig.model,
-    frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
+    frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
+    features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
     clips_per_step: Annotated[int, typer.Option(help="clips in one optimizer step")] = TrainConfig.clips_per_step,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = TrainConfig.lr,
+    lr_by_part: Annotated[
+        list[str] | None, typer.Option(help=f"another peak for a part: heads=1e-3,connector=1e-4 ({', '.join(PARTS)})")
+    ] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(help="linear, then cosine to 0; default: 40, or all steps")
     ] = None,
+    weight_decay: Annotated[float, typer.Option(help="on matrices")] = TrainConfig.weight_decay,
+    grad_clip: Annotated[float, typer.Option(help="largest gradient norm")] = TrainConfig.grad_clip,
     balance: Annotated[str, typer.Option(help="none, or mean: both classes weigh equally")] = TrainConfig.balance,
     reweigh: Annotated[bool, typer.Option(help="drawn negatives weigh 1 / rate")] = TrainConfig.reweigh,
     tokens_per_frame: Annotated[
         int, typer.Option(help="tokens of a frame, a square number")
     ] = TrainConfig.tokens_per_frame,
     max_tokens: Annotated[int, typer.Option(help="longest window; longer clips are cut")] = TrainConfig.max_tokens,
+    micro_batch_tokens: Annotated[
+        int, typer.Option(help="tokens of one forward pass: memory against speed")
+    ] = TrainConfig.micro_batch_tokens,
     w_speak: Annotated[float, typer.Option(help="weight of the speaking head's loss")] = TrainConfig.w_speak,
     w_dst: Annotated[float, typer.Option(help="weight of the DST head's loss")] = TrainConfig.w_dst,
     w_lm: Annotated[float, typer.Option(help="weight of the text's loss")] = TrainConfig.w_lm,
-    freeze_vision: Annotated[bool, typer.Option(help="keep the vision tower as it is")] = TrainConfig.freeze_vision,
+    freeze: Annotated[list[str] | None, typer.Option(help="parts that do not learn: vision,connector,text")] = None,
+    lora_rank: Annotated[int, typer.Option(help="above 0: the text learns by adapters (peft)")] = TrainConfig.lora_rank,
+    lora_alpha: Annotated[int, typer.Option(help="adapters are scaled by alpha / rank")] = TrainConfig.lora_alpha,
+    bf16: Annotated[bool, typer.Option(help="autocast to bfloat16")] = TrainConfig.bf16,
+    checkpointing: Annotated[
+        bool, typer.Option(help="recompute activations: less memory, more time")
+    ] = TrainConfig.checkpointing,
+    compile: Annotated[bool, typer.Option(help="torch.compile the text layers")] = TrainConfig.compile,
     eval_split: Annotated[str, typer.Option(help="split to evaluate on")] = TrainConfig.eval_split,
     eval_every: Annotated[int, typer.Option(help="steps between; 0: at the end")] = TrainConfig.eval_every,
     seed: Annotated[int, typer.Option(help="of weights and order")] = TrainConfig.seed,
+    workers: Annotated[
+        int, typer.Option(help="processes that read ahead; 0: none. Changes no result")
+    ] = RunOptions.workers,
+    save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = RunOptions.save_every,
+    fsdp: Annotated[bool, typer.Option(help="under torchrun: shard the model, not copy it")] = RunOptions.fsdp,
+    log: Annotated[str | None, typer.Option(help="also to wandb or trackio")] = RunOptions.logger,
 ) -> int:
-    """Train SmolVLM with a speaking and a DST-update head."""
-    from pipeline.demo import render_report
-    from pipeline.terminal import console
+    """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
+    from pipeline.terminal import console, plain
+    from trainer.train import start_config
     from trainer.train import train as fit
 
-    warmup_steps = min(TrainConfig.warmup_steps, steps) if warmup_steps is None else warmup_steps
-    chosen = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
-    report = fit(data, run, TrainConfig(**chosen), frames_root)
-    if report.evaluation is None:
-        typer.echo(report.note)
-    else:
+    given = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
+    given |= {"lr_by_part": _numbers("--lr-by-part", lr_by_part or []), "freeze": _names(freeze or [])}
+    chosen = {name for name in given if _was_given(ctx, name)}
+    config = start_config(run, given, chosen, resume)
+    options = RunOptions(workers=workers, save_every=save_every, fsdp=fsdp, logger=log)
+    report = fit(data, run, config, frames_root, features, options, resume)
+    if not report.leads:
+        return 0
+    if report.evaluation is not None:
+        from pipeline.demo import render_report
+
         console().print(render_report(report.evaluation))
-    typer.echo(f"{report.steps} steps in {report.seconds:.0f} s; next: prospect-dst evaluate {run} {data} --split test")
+    if report.note is not None:
+        typer.echo(report.note)
+    typer.echo(
+        f"{report.steps - report.resumed_from} steps in {report.seconds:.0f} s, {plain(run)}/curves.svg shows them; "
+        f"next: prospect-dst evaluate {plain(run)} {plain(data)} --split test"
+    )
     return 0
 
 
@@ -181,13 +217,14 @@ def evaluate(
     split: Annotated[str, typer.Option(help="split to score")] = "test",
     frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
     scores: Annotated[Path | None, typer.Option(help="write every frame's scores to this Parquet file")] = None,
+    features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
 ) -> int:
     """Score every frame of a split: average precision of both heads, against chance."""
     from pipeline.demo import render_report
     from pipeline.terminal import console
     from trainer.evaluate import evaluate as score
 
-    console().print(render_report(score(run, data, split, frames_root, scores)))
+    console().print(render_report(score(run, data, split, frames_root, scores, features)))
     return 0
 
 
@@ -207,16 +244,34 @@ def demo(
 
 def _rates(given: list[str]) -> dict[str, float]:
     """--neg-rate values as {split: rate}; '*' stands for every split not named."""
-    rates: dict[str, float] = {}
-    for item in ",".join(given).split(",") if given else []:
-        split, equals, number = item.rpartition("=")
+    return _numbers("--neg-rate", given, "0.3, or train=0.3,val=1", anonymous="*")
+
+
+def _numbers(
+    option: str, given: list[str], example: str = "heads=1e-3", anonymous: str | None = None
+) -> dict[str, float]:
+    """name=number items, over commas and repeats; a number without a name is `anonymous`'s, if that may be."""
+    numbers: dict[str, float] = {}
+    for item in _names(given):
+        name, equals, number = item.rpartition("=")
         try:
-            if equals and not split.strip():
+            if not name.strip() and (equals or anonymous is None):
                 raise ValueError
-            rates[split.strip() or "*"] = float(number)
+            numbers[name.strip() or str(anonymous)] = float(number)
         except ValueError:
-            raise UsageError(f"--neg-rate {item!r}: expected a rate like 0.3, or train=0.3,val=1") from None
-    return rates
+            raise UsageError(f"{option} {item!r}: expected something like {example}") from None
+    return numbers
+
+
+def _names(given: list[str]) -> list[str]:
+    """The items of a repeatable option, split at commas."""
+    return [item.strip() for item in ",".join(given).split(",")] if given else []
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user wrote this option."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _cores() -> int:

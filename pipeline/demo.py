@@ -77,11 +77,11 @@ class _Steps:
 
 
 def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> None:
-    from trainer.config import TrainConfig
+    from trainer.config import RunOptions, TrainConfig
     from trainer.train import train
 
     config = TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed)
-    report = train(data, run, config, progress=True)
+    report = train(data, run, config, options=RunOptions())
     console.print(f"    {report.steps} steps in {report.seconds:.0f} s, loss of the last one {report.loss:.3f}")
 
 

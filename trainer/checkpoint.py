@@ -1,88 +1,232 @@
 """A run on disk: RUN/last and RUN/best, each a folder that `transformers` can open, plus our heads.
 
-    model.safetensors, config.json   the SmolVLM, by save_pretrained
+    model.safetensors, config.json   the SmolVLM, by save_pretrained (adapters of LoRA added in)
     heads.safetensors                both heads; a folder without them is refused, never filled with random ones
     tokenizer.json, ...              the tokenizer
-    run.json                         TrainConfig, step, the data's key, positive rates and neg_rate of `train`
+    run.json                         TrainConfig, step, label statistics, the data's key, size and SHA-256 of each file
+    state.safetensors                `last` alone: the optimizer's moments and the generators' states
+    README.md                        the model card
 
-No pickle. A checkpoint is written beside its place and renamed into it: killed at any point, the old one or the
-new one is complete (between the two renames the old one is called RUN/.last.old). Save and load give bit-equal
-logits.
+No pickle. A checkpoint is written beside its place, synced to disk and renamed into it: killed at any point, the
+old one or the new one is complete, and `recover` finds it. Save and load give bit-equal logits (with LoRA: to
+float rounding, as adding the adapters in rounds once; a resume adds them up as before, bit for bit).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
-from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.model import DecisionHeads, ProspectModel, load_model, plain_weights
+from trainer.parallel import World, shard_like, whole
 from trainer.tokenizer import Tokens, load_tokens
 
-FORMAT = 1
-HEADS, RUN_INFO = "heads.safetensors", "run.json"
+if TYPE_CHECKING:
+    from trainer.evaluate import ClipScores
+
+FORMAT = 2
+HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A model that is ready to score, and where it comes from (`info`: step, data_key, rates)."""
+    """A model that is ready to score, and where it comes from (`info`: step, label statistics, the data's key)."""
 
     model: ProspectModel
     tokens: Tokens
     config: TrainConfig
     info: dict[str, Any]
 
+    @property
+    def logit_correction(self) -> float:
+        """To add to a logit before it is read as a probability: ln(neg_rate), or 0 where the loss made up for it.
+
+        Exact only where no silent frame was kept because the other head is positive there (DESIGN.md, Loss).
+        """
+        return 0.0 if self.config.reweigh else math.log(max(self.info["neg_rate"], 2**-32))
+
+    def score(self, data: str | Path, split: str = "test", frames_root: Path | None = None) -> Iterator[ClipScores]:
+        """Each clip of a split of `data` with logits float32 [2, F] of speaking and DST for every frame."""
+        from trainer.evaluate import score_run
+
+        return score_run(self, Path(data), split, frames_root)
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
 
 def save_checkpoint(
-    folder: Path, model: ProspectModel, tokens: Tokens, config: TrainConfig, info: dict[str, Any]
+    folder: Path,
+    model: ProspectModel,
+    tokens: Tokens,
+    config: TrainConfig,
+    info: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    world: World | None = None,
 ) -> None:
-    """Write `folder` whole; one that is there is replaced."""
-    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    model.vlm.save_pretrained(new)
-    save_file({name: value.contiguous() for name, value in model.heads.state_dict().items()}, new / HEADS)
-    tokens.save(new)
-    content = {"format": FORMAT, "config": config.to_json(), **info}
-    (new / RUN_INFO).write_text(json.dumps(content, indent=1) + "\n")
+    """Write `folder` whole; one that is there is replaced. With `optimizer` training can go on from it. Collective."""
+    world = world or World()
+    weights = {name: whole(value).cpu() for name, value in plain_weights(model.vlm)}
+    heads = {name: whole(value).cpu().contiguous() for name, value in model.heads.state_dict().items()}
+    state = None if optimizer is None else _state(model, optimizer, config)
+    if world.leads:
+        new = _beside(folder, "new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        model.vlm.save_pretrained(new, state_dict=weights)
+        save_file(heads, new / HEADS)
+        if state is not None:
+            save_file(state, new / STATE)
+        tokens.save(new)
+        (new / CARD).write_text(model_card(config, info), encoding="utf-8")
+        content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
+        (new / RUN_INFO).write_text(json.dumps(content, indent=1) + "\n")
+        _move_into_place(new, folder)
+    world.wait()
+
+
+def _state(model: ProspectModel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> dict[str, Tensor]:
+    """All that the next step depends on beside the weights; with LoRA also what learns, as it is not in them."""
+    state = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng/cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and config.lora_rank:
+            state[f"parameter/{name}"] = whole(parameter.detach()).cpu().contiguous()
+        kept = optimizer.state.get(parameter, {})
+        state |= {f"{key}/{name}": whole(kept[key]).cpu().contiguous() for key in MOMENTS if key in kept}
+    return state
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, each of them on disk when this returns; the card may be edited."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
+    return found
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    old = _beside(folder, "old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_run(run: Path) -> LoadedRun:
+def recover(folder: Path) -> None:
+    """Put a checkpoint in its place if a kill came between the two renames; clear what is half-written."""
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def model_card(config: TrainConfig, info: dict[str, Any]) -> str:
+    """Markdown: what the model is, what its scores mean, how to load it."""
+    speak, dst = info.get("positive_rates", (0.5, 0.5))
+    rate = info.get("neg_rate", 1.0)
+    correction = "0 (drawn negatives were weighed)" if config.reweigh else f"{math.log(max(rate, 2**-32)):.4f}"
+    return f"""---
+library_name: transformers
+tags: [smolvlm, dialog-state-tracking, when-to-speak]
+---
+# When should the assistant speak?
+
+A SmolVLM (from `{config.model}`) with two linear heads, trained by prospect-dst for {info.get("step", "?")} of
+{config.steps} steps. Both heads read the last of the {config.tokens_per_frame} token(s) of a frame. A logit above 0
+says: the assistant speaks, or the task's state changes, at this frame.
+
+    import trainer
+    run = trainer.load("this folder")
+    for clip in run.score("labels", "test"): print(clip.clip.clip_id, clip.logits.shape)
+
+`SmolVLMForConditionalGeneration.from_pretrained` loads the body alone; the heads are in `{HEADS}`.
+
+| of the training labels | speaking | DST update |
+|---|---|---|
+| positive, among supervised frames | {speak:.4f} | {dst:.4f} |
+
+Silent frames were drawn at rate {rate:g} (mean over clips). To read a sigmoid as a probability, first add
+{correction} to the logit; that is exact only where no silent frame was kept because the other head is positive.
+Scores are with the reference's texts in the context, unless you feed it its own.
+"""
+
+
+# ---- reading -----------------------------------------------------------------------------------------
+
+
+def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     """The checkpoint in `run` (a run folder: its `last`; or one checkpoint), in eval mode, on the CPU.
 
-    Raises TrainerError where there is none, or one that is incomplete or of another format.
+    Raises TrainerError where there is none, or one that is damaged, incomplete or of another format. `to_train`: as
+    it was in training, adapters apart from the weights they adapt.
     """
-    folder = run / "last" if (run / "last").is_dir() else run
-    info = _read_info(folder)
+    folder = _folder(run)
+    info = read_info(folder)
+    _verify(folder, info.pop("files"), to_train)
     config = TrainConfig.from_json(info.pop("config"))
     tokens = load_tokens(folder.resolve())
-    vlm = load_model(str(folder.resolve()), len(tokens))
+    adapted = to_train and config.lora_rank
+    vlm = load_model(config.model if adapted else str(folder.resolve()), len(tokens), config.seed)
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size))
     heads.load_state_dict(_read_heads(folder, heads))
-    model = ProspectModel(vlm, heads, config.tokens_per_frame, config.freeze_vision)
+    kept = config if to_train else replace(config, lora_rank=0, compile=False, checkpointing=False)
+    model = ProspectModel(vlm, heads, kept)
+    if adapted:
+        _load_parameters(folder, model)
     return LoadedRun(model.eval(), tokens, config, info)
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
+def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimizer) -> None:
+    """Give `optimizer` and the random generators the state that `save_checkpoint` wrote."""
+    state = _read_tensors(folder / STATE)
+    for name, parameter in model.named_parameters():
+        if f"exp_avg/{name}" in state:
+            moments = {key: state[f"{key}/{name}"] for key in MOMENTS}
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if key == "step" else shard_like(value, parameter)
+                for key, value in moments.items()
+            }
+    torch.set_rng_state(state["rng/cpu"])
+    if "rng/cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng/cuda"])
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What run.json says, its config and files still as JSON."""
     path = folder / RUN_INFO
     if not path.is_file():
         raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first")
     try:
         info = json.loads(path.read_bytes())
         found = info.pop("format")
-        info["config"] = dict(info["config"])
+        if found == FORMAT:
+            info["config"], info["files"] = dict(info["config"]), dict(info["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
     if found != FORMAT:
@@ -90,14 +234,51 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return dict(info)
 
 
+def _folder(run: Path) -> Path:
+    last = run / "last"
+    if last.is_dir():
+        return last
+    return _beside(last, "old") if _beside(last, "old").is_dir() else run
+
+
+def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> None:
+    """Every file is there and is, byte for byte, what was written; the optimizer's only where it is needed."""
+    if to_train and STATE not in files:
+        raise TrainerError(f"{folder}: holds no {STATE}, so training can't go on from it; resume from RUN/last")
+    for name, expected in files.items():
+        if name == STATE and not to_train:
+            continue
+        path = folder / name
+        if not path.is_file():
+            made_up = ", and heads are never made up" if name == HEADS else ""
+            raise TrainerError(f"{path}: not found{made_up}; train again, or get the whole folder")
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != expected["sha256"]:
+            size = f"{path.stat().st_size} bytes of {expected['bytes']}"
+            raise TrainerError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
+
+
+def _load_parameters(folder: Path, model: ProspectModel) -> None:
+    state = _read_tensors(folder / STATE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[f"parameter/{name}"])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise TrainerError(f"{path}: damaged ({error}); train again, or get the file again") from None
+
+
 def _read_heads(folder: Path, like: DecisionHeads) -> dict[str, Any]:
     path = folder / HEADS
     if not path.is_file():
         raise TrainerError(f"{path}: not found, and heads are never made up; train again, or get the whole folder")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise TrainerError(f"{path}: damaged ({error}); train again, or get the file again") from None
+    state = _read_tensors(path)
     found, expected = ({name: list(v.shape) for name, v in s.items()} for s in (state, like.state_dict()))
     if found != expected:
         raise TrainerError(f"{path}: holds {found}, expected {expected}; get the whole folder again")

@@ -8,28 +8,33 @@ SmolVLM start from lr 2e-5 and freeze_vision.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from trainer.errors import TrainerError
 
 BALANCES = ("none", "mean")
+PARTS = ("vision", "connector", "text", "heads")  # vision: the tower; text: body, embeddings and LM head
 ABOVE_ZERO = (
     *("steps", "clips_per_step", "lr", "grad_clip"),
-    *("tokens_per_frame", "max_tokens", "micro_batch_tokens"),
+    *("tokens_per_frame", "max_tokens", "micro_batch_tokens", "lora_alpha"),
 )
-NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "w_speak", "w_dst", "w_lm", "eval_every")
+NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "w_speak", "w_dst", "w_lm", "eval_every", "lora_rank")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is a function of, together with its data. Raises TrainerError where fields disagree."""
+    """What a run is a function of, together with its data: a resume with another value is refused.
+
+    Raises TrainerError where fields disagree.
+    """
 
     model: str = "tiny"  # 'tiny', a folder with a SmolVLM, or its name on the hub
     seed: int = 0  # of the weights, the order of clips and nothing else (draws have their own, per clip)
     steps: int = 200  # optimizer steps
-    clips_per_step: int = 16
+    clips_per_step: int = 16  # over all ranks together
     lr: float = 2e-3  # peak
+    lr_by_part: dict[str, float] = field(default_factory=dict)  # peak of a part in PARTS, instead of lr
     warmup_steps: int = 40  # linear from 0; cosine to 0 afterwards
     weight_decay: float = 0.01  # on matrices; never on biases and norms
     betas: tuple[float, float] = (0.9, 0.98)
@@ -41,13 +46,19 @@ class TrainConfig:
     reweigh: bool = False  # drawn negatives weigh 1 / neg_rate, which undoes the sampling's bias
     tokens_per_frame: int = 1  # k, a square number
     max_tokens: int = 2048  # of one window: prompt + frames * k + texts
-    micro_batch_tokens: int = 4096  # of one forward pass, with padding; a longer window goes alone. Memory only
-    freeze_vision: bool = False  # neither vision tower nor connector learns
+    micro_batch_tokens: int = 4096  # of one forward pass, none of them padding; a longer window goes alone
+    freeze: tuple[str, ...] = ()  # parts that do not learn
+    lora_rank: int = 0  # above 0: the text body learns by adapters of this rank alone (needs peft)
+    lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
+    bf16: bool = False  # autocast of tower, connector and body; weights, heads and losses stay float32
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of the text body's layers
     eval_split: str = "val"
     eval_every: int = 0  # steps between evaluations; 0: only after the last step
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has no tuples
+        object.__setattr__(self, "freeze", tuple(self.freeze))
         for name in ABOVE_ZERO:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected above 0")
         for name in NOT_NEGATIVE:
@@ -66,15 +77,53 @@ class TrainConfig:
             f"tokens_per_frame is {self.tokens_per_frame}, expected a square number such as 1, 4, 9 or 16",
         )
 
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for name in ("freeze", "lr_by_part"):
+            unknown = sorted(set(getattr(self, name)) - set(PARTS))
+            _require(not unknown, f"{name} names {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+        _require("heads" not in self.freeze, "freeze names heads, which start at nothing; leave them out")
+        for part, lr in self.lr_by_part.items():
+            _require(part not in self.freeze, f"{part} is in lr_by_part and in freeze; drop one of them")
+            _require(lr > 0, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
+        _require(
+            not (self.lora_rank and "text" in self.freeze),
+            f"lora_rank is {self.lora_rank} and text is in freeze: the adapters are the text's; drop one of them",
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The config written by `to_json`; TrainerError on a name that this version does not know."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(set(values) - {known.name for known in fields(cls)})
         _require(not unknown, f"unknown {', '.join(unknown)}; written by another version of prospect-dst")
         return cls(**values)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """'lr is 0.002, the run has 0.001' for each field in which `other`, the run's, differs."""
+        return [
+            f"{name} is {mine!r}, the run has {theirs!r}"
+            for name, mine in self.to_json().items()
+            if mine != (theirs := other.to_json()[name])
+        ]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. Never changes what comes out of it, so a resume may choose anew."""
+
+    workers: int = 0  # processes that read and tokenise ahead; 0: the training process itself
+    save_every: int = 100  # steps between checkpoints in RUN/last; 0: only after the last step
+    fsdp: bool = False  # several ranks: shard weights and optimizer instead of copying them
+    logger: str | None = None  # 'wandb' or 'trackio', beside metrics.jsonl and TensorBoard
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "save_every"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or above")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -12,7 +12,7 @@ averages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +24,18 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import average_precision_score
 
-from trainer.batch import Batch, micro_batches, windows_of
-from trainer.checkpoint import load_run
+from trainer.checkpoint import LoadedRun, load_run
 from trainer.clips import DST, SPEAK, ClipExample
 from trainer.config import TrainConfig
 from trainer.frames import FrameSource, open_frames
 from trainer.losses import lm_sum
-from trainer.model import ProspectModel, pick_device
+from trainer.model import ProspectModel
+from trainer.pack import make_pack, plan, windows_of
+from trainer.parallel import World
+from trainer.sequence import Window
 from trainer.shards import Split
 from trainer.tokenizer import Tokens
+from trainer.vision import fingerprint
 
 SCORES = pa.schema(
     [
@@ -80,15 +83,62 @@ class EvalReport:
         return asdict(self)
 
 
-def evaluate(run: Path, data: Path, split: str, frames_root: Path | None = None, out: Path | None = None) -> EvalReport:
-    """Score `split` of `data` with the checkpoint in `run`; `out` gets one Parquet row per frame (SCORES)."""
-    loaded, opened = load_run(run), Split(data, split)
-    frames = open_frames(opened.manifest, frames_root, loaded.model.side)
-    model = loaded.model.to(pick_device())
-    scored = list(score_clips(model, loaded.tokens, opened.in_order(), frames, loaded.config))
+def evaluate(
+    run: Path,
+    data: Path,
+    split: str,
+    frames_root: Path | None = None,
+    out: Path | None = None,
+    features: Path | None = None,
+) -> EvalReport:
+    """Score `split` of `data` with the checkpoint in `run`; `out` gets one Parquet row per frame (SCORES).
+
+    features: what `encode` wrote with this run's vision tower, instead of frames.
+    """
+    scored = list(score_run(load_run(run), data, split, frames_root, features))
     if out is not None:
         write_scores(out, scored)
     return report(split, scored)
+
+
+def score_run(
+    run: LoadedRun, data: Path, split: str, frames_root: Path | None = None, features: Path | None = None
+) -> Iterator[ClipScores]:
+    """Each clip of `split` of `data`, in order, scored on the GPU if there is one."""
+    opened = Split(data, split)
+    model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    frames = open_source(opened, model, frames_root, features)
+    return score_clips(model, run.tokens, opened.in_order(), frames, run.config)
+
+
+def open_source(split: Split, model: ProspectModel, frames_root: Path | None, features: Path | None) -> FrameSource:
+    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says)."""
+    if features is None:
+        return open_frames(split.manifest, frames_root, model.side)
+    from trainer.features import CachedFeatures
+
+    return CachedFeatures(features, fingerprint(model.vlm), model.tokens_per_frame)
+
+
+def score_split(
+    model: ProspectModel,
+    tokens: Tokens,
+    split: Split,
+    frames: FrameSource,
+    config: TrainConfig,
+    world: World,
+    together: bool = False,
+) -> list[ClipScores]:
+    """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
+    rank, size = (0, 1) if together else (world.rank, world.size)
+    mine = itertools.islice(split.in_order(), rank, None, size)
+    scored = [(s.logits, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
+    of_ranks = [scored] if size == 1 else world.gather(scored)
+    return [
+        ClipScores(clip, logits, clip.labels, lm_loss, lm_tokens)
+        for i, clip in enumerate(split.in_order())
+        for logits, lm_loss, lm_tokens in [of_ranks[i % size][i // size]]
+    ]
 
 
 def score_clips(
@@ -103,10 +153,12 @@ def score_clips(
     model.eval()
     while chunk := list(itertools.islice(clips, config.clips_per_step)):
         windows = windows_of(chunk, tokens, config)
-        batches = micro_batches(windows, frames, config.micro_batch_tokens)
-        scores = dict(pair for batch in batches for pair in _score(model, batch))
+        groups = plan([len(window.input_ids) for window in windows], config.micro_batch_tokens)
+        scores: dict[int, _WindowScore] = {}
+        for group in groups:
+            scores |= zip(group, _score(model, [windows[i] for i in group], frames), strict=True)
         for clip in chunk:
-            parts = [scores[id(window)] for window in windows if window.clip is clip]
+            parts = [scores[i] for i, window in enumerate(windows) if window.clip is clip]
             logits, losses, counts = zip(*parts, strict=True)
             yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
     model.train(training)
@@ -116,21 +168,20 @@ _WindowScore = tuple[npt.NDArray[np.float32], float, int]
 
 
 @torch.inference_mode()
-def _score(model: ProspectModel, batch: Batch) -> list[tuple[int, _WindowScore]]:
-    """(window's id, (logits of its own frames, text loss, text tokens)) for each window."""
-    batch = batch.to(next(model.parameters()).device)
-    scores = model(batch)
-    frames, texts = [w.labels.shape[1] for w in batch.windows], [len(w.lm_positions) for w in batch.windows]
+def _score(model: ProspectModel, windows: Sequence[Window], frames: FrameSource) -> list[_WindowScore]:
+    """(logits of its own frames, text loss, text tokens) of each window, all in one pass."""
+    pack = make_pack(windows, frames).to(model.device)
+    scores = model(pack)
+    numbers, texts = [w.labels.shape[1] for w in windows], [len(w.lm_positions) for w in windows]
     rows = zip(
-        batch.windows,
-        scores.decisions.float().cpu().split(frames, dim=1),
+        windows,
+        scores.decisions.cpu().split(numbers, dim=1),
         scores.text.split(texts),
-        batch.lm_targets.split(texts),
+        pack.lm_targets.split(texts),
         strict=True,
     )
     return [
-        (id(w), (logits[:, w.context :].numpy(), float(lm_sum(text, target)), len(target)))
-        for w, logits, text, target in rows
+        (logits[:, w.context :].numpy(), float(lm_sum(text, target)), len(target)) for w, logits, text, target in rows
     ]
 
 

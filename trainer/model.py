@@ -1,39 +1,37 @@
 """SmolVLM with two decision heads, and the three ways to get one: tiny, a folder, a name on the hub.
 
-Frames go through the vision tower and the connector directly, in float32: the model's own image path
-drops frames that are exactly zero after normalisation and resamples video. Then
-`text_model(inputs_embeds=...)`: the same call in transformers 5.17 and 5.23. The language-model head runs
-on supervised text rows only, which at a vocabulary of 49k makes its loss nearly free (a prototype at 256M took a
-third less memory and a quarter less time per step than on all rows).
+Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack: the same
+call in transformers 5.17 and 5.23. The language-model head runs on supervised text rows only, which at a
+vocabulary of 49k makes its loss nearly free (a prototype at 256M took a third less memory and a quarter less time per
+step than on all rows).
 
-    B windows    L tokens    N frames    H hidden    k tokens per frame    S side in pixels
-    T text rows    V vocabulary
+    L tokens of a pack    N frames    H hidden    k tokens per frame    S side in pixels    T text rows    V vocabulary
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from trainer.batch import Batch
+from trainer import vision
+from trainer.attention import use_packed
+from trainer.config import TrainConfig
 from trainer.errors import TrainerError
+from trainer.pack import Pack, blank_pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
-
-VISION_CHUNK = 64  # frames per pass of the vision tower
 
 
 class Scores(NamedTuple):
     decisions: Tensor  # float [2, N] logits of speaking and DST update
-    text: Tensor  # float [T, V] logits of the token after each of Batch.lm_index
+    text: Tensor  # float [T, V] logits of the token after each of Pack.lm_index
 
 
 class DecisionHeads(nn.Module):
@@ -50,76 +48,120 @@ class DecisionHeads(nn.Module):
             nn.init.constant_(head.bias, math.log(rate / (1 - rate)))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [2, N]."""
-        return torch.cat([self.speak(hidden), self.dst(hidden)], dim=-1).mT
+        """float32 [2, N] of [N, H]: in full precision also under autocast, so that no two scores tie by rounding."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            return torch.cat([self.speak(hidden), self.dst(hidden)], dim=-1).mT
 
 
 class ProspectModel(nn.Module):
-    """A SmolVLM and its heads; `tokens_per_frame` k is pooled from the connector's (64 or 81; tiny has 1)."""
+    """A SmolVLM and its heads. `config` says what is frozen, adapted, recomputed, compiled, and k."""
 
-    def __init__(
-        self,
-        vlm: SmolVLMForConditionalGeneration,
-        heads: DecisionHeads,
-        tokens_per_frame: int = 1,
-        freeze_vision: bool = False,
-    ) -> None:
+    def __init__(self, vlm: SmolVLMForConditionalGeneration, heads: DecisionHeads, config: TrainConfig) -> None:
         super().__init__()
-        self.vlm, self.heads, self.tokens_per_frame = vlm, heads, tokens_per_frame
-        self.freeze_vision = freeze_vision
-        self._check_geometry()
-        for part in (vlm.model.vision_model, vlm.model.connector):
-            part.requires_grad_(not freeze_vision)
-
-    @property
-    def side(self) -> int:
-        """S: side of the square frames it takes, in pixels."""
-        return int(self.vlm.config.vision_config.image_size)
-
-    @property
-    def hidden(self) -> int:
-        return int(self.vlm.config.text_config.hidden_size)
-
-    def forward(self, batch: Batch) -> Scores:
-        hidden = self.hidden_states(batch).flatten(0, 1)  # [B*L, H]
-        text = self.vlm.lm_head(hidden[batch.lm_index])
-        return Scores(self.heads(hidden[batch.decision_index]), text)
-
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """[B, L, H] after the last layer; what padding holds there means nothing."""
-        text_model = self.vlm.model.text_model
-        embedded = text_model.embed_tokens(batch.input_ids)  # [B, L, H]
-        features = self.frame_features(batch.pixels()).to(embedded.dtype)  # [N, k, H]
-        flat = embedded.flatten(0, 1).index_copy(0, batch.frame_index.flatten(), features.flatten(0, 1))
-        out = text_model(inputs_embeds=flat.view_as(embedded), use_cache=False)
-        return out.last_hidden_state
-
-    def frame_features(self, pixels: Tensor) -> Tensor:
-        """float32 [N, k, H] of uint8 RGB pixels [N, 3, S, S]."""
-        assert pixels.shape[1:] == (3, self.side, self.side), f"frames {tuple(pixels.shape)}, side {self.side}"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            features = torch.cat([self._features(chunk) for chunk in pixels.split(VISION_CHUNK)])
-        assert features.shape == (len(pixels), self.tokens_per_frame, self.hidden)
-        return features
-
-    def _features(self, pixels: Tensor) -> Tensor:
-        normalised = (pixels.float() / 255 - 0.5) / 0.5
-        seen = self.vlm.model.vision_model(pixel_values=normalised).last_hidden_state
-        features = self.vlm.model.connector(seen)  # [n, side*side, H]
-        side, k = math.isqrt(features.shape[1]), math.isqrt(self.tokens_per_frame)
-        grid = features.mT.unflatten(2, (side, side))  # [n, H, side, side]
-        return F.adaptive_avg_pool2d(grid, k).flatten(2).mT
-
-    def _check_geometry(self) -> None:
-        vision, scale = self.vlm.config.vision_config, self.vlm.config.scale_factor
-        grid = vision.image_size // vision.patch_size
-        assert grid % scale == 0, f"grid of {grid} patches, scale factor {scale}"
-        given = (grid // scale) ** 2
+        self.vlm, self.heads = vlm, heads
+        self.tokens_per_frame, self.bf16 = config.tokens_per_frame, config.bf16
+        given = vision.most_tokens(vlm)
         if self.tokens_per_frame > given:
             raise TrainerError(
                 f"tokens_per_frame is {self.tokens_per_frame}, but this model has {given} per frame; "
                 f"lower --tokens-per-frame"
             )
+        use_packed(vlm)
+        if config.lora_rank:
+            _add_adapters(self.body, config)
+        for name, parameter in self.named_parameters():
+            part = part_of(name)
+            adapts = not config.lora_rank or part != "text" or ".lora_" in name
+            parameter.requires_grad_(part not in config.freeze and adapts)
+        self.looks = "vision" not in config.freeze  # whether gradients reach the tower
+        if config.checkpointing:
+            vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            for layer in self.body.layers:
+                layer.compile(dynamic=True)
+
+    @property
+    def body(self) -> Any:
+        """The text model: embeddings, layers, norm."""
+        return self.vlm.model.text_model
+
+    @property
+    def side(self) -> int:
+        """S: side of the square frames it takes, in pixels."""
+        return vision.side(self.vlm)
+
+    @property
+    def hidden(self) -> int:
+        return int(self.vlm.config.text_config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.heads.parameters()).device
+
+    def forward(self, pack: Pack) -> Scores:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.hidden_states(pack)  # [L, H]
+            text = self.vlm.lm_head(hidden[pack.lm_index])
+        return Scores(self.heads(hidden[pack.decision_index]), text)
+
+    def hidden_states(self, pack: Pack) -> Tensor:
+        """[L, H] after the last layer and norm."""
+        embedded = self.body.embed_tokens(pack.input_ids)  # [L, H]
+        features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
+        filled = embedded.index_copy(0, pack.frame_index.flatten(), features.flatten(0, 1))
+        out = self.body(
+            inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False, seg_lens=pack.seg_lens
+        )
+        return out.last_hidden_state[0]
+
+    def frame_features(self, frames: Tensor) -> Tensor:
+        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them, [N, k, D]."""
+        if frames.dtype == torch.uint8:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.looks):
+                frames = vision.look(self.vlm, frames, self.tokens_per_frame)
+        features = vision.project(self.vlm, frames.float())
+        assert features.shape == (len(frames), self.tokens_per_frame, self.hidden)
+        return features
+
+    def blank_pack(self, image: int, cached: bool) -> Pack:
+        """A pack without anything to learn from; `image` is the image token, `cached`: of features, not pixels."""
+        pixels = torch.full((1, 3, self.side, self.side), 127, dtype=torch.uint8)
+        features = torch.zeros(1, self.tokens_per_frame, vision.width(self.vlm))
+        return blank_pack(image, features if cached else pixels, self.tokens_per_frame)
+
+
+def part_of(name: str) -> str:
+    """Which of config.PARTS a parameter of ProspectModel belongs to."""
+    starts = {"vlm.model.vision_model.": "vision", "vlm.model.connector.": "connector", "heads.": "heads"}
+    return next((part for start, part in starts.items() if name.startswith(start)), "text")
+
+
+def _add_adapters(body: nn.Module, config: TrainConfig) -> None:
+    """LoRA on every linear layer of the text body; the base weights keep their values."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise TrainerError(
+            f"lora_rank is {config.lora_rank}, but peft is not installed; pip install 'prospect-dst[lora]'"
+        ) from None
+    torch.manual_seed(config.seed)
+    targets = sorted({name.rsplit(".", 1)[-1] for name, m in body.named_modules() if isinstance(m, nn.Linear)})
+    inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), body)
+
+
+def plain_weights(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of the SmolVLM as it would be without adapters: they are added into the weights they adapt."""
+    state = vlm.state_dict()
+    deltas = {
+        f"{name}.weight": module.get_delta_weight("default")
+        for name, module in vlm.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+    for name, value in state.items():
+        if ".lora_" not in name:
+            plain = name.replace(".base_layer.", ".")
+            yield plain, value + deltas[plain].to(value.dtype) if plain in deltas else value
 
 
 def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForConditionalGeneration:
@@ -146,10 +188,6 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     if vlm.get_input_embeddings().num_embeddings < vocabulary:
         raise TrainerError(f"{name}: fewer embeddings than its tokenizer's {vocabulary} tokens; get it again")
     return vlm
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tiny_config(vocabulary: int) -> SmolVLMConfig:

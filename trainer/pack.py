@@ -1,11 +1,10 @@
-"""Windows -> padded tensors. Heads and text rows are addressed by flat index, so padding can carry no loss.
+"""Windows -> packs: laid end to end in one row, so that no token of any forward pass is padding.
 
-Padding stands on the right under a causal mask: no real token ever sees it, so there is no attention mask
-to get wrong. Windows of a step are sorted by length and cut so that padded tokens stay under a budget.
-Pixels are loaded when a micro-batch runs: those of a whole step can be gigabytes.
+The windows of a step are packed to a token budget, longest first into the first pack with room. Heads and text rows
+are addressed by index into the row; windows are kept apart by their lengths alone (`trainer.attention`).
+Frames are loaded when a pack runs, or in a loader's worker: those of a whole step can be gigabytes.
 
-    B windows    L tokens, padded    F frames of a window    N frames of the batch    k tokens per frame
-    T supervised text tokens    S side in pixels
+    W windows    L tokens    N frames    k tokens per frame    T supervised text tokens
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ from trainer.tokenizer import Tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """What one forward pass reads. An index is row * L + position, into [B, L] flattened."""
+class Pack:
+    """What one forward pass reads."""
 
-    windows: tuple[Window, ...]
-    pixels: Callable[[], Tensor]  # -> uint8 [N, 3, S, S]
-    input_ids: Tensor  # int64 [B, L]
-    frame_index: Tensor  # int64 [N, k]
+    clip_ids: tuple[str, ...]  # for messages
+    frames: Callable[[], Tensor]  # -> pixels uint8 [N, 3, S, S], or cached features [N, k, D]
+    input_ids: Tensor  # int64 [L]
+    position_ids: Tensor  # int64 [L], from 0 in each window
+    seg_lens: Tensor  # int64 [W], stays on the CPU
+    frame_index: Tensor  # int64 [N, k] where each frame's tokens stand
     lm_index: Tensor  # int64 [T] positions whose next token is a target
     lm_targets: Tensor  # int64 [T]
     labels: Tensor  # int8 [2, N]
@@ -40,11 +41,35 @@ class Batch:
 
     @property
     def decision_index(self) -> Tensor:
+        """[N]: the last token of each frame, where both heads read."""
         return self.frame_index[:, -1]
 
-    def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        return replace(self, pixels=lambda: self.pixels().to(device), **moved)
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Pack:
+        stays = ("seg_lens",)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor) and name not in stays
+        }
+        return replace(self, frames=lambda: self.frames().to(device, non_blocking=True), **moved)
+
+    def loaded(self) -> Pack:
+        """With its frames in memory: what a loader's worker sends."""
+        return replace(self, frames=Loaded(self.frames()))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Frames that are there already."""
+
+    frames: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.frames
 
 
 def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig) -> list[Window]:
@@ -53,36 +78,68 @@ def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig
     return [window for clip in clips for window in build_windows(clip, tokens, k, budget)]
 
 
-def collate(windows: Sequence[Window], frames: FrameSource) -> Batch:
-    """One batch of `windows`, in their order."""
-    length = max(len(window.input_ids) for window in windows)
-    ids = np.zeros((len(windows), length), np.int64)
-    for row, window in zip(ids, windows, strict=True):
-        row[: len(window.input_ids)] = window.input_ids
-    frame_index = np.concatenate([i * length + w.frame_positions for i, w in enumerate(windows)])
-    lm_index = np.concatenate([i * length + w.lm_positions for i, w in enumerate(windows)])
-    return Batch(
-        windows=tuple(windows),
-        pixels=lambda: load_pixels(windows, frames),
+def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which windows share a pack: numbers into `lengths` [W]; at most `budget` tokens each, a longer one goes alone."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = next((p for p, left in enumerate(room) if lengths[i] <= left), None)
+        if fits is None:
+            packs.append([])
+            room.append(budget)
+            fits = len(packs) - 1
+        packs[fits].append(i)
+        room[fits] -= lengths[i]
+    return packs
+
+
+def pack_windows(windows: Sequence[Window], frames: FrameSource, budget: int) -> list[Pack]:
+    """All windows, in as few packs of at most `budget` tokens as first fit finds."""
+    groups = plan([len(window.input_ids) for window in windows], budget)
+    return [make_pack([windows[i] for i in group], frames) for group in groups]
+
+
+def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
+    """One pack of `windows`, in their order."""
+    lengths = [len(window.input_ids) for window in windows]
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    ids = np.concatenate([window.input_ids for window in windows])
+    lm_index = np.concatenate([start + w.lm_positions for start, w in zip(starts, windows, strict=True)])
+    frame_index = np.concatenate([start + w.frame_positions for start, w in zip(starts, windows, strict=True)])
+    return Pack(
+        clip_ids=tuple(dict.fromkeys(window.clip.clip_id for window in windows)),
+        frames=lambda: load_frames(windows, frames),
         input_ids=torch.from_numpy(ids),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        seg_lens=torch.tensor(lengths),
         frame_index=torch.from_numpy(frame_index),
         lm_index=torch.from_numpy(lm_index),
-        lm_targets=torch.from_numpy(ids.reshape(-1)[lm_index + 1]),
+        lm_targets=torch.from_numpy(ids[lm_index + 1]),
         labels=torch.from_numpy(np.concatenate([w.labels for w in windows], axis=1)),
         neg_rate=torch.cat([torch.full((w.labels.shape[1],), w.clip.neg_rate) for w in windows]),
     )
 
 
-def load_pixels(windows: Sequence[Window], frames: FrameSource) -> Tensor:
-    """uint8 [N, 3, S, S], in the order of `Batch.frame_index`."""
+def load_frames(windows: Sequence[Window], frames: FrameSource) -> Tensor:
+    """Pixels or features [N, ...], in the order of `Pack.frame_index`."""
     return torch.from_numpy(np.concatenate([frames.load(w.clip, w.first_frame, w.end_frame) for w in windows]))
 
 
-def micro_batches(windows: Sequence[Window], frames: FrameSource, max_tokens: int) -> list[Batch]:
-    """Batches of similar lengths, each of at most `max_tokens` padded tokens (a longer window goes alone)."""
-    groups: list[list[Window]] = []
-    for window in sorted(windows, key=lambda w: len(w.input_ids)):
-        if not groups or (len(groups[-1]) + 1) * len(window.input_ids) > max_tokens:
-            groups.append([])
-        groups[-1].append(window)
-    return [collate(group, frames) for group in groups]
+def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
+    """One unsupervised `frame` [1, ...]: for a rank that has run out of packs while others have not.
+
+    Its loss is 0 and its gradient is 0 for every parameter, which is not the same as no gradient.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Pack(
+        clip_ids=(),
+        frames=Loaded(frame),
+        input_ids=torch.full((k,), image),
+        position_ids=torch.arange(k),
+        seg_lens=torch.tensor([k]),
+        frame_index=torch.arange(k)[None],
+        lm_index=nothing,
+        lm_targets=nothing,
+        labels=torch.full((2, 1), -100, dtype=torch.int8),
+        neg_rate=torch.ones(1),
+    )

@@ -1,51 +1,55 @@
 """Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up, `fit` loops,
 `train_step` steps.
 
-Teacher-forced: texts in the context are the reference's. One optimizer step is `clips_per_step` clips,
-cut into micro-batches by memory alone; the loss is normalised over the whole step, so the cut changes
-nothing. Same seed, data and machine: the same weights, bit for bit (on the CPU; not tried on a GPU).
+Teacher-forced: texts in the context are the reference's. One optimizer step is `clips_per_step` clips over all
+ranks, cut into packs by memory alone; the loss is normalised over the whole step, so neither the cut nor the number
+of ranks changes it. What step i reads is a pure function of i, so the state of a run is its weights, the optimizer's
+moments and the number of steps done: on the CPU a resumed run ends with the weights, bit for bit, of one that never
+stopped.
 
-    RUN/metrics.jsonl   one line per step (and per evaluation)
-    RUN/last, RUN/best  checkpoints; best by mean AP on the evaluation split
+    RUN/options.json               the options, before the first step
+    RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
+    RUN/last, RUN/best             checkpoints; best by mean AP on the evaluation split
 
     5 loss terms (losses.TERMS)
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from trainer.batch import Batch, micro_batches, windows_of
-from trainer.checkpoint import save_checkpoint
-from trainer.clips import ClipExample
-from trainer.config import TrainConfig
+from trainer.checkpoint import LoadedRun, load_run, load_state, recover, save_checkpoint
+from trainer.config import RunOptions, TrainConfig
+from trainer.curves import draw
 from trainer.errors import TrainerError
-from trainer.evaluate import EvalReport, report, score_clips
-from trainer.frames import FrameSource, open_frames
+from trainer.evaluate import EvalReport, open_source, report, score_split
+from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
-from trainer.model import DecisionHeads, ProspectModel, load_model, pick_device
+from trainer.metrics import Metrics, find_logger, open_metrics
+from trainer.model import DecisionHeads, ProspectModel, load_model, part_of
+from trainer.pack import Pack, pack_windows, windows_of
+from trainer.parallel import World, join, share, synced, unwrapped
 from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
-Log = Callable[[dict[str, Any]], None]
+ALONE = World()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: loss, its unweighted terms, what each was averaged over, gradient norm."""
+    """Of one optimizer step over all ranks: loss, its unweighted terms, what each was averaged over, gradient norm."""
 
     loss: float
     speak: float
@@ -55,65 +59,110 @@ class StepResult:
     n_dst: float
     n_lm: float
     grad_norm: float
+    tokens: int  # that were read, of all ranks
+    padding: float  # share of the tokens computed that were none of them
 
 
 @dataclass(frozen=True)
 class TrainReport:
     run: Path
     steps: int
+    resumed_from: int  # steps that were done before
     seconds: float
-    loss: float  # of the last step
+    loss: float | None  # of the last step; None where all had been done before
     evaluation: EvalReport | None
     note: str | None  # why there is no evaluation
+    leads: bool = True  # whether this process is the one to tell it
 
 
 # ---- one step ----------------------------------------------------------------------------------------
 
 
 def train_step(
-    model: ProspectModel, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], config: TrainConfig
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    packs: Sequence[Pack],
+    config: TrainConfig,
+    world: World = ALONE,
+    blank: Pack | None = None,
 ) -> StepResult:
-    """One optimizer step over all micro-batches together.
+    """One optimizer step over all packs of all ranks together; collective.
 
-    Raises TrainerError, before the optimizer moves anything, where a loss or the gradient is not finite.
+    Ranks may hold different numbers of packs (then `blank` fills up). Raises TrainerError on every rank, before the
+    optimizer moves anything, where a loss or the gradient is not finite.
     """
-    counts = torch.stack([count_terms(batch, config) for batch in batches]).sum(0)
+    passes = [*packs, *[blank] * (world.most(len(packs)) - len(packs))]
+    counts, tokens, blanks = _count(packs, config, world, passes)
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros_like(counts)
-    for batch in batches:
-        part = sum_terms(model, batch, config)
-        loss, _ = combine(part, counts, config)
-        if not torch.isfinite(loss):
-            raise _not_finite("loss", [batch])
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums += part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    if not torch.isfinite(norm):
-        raise _not_finite("gradient", batches)
+    sums = [_backward(model, pack, counts, config, world, now=i == len(passes) - 1) for i, pack in enumerate(passes)]
+    total = world.sum(torch.stack(sums).sum(0))
+    if not torch.isfinite(total).all():
+        bad = [pack for pack, part in zip(passes, sums, strict=True) if not torch.isfinite(part).all()]
+        raise _not_finite("loss", bad, world)
+    norm = _clip(model, config.grad_clip)
+    if not math.isfinite(norm):
+        raise _not_finite("gradient", packs, world)
     optimizer.step()
+    return _result(total, counts, norm, config, tokens, blanks)
+
+
+def _count(
+    packs: Sequence[Pack], config: TrainConfig, world: World, passes: Sequence[Pack | None]
+) -> tuple[Tensor, int, int]:
+    """(counts [5] of the whole step, its tokens, the tokens of its blank packs), over all ranks."""
+    terms = sum((count_terms(pack, config) for pack in packs), torch.zeros(5))
+    blanks = sum(pack.num_tokens for pack in passes[len(packs) :] if pack is not None)
+    found = torch.cat([terms, torch.tensor([sum(pack.num_tokens for pack in packs), blanks])])
+    found = world.sum(found.to(world.device))
+    return found[:5], int(found[5]), int(found[6])
+
+
+def _backward(
+    model: nn.Module, pack: Pack | None, counts: Tensor, config: TrainConfig, world: World, now: bool
+) -> Tensor:
+    """[5]: each term's sum over the pack. Adds its share to the gradient and, if `now`, exchanges it over ranks."""
+    assert pack is not None, "a rank without packs needs a blank one"
+    with synced(model, now):
+        part = sum_terms(model, pack.to(world.device), config)
+        loss, _ = combine(part, counts, config)
+        (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP average over ranks
+    return part.detach()
+
+
+def _clip(model: nn.Module, limit: float) -> float:
+    """The gradient's norm over all parameters, before it was scaled down to `limit`."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _result(sums: Tensor, counts: Tensor, norm: float, config: TrainConfig, tokens: int, blanks: int) -> StepResult:
     loss, terms = combine(sums, counts, config)
     n_speak, n_dst, n_lm = float(counts[0:2].sum()), float(counts[2:4].sum()), float(counts[4])
     values = {name: float(value) for name, value in terms.items()}
-    return StepResult(float(loss), **values, n_speak=n_speak, n_dst=n_dst, n_lm=n_lm, grad_norm=float(norm))
+    return StepResult(
+        float(loss), **values, n_speak=n_speak, n_dst=n_dst, n_lm=n_lm, grad_norm=norm,
+        tokens=tokens, padding=blanks / max(tokens + blanks, 1),
+    )  # fmt: skip
 
 
-def count_terms(batch: Batch, config: TrainConfig) -> Tensor:
+def count_terms(pack: Pack, config: TrainConfig) -> Tensor:
     """[5]: what each term's sum will be divided by, known before any forward pass."""
-    weights = label_weights(batch.labels, batch.neg_rate, config.reweigh)
-    _, heads = masked_bce_sum(torch.zeros_like(weights), batch.labels, weights)
-    return torch.cat([heads, heads.new_tensor([len(batch.lm_targets)])])
+    weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
+    _, heads = masked_bce_sum(torch.zeros_like(weights), pack.labels, weights)
+    return torch.cat([heads, heads.new_tensor([len(pack.lm_targets)])])
 
 
-def sum_terms(model: ProspectModel, batch: Batch, config: TrainConfig) -> Tensor:
-    """[5]: each term's sum over the batch, with its graph."""
-    scores = model(batch)
-    weights = label_weights(batch.labels, batch.neg_rate, config.reweigh)
-    heads, _ = masked_bce_sum(scores.decisions.float(), batch.labels, weights)
-    return torch.cat([heads, lm_sum(scores.text, batch.lm_targets)[None]])
+def sum_terms(model: nn.Module, pack: Pack, config: TrainConfig) -> Tensor:
+    """[5]: each term's sum over the pack, with its graph."""
+    scores = model(pack)
+    weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
+    heads, _ = masked_bce_sum(scores.decisions, pack.labels, weights)
+    return torch.cat([heads, lm_sum(scores.text, pack.lm_targets)[None]])
 
 
-def _not_finite(what: str, batches: Sequence[Batch]) -> TrainerError:
-    clips = dict.fromkeys(window.clip.clip_id for batch in batches for window in batch.windows)
+def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> TrainerError:
+    mine = [clip_id for pack in packs if pack is not None for clip_id in pack.clip_ids]
+    clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
     return TrainerError(f"the {what} is not finite at clips {', '.join(clips)}; lower --lr, or look at these clips")
 
 
@@ -121,85 +170,221 @@ def _not_finite(what: str, batches: Sequence[Batch]) -> TrainerError:
 
 
 def make_optimizer(model: ProspectModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, no decay on biases and norms."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+    """AdamW: a group per part and kind, each with its peak rate (`peak`); no decay on biases and norms."""
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "peak": config.lr_by_part.get(part, config.lr),
+        }
+        for (part, decays), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of step 0, 1, ...: up in a line over the warm-up, then down a half cosine to 0 after the last."""
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate in step 0, 1, ...: up in a line over the warm-up, then a half cosine to 0."""
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def clip_stream(split: Split, seed: int, epoch: int = 0, position: int = 0) -> Iterator[ClipExample]:
-    """Clips without end: the rest of `epoch`, then the epochs after it, each with its order and labels."""
-    for number in itertools.count(epoch):
-        yield from split.epoch(seed, number, position)
-        position = 0
+@dataclass
+class StepData(Dataset[list[Pack]]):
+    """Item i: this rank's packs of optimizer step i. Each is a pure function of i, so any worker may make it."""
+
+    split: Split
+    tokens: Tokens
+    frames: FrameSource
+    config: TrainConfig
+    rank: int = 0
+    size: int = 1
+    load: bool = False  # frames at once (in a worker), not when a pack runs
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> list[Pack]:
+        n = self.config.clips_per_step
+        clips = [self.split.at(self.config.seed, i) for i in range(step * n, (step + 1) * n)]
+        windows = windows_of(share(clips, self.rank, self.size), self.tokens, self.config)
+        packs = pack_windows(windows, self.frames, self.config.micro_batch_tokens)
+        return [pack.loaded() for pack in packs] if self.load else packs
 
 
-def step_batches(
-    clips: Iterator[ClipExample], tokens: Tokens, frames: FrameSource, config: TrainConfig
-) -> Iterator[list[Batch]]:
-    """The micro-batches of one optimizer step after the other."""
-    while True:
-        chosen = list(itertools.islice(clips, config.clips_per_step))
-        yield micro_batches(windows_of(chosen, tokens, config), frames, config.micro_batch_tokens)
+def step_packs(data: StepData, first: int, workers: int) -> Iterable[list[Pack]]:
+    """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`."""
+    data.load = workers > 0
+    steps = range(first, len(data))
+    if not workers:
+        return (data[step] for step in steps)
+    processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
+    processes.set_forkserver_preload(["trainer.train"])
+    own = torch.Generator()  # else it draws from the generator whose state is the run's
+    return DataLoader(
+        data, batch_size=None, sampler=steps, num_workers=workers, multiprocessing_context=processes, generator=own
+    )
 
 
 def fit(
-    model: ProspectModel,
-    steps: Iterator[list[Batch]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[list[Pack]],
     config: TrainConfig,
-    log: Log,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> StepResult:
-    """Run config.steps optimizer steps; `log` gets a line for each, `after_step` how many are done."""
-    optimizer = make_optimizer(model, config)
-    device = next(model.parameters()).device
+    after_step: Callable[[int, dict[str, Any]], None],
+    first: int = 0,
+    world: World = ALONE,
+    blank: Pack | None = None,
+) -> None:
+    """Run the optimizer steps from `first` on; `after_step` gets how many are done and the step's line."""
     model.train()
-    for step, batches in zip(range(config.steps), steps, strict=False):
-        lr = learning_rate(step, config)
+    began = time.monotonic()
+    for step, packs in enumerate(steps, first):
+        share_of_peak = schedule(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        result = train_step(model, optimizer, [batch.to(device) for batch in batches], config)
-        log({"step": step + 1, **result.__dict__, "lr": lr})
-        after_step(step + 1)
-    return result
+            group["lr"] = group["peak"] * share_of_peak
+        result = train_step(model, optimizer, packs, config, world, blank)
+        line = {**result.__dict__, "lr": config.lr * share_of_peak}
+        took, began = time.monotonic() - began, time.monotonic()
+        after_step(step + 1, {"step": step + 1, **line, "seconds": took})
 
 
 # ---- a run -------------------------------------------------------------------------------------------
 
 
 def train(
-    data: Path, run: Path, config: TrainConfig, frames_root: Path | None = None, progress: bool = True
+    data: Path,
+    run: Path,
+    config: TrainConfig,
+    frames_root: Path | None = None,
+    features: Path | None = None,
+    options: RunOptions | None = None,
+    resume: bool = False,
 ) -> TrainReport:
-    """Train on the `train` split of `data` (written by preprocess) into the new folder `run`.
+    """Train on the `train` split of `data` (written by preprocess) into the folder `run`; collective under torchrun.
 
-    `frames_root`: where the videos' .arrow files are; None: as the manifest says. `progress`: a bar on stderr.
+    frames_root: where the videos' frames are; None: as the manifest says. features: what `encode` wrote, instead.
+    resume: go on from RUN/last, or start where there is none yet; without it `run` must be new.
     Raises TrainerError for whatever the user can mend, before the first step where possible.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or remove it")
-    split = Split(data, "train")
-    held_out, note = _open_eval(data, split, config)
-    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(config.model)
-    model, info = _make_model(split, tokens, config)
-    frames = open_frames(split.manifest, frames_root, model.side)
+    options = options or RunOptions()
+    find_logger(options.logger)
+    with join() as world:
+        if features is not None and "vision" not in config.freeze:
+            raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
+        if world.leads:
+            _check_folder(run, resume)
+        split = Split(data, "train")
+        held_out, note = _open_eval(data, split, config)
+        source = "pixels" if features is None else "features"
+        begun = {"config": config.to_json(), "data_key": split.key, "frames": source}
+        if world.leads:
+            _begin(run, begun)
+        world.wait()
+        setup = _resumed(run, config) if resume and (run / "last").is_dir() else _fresh(split, config)
+        setup.info |= {"data_key": split.key, "frames": source}
+        frames = open_source(split, setup.model, frames_root, features)
+        blank = setup.model.blank_pack(setup.tokens.image, cached=features is not None)
+        model, optimizer = _distribute(setup, run, config, options, world)
+        steps = step_packs(
+            StepData(split, setup.tokens, frames, config, world.rank, world.size), setup.done, options.workers
+        )
+        began = time.monotonic()
+        with _open_metrics(run, config, setup.done, options, world) as metrics:
+            session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
+            try:
+                fit(model, optimizer, steps, config, session.after_step, setup.done, world, blank)
+            except TrainerError:
+                session.save("last")  # the optimizer has not moved: the weights are those of the last good step
+                raise
+        if world.leads:
+            draw(run)
+        if setup.resumed_from == config.steps:
+            note = f"all {config.steps} steps had been done before"
+        return TrainReport(
+            run,
+            config.steps,
+            setup.resumed_from,
+            time.monotonic() - began,
+            session.loss,
+            session.evaluation,
+            note,
+            world.leads,
+        )
+
+
+def _open_metrics(
+    run: Path, config: TrainConfig, done: int, options: RunOptions, world: World
+) -> AbstractContextManager[Metrics]:
+    if not world.leads:
+        return nullcontext(Metrics())
+    return open_metrics(run, config.steps, done, options.logger, options.progress, config.to_json())
+
+
+def _check_folder(run: Path, resume: bool) -> None:
+    """Refuse to write into something else, or over a run."""
+    if resume:
+        recover(run / "last")
+        recover(run / "best")
+    if run.exists() and not run.is_dir():
+        raise TrainerError(f"{run}: not a folder; choose another --run")
+    if not resume and run.exists() and any(run.iterdir()):
+        raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
+    if resume and run.exists() and any(run.iterdir()) and not (run / RUN_START).is_file():
+        raise TrainerError(f"{run / RUN_START}: not found, so this is no run that could go on; choose another --run")
+
+
+RUN_START = "options.json"
+
+
+def _begin(run: Path, begun: dict[str, Any]) -> None:
+    """Write RUN/options.json, or refuse, by name, what differs from it."""
+    path = run / RUN_START
+    if path.is_file():
+        _refuse_changes(path, read_start(run), begun)
+        return
     run.mkdir(parents=True, exist_ok=True)
-    session = _Session(run, model, tokens, config, frames, held_out, info)
-    started = time.monotonic()
-    with _bar(config.steps, progress) as tick:
-        steps = step_batches(clip_stream(split, config.seed), tokens, frames, config)
-        last = fit(model, steps, config, lambda line: tick(session.log(line)), session.after_step)
-    return TrainReport(run, config.steps, time.monotonic() - started, last.loss, session.evaluation, note)
+    new = path.with_name(f".{RUN_START}.new")
+    new.write_text(json.dumps(begun, indent=1) + "\n")
+    new.rename(path)
+
+
+def read_start(run: Path) -> dict[str, Any]:
+    """What RUN/options.json says: config, data_key, frames ('pixels' or 'features')."""
+    path = run / RUN_START
+    try:
+        begun = json.loads(path.read_bytes())
+        _ = TrainConfig.from_json(begun["config"]), begun["data_key"], begun["frames"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{path}: not a run's options ({error!r}); train again into a new folder") from None
+    return dict(begun)
+
+
+def start_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
+    """The config from `values`; a resumed run keeps its own, but for the fields `chosen`, which must agree with it.
+
+    A warm-up that was not chosen is cut to the number of steps.
+    """
+    if resume and (run / RUN_START).is_file():
+        kept = read_start(run)["config"]
+        return TrainConfig.from_json(kept | {name: values[name] for name in chosen})
+    steps = min(TrainConfig.warmup_steps, values["steps"])
+    return TrainConfig(**values | ({} if "warmup_steps" in chosen else {"warmup_steps": steps}))
+
+
+def _refuse_changes(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = TrainConfig.from_json(now["config"]).differences(TrainConfig.from_json(was["config"]))
+    if was["data_key"] != now["data_key"]:
+        changed.insert(0, f"the data is {now['data_key']}, the run has {was['data_key']}")
+    if was["frames"] != now["frames"]:
+        changed.insert(0, f"frames come from {now['frames']}, the run has {was['frames']}")
+    if changed:
+        raise TrainerError(f"{path}: {'; '.join(changed)}; resume with the same, or train into a new folder")
 
 
 def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | None, str | None]:
@@ -210,8 +395,26 @@ def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | N
     return None, note
 
 
-def _make_model(split: Split, tokens: Tokens, config: TrainConfig) -> tuple[ProspectModel, dict[str, Any]]:
-    """The model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
+# ---- where a run starts ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Setup:
+    """A model, and how far it is."""
+
+    model: ProspectModel
+    tokens: Tokens
+    info: dict[str, Any]
+    done: int = 0
+    best: float = -1.0
+
+    def __post_init__(self) -> None:
+        self.resumed_from = self.done
+
+
+def _fresh(split: Split, config: TrainConfig) -> _Setup:
+    """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
+    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(config.model)
     statistics = split.statistics()
     rates = statistics.positive_rates()
     seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
@@ -220,9 +423,40 @@ def _make_model(split: Split, tokens: Tokens, config: TrainConfig) -> tuple[Pros
     if config.max_tokens > longest:
         raise TrainerError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
-    info = {"data_key": split.key, "positive_rates": rates, "neg_rate": statistics.neg_rate}
-    model = ProspectModel(vlm, heads, config.tokens_per_frame, config.freeze_vision)
-    return model.to(pick_device()), info
+    info = {"labels": _label_counts(statistics.counts), "positive_rates": rates, "neg_rate": statistics.neg_rate}
+    return _Setup(ProspectModel(vlm, heads, config), tokens, info)
+
+
+def _label_counts(counts: Any) -> dict[str, dict[str, int]]:
+    """Statistics.counts [2, 3] with names."""
+    names = ("negative", "positive", "not_sampled")
+    return {
+        head: dict(zip(names, map(int, row), strict=True))
+        for head, row in zip(("speaking", "dst_update"), counts, strict=True)
+    }
+
+
+def _resumed(run: Path, config: TrainConfig) -> _Setup:
+    loaded: LoadedRun = load_run(run / "last", to_train=True)
+    info = dict(loaded.info)
+    return _Setup(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
+
+
+def _distribute(
+    setup: _Setup, run: Path, config: TrainConfig, options: RunOptions, world: World
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model on its device and over the ranks, with its optimizer as it was left."""
+    if options.fsdp and config.lora_rank:
+        raise TrainerError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
+    sharded = options.fsdp and world.size > 1
+    model = world.shard(setup.model) if sharded else setup.model.to(world.device)
+    optimizer = make_optimizer(setup.model, config)
+    if setup.done:
+        load_state(run / "last", setup.model, optimizer)
+    return (model if sharded else world.copy(model)), optimizer
+
+
+# ---- what a run writes -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -230,55 +464,42 @@ class _Session:
     """What a run writes: metrics as they come, checkpoints and evaluations when they are due."""
 
     run: Path
-    model: ProspectModel
-    tokens: Tokens
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    setup: _Setup
     config: TrainConfig
+    options: RunOptions
     frames: FrameSource
     held_out: Split | None
-    info: dict[str, Any]
+    world: World
+    metrics: Metrics
+    loss: float | None = None
     evaluation: EvalReport | None = None
-    best: float = -1.0
 
-    def log(self, line: dict[str, Any]) -> dict[str, Any]:
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
-
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, line: dict[str, Any]) -> None:
+        self.setup.done, self.loss = step, line["loss"]
+        self.metrics.step(line)
         every, last = self.config.eval_every, step == self.config.steps
-        if last:
-            self._save("last", step)
         if self.held_out is not None and (last or (every and step % every == 0)):
             self._evaluate(self.held_out, step)
+        if last or (self.options.save_every and step % self.options.save_every == 0):
+            self.save("last")
 
     def _evaluate(self, split: Split, step: int) -> None:
-        scored = list(score_clips(self.model, self.tokens, split.in_order(), self.frames, self.config))
+        scored = score_split(
+            unwrapped(self.model), self.setup.tokens, split, self.frames, self.config, self.world, self.options.fsdp
+        )
         self.evaluation = report(split.name, scored)
-        self.log({"step": step, "evaluation": self.evaluation.to_json()})
+        self.metrics.evaluation({"step": step, "evaluation": self.evaluation.to_json()})
         found = [head.ap for head in (self.evaluation.speak, self.evaluation.dst) if head.ap is not None]
-        if found and sum(found) / len(found) > self.best:
-            self.best = sum(found) / len(found)
-            self._save("best", step)
+        if found and sum(found) / len(found) > self.setup.best:
+            self.setup.best = sum(found) / len(found)
+            self.save("best")
 
-    def _save(self, name: str, step: int) -> None:
-        save_checkpoint(self.run / name, self.model, self.tokens, self.config, {"step": step, **self.info})
-
-
-@contextmanager
-def _bar(steps: int, shown: bool) -> Iterator[Log]:
-    """A progress bar on stderr; gives the function that takes each step's line."""
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("train", total=steps, terms="")
-
-        def tick(line: dict[str, Any]) -> None:
-            terms = "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", "speak", "dst", "lm"))
-            bar.update(task, advance=1, terms=terms)
-
-        yield tick
+    def save(self, name: str) -> None:
+        """RUN/last can go on, RUN/best can only score."""
+        info = {"step": self.setup.done, "best": self.setup.best, **self.setup.info}
+        optimizer = self.optimizer if name == "last" else None
+        save_checkpoint(
+            self.run / name, unwrapped(self.model), self.setup.tokens, self.config, info, optimizer, self.world
+        )

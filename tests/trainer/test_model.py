@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 
-from trainer.batch import collate, micro_batches
+from trainer import vision
+from trainer.attention import packed_sdpa
+from trainer.config import TrainConfig
 from trainer.errors import TrainerError
-from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.model import DecisionHeads, ProspectModel, load_model, part_of
+from trainer.pack import make_pack, pack_windows, plan
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
@@ -26,7 +30,11 @@ def tiny(tokens: Tokens, seed: int = 0, **more) -> ProspectModel:
     heads = DecisionHeads(128)
     torch.nn.init.normal_(heads.speak.weight)
     torch.nn.init.normal_(heads.dst.weight)
-    return ProspectModel(vlm, heads, **more)
+    return ProspectModel(vlm, heads, TrainConfig(**more))
+
+
+def pooling(vlm, k: int) -> ProspectModel:
+    return ProspectModel(vlm, DecisionHeads(128), TrainConfig(tokens_per_frame=k))
 
 
 def clips(n: int):
@@ -43,60 +51,126 @@ def windows(tokens: Tokens, n: int = 4, k: int = 1):
     return [w for clip in clips(n) for w in build_windows(clip, tokens, k, 1000)]
 
 
-def test_padded_batch_equals_sequences_one_by_one(tokens):
-    model, chosen = tiny(tokens), windows(tokens)
+def gradient(model: ProspectModel, packs) -> torch.Tensor:
+    model.zero_grad()
+    for pack in packs:
+        scores = model(pack)
+        (scores.decisions.square().sum() + scores.text.float().square().mean(1).sum()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def loop_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, seg_lens=None, **_):
+    """Written out: softmax(q k / sqrt(d)) v for each window by itself, each query head with its group's keys."""
+    out = torch.zeros_like(query)
+    groups, first = query.shape[1] // key.shape[1], 0
+    for length in seg_lens.tolist():
+        for head in range(query.shape[1]):
+            for i in range(first, first + length):
+                k, v = (t[0, head // groups, first : i + 1] for t in (key, value))
+                weights = (query[0, head, i] @ k.mT / query.shape[-1] ** 0.5).softmax(-1)
+                out[0, head, i] = weights @ v
+        first += length
+    return out.transpose(1, 2).contiguous(), None
+
+
+def test_packed_attention_is_attention_within_each_window():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    for lengths in ([9], [1, 5, 3], [4, 4, 1]):
+        given = {"seg_lens": torch.tensor(lengths)}
+        found, _ = packed_sdpa(None, query, key, value, None, 8**-0.5, **given)
+        expected, _ = loop_attention(None, query, key, value, None, **given)
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_attention_refuses_to_run_without_lengths_or_with_a_mask():
+    q = torch.randn(1, 4, 9, 8)
+    with pytest.raises(ValueError, match="needs seg_lens and no mask"):
+        packed_sdpa(None, q, q, q, None)
+    with pytest.raises(ValueError, match="needs seg_lens and no mask"):
+        packed_sdpa(None, q, q, q, torch.ones(1, 9), seg_lens=torch.tensor([9]))
+    with pytest.raises(ValueError, match=r"lengths \[4, 4\] for 9 queries"):
+        packed_sdpa(None, q, q, q, None, seg_lens=torch.tensor([4, 4]))
+
+
+def test_the_text_model_does_not_run_unpacked(tokens):
+    with pytest.raises(ValueError, match="needs seg_lens"):
+        tiny(tokens).body(inputs_embeds=torch.randn(1, 5, 128), use_cache=False)
+
+
+@pytest.mark.parametrize("more", [{}, {"checkpointing": True}])
+def test_a_pack_equals_its_windows_one_by_one(tokens, more):
+    model, chosen = tiny(tokens, **more).train(), windows(tokens)
     assert len({len(w.input_ids) for w in chosen}) == 4
-    together = model(collate(chosen, FRAMES))
-    alone = [model(collate([w], FRAMES)) for w in chosen]
+    together = model(make_pack(chosen, FRAMES))
+    alone = [model(make_pack([w], FRAMES)) for w in chosen]
     decisions, text = (torch.cat(parts, dim) for parts, dim in zip(zip(*alone, strict=True), (1, 0), strict=True))
     assert torch.allclose(together.decisions, decisions, atol=1e-5)
     assert torch.allclose(together.text, text, atol=1e-5)
 
 
-def test_gradients_of_a_padded_batch_equal_those_one_by_one(tokens):
+def test_the_gradient_of_a_pack_equals_that_of_its_windows(tokens):
     model, chosen = tiny(tokens), windows(tokens)
-
-    def gradient(batches):
-        model.zero_grad()
-        for batch in batches:
-            scores = model(batch)
-            (scores.decisions.square().sum() + scores.text.square().mean(1).sum()).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    together = gradient([collate(chosen, FRAMES)])
-    alone = gradient([collate([w], FRAMES) for w in chosen])
+    together = gradient(model, [make_pack(chosen, FRAMES)])
+    alone = gradient(model, [make_pack([w], FRAMES) for w in chosen])
     assert float((together - alone).norm() / alone.norm()) < 1e-5
 
 
-def test_what_padding_holds_changes_nothing(tokens):
-    model = tiny(tokens)
-    batch = collate(windows(tokens), FRAMES)
-    expected = model(batch)
-    lengths = torch.tensor([len(w.input_ids) for w in batch.windows])
-    padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
-    assert padding.any()
-    batch.input_ids[padding] = 99
-    found = model(batch)
-    assert torch.equal(found.decisions, expected.decisions)
-    assert torch.equal(found.text, expected.text)
+def test_a_pack_equals_the_library_s_attention_on_each_window(tokens):
+    """Not our attention on one window, but transformers' own sdpa."""
+    model, chosen = tiny(tokens).eval(), windows(tokens)
+    packed = model(make_pack(chosen, FRAMES)).decisions
+    model.vlm.set_attn_implementation({"text_config": "sdpa"})
+    alone = torch.cat([model(make_pack([w], FRAMES)).decisions for w in chosen], 1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_logits_and_gradients(tokens):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    plain, compiled = tiny(tokens), tiny(tokens, compile=True)
+    for n in (2, 3):  # other lengths, other numbers of windows
+        packs = [make_pack(windows(tokens, n), FRAMES)]
+        assert torch.allclose(plain(packs[0]).decisions, compiled(packs[0]).decisions, atol=1e-5)
+        expected, found = gradient(plain, packs), gradient(compiled, packs)
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_checkpointing_changes_no_gradient(tokens):
+    packs = [make_pack(windows(tokens), FRAMES)]
+    plain, thrifty = tiny(tokens).train(), tiny(tokens, checkpointing=True).train()
+    assert thrifty.body.layers[0].gradient_checkpointing
+    assert torch.allclose(gradient(plain, packs), gradient(thrifty, packs), atol=1e-6)
+
+
+def test_bf16_computes_in_bfloat16_and_scores_in_float32(tokens):
+    plain, rounded = tiny(tokens), tiny(tokens, bf16=True)
+    pack = make_pack(windows(tokens), FRAMES)
+    expected, found = plain(pack), rounded(pack)
+    assert found.text.dtype == torch.bfloat16
+    assert found.decisions.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in rounded.parameters())
+    error = (found.decisions - expected.decisions).norm() / expected.decisions.norm()
+    assert 1e-6 < error.item() < 0.05
 
 
 def test_a_decision_does_not_see_what_comes_later(tokens):
     model, window = tiny(tokens), windows(tokens)[2]
-    batch = collate([window], FRAMES)
+    batch = make_pack([window], FRAMES)
     expected = model(batch).decisions
     cut = int(window.decision_positions[4]) + 1
-    batch.input_ids[:, cut:] = 55
+    batch.input_ids[cut:] = 55
     assert torch.allclose(model(batch).decisions[:, :5], expected[:, :5], atol=1e-6)
 
 
 def test_a_decision_sees_its_own_frame(tokens):
     model, window = tiny(tokens), windows(tokens)[0]
-    batch = collate([window], FRAMES)
+    batch = make_pack([window], FRAMES)
     expected = model(batch).decisions
-    pixels = batch.pixels()
+    pixels = batch.frames()
     pixels[3] = 255 - pixels[3]
-    object.__setattr__(batch, "pixels", lambda: pixels)
+    object.__setattr__(batch, "frames", lambda: pixels)
     moved = (model(batch).decisions - expected).abs().max(0).values
     assert (moved[:3] < 1e-6).all()
     assert moved[3] > 1e-3
@@ -106,11 +180,13 @@ def test_equals_the_whole_smolvlm(tokens):
     """Our way (tower, connector, text model, selected rows) against transformers' own forward pass."""
     model, window = tiny(tokens).eval(), windows(tokens)[1]
     model.vlm.config.image_token_id = model.vlm.model.image_token_id = tokens.image
-    batch = collate([window], FRAMES)
+    batch = make_pack([window], FRAMES)
     with torch.no_grad():
-        pixels = (batch.pixels()[None].float() / 255 - 0.5) / 0.5
-        whole = model.vlm(input_ids=batch.input_ids, pixel_values=pixels, use_cache=False).logits
-        assert torch.allclose(model(batch).text, whole[0, batch.lm_index], atol=1e-5)
+        pixels = (batch.frames()[None].float() / 255 - 0.5) / 0.5
+        expected = model(batch).text
+        model.vlm.set_attn_implementation({"text_config": "sdpa"})
+        whole = model.vlm(input_ids=batch.input_ids[None], pixel_values=pixels, use_cache=False).logits
+        assert torch.allclose(expected, whole[0, batch.lm_index], atol=1e-5)
 
 
 def test_no_frame_is_dropped(tokens):
@@ -118,7 +194,7 @@ def test_no_frame_is_dropped(tokens):
     model = tiny(tokens)
     pixels = torch.full((5, 3, 64, 64), 127.5)  # no uint8 is exactly 0 afterwards; this is
     pixels[1] = 200.0
-    features = model.frame_features(pixels)
+    features = vision.project(model.vlm, vision.look(model.vlm, pixels, 1))
     assert features.shape == (5, 1, 128)
     assert torch.equal(features[0], features[4])
     assert not torch.equal(features[0], features[1])
@@ -139,13 +215,13 @@ def test_features_are_pooled_to_k_tokens(tokens):
     config.scale_factor = 1  # 4 x 4 tokens per frame
     vlm = type(load_model("tiny", len(tokens)))(config)
     pixels = torch.from_numpy(FRAMES.load(clips(1)[0], 0, 3))
-    full = ProspectModel(vlm, DecisionHeads(128), 16).frame_features(pixels)
-    quarter = ProspectModel(vlm, DecisionHeads(128), 4).frame_features(pixels)
+    full = pooling(vlm, 16).frame_features(pixels)
+    quarter = pooling(vlm, 4).frame_features(pixels)
     assert torch.allclose(quarter[:, 0], full[:, [0, 1, 4, 5]].mean(1), atol=1e-6)
-    single = ProspectModel(vlm, DecisionHeads(128), 1)
+    single = pooling(vlm, 1)
     assert torch.allclose(single.frame_features(pixels)[:, 0], full.mean(1), atol=1e-6)
-    pooled = collate(windows(tokens, k=4), FRAMES)
-    assert ProspectModel(vlm, DecisionHeads(128), 4)(pooled).decisions.shape == (2, pooled.labels.shape[1])
+    pooled = make_pack(windows(tokens, k=4), FRAMES)
+    assert pooling(vlm, 4)(pooled).decisions.shape == (2, pooled.labels.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -157,9 +233,9 @@ def test_the_geometry_of_the_released_models(tokens, image, patch, scale, given,
     vision = config.vision_config
     vision.image_size, vision.patch_size, vision.hidden_size, vision.intermediate_size = image, patch, 16, 16
     config.scale_factor = scale
-    model = ProspectModel(type(load_model("tiny", len(tokens)))(config), DecisionHeads(128), k)
+    model = pooling(type(load_model("tiny", len(tokens)))(config), k)
     pixels = torch.randint(0, 256, (2, 3, image, image), dtype=torch.uint8)
-    every = ProspectModel(model.vlm, DecisionHeads(128), given).frame_features(pixels)
+    every = pooling(model.vlm, given).frame_features(pixels)
     found = model.frame_features(pixels)
     assert every.shape == (2, given, 128)
     assert found.shape == (2, k, 128)
@@ -183,13 +259,13 @@ def test_tiny_weights_depend_on_the_seed_alone(tokens):
 
 
 def test_a_frozen_tower_does_not_learn_and_gives_the_same_features(tokens):
-    frozen, live = tiny(tokens, freeze_vision=True), tiny(tokens)
-    batch = collate(windows(tokens), FRAMES)
+    frozen, live = tiny(tokens, freeze=("vision", "connector")), tiny(tokens)
+    batch = make_pack(windows(tokens), FRAMES)
     frozen(batch).decisions.sum().backward()
     towers = [p for n, p in frozen.named_parameters() if "vision_model" in n or "connector" in n]
     assert towers
     assert all(p.grad is None for p in towers)
-    assert torch.equal(frozen.frame_features(batch.pixels()), live.frame_features(batch.pixels()))
+    assert torch.equal(frozen.frame_features(batch.frames()), live.frame_features(batch.frames()))
 
 
 def test_an_unknown_model_is_the_users_error(tmp_path):
@@ -197,26 +273,107 @@ def test_an_unknown_model_is_the_users_error(tmp_path):
         load_model(str(tmp_path), 10)
 
 
-# ---- batches -----------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------
 
 
-def test_batch_indices_point_at_frames_and_texts(tokens):
+@pytest.mark.parametrize(
+    ("freeze", "learning"),
+    [
+        ((), {"vision", "connector", "text", "heads"}),
+        (("vision",), {"connector", "text", "heads"}),
+        (("vision", "connector", "text"), {"heads"}),
+    ],
+)
+def test_frozen_parts_get_no_gradient_and_the_others_do(tokens, freeze, learning):
+    model = tiny(tokens, freeze=freeze)
+    gradient(model, [make_pack(windows(tokens), FRAMES)])
+    found = {part_of(name) for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert found == learning
+    assert {part_of(n) for n, p in model.named_parameters() if p.grad is None} == set(freeze)
+
+
+def test_adapters_learn_alone_and_start_at_nothing(tokens):
+    pytest.importorskip("peft")
+    plain, adapted = tiny(tokens), tiny(tokens, lora_rank=4, freeze=("vision",))
+    pack = make_pack(windows(tokens), FRAMES)
+    assert torch.equal(adapted(pack).decisions, plain(pack).decisions)
+    gradient(adapted, [pack])
+    learning = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert {part_of(n) for n in learning} == {"connector", "text", "heads"}
+    assert all(".lora_" in n for n in learning if part_of(n) == "text")
+    assert sum(".lora_A." in n for n in learning) == 4 * 7  # layers x (q, k, v, o, gate, up, down)
+
+
+def test_cached_features_stand_in_for_frames(tokens):
+    model = tiny(tokens, freeze=("vision",))
+    pixels = torch.from_numpy(FRAMES.load(clips(1)[0], 0, 3))
+    features = vision.look(model.vlm, pixels, 1)
+    assert features.shape == (3, 1, vision.width(model.vlm)) == (3, 1, 64 * 16)
+    assert torch.equal(model.frame_features(features), model.frame_features(pixels))
+
+
+def test_pooling_commutes_with_the_connector(tokens):
+    config = load_model("tiny", len(tokens)).config
+    config.scale_factor = 1
+    vlm = type(load_model("tiny", len(tokens)))(config)
+    pixels = torch.from_numpy(FRAMES.load(clips(1)[0], 0, 3))
+    before = vision.project(vlm, vision.look(vlm, pixels, 4))
+    normalised = (pixels.float() / 255 - 0.5) / 0.5
+    after = vision.pool(vlm.model.connector(vlm.model.vision_model(pixel_values=normalised).last_hidden_state), 4)
+    assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_a_fingerprint_is_of_the_tower_alone(tokens):
+    first, second = load_model("tiny", len(tokens)), load_model("tiny", len(tokens))
+    with torch.no_grad():
+        second.lm_head.weight += 1
+    assert vision.fingerprint(first) == vision.fingerprint(second)
+    with torch.no_grad():
+        second.model.vision_model.post_layernorm.bias[0] += 1e-3
+    assert vision.fingerprint(first) != vision.fingerprint(second)
+
+
+# ---- packs -------------------------------------------------------------------------------------------
+
+
+def test_pack_indices_point_at_frames_and_texts(tokens):
     chosen = windows(tokens)
-    batch = collate(chosen, FRAMES)
-    flat = batch.input_ids.flatten()
-    assert (flat[batch.frame_index] == tokens.image).all()
+    pack = make_pack(chosen, FRAMES)
+    assert (pack.input_ids[pack.frame_index] == tokens.image).all()
     images = sum(int((window.input_ids == tokens.image).sum()) for window in chosen)
-    assert images == batch.frame_index.numel()
-    assert torch.equal(flat[batch.lm_index + 1], batch.lm_targets)
-    assert np.array_equal(batch.labels.numpy(), np.concatenate([w.labels for w in chosen], 1))
-    assert batch.pixels().shape == (batch.labels.shape[1], 3, 64, 64)
-    assert torch.equal(batch.decision_index, batch.frame_index[:, -1])
+    assert images == pack.frame_index.numel()
+    assert torch.equal(pack.input_ids[pack.lm_index + 1], pack.lm_targets)
+    assert np.array_equal(pack.labels.numpy(), np.concatenate([w.labels for w in chosen], 1))
+    assert pack.frames().shape == (pack.labels.shape[1], 3, 64, 64)
+    assert torch.equal(pack.decision_index, pack.frame_index[:, -1])
+    assert pack.seg_lens.tolist() == [len(w.input_ids) for w in chosen]
+    assert (pack.position_ids == 0).sum() == 4
 
 
-def test_micro_batches_keep_every_window_within_the_budget(tokens):
+def test_no_token_is_padding(tokens):
     chosen = windows(tokens, 7)
-    for budget in (1, 150, 10_000):
-        batches = micro_batches(chosen, FRAMES, budget)
-        assert sorted(w.name for b in batches for w in b.windows) == sorted(w.name for w in chosen)
-        assert all(b.input_ids.numel() <= budget or len(b.windows) == 1 for b in batches)
-    assert len(micro_batches(chosen, FRAMES, 10_000)) == 1
+    packs = pack_windows(chosen, FRAMES, 300)
+    assert sum(pack.num_tokens for pack in packs) == sum(len(w.input_ids) for w in chosen)
+
+
+def test_packs_keep_to_the_budget_and_fill_it():
+    assert plan([50, 30, 20, 60, 40], 100) == [[3, 4], [0, 1, 2]]
+    assert plan([500, 30], 100) == [[0], [1]]
+    assert plan([], 100) == []
+
+
+def test_a_pack_goes_to_a_worker_and_back(tokens):
+    import pickle
+
+    pack = make_pack(windows(tokens), FRAMES)
+    again = pickle.loads(pickle.dumps(pack.loaded()))
+    assert torch.equal(again.frames(), pack.frames())
+    assert torch.equal(again.input_ids, pack.input_ids)
+
+
+def test_a_blank_pack_gives_every_parameter_a_gradient_of_zero(tokens):
+    model = tiny(tokens)
+    scores = model(model.blank_pack(tokens.image, cached=False))
+    assert scores.text.shape[0] == 0
+    (scores.text.sum() + scores.decisions[:, :0].sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -8,18 +8,19 @@ import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn, write_frames, write_shards
 
-from trainer.batch import collate, micro_batches
 from trainer.checkpoint import load_run, save_checkpoint
-from trainer.config import TrainConfig
+from trainer.config import RunOptions, TrainConfig
 from trainer.errors import TrainerError
 from trainer.evaluate import evaluate, score_clips
 from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.pack import make_pack, pack_windows
 from trainer.sequence import build_windows
 from trainer.shards import Split
 from trainer.tokenizer import train_tiny_tokens
-from trainer.train import clip_stream, learning_rate, make_optimizer, train, train_step
+from trainer.train import make_optimizer, schedule, train, train_step
 
 FRAMES = NoisyFrames()
+QUIET = RunOptions(progress=False)
 TINY = TrainConfig(steps=2, clips_per_step=3, warmup_steps=1, max_tokens=200, micro_batch_tokens=200)
 
 
@@ -49,19 +50,25 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "a"
-    train(data, folder, TINY, progress=False)
+    train(data, folder, TINY, options=QUIET)
     return folder
 
 
 def parts(n: int = 5):
     tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
-    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128, (0.2, 0.1)))
+    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128, (0.2, 0.1)), TINY)
     windows = [w for i in range(n) for w in build_windows(clip(i, rate=0.3), tokens, 1, 200)]
     return tokens, model, windows
 
 
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def curve(run) -> list[dict]:
+    """All that was logged but the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "clock"} for line in lines]
 
 
 # ---- the step ----------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ def test_micro_batches_give_the_gradient_of_one_big_batch(config):
     gradients, steps = [], []
     for groups in ([windows], [[w] for w in windows], [windows[3:], windows[:3]]):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        step = train_step(model, optimizer, [collate(g, FRAMES) for g in groups], config)
+        step = train_step(model, optimizer, [make_pack(g, FRAMES) for g in groups], config)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         steps.append(step)
     for other, gradient in zip(steps[1:], gradients[1:], strict=True):
@@ -83,7 +90,7 @@ def test_micro_batches_give_the_gradient_of_one_big_batch(config):
 
 def test_the_first_loss_is_that_of_the_prior():
     tokens, model, windows = parts()
-    step = train_step(model, make_optimizer(model, TINY), [collate(windows, FRAMES)], TINY)
+    step = train_step(model, make_optimizer(model, TINY), [make_pack(windows, FRAMES)], TINY)
     labels = np.concatenate([w.labels for w in windows], 1)
     expected = [
         np.where(row[row >= 0] == 1, -math.log(p), -math.log(1 - p)).mean()
@@ -100,7 +107,7 @@ def test_a_step_without_anything_to_supervise_is_zero_and_moves_nothing():
     tokens = train_tiny_tokens(["x"])
     silent = clip_example([], 0, 5, rate=0.0)
     assert (silent.labels == -100).all()
-    batch = collate(build_windows(silent, tokens, 1, 200), FRAMES)
+    batch = make_pack(build_windows(silent, tokens, 1, 200), FRAMES)
     before = weights(model)
     config = TrainConfig(weight_decay=0.0)
     step = train_step(model, make_optimizer(model, config), [batch, batch], config)
@@ -114,26 +121,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_clip
         model.heads.speak.bias.fill_(math.nan)
     body = model.vlm.lm_head.weight.detach().clone()
     with pytest.raises(TrainerError, match=r"loss is not finite at clips train0, train1; lower --lr"):
-        train_step(model, make_optimizer(model, TINY), [collate(windows[:2], FRAMES)], TINY)
+        train_step(model, make_optimizer(model, TINY), [make_pack(windows[:2], FRAMES)], TINY)
     assert torch.equal(model.vlm.lm_head.weight, body)
 
 
 def test_warm_up_rises_and_the_cosine_falls_to_zero():
     config = TrainConfig(lr=1.0, warmup_steps=4, steps=10)
-    rates = [learning_rate(step, config) for step in range(10)]
+    rates = [schedule(step, config) for step in range(10)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[7] == pytest.approx(0.5)
-    assert learning_rate(10, config) == pytest.approx(0)
+    assert schedule(10, config) == pytest.approx(0)
 
 
 def test_biases_and_norms_do_not_decay():
     _, model, _ = parts()
-    decayed, kept = make_optimizer(model, TINY).param_groups
-    assert decayed["weight_decay"] == 0.01
-    assert kept["weight_decay"] == 0
-    assert {p.ndim for p in kept["params"]} == {1}
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+    groups = make_optimizer(model, TINY).param_groups
+    assert {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {
+        (True, 0.01),
+        (False, 0),
+    }
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_each_part_has_its_own_peak_rate():
+    config = TrainConfig(lr=1e-3, lr_by_part={"heads": 1e-2, "vision": 1e-5})
+    _, model, _ = parts()
+    peaks = {id(p): group["peak"] for group in make_optimizer(model, config).param_groups for p in group["params"]}
+    assert peaks[id(model.heads.speak.weight)] == 1e-2
+    assert peaks[id(model.vlm.model.vision_model.post_layernorm.bias)] == 1e-5
+    assert peaks[id(model.vlm.model.connector.modality_projection.proj.weight)] == 1e-3
+    assert peaks[id(model.vlm.lm_head.weight)] == 1e-3
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -146,7 +164,14 @@ def test_two_steps_end_to_end(run, data):
     assert lines[2]["evaluation"]["clips"] == 4
     assert lines[2]["evaluation"]["speak_only"] == 8
     assert lines[2]["evaluation"]["dst_only"] == 4
-    assert {p.name for p in run.iterdir()} == {"metrics.jsonl", "last", "best"}
+    assert {p.name for p in run.iterdir()} == {
+        "metrics.jsonl",
+        "curves.svg",
+        "tensorboard",
+        "options.json",
+        "last",
+        "best",
+    }
     loaded = load_run(run)
     assert loaded.config == TINY
     assert loaded.info["step"] == 2
@@ -155,16 +180,17 @@ def test_two_steps_end_to_end(run, data):
 
 
 def test_the_same_seed_and_data_give_the_same_weights(run, data, tmp_path):
-    train(data, tmp_path / "again", TINY, progress=False)
+    train(data, tmp_path / "again", TINY, options=QUIET)
     assert torch.equal(weights(load_run(tmp_path / "again").model), weights(load_run(run).model))
-    names = ("metrics.jsonl", "last/model.safetensors", "last/heads.safetensors", "last/tokenizer.json")
+    assert curve(tmp_path / "again") == curve(run)
+    names = ("last/model.safetensors", "last/heads.safetensors", "last/tokenizer.json")
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_training_learns_white_frames(data, tmp_path):
     config = TrainConfig(steps=60, clips_per_step=6, warmup_steps=10, max_tokens=200, micro_batch_tokens=1000)
-    report = train(data, tmp_path / "run", config, progress=False)
+    report = train(data, tmp_path / "run", config, options=QUIET)
     first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
     assert report.loss < 0.3 * first["loss"]
     assert report.evaluation.speak.ap > 0.9
@@ -173,33 +199,30 @@ def test_training_learns_white_frames(data, tmp_path):
 
 def test_a_run_that_exists_is_not_overwritten(run, data):
     with pytest.raises(TrainerError, match="exists and is not empty; choose a new folder"):
-        train(data, run, TINY, progress=False)
+        train(data, run, TINY, options=QUIET)
 
 
 def test_shards_without_train_say_which_splits_there_are(tmp_path):
     out = write_shards(tmp_path, {"test": [clip(0, "test")]})
     with pytest.raises(TrainerError, match="no split 'train', found: test"):
-        train(out, tmp_path / "run", TINY, progress=False)
+        train(out, tmp_path / "run", TINY, options=QUIET)
     assert not (tmp_path / "run").exists()
 
 
 def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, tmp_path):
     config = TrainConfig(steps=1, warmup_steps=0, clips_per_step=2, eval_split="dev")
-    report = train(data, tmp_path / "run", config, progress=False)
+    report = train(data, tmp_path / "run", config, options=QUIET)
     assert report.evaluation is None
     assert report.note == "no split 'dev' to evaluate on, found: train, val; preprocess one, or set --eval-split"
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_the_stream_goes_on_over_epochs_with_fresh_draws(data):
+def test_steps_go_on_over_epochs_with_fresh_draws(data):
     split = Split(data, "train")
-    stream = clip_stream(split, seed=0)
-    first, second = ([next(stream) for _ in range(6)] for _ in range(2))
+    first, second = ([split.at(0, i) for i in range(6 * epoch, 6 * epoch + 6)] for epoch in (0, 1))
     assert sorted(c.clip_id for c in first) == sorted(c.clip_id for c in second)
     drawn = [{c.clip_id: c.labels.tolist() for c in clips} for clips in (first, second)]
     assert drawn[0] != drawn[1]
-    resumed = clip_stream(split, seed=0, epoch=1, position=4)
-    assert [next(resumed).clip_id for _ in range(2)] == [c.clip_id for c in second[4:]]
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------
@@ -207,12 +230,12 @@ def test_the_stream_goes_on_over_epochs_with_fresh_draws(data):
 
 def test_save_and_load_give_bit_equal_logits(tmp_path):
     tokens, model, windows = parts()
-    train_step(model, make_optimizer(model, TINY), [collate(windows, FRAMES)], TINY)
+    train_step(model, make_optimizer(model, TINY), [make_pack(windows, FRAMES)], TINY)
     save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 1})
     save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 2})  # replaces it
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
     loaded = load_run(tmp_path)
-    batch = collate(windows, FRAMES)
+    batch = make_pack(windows, FRAMES)
     with torch.no_grad():
         found, expected = loaded.model(batch), model(batch)
     assert torch.equal(found.decisions, expected.decisions)
@@ -236,7 +259,7 @@ def test_a_folder_that_is_no_run_is_the_users_error(tmp_path):
     with pytest.raises(TrainerError, match="expected a run of prospect-dst train"):
         load_run(tmp_path)
     (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
-    with pytest.raises(TrainerError, match="format 99, expected 1"):
+    with pytest.raises(TrainerError, match="format 99, expected 2"):
         load_run(tmp_path)
 
 
@@ -251,7 +274,7 @@ def test_a_body_with_missing_weights_is_refused(run, tmp_path):
     state.pop("model.connector.modality_projection.proj.weight")
     save_file(state, path, {"format": "pt"})
     with pytest.raises(TrainerError, match=r"1 weights missing, model\.connector"):
-        load_run(tmp_path)
+        load_model(str(tmp_path / "last"), 300)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------
@@ -299,12 +322,6 @@ def test_windows_give_each_frame_one_score(run, data):
     for scored in score_clips(loaded.model, loaded.tokens, split.in_order(), frames, short):
         assert len(build_windows(scored.clip, loaded.tokens, 1, prompt + 6)) > 1
         assert scored.logits.shape == scored.labels.shape == (2, scored.clip.num_frames)
-
-
-def test_micro_batch_budget_only_cuts(run, data):
-    loaded = load_run(run)
-    windows = [w for c in Split(data, "val").in_order() for w in build_windows(c, loaded.tokens, 1, 200)]
-    assert sum(len(b.windows) for b in micro_batches(windows, FRAMES, 100)) == len(windows)
 
 
 # ---- config ------------------------------------------------------------------------------------------

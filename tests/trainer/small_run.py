@@ -1,0 +1,57 @@
+"""A run small enough to repeat, kill and resume many times: 7 clips of 12 to 14 frames, half a second for all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from by_hand import clip_example, dst, turn, write_frames, write_shards
+
+from trainer.config import RunOptions, TrainConfig
+from trainer.train import train
+
+CONFIG = TrainConfig(
+    steps=10, clips_per_step=3, warmup_steps=2, max_tokens=200, micro_batch_tokens=120, eval_every=4
+)  # three packs a step, four epochs and a bit
+WEIGHTS = ("last/model.safetensors", "last/heads.safetensors", "last/state.safetensors", "best/model.safetensors")
+
+
+def clip(i: int, split: str = "train", **more):
+    at = 3 + i % 5
+    turns = [
+        turn("user", "What now?", 1, 2),
+        dst(at, at + 1, ("S1", "complete")),
+        turn("assistant", "Well done.", at + 1, at + 3),
+    ]
+    return clip_example(turns, 0, 12 + i % 3, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}", **more)
+
+
+def write_data(out: Path, clips: int = 7) -> Path:
+    """Shards and frames of `clips` train and 3 val clips; an event's frame is white."""
+    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", clips), ("val", 3))}
+    for chosen in splits.values():
+        for c in chosen:
+            frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
+            write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", frames)
+    return write_shards(out, splits, frames_root=out / "frames-on-disk", group=2)
+
+
+def go(data: Path, run: Path, resume: bool = False, workers: int = 0, save_every: int = 2, **changed):
+    """Train, quietly, on one thread; top-level, so that a fresh process can be started on it."""
+    torch.set_num_threads(1)
+    config = TrainConfig(**{**CONFIG.__dict__, **changed})
+    return train(
+        data, run, config, options=RunOptions(workers=workers, save_every=save_every, progress=False), resume=resume
+    )
+
+
+def curve(run: Path) -> list[dict]:
+    """All that was logged but the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "clock"} for line in lines]
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in WEIGHTS}

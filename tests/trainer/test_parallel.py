@@ -1,0 +1,222 @@
+"""Several ranks (processes over gloo) take the same step as one process on all of their clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from by_hand import NoisyFrames, clip_example
+from small_run import CONFIG, clip, curve, go, weights, write_data
+
+from trainer.checkpoint import load_run
+from trainer.config import TrainConfig
+from trainer.errors import TrainerError
+from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.pack import make_pack
+from trainer.parallel import World, join, share, whole
+from trainer.sequence import build_windows
+from trainer.tokenizer import train_tiny_tokens
+from trainer.train import make_optimizer, train_step
+
+FRAMES = NoisyFrames()
+STEP = TrainConfig(weight_decay=0.0, lr_by_part={"heads": 1e-2})
+
+
+def _rank(rank: int, size: int, port: int, task, out: Path, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    result = task(*args)
+    (out / f"{rank}.json").write_text(json.dumps(result))
+
+
+def on_ranks(size: int, task, out: Path, *args) -> list:
+    """What `task(*args)` returned on each rank."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["trainer.train"])  # torch is imported once
+    mp.start_processes(_rank, (size, port, task, out, args), nprocs=size, start_method="forkserver")
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+# ---- who does what -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_share_the_clips_of_a_step(size):
+    clips = [clip_example([], 0, n, clip_id=f"c{i}") for i, n in enumerate((30, 10, 10, 10, 40))]
+    shares = [[c.clip_id for c in share(clips, rank, size)] for rank in range(size)]
+    assert sorted(c for s in shares for c in s) == ["c0", "c1", "c2", "c3", "c4"]
+    if size == 2:
+        assert shares == [["c2", "c4"], ["c0", "c1", "c3"]]
+    if size == 8:
+        assert sum(not s for s in shares) == 3
+
+
+def test_one_process_is_a_world_of_its_own():
+    with join() as world:
+        assert (world.rank, world.size, world.leads) == (0, 1, True)
+        assert world.most(3) == 3
+        assert world.gather("x") == ["x"]
+        assert torch.equal(world.sum(torch.ones(2)), torch.ones(2))
+
+
+# ---- one step ----------------------------------------------------------------------------------------
+
+
+def model_and_packs():
+    """A tiny model and one pack per clip: with events, without a positive, without any supervised frame or text."""
+    tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
+    heads = DecisionHeads(128, (0.2, 0.1))
+    torch.manual_seed(1)
+    torch.nn.init.normal_(heads.speak.weight, std=0.1)
+    model = ProspectModel(load_model("tiny", len(tokens)), heads, STEP)
+    chosen = [
+        clip(0, rate=0.5),
+        clip_example([], 0, 6, clip_id="no-positive", rate=1.0),
+        clip_example([], 0, 6, clip_id="nothing", rate=0.0),
+    ]
+    assert (chosen[2].labels == -100).all()
+    packs = [make_pack(build_windows(c, tokens, 1, 200), FRAMES) for c in chosen]
+    return model, packs, model.blank_pack(tokens.image, cached=False)
+
+
+CASES = {
+    "one rank without a positive, the other without a supervised frame": [[1], [2]],
+    "a rank without a clip": [[0, 1, 2], []],
+    "unequal numbers of packs": [[2], [0, 1]],
+}
+
+
+def one_step(world: World, owned: list[list[int]], fsdp: bool = False) -> dict:
+    """The step with packs `owned[rank]`: its numbers, and every weight afterwards, summed in chunks."""
+    model, packs, blank = model_and_packs()
+    wrapped = world.shard(model) if fsdp else world.copy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], STEP, world, blank)
+    after = torch.cat([whole(p.detach()).flatten().double() for p in model.parameters()])
+    return {"step": result.__dict__, "weights": [float(c.sum()) for c in after.split(5000)]}
+
+
+def all_steps() -> dict:
+    with join() as world:
+        return {
+            f"{name}, {'fsdp' if fsdp else 'ddp'}": one_step(world, owned, fsdp)
+            for name, owned in CASES.items()
+            for fsdp in (False, True)
+        }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return on_ranks(2, all_steps, tmp_path_factory.mktemp("steps"))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_take_the_step_of_one_process(two_ranks, name, how):
+    expected = one_step(World(), [[i for packs in CASES[name] for i in packs]])
+    for rank in two_ranks:
+        found = rank[f"{name}, {how}"]
+        assert found["weights"] == pytest.approx(expected["weights"], rel=1e-5, abs=1e-5)
+        for key, value in expected["step"].items():
+            if key != "padding":
+                assert found["step"][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    if name == "one rank without a positive, the other without a supervised frame":
+        assert expected["step"]["n_speak"] == 6
+
+
+def bad_loss_on_one_rank() -> str:
+    with join() as world:
+        model, packs, blank = model_and_packs()
+        if world.rank == 1:
+            packs[0].neg_rate.fill_(math.nan)
+        config = TrainConfig(reweigh=True)
+        try:
+            train_step(world.copy(model), make_optimizer(model, config), [packs[1 - world.rank]], config, world, blank)
+        except TrainerError as error:
+            return str(error)
+        return "no error"
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_clips(tmp_path):
+    first, second = on_ranks(2, bad_loss_on_one_rank, tmp_path)
+    assert first == second
+    assert "the loss is not finite at clips" in first
+    assert "train0" in first
+
+
+# ---- a run -------------------------------------------------------------------------------------------
+
+
+def run_it(data: str, run: str, resume: bool, steps_done: int, fsdp: bool = False) -> dict:
+    import trainer.train
+    from trainer.config import RunOptions
+
+    if steps_done:  # dies there
+        after = trainer.train._Session.after_step
+
+        def dies(self, done, line):
+            after(self, done, line)
+            if done == steps_done:
+                raise TrainerError("power cut")
+
+        trainer.train._Session.after_step = dies
+    options = RunOptions(save_every=2, fsdp=fsdp, progress=False)
+    try:
+        report = trainer.train.train(Path(data), Path(run), CONFIG, options=options, resume=resume)
+    except TrainerError as error:
+        return {"error": str(error)}
+    return {"leads": report.leads, "loss": report.loss}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    go(data, run)
+    return run
+
+
+def same_to_rounding(run: Path, expected: Path) -> None:
+    found, known = load_run(run).model.state_dict(), load_run(expected).model.state_dict()
+    for name, value in known.items():
+        assert torch.allclose(found[name], value, atol=2e-4), name
+    for a, b in zip(curve(run), curve(expected), strict=True):
+        assert a["step"] == b["step"]
+        if "loss" in b:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert (a["n_speak"], a["n_dst"], a["n_lm"]) == (b["n_speak"], b["n_dst"], b["n_lm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "fsdp"), [(2, False), (4, False), (2, True)])
+def test_a_run_on_several_ranks_is_that_of_one(data, alone, tmp_path, size, fsdp):
+    """4 ranks, 3 clips a step: one of them never has any."""
+    found = on_ranks(size, run_it, tmp_path / "out", str(data), str(tmp_path / "run"), False, 0, fsdp)
+    assert [f["leads"] for f in found] == [True] + [False] * (size - 1)
+    same_to_rounding(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_between_world_sizes(data, alone, tmp_path):
+    run = str(tmp_path / "run")
+    found = on_ranks(2, run_it, tmp_path / "a", str(data), run, False, 5, True)  # sharded over two
+    assert all("power cut" in f["error"] for f in found)
+    go(data, tmp_path / "run", resume=True)  # alone
+    same_to_rounding(tmp_path / "run", alone)
+    assert set(weights(tmp_path / "run")) == set(weights(alone))

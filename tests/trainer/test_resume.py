@@ -1,0 +1,222 @@
+"""A run that was stopped, however, ends as one that never was: the same weights, moments and curve, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from small_run import CONFIG, clip, curve, go, weights, write_data
+
+import trainer.train
+from trainer.checkpoint import load_run
+from trainer.errors import TrainerError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nobody stopped."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    go(data, run)
+    return run
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def go_until(step: int, data, run, monkeypatch, **changed):
+    """A run that dies after `step` steps."""
+    after = trainer.train._Session.after_step
+
+    def dies(self, done, line):
+        after(self, done, line)
+        if done == step:
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.train._Session, "after_step", dies)
+        with pytest.raises(PowerCut):
+            go(data, run, **changed)
+
+
+@pytest.fixture
+def cut(data, tmp_path, monkeypatch):
+    """A run that died after step 7; its last checkpoint is of step 6."""
+    go_until(7, data, tmp_path / "run", monkeypatch)
+    assert load_run(tmp_path / "run").info["step"] == 6
+    return tmp_path / "run"
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(data, cut, whole):
+    report = go(data, cut, resume=True)
+    assert (report.resumed_from, report.steps) == (6, 10)
+    assert weights(cut) == weights(whole)
+    assert curve(cut) == curve(whole)
+
+
+@pytest.mark.slow
+def test_neither_workers_nor_when_it_was_saved_changes_a_bit(data, cut, whole):
+    go(data, cut, resume=True, workers=2, save_every=3)
+    assert weights(cut) == weights(whole)
+    assert curve(cut) == curve(whole)
+
+
+def test_a_stop_before_the_first_checkpoint_costs_the_steps_done_alone(data, tmp_path, whole, monkeypatch):
+    go_until(1, data, tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run" / "last").exists()
+    assert go(data, tmp_path / "run", resume=True).resumed_from == 0
+    assert weights(tmp_path / "run") == weights(whole)
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_resume_without_a_run_starts_one(data, tmp_path, whole):
+    assert go(data, tmp_path / "run", resume=True).resumed_from == 0
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_says_so(data, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    report = go(data, tmp_path / "run", resume=True)
+    assert report.note == "all 10 steps had been done before"
+    assert report.loss is None
+    assert weights(tmp_path / "run") == weights(whole)
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+@pytest.mark.parametrize("lost", ["last", "best"])
+def test_a_kill_between_the_two_renames_loses_no_checkpoint(data, cut, whole, lost):
+    (cut / lost).rename(cut / f".{lost}.old")
+    (cut / f".{lost}.new").mkdir()
+    (cut / f".{lost}.new" / "model.safetensors").write_bytes(b"half")
+    assert load_run(cut).info["step"] == 6
+    assert go(data, cut, resume=True).resumed_from == 6
+    assert weights(cut) == weights(whole)
+    assert not list(cut.glob(".*"))
+
+
+def test_adapters_resume_bit_for_bit(data, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    more = {"lora_rank": 2, "freeze": ("vision",)}
+    go(data, tmp_path / "whole", **more)
+    go_until(5, data, tmp_path / "cut", monkeypatch, **more)
+    go(data, tmp_path / "cut", resume=True, **more)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, monkeypatch):
+    step = trainer.train.sum_terms
+    calls = []
+
+    def breaks(model, pack, config):
+        calls.append(pack)
+        return step(model, pack, config) * (float("nan") if len(calls) > 4 * 2 else 1)  # two packs a step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.train, "sum_terms", breaks)
+        with pytest.raises(TrainerError, match=r"the loss is not finite at clips train\d"):
+            go(data, tmp_path / "run", save_every=3)
+    loaded = load_run(tmp_path / "run")
+    assert 0 < loaded.info["step"] <= 4
+    assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
+    assert curve(tmp_path / "run")[-1]["step"] == loaded.info["step"]
+
+
+# ---- refused -----------------------------------------------------------------------------------------
+
+
+def test_other_options_are_refused_by_name(data, cut):
+    with pytest.raises(TrainerError, match=r"lr is 0\.5, the run has 0\.002; resume with the same"):
+        go(data, cut, resume=True, lr=0.5)
+    with pytest.raises(TrainerError, match=r"seed is 1, the run has 0; steps is 12, the run has 10"):
+        go(data, cut, resume=True, seed=1, steps=12)
+
+
+def test_other_data_is_refused(cut, tmp_path):
+    other = write_data(tmp_path / "other", clips=6)
+    with pytest.raises(TrainerError, match=r"the data is [0-9a-f]{16}, the run has [0-9a-f]{16}"):
+        go(other, cut, resume=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "state.safetensors", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_refused_by_the_file(data, cut, name):
+    path = cut / "last" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TrainerError, match=rf"last/{name}: damaged \(\d+ bytes of \d+, SHA-256 differs\)"):
+        go(data, cut, resume=True)
+
+
+def test_a_missing_state_is_refused(data, cut):
+    (cut / "last" / "state.safetensors").unlink()
+    with pytest.raises(TrainerError, match=r"state\.safetensors: not found"):
+        go(data, cut, resume=True)
+
+
+def test_a_folder_that_is_no_run_is_refused(data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(TrainerError, match=r"options\.json: not found, so this is no run"):
+        go(data, tmp_path, resume=True)
+
+
+def test_a_run_is_not_overwritten_without_resume(data, cut):
+    with pytest.raises(TrainerError, match="exists and is not empty; choose a new folder, or go on with --resume"):
+        go(data, cut)
+
+
+# ---- kill -9 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_bit(data, whole, tmp_path):
+    """Each process is killed (SIGKILL) at a random moment of what a whole run takes; the next resumes.
+
+    PROSPECT_DST_KILLS=20 for the full measure (`just kill`).
+    """
+    wanted = int(os.environ.get("PROSPECT_DST_KILLS", "4"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train"])  # torch is imported once
+
+    def start(run):
+        process = context.Process(target=go, args=(data, run), kwargs={"resume": True, "save_every": 1})
+        process.start()
+        return process
+
+    warm = start(tmp_path / "warm")
+    warm.join()
+    began = time.monotonic()
+    timed = start(tmp_path / "timed")
+    timed.join()
+    assert timed.exitcode == 0
+    took = time.monotonic() - began
+    moments, kills = random.Random(0), 0
+    while kills < wanted:
+        run = tmp_path / f"run{kills}"
+        while (process := start(run)).is_alive():
+            process.join(moments.uniform(0, 1.2 * took))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+            if process.exitcode == 0:
+                break
+        assert weights(run) == weights(whole)
+        assert curve(run) == curve(whole)
+
+
+def test_the_small_run_does_what_it_is_for(data, whole):
+    assert clip(0).num_frames == 12
+    lines = curve(whole)
+    assert [line["step"] for line in lines if "evaluation" in line] == [4, 8, 10]
+    assert CONFIG.steps == 10
