@@ -74,7 +74,7 @@ class World:
         """`model` under DDP: its gradients are the mean over ranks after the last backward pass of a step."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def shard(self, model: Any) -> nn.Module:
         """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer."""
