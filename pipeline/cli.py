@@ -133,6 +133,37 @@ def synth(
 
 
 @app.command()
+def encode(
+    data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
+    model: Annotated[str, typer.Option(help="whose vision tower: a folder, a run's checkpoint, or a name on the hub")],
+    out: Annotated[Path, typer.Option(help="folder for one safetensors file per video; complete ones are kept")],
+    frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
+    tokens_per_frame: Annotated[int, typer.Option(help="tokens of a frame, a square number")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="to compute in: float32, bfloat16, or auto: bfloat16 on a GPU where it is as good")
+    ] = "auto",
+    store: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
+    batch: Annotated[int, typer.Option(help="frames of one pass")] = 32,
+) -> int:
+    """Run the frozen vision tower once over all videos, so that training needs no pixels."""
+    from pipeline.terminal import plain
+    from trainer.encode import encode as run
+
+    report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch)
+    probe = "" if report.probe is None else f", bfloat16 differs by {report.probe:.1e}"
+    speed = f"{report.frames / report.seconds:,.0f} frames/s, " if report.frames else ""
+    typer.echo(
+        f"{report.videos} videos, {report.frames:,} frames, {report.bytes / 1e6:,.1f} MB "
+        f"({speed}{report.computed}{probe}); {report.skipped} were there already"
+    )
+    for reason in report.refused:
+        typer.echo(plain(reason), err=True)
+    options = f"--features {plain(out)} --model {plain(model)} --freeze vision"
+    typer.echo(f"next: prospect-dst train {plain(data)} {options} --run RUN")
+    return report.status
+
+
+@app.command()
 def train(
     ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
@@ -203,8 +234,10 @@ def train(
         console().print(render_report(report.evaluation))
     if report.note is not None:
         typer.echo(report.note)
+    resumed = f" after the {report.resumed_from} done before" if report.resumed_from else ""
     typer.echo(
-        f"{report.steps - report.resumed_from} steps in {report.seconds:.0f} s, {plain(run)}/curves.svg shows them; "
+        f"{report.steps - report.resumed_from} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows "
+        f"them; "
         f"next: prospect-dst evaluate {plain(run)} {plain(data)} --split test"
     )
     return 0

@@ -1,0 +1,87 @@
+"""The trainer's commands as they are typed: what they print, what they refuse, what they leave."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import curve, write_data
+
+from pipeline.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def train(data, run, *more) -> int:
+    return main(["train", str(data), "--run", str(run), *map(str, more)])
+
+
+FEW = ("--steps", 4, "--clips-per-step", 2, "--max-tokens", 200, "--save-every", 2)
+
+
+def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", *FEW) == 0
+    assert "4 steps in" in capsys.readouterr().out
+    encode = ["encode", str(data), "--model", str(tmp_path / "run" / "last"), "--out", str(tmp_path / "features")]
+    assert main([*encode, "--store", "float32"]) == 0
+    assert "10 videos, 129 frames" in capsys.readouterr().out
+    assert main([*encode, "--store", "float32"]) == 0
+    assert "0 videos, 0 frames, 0.0 MB (float32); 10 were there already" in capsys.readouterr().out
+
+    again = ("--model", tmp_path / "run" / "last", "--freeze", "vision", *FEW)
+    assert train(data, tmp_path / "live", *again) == 0
+    assert train(data, tmp_path / "cached", *again, "--features", tmp_path / "features") == 0
+    live, cached = ([line["loss"] for line in curve(tmp_path / r) if "loss" in line] for r in ("live", "cached"))
+    assert cached == pytest.approx(live, rel=1e-4)
+    scores = [
+        "evaluate",
+        str(tmp_path / "cached"),
+        str(data),
+        "--split",
+        "val",
+        "--features",
+        str(tmp_path / "features"),
+    ]
+    assert main(scores) == 0
+
+
+def test_features_of_a_tower_that_learns_are_refused(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", *FEW, "--features", tmp_path) == 1
+    assert "features are of a tower that does not learn; add --freeze vision" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_keeps_the_run_s_options_and_refuses_others_by_name(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(data, run, *FEW, "--lr", "0.01", "--freeze", "vision,connector", "--lr-by-part", "heads=0.1") == 0
+    assert train(data, run, "--resume") == 0
+    assert "all 4 steps had been done before" in capsys.readouterr().out
+    assert train(data, run, "--resume", "--lr", "0.01", "--freeze", "vision", "--freeze", "connector") == 0
+    assert train(data, run, "--resume", "--steps", "9", "--freeze", "vision") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "steps is 9, the run has 4" in error
+    assert "freeze is ('vision',), the run has ('vision', 'connector')" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--freeze", "eyes"), "freeze names eyes; expected some of vision, connector, text, heads"),
+        (("--freeze", "heads"), "freeze names heads, which start at nothing"),
+        (("--lr-by-part", "heads=-1"), "lr_by_part heads is -1.0, expected above 0"),
+        (("--lora-rank", "4", "--freeze", "text"), "lora_rank is 4 and text is in freeze"),
+        (("--log", "tensorbored"), "tensorbored"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_path, capsys, option, message):
+    assert train(data, tmp_path / "run", *FEW, *option) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_that_is_no_number_is_bad_usage(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", "--lr-by-part", "heads") == 2
+    assert "--lr-by-part 'heads': expected something like heads=1e-3" in capsys.readouterr().err
