@@ -63,11 +63,18 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
         "synth",
         "preprocess",
         "train",
+        "train",
         "evaluate",
+        "encode",
+        "train",
     ]
     small = {"synth": ["--train", "2", "--val", "1", "--test", "1"], "train": ["--steps", "1"]}
     for line in lines:
         assert main([*line, *small.get(line[0], [])]) == 0
+    (source,) = (block for block in blocks("python") if "import trainer" in block)
+    capsys.readouterr()
+    exec(source, {})
+    assert capsys.readouterr().out.count("(2, ") == len(pl.read_parquet("made/clips").filter(split="test"))
     assert "tea_nusar" in (tmp_path / "labels.html").read_text()
 
 

@@ -76,7 +76,8 @@ class ProspectModel(nn.Module):
             parameter.requires_grad_(part not in config.freeze and adapts)
         self.looks = "vision" not in config.freeze  # whether gradients reach the tower
         if config.checkpointing:
-            vlm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(vlm, "activation_checkpointing_enable", vlm.gradient_checkpointing_enable)  # 5.17: the old
+            enable({"use_reentrant": False})
         if config.compile:
             for layer in self.body.layers:
                 layer.compile(dynamic=True)
