@@ -42,7 +42,7 @@ def preprocess(
     split: Annotated[str | None, typer.Option(help="split of all inputs, instead of the file names'")] = None,
     workers: Annotated[int, typer.Option(help="processes; 0: one per core. Never changes a byte", min=0)] = 0,
     frames_root: Annotated[
-        Path | None, typer.Option(help="check annotations against the frames (Arrow files) below this folder")
+        Path | None, typer.Option(help="check annotations against the frames below this folder")
     ] = None,
     frame_convention: Annotated[
         str | None, typer.Option(help="event, window or lead-in, instead of finding out")
@@ -135,31 +135,40 @@ def synth(
 @app.command()
 def encode(
     data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
-    model: Annotated[str, typer.Option(help="whose vision tower: a folder, a run's checkpoint, or a name on the hub")],
-    out: Annotated[Path, typer.Option(help="folder for one safetensors file per video; complete ones are kept")],
+    model: Annotated[str, typer.Option(help="whose vision tower: a folder, a name on the hub, or a run")],
+    out: Annotated[Path, typer.Option(help="folder for one safetensors file per video; what is there is kept")],
     frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
-    tokens_per_frame: Annotated[int, typer.Option(help="tokens of a frame, a square number")] = 1,
+    tokens_per_frame: Annotated[
+        int, typer.Option(help="tokens kept of a frame, a square number")
+    ] = TrainConfig.tokens_per_frame,
     dtype: Annotated[
-        str, typer.Option(help="to compute in: float32, bfloat16, or auto: bfloat16 on a GPU where it is as good")
+        str, typer.Option(help="to compute in: float32, bfloat16, or auto: bfloat16 on a GPU where it is close")
     ] = "auto",
-    store: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
-    batch: Annotated[int, typer.Option(help="frames of one pass")] = 32,
+    store: Annotated[str, typer.Option(help="to keep: float16 or float32")] = "float16",
+    batch: Annotated[int, typer.Option(help="frames in one pass of the tower")] = 32,
 ) -> int:
-    """Run the frozen vision tower once over all videos, so that training needs no pixels."""
+    """Run the vision tower once over all frames, so that training needs no pixels."""
     from pipeline.terminal import plain
+    from trainer.encode import TOLERANCE
     from trainer.encode import encode as run
 
     report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch)
-    probe = "" if report.probe is None else f", bfloat16 differs by {report.probe:.1e}"
-    speed = f"{report.frames / report.seconds:,.0f} frames/s, " if report.frames else ""
-    typer.echo(
-        f"{report.videos} videos, {report.frames:,} frames, {report.bytes / 1e6:,.1f} MB "
-        f"({speed}{report.computed}{probe}); {report.skipped} were there already"
-    )
     for reason in report.refused:
-        typer.echo(plain(reason), err=True)
-    options = f"--features {plain(out)} --model {plain(model)} --freeze vision"
-    typer.echo(f"next: prospect-dst train {plain(data)} {options} --run RUN")
+        typer.echo(f"refused: {plain(reason)}", err=True)
+    if report.videos:
+        per_frame, rate = report.bytes / report.frames / 1000, report.frames / report.seconds
+        typer.echo(
+            f"{report.videos:,} videos, {report.frames:,} frames in {report.seconds:,.0f} s ({rate:,.1f} frames/s, "
+            f"{report.computed}), {report.bytes / 1e6:,.1f} MB ({per_frame:.1f} kB a frame)"
+        )
+    if report.skipped:
+        typer.echo(f"{report.skipped:,} videos were there already; skipped")
+    if report.probe is not None:
+        typer.echo(f"bfloat16 is off by {report.probe:.2%} of a feature's length (at most {TOLERANCE:.0%})")
+    if report.refused:
+        typer.echo(f"refused in all: {len(report.refused)}; mend them and run again, the rest is kept", err=True)
+    then = f"train {data} --run RUN --model {model} --features {out} --freeze vision"
+    typer.echo(f"next: prospect-dst {plain(then)}")
     return report.status
 
 
@@ -171,7 +180,7 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="go on from RUN/last, with the run's own options, bit for bit as if never stopped")
     ] = False,
-    model: Annotated[str, typer.Option(help="tiny, a folder, or a name on the hub")] = TrainConfig.model,
+    model: Annotated[str, typer.Option(help="tiny, a folder, a run, or a name on the hub")] = TrainConfig.model,
     frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
     features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
@@ -248,7 +257,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="a folder written by train")],
     data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
     split: Annotated[str, typer.Option(help="split to score")] = "test",
-    frames_root: Annotated[Path | None, typer.Option(help="where the Arrow files are, if moved")] = None,
+    frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
     scores: Annotated[Path | None, typer.Option(help="write every frame's scores to this Parquet file")] = None,
     features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
 ) -> int:

@@ -87,12 +87,12 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
         yield _hazard("recording in several splits", "+".join(where), text)
 
 
-def of_frames(root: Path, videos: Mapping[tuple[str, str, str | None], int]) -> Iterator[Hazard]:
-    """Annotations against the frames below `root`; videos: (split, video_uid, frames_file) -> last frame + 1."""
+def of_frames(root: Path, videos: Mapping[tuple[str, str, str | None, float], int]) -> Iterator[Hazard]:
+    """Annotations against the frames below `root`; videos: (split, video_uid, frames_file, fps) -> last frame + 1."""
     problems: dict[tuple[str, str], list[str]] = {}
-    for (split, uid, frames_file), end in videos.items():
+    for (split, uid, frames_file, fps), end in videos.items():
         path = find_frames(root, uid, frames_file)
-        there = count_frames(path) if path else None
+        there = count_frames(path, fps) if path else None
         if path is None:
             problems.setdefault(("frames missing", split), []).append(uid)
         elif there is None:

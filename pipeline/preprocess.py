@@ -37,7 +37,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.frames import count_frames
 from pipeline.options import Options
 from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
-from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, find_frames, shard_path
+from pipeline.schema import IMAGES, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, VIDEOS, find_frames, shard_path
 from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
 from pipeline.summary import label_hazards, summary_of
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
@@ -167,7 +167,10 @@ def _key(sources: list[Source], options: Options) -> str:
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
-    return sorted((str(path.relative_to(root)), path.stat().st_size) for path in root.rglob("*.arrow"))
+    """Name and size of every file that may hold frames."""
+    endings = (".arrow", *VIDEOS, *IMAGES)
+    found = (path for path in root.rglob("*.*") if path.suffix.lower() in endings)
+    return sorted((str(path.relative_to(root)), path.stat().st_size) for path in found)
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -237,12 +240,12 @@ class _Run:
     def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
         """The data's hazards; notes each split's number of recordings on the way."""
         recordings: dict[str, set[str]] = {}
-        videos: dict[tuple[str, str, str | None], int] = {}
+        videos: dict[tuple[str, str, str | None, float], int] = {}
         for part in parts:
             split, known = part.source.split, part.survey
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
-                video = (split, known.video_uids[i], known.frames_files[i])
+                video = (split, known.video_uids[i], known.frames_files[i], float(known.fps[i]))
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)
@@ -425,7 +428,7 @@ def _pad(parts: list[_Part], options: Options) -> None:
         spans = np.array([part.bounds[i] for part, i in members])
         starts, ends = np.sort(spans[:, 0]), np.sort(spans[:, 1])
         first, i = members[0]
-        there = _frames_there(options.frames_root, first.survey.video_uids[i], first.survey.frames_files[i])
+        there = _frames_there(options.frames_root, first.survey, i)
         for (part, i), (start, end) in zip(members, spans.tolist(), strict=True):
             pad = int(min(options.pad_s * part.survey.fps[i] + labels.FLOOR_TOLERANCE, MAX_FRAMES))
             before, after = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
@@ -435,9 +438,9 @@ def _pad(parts: list[_Part], options: Options) -> None:
             part.bounds[i] = (max(least, start - pad), min(most, end + pad, MAX_FRAME))
 
 
-def _frames_there(root: str | None, video_uid: str, frames_file: str | None) -> int | None:
-    path = find_frames(Path(root), video_uid, frames_file) if root else None
-    return count_frames(path) if path else None
+def _frames_there(root: str | None, known: Survey, i: int) -> int | None:
+    path = find_frames(Path(root), known.video_uids[i], known.frames_files[i]) if root else None
+    return count_frames(path, float(known.fps[i])) if path else None
 
 
 def _write_quarantine(path: Path, refused: list[Refusal]) -> str:

@@ -6,20 +6,27 @@ can refuse what it was not written for. The sampling draw is *not* a column: it 
 (57 of 65 MB at 17M frames); it is a pure function of (sampling_seed, epoch, frame), given here for numpy
 and as a polars expression, and pinned by golden values in the tests.
 
-    F frames of a clip
+Which file holds a video's frames, and which of its pictures is frame i, is said here too, for both sides.
+
+    F frames of a clip    P pictures in a video file
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
     import polars as pl
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 SCHEMA_VERSION: Final = 1
 NOT_SAMPLED: Final = -100  # label of a frame that carries no loss
@@ -194,8 +201,7 @@ def _shift_right(x: pl.Expr, bits: int) -> pl.Expr:
     return x // (1 << bits)  # polars has no >>; floor division of a UInt64 is one
 
 
-# ---- where a clip's frames lie -----------------------------------------------------------------------
-
+# ---- where a clip's frames lie, and which is which -----------------------------------------------------
 
 _SUSPECT: Final = ("..", "\\", ":", "\0")
 
@@ -215,15 +221,124 @@ def is_inside(path: str) -> bool:
     )
 
 
-def find_frames(root: Path, video_uid: str, frames_file: str | None) -> Path | None:
-    """The Arrow file with a video's frames below `root`, or None.
+VIDEOS: Final = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+IMAGES: Final = (".jpg", ".jpeg", ".png")
 
-    Tried in order: root/frames_file, then its bare name and video_uid.arrow in root and root/frames, each
-    with and without the prefix before 'nusar-' (in the public data the two names differ by it).
+
+def find_frames(root: Path, video_uid: str, frames_file: str | None) -> Path | None:
+    """The Arrow file, the video file or the folder of images with a video's frames below `root`, or None.
+
+    Tried in order: root/frames_file; then, as .arrow, as one of VIDEOS (.mp4, .MP4) and as a folder that holds an
+    image, its bare name and video_uid in root and root/frames, each with and without the prefix before 'nusar-'
+    (in the public data the two names differ by it).
     """
-    tried = [root / frames_file] if frames_file and is_inside(frames_file) else []
-    stems = [Path(frames_file).stem] if frames_file else []
-    stems += [video_uid] if is_inside(video_uid) else []
+    if frames_file and is_inside(frames_file) and _holds_frames(root / frames_file):
+        return root / frames_file
+    stems = [_stem(frames_file), video_uid] if frames_file else [video_uid]
     stems += [stem[stem.index("nusar-") :] for stem in stems if "nusar-" in stem]
-    tried += [folder / f"{stem}.arrow" for stem in dict.fromkeys(stems) for folder in (root, root / "frames")]
-    return next((path for path in tried if path.is_file()), None)
+    stems = [stem for stem in dict.fromkeys(stems) if is_inside(stem)]
+    endings = [".arrow", *(ending for video in VIDEOS for ending in (video, video.upper()))]
+    tried = [folder / f"{stem}{end}" for end in endings for stem in stems for folder in (root, root / "frames")]
+    folders = [folder / stem for stem in stems for folder in (root, root / "frames")]
+    found = (path for path in tried if path.is_file())
+    return next(found, None) or next((path for path in folders if _holds_frames(path)), None)
+
+
+def _stem(frames_file: str) -> str:
+    path = Path(frames_file)
+    return path.stem if path.suffix.lower() in (".arrow", *VIDEOS) else path.name
+
+
+def _holds_frames(path: Path) -> bool:
+    if not path.is_dir():
+        return path.is_file()
+    with os.scandir(path) as entries:
+        return any(_is_image(entry.name) for entry in entries)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGES) and not name.startswith(".")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, the i-th is frame i.
+
+    The last number in a name is its frame's, counted from 0 or from 1 (ffmpeg's frame_000001.jpg is frame 0). Where
+    no name has a number, they go in alphabetical order. ValueError where a number is missing or doubled, or only
+    some names have one: any guess would shift the frames.
+    """
+    names = sorted(name for name in os.listdir(folder) if _is_image(name))
+    found = [re.findall("[0-9]+", Path(name).stem) for name in names]
+    if not any(found):
+        return [folder / name for name in names]
+    by_number: dict[int, str] = {}
+    for name, numbers in zip(names, found, strict=True):
+        if not numbers:
+            raise ValueError(f"{name} has no number, the others have; number all images, or move it away")
+        number = int(numbers[-1])
+        if number in by_number:
+            raise ValueError(f"{by_number[number]} and {name} have the same last number; keep one, or rename")
+        by_number[number] = name
+    first = 0 if 0 in by_number else 1
+    missing = next((n for n in range(first, first + len(names)) if n not in by_number), None)
+    if missing is not None:
+        raise ValueError(
+            f"no image has the number {missing}, the {len(names)} there must count from 0 or 1 without a gap; "
+            f"{min(by_number)} is the smallest, {max(by_number)} the largest"
+        )
+    return [folder / by_number[n] for n in range(first, first + len(names))]
+
+
+class VideoTimes(NamedTuple):
+    """When each picture of a video file is shown. Frame i is what a player shows i/fps seconds after the first."""
+
+    pts: np.ndarray  # int64 [P] in ticks, ascending
+    keys: np.ndarray  # int64: pictures at which decoding can start, ascending
+    tick: float  # seconds
+    end: int  # ticks: when the last picture is over
+
+    @property
+    def rounding(self) -> float:
+        """Seconds by which a picture's time may be too late: half a tick (Matroska's are 1 ms), within reason."""
+        return min(max(0.51 * self.tick, 1e-4), 6e-4)
+
+    def count(self, fps: float) -> int:
+        """How many frames there are: those with i/fps before the end."""
+        length = (self.end - int(self.pts[0])) * self.tick
+        return max(1, math.ceil((length - self.rounding) * fps))
+
+    def picture(self, frame: int, fps: float) -> int:
+        """Which picture is the frame: the last one whose time is not after frame/fps."""
+        time = (frame / fps + self.rounding) / self.tick
+        return int(np.searchsorted(self.pts, int(self.pts[0]) + time, side="right")) - 1
+
+
+def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
+    """A video file, never a playlist that leads elsewhere. ValueError or OSError where it can't be read."""
+    import av
+
+    options = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
+    try:
+        container = av.open(os.path.abspath(path), container_options=options)
+    except av.FFmpegError as error:
+        raise ValueError(f"not a video that can be read ({error.strerror or error}); get the file again") from None
+    if not container.streams.video:
+        raise ValueError("no video in it, or not its end; get the file again")
+    return container, container.streams.video[0]
+
+
+def video_times(container: InputContainer, stream: VideoStream) -> VideoTimes:
+    """From the file's packets, without decoding: some 3 us a picture and one pass over the file."""
+    import av
+
+    try:  # tuples, not packets: those hold the file's bytes
+        told = [(p.pts, p.is_keyframe, p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]
+    except av.FFmpegError as error:
+        raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
+    reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # its times are then made up
+    if not told or any(pts is None for pts, _, _ in told) or reordered or stream.time_base is None:
+        raise ValueError("does not say when its pictures are shown; convert it: ffmpeg -i IT -c:v libx264 OUT.mp4")
+    pts, first = np.unique(np.array([time for time, _, _ in told], np.int64), return_index=True)
+    keys = np.flatnonzero([told[i][1] for i in first])
+    last = told[first[-1]][2] or int(np.diff(pts[-2:]).sum())
+    return VideoTimes(pts, keys, float(stream.time_base), int(pts[-1]) + last)

@@ -95,7 +95,7 @@ def save_checkpoint(
         tokens.save(new)
         (new / CARD).write_text(model_card(config, info), encoding="utf-8")
         content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
-        (new / RUN_INFO).write_text(json.dumps(content, indent=1) + "\n")
+        (new / RUN_INFO).write_text(json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
         _move_into_place(new, folder)
     world.wait()
 
@@ -115,13 +115,21 @@ def _state(model: ProspectModel, optimizer: torch.optim.Optimizer, config: Train
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, each of them on disk when this returns; the card may be edited."""
-    found = {}
+    umask = os.umask(0)
+    os.umask(umask)
+    found, mode = {}, 0o666 & ~umask
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD):
+        path.chmod(mode)  # safetensors' own is for the owner alone, whatever the umask
         with path.open("rb+") as file:
             os.fsync(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
     return found
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """SHA-256 of run.json's content: the other files' are in it, so it vouches for all of the checkpoint."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _beside(folder: Path, kind: str) -> Path:
@@ -224,13 +232,14 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first")
     try:
         info = json.loads(path.read_bytes())
-        found = info.pop("format")
-        if found == FORMAT:
-            info["config"], info["files"] = dict(info["config"]), dict(info["files"])
+        found, sealed = info["format"], info.pop("sha256", None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
     if found != FORMAT:
         raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
+    if _seal(info) != sealed:
+        raise TrainerError(f"{path}: damaged or edited (SHA-256 differs); train again, or get the file again")
+    del info["format"]
     return dict(info)
 
 

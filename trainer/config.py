@@ -97,10 +97,15 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """The config written by `to_json`; TrainerError on a name that this version does not know."""
+        """The config written by `to_json`; TrainerError on a name or a value that this version does not know."""
         unknown = sorted(set(values) - {known.name for known in fields(cls)})
         _require(not unknown, f"unknown {', '.join(unknown)}; written by another version of prospect-dst")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, TrainerError):
+                raise
+            raise TrainerError(f"training config: {error}; written by another version of prospect-dst") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
         """'lr is 0.002, the run has 0.001' for each field in which `other`, the run's, differs."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -166,13 +167,14 @@ def plain_weights(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForConditionalGeneration:
-    """A SmolVLM in float32: 'tiny' (random weights from `seed`), a folder or a hub name (pretrained weights).
+    """A SmolVLM in float32: 'tiny' (random weights from `seed`), a folder, a run or a hub name (its weights).
 
     Raises TrainerError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
     """
     if name == "tiny":
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration(tiny_config(vocabulary))
+    name = model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name)  # first: without one, the library builds the full-size model
         if not isinstance(config, SmolVLMConfig):
@@ -189,6 +191,12 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     if vlm.get_input_embeddings().num_embeddings < vocabulary:
         raise TrainerError(f"{name}: fewer embeddings than its tokenizer's {vocabulary} tokens; get it again")
     return vlm
+
+
+def model_folder(name: str) -> str:
+    """Where a model's files are: a run's are in its `last`."""
+    last = Path(name) / "last"
+    return str(last) if last.is_dir() else name
 
 
 def tiny_config(vocabulary: int) -> SmolVLMConfig:

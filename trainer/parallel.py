@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -135,7 +135,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 def whole(value: Tensor) -> Tensor:
     """All of a tensor of which this rank may hold a shard; collective."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return cast(Any, value).full_tensor() if isinstance(value, DTensor) else value  # type: ignore[no-any-return]
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

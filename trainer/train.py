@@ -38,7 +38,7 @@ from trainer.evaluate import EvalReport, open_source, report, score_split
 from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
 from trainer.metrics import Metrics, find_logger, open_metrics
-from trainer.model import DecisionHeads, ProspectModel, load_model, part_of
+from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, part_of
 from trainer.pack import Pack, pack_windows, windows_of
 from trainer.parallel import World, join, share, synced, unwrapped
 from trainer.shards import Split
@@ -414,7 +414,7 @@ class _Setup:
 
 def _fresh(split: Split, config: TrainConfig) -> _Setup:
     """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
-    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(config.model)
+    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(model_folder(config.model))
     statistics = split.statistics()
     rates = statistics.positive_rates()
     seen = statistics.positive_rates(of_all=True) if config.reweigh else rates

@@ -27,7 +27,7 @@ def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
     assert main([*encode, "--store", "float32"]) == 0
     assert "10 videos, 129 frames" in capsys.readouterr().out
     assert main([*encode, "--store", "float32"]) == 0
-    assert "0 videos, 0 frames, 0.0 MB (float32); 10 were there already" in capsys.readouterr().out
+    assert "10 videos were there already; skipped" in capsys.readouterr().out
 
     again = ("--model", tmp_path / "run" / "last", "--freeze", "vision", *FEW)
     assert train(data, tmp_path / "live", *again) == 0

@@ -13,7 +13,7 @@ from trainer.config import RunOptions, TrainConfig
 from trainer.errors import TrainerError
 from trainer.evaluate import evaluate, score_clips
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack, pack_windows
+from trainer.pack import make_pack
 from trainer.sequence import build_windows
 from trainer.shards import Split
 from trainer.tokenizer import train_tiny_tokens
@@ -300,9 +300,9 @@ def test_evaluate_writes_one_row_per_frame(run, data, tmp_path):
 def test_scores_depend_neither_on_batching_nor_on_order(run, data):
     loaded, split = load_run(run), Split(data, "val")
     root = data / "frames-on-disk"
-    from trainer.frames import ArrowFrames
+    from trainer.frames import PixelFrames
 
-    frames = ArrowFrames(root, 64)
+    frames = PixelFrames(root, 64)
     clips = list(split.in_order())
     one = TrainConfig(clips_per_step=1, warmup_steps=0, steps=1, max_tokens=200, micro_batch_tokens=200)
     many = TrainConfig(clips_per_step=99, max_tokens=200, micro_batch_tokens=9999)
@@ -314,9 +314,9 @@ def test_scores_depend_neither_on_batching_nor_on_order(run, data):
 
 def test_windows_give_each_frame_one_score(run, data):
     loaded, split = load_run(run), Split(data, "val")
-    from trainer.frames import ArrowFrames
+    from trainer.frames import PixelFrames
 
-    frames = ArrowFrames(data / "frames-on-disk", 64)
+    frames = PixelFrames(data / "frames-on-disk", 64)
     prompt = max(len(build_windows(c, loaded.tokens, 1, 200)[0].input_ids) - c.num_frames for c in split.in_order())
     short = TrainConfig(max_tokens=prompt + 6, micro_batch_tokens=500)
     for scored in score_clips(loaded.model, loaded.tokens, split.in_order(), frames, short):

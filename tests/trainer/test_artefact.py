@@ -1,0 +1,444 @@
+"""A run's checkpoint as somebody else gets it: opened with transformers alone, with `trainer.load`, and damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import smollm2
+import torch
+from by_hand import NoisyFrames, clip_example, dst, turn, write_frames, write_shards
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    SmolVLMForConditionalGeneration,
+)
+
+import trainer
+from trainer.checkpoint import load_run, save_checkpoint
+from trainer.config import RunOptions, TrainConfig
+from trainer.errors import TrainerError
+from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.pack import Pack, make_pack
+from trainer.sequence import build_windows
+from trainer.tokenizer import Tokens, train_tiny_tokens
+from trainer.train import train
+
+CONFIG = TrainConfig(
+    steps=2, clips_per_step=2, warmup_steps=1, max_tokens=200, micro_batch_tokens=200, eval_split="test"
+)
+INFO = {"step": 3, "best": -1.0, "neg_rate": 0.25, "positive_rates": [0.5, 0.5]}
+FRAMES = NoisyFrames()
+BODY = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def clip(i: int, split: str):
+    """12 frames: asked at 1, S1 done at 4, speaks at 5 and 6."""
+    turns = [
+        turn("user", "What now?", 1, 2),
+        dst(4, 5, ("S1", "complete")),
+        turn("assistant", "Well done.", 5, 7),
+    ]
+    return clip_example(turns, 0, 12, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data")
+    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", 4), ("test", 2))}
+    for clips in splits.values():
+        for c in clips:
+            frames = FRAMES.load(c, 0, 12).transpose(0, 2, 3, 1)
+            write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", list(frames))
+    return write_shards(out, splits, frames_root=out / "frames-on-disk")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(data, folder, CONFIG, options=RunOptions(progress=False))
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def pack(run) -> Pack:
+    tokens = trainer.load(run).tokens
+    return make_pack(build_windows(clip(0, "test"), tokens, 1, 200), FRAMES)
+
+
+def noisy_heads(model: ProspectModel) -> ProspectModel:
+    torch.manual_seed(5)
+    for parameter in model.heads.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def tiny(**more) -> tuple[Tokens, ProspectModel]:
+    tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
+    config = TrainConfig(**more)
+    return tokens, noisy_heads(ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128), config))
+
+
+def toy_pack(tokens: Tokens) -> Pack:
+    return make_pack(build_windows(clip(0, "test"), tokens, 1, 200), FRAMES)
+
+
+def as_transformers_takes_it(pack: Pack) -> dict[str, torch.Tensor]:
+    pixels = (pack.frames().float() / 255 - 0.5) / 0.5
+    return {"input_ids": pack.input_ids[None], "pixel_values": pixels[None]}
+
+
+# ---- what lies there ---------------------------------------------------------------------------------
+
+
+def test_last_can_go_on_and_best_can_score(run):
+    scores = {*BODY, "heads.safetensors", "run.json", "README.md"}
+    assert {p.name for p in (run / "best").iterdir()} == scores
+    assert {p.name for p in (run / "last").iterdir()} == {*scores, "state.safetensors"}
+
+
+def test_config_json_is_that_of_a_plain_smolvlm(run):
+    text = (run / "last" / "config.json").read_text()
+    assert "packed_sdpa" not in text
+    assert "attn" not in text
+    config = json.loads(text)
+    assert config["architectures"] == ["SmolVLMForConditionalGeneration"]
+    assert config["model_type"] == "smolvlm"
+    assert config["dtype"] == "float32"
+
+
+def test_heads_are_four_tensors(run):
+    heads = load_file(run / "last" / "heads.safetensors")
+    assert {name: tuple(value.shape) for name, value in heads.items()} == {
+        "speak.weight": (1, 128), "speak.bias": (1,), "dst.weight": (1, 128), "dst.bias": (1,),
+    }  # fmt: skip
+    assert all(value.dtype == torch.float32 for value in heads.values())
+
+
+def test_run_json_says_what_the_scores_depend_on(run):
+    """Four clips of 12 frames: 2 speak, 1 updates the state, and each is silence for the other head."""
+    info = json.loads((run / "last" / "run.json").read_bytes())
+    assert TrainConfig.from_json(info["config"]) == CONFIG
+    assert info["step"] == 2
+    assert info["neg_rate"] == 0.5
+    drawn = sum(int((clip(i, "train").labels == 0).all(0).sum()) for i in range(4))
+    assert 0 < drawn < 4 * 9
+    expected = {
+        "speaking": {"positive": 8, "negative": 4 + drawn, "not_sampled": 36 - drawn},
+        "dst_update": {"positive": 4, "negative": 8 + drawn, "not_sampled": 36 - drawn},
+    }
+    assert info["labels"] == expected
+    assert info["positive_rates"] == pytest.approx([8 / (12 + drawn), 4 / (12 + drawn)])
+
+
+def test_run_json_lists_every_other_file_with_its_hash(run):
+    for name in ("last", "best"):
+        folder = run / name
+        listed = json.loads((folder / "run.json").read_bytes())["files"]
+        expected = {p.name for p in folder.iterdir()} - {"run.json", "README.md"}
+        assert set(listed) == expected
+        for file, entry in listed.items():
+            content = (folder / file).read_bytes()
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_nothing_in_a_checkpoint_is_pickled(run):
+    assert {p.suffix for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == {
+        ".json", ".jsonl", ".safetensors", ".md", ".svg",
+    }  # fmt: skip
+
+
+# ---- with transformers alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [SmolVLMForConditionalGeneration, AutoModelForImageTextToText])
+def test_transformers_gives_our_text_logits(run, pack, which):
+    """Its whole forward pass: placeholder tokens, image path, its own attention, LM head on every token."""
+    theirs, loading = which.from_pretrained(run / "last", attn_implementation="sdpa", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    with torch.no_grad():
+        found = theirs.eval()(**as_transformers_takes_it(pack), use_cache=False).logits[0]
+        ours = trainer.load(run).model(pack)
+    assert len(ours.text) > 5
+    assert torch.allclose(found[pack.lm_index], ours.text, atol=1e-5)
+
+
+def test_the_bare_model_and_the_heads_file_give_our_decisions(run, pack):
+    """What somebody without this project does: AutoModel's hidden states, times the matrices in heads.safetensors."""
+    body = AutoModel.from_pretrained(run / "last", attn_implementation="sdpa").eval()
+    heads = load_file(run / "last" / "heads.safetensors")
+    with torch.no_grad():
+        hidden = body(**as_transformers_takes_it(pack), use_cache=False).last_hidden_state[0]
+        at_frames = hidden[(pack.input_ids == trainer.load(run).tokens.image).nonzero()[:, 0]]
+        found = torch.stack([at_frames @ heads[f"{h}.weight"][0] + heads[f"{h}.bias"] for h in ("speak", "dst")])
+        ours = trainer.load(run).model(pack).decisions
+    assert found.shape == (2, 12)
+    assert torch.allclose(found, ours, atol=1e-5)
+
+
+def test_the_default_way_to_open_it_works_and_generates(run, pack):
+    theirs = AutoModelForImageTextToText.from_pretrained(run / "last")
+    inputs = as_transformers_takes_it(pack)
+    longer = theirs.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert longer.shape == (1, pack.num_tokens + 2)
+
+
+def test_the_tokenizer_opens_with_the_same_ids(run):
+    theirs, ours = AutoTokenizer.from_pretrained(run / "last"), trainer.load(run).tokens
+    assert theirs.encode("What now?", add_special_tokens=False) == ours.encode("What now?")
+    assert theirs.convert_tokens_to_ids(["<image>", "<end_of_utterance>"]) == [ours.image, ours.end]
+    assert AutoConfig.from_pretrained(run / "last").image_token_id == ours.image
+
+
+def test_released_ids_and_tied_embeddings_outlive_a_checkpoint(tmp_path):
+    tokens = Tokens(smollm2.stand_in_tokenizer())
+    config = load_model("tiny", len(tokens)).config
+    config.image_token_id, config.text_config.pad_token_id = 49190, 2
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = noisy_heads(ProspectModel(SmolVLMForConditionalGeneration(config), DecisionHeads(128), TrainConfig()))
+    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(), INFO)
+    loaded, pack = trainer.load(tmp_path), toy_pack(tokens)
+    with torch.no_grad():
+        expected, found = model.eval()(pack), loaded.model(pack)
+    assert torch.equal(found.text, expected.text)
+    assert torch.equal(found.decisions, expected.decisions)
+    assert loaded.model.vlm.lm_head.weight is loaded.model.vlm.get_input_embeddings().weight
+    assert "lm_head.weight" not in load_file(tmp_path / "last" / "model.safetensors")  # stored once
+    assert (loaded.tokens.image, loaded.tokens.end, loaded.tokens.marker["system"]) == (49190, 49279, 49191)
+    written = AutoConfig.from_pretrained(tmp_path / "last")
+    assert (written.image_token_id, written.text_config.pad_token_id, written.tie_word_embeddings) == (49190, 2, True)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "last", attn_implementation="sdpa")
+    with torch.no_grad():
+        logits = theirs(**as_transformers_takes_it(pack), use_cache=False).logits[0, pack.lm_index]
+    assert torch.allclose(logits, expected.text, atol=1e-5)
+
+
+# ---- with trainer.load -------------------------------------------------------------------------------
+
+
+def test_three_lines_give_a_score_for_every_frame(run, data):
+    loaded = trainer.load(str(run))
+    scored = list(loaded.score(str(data), "test"))
+    assert [s.clip.clip_id for s in scored] == ["test0", "test1"]
+    assert all(s.logits.shape == s.labels.shape == (2, 12) and s.logits.dtype == np.float32 for s in scored)
+    assert scored[0].labels.tolist() == [
+        [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert not loaded.model.training
+
+
+def test_a_score_is_the_model_s_logit_at_the_frame(run, data):
+    """JPEG frames from the disk, so the pack is built from what was scored, not from the noise itself."""
+    from trainer.frames import PixelFrames
+
+    loaded = trainer.load(run)
+    scored = next(loaded.score(data, "test"))
+    window = build_windows(scored.clip, loaded.tokens, 1, 200)
+    with torch.no_grad():
+        expected = loaded.model.cpu()(make_pack(window, PixelFrames(data / "frames-on-disk", 64))).decisions
+    assert np.allclose(scored.logits, expected, atol=1e-5)
+
+
+def test_a_run_or_one_of_its_checkpoints_may_be_named(run):
+    last, named, best = trainer.load(run), trainer.load(run / "last"), trainer.load(run / "best")
+    assert last.info == named.info
+    assert last.config == best.config == CONFIG
+    assert (last.info["step"], best.info["step"]) == (2, 2)
+    assert set(last.info) >= {"step", "labels", "positive_rates", "neg_rate", "data_key"}
+
+
+def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
+    tokens, model = tiny()
+    model.vlm.save_pretrained(tmp_path / "base")
+    tokens.save(tmp_path / "base")
+    config = TrainConfig(model=str(tmp_path / "base"))
+    save_checkpoint(tmp_path / "a" / "last", model, tokens, config, INFO)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "a").rename(tmp_path / "b")
+    pack = toy_pack(tokens)
+    with torch.no_grad():
+        assert torch.equal(trainer.load(tmp_path / "b").model(pack).decisions, model.eval()(pack).decisions)
+
+
+@pytest.mark.parametrize(("reweigh", "correction", "in_words"), [(False, -1.386294, "-1.3863"), (True, 0.0, "0 (")])
+def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(tmp_path, reweigh, correction, in_words):
+    """A quarter of silence was drawn: ln 0.25."""
+    tokens, model = tiny()
+    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(reweigh=reweigh), INFO)
+    assert trainer.load(tmp_path).logit_correction == pytest.approx(correction, abs=1e-6)
+    assert f"first add\n{in_words}" in (tmp_path / "last" / "README.md").read_text()
+
+
+# ---- the card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_opens_with_yaml_that_the_hub_reads(run):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(run / "last" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "smolvlm" in card.data.tags
+    assert card.content.startswith("---\n")
+    assert "| positive, among supervised frames |" in card.text
+    assert "Silent frames were drawn at rate 0.5" in card.text
+
+
+def test_the_card_s_code_runs(run, data, capsys):
+    card = (run / "last" / "README.md").read_text()
+    code = "\n".join(line.strip() for line in card.splitlines() if line.startswith("    "))
+    assert code.count("\n") == 2
+    code = code.replace('"this folder"', repr(str(run))).replace('"labels"', repr(str(data)))
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "test0 (2, 12)\ntest1 (2, 12)\n"
+
+
+def test_an_edited_card_is_no_damage(copy):
+    (copy / "last" / "README.md").write_text("Ours.")
+    assert trainer.load(copy).info["step"] == 2
+
+
+# ---- damage ------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [*BODY, "heads.safetensors"])
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+def test_a_flipped_bit_is_refused_and_the_file_is_named(copy, name, at):
+    flip(copy / "last" / name, at)
+    with pytest.raises(TrainerError, match=f"{name}: damaged") as caught:
+        trainer.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_moments_stop_a_resume_but_not_a_score(copy):
+    flip(copy / "last" / "state.safetensors")
+    assert trainer.load(copy).info["step"] == 2
+    with pytest.raises(TrainerError, match=r"state\.safetensors: damaged"):
+        load_run(copy, to_train=True)
+
+
+def test_best_is_not_something_to_go_on_from(run):
+    with pytest.raises(TrainerError, match=r"holds no state\.safetensors, so training can't go on from it"):
+        load_run(run / "best", to_train=True)
+
+
+@pytest.mark.parametrize("name", [*BODY, "heads.safetensors"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / "last" / name).unlink()
+    with pytest.raises(TrainerError, match=f"{name}: not found.*get the whole folder"):
+        trainer.load(copy)
+
+
+def test_heads_are_never_made_up(copy):
+    (copy / "last" / "heads.safetensors").unlink()
+    with pytest.raises(TrainerError, match=r"heads\.safetensors: not found, and heads are never made up"):
+        trainer.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ('"neg_rate": 0.5', '"neg_rate": 0.7'),  # another logit correction
+        ('"reweigh": false', '"reweigh": 0'),
+        ('"steps": 2', '"steps": "2"'),
+        ('"sha256"', '"sha257"'),
+    ],
+)
+def test_damage_to_the_description_is_refused(copy, was, now):
+    path = copy / "last" / "run.json"
+    content = path.read_text()
+    assert was in content
+    path.write_text(content.replace(was, now, 1))
+    with pytest.raises(TrainerError, match=r"run\.json: "):
+        trainer.load(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 2, "config": 3, "files": {}}'])
+def test_a_description_that_is_none_is_named_in_one_line(copy, content):
+    (copy / "last" / "run.json").write_text(content)
+    with pytest.raises(TrainerError, match=r"run\.json: ") as caught:
+        trainer.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+# ---- adapters ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(tmp_path) -> tuple[Path, Tokens, ProspectModel]:
+    """Rank 4, alpha 8, and adapters that say something."""
+    pytest.importorskip("peft")
+    config = TrainConfig(lora_rank=4, lora_alpha=8)
+    tokens, model = tiny(lora_rank=4, lora_alpha=8)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    save_checkpoint(tmp_path / "last", model, tokens, config, INFO)
+    return tmp_path, tokens, model
+
+
+def test_merged_weights_are_the_base_plus_scaled_b_a(adapted):
+    folder, _, model = adapted
+    saved, now = load_file(folder / "last" / "model.safetensors"), model.vlm.state_dict()
+    name = "model.text_model.layers.{}.{}"
+    layers = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    merged = 0
+    for place in (name.format(i, layer) for i in range(4) for layer in layers):
+        base, a, b = (now[f"{place}.{x}.weight"] for x in ("base_layer", "lora_A.default", "lora_B.default"))
+        expected = base + 8 / 4 * (b @ a)
+        assert float((saved[f"{place}.weight"] - expected).abs().max()) < 1e-6
+        assert float((expected - base).abs().max()) > 1e-2
+        merged += 1
+    assert merged == 28
+    others = {key for key in now if ".lora_" not in key and ".base_layer." not in key}
+    assert set(saved) - {f"{name.format(i, layer)}.weight" for i in range(4) for layer in layers} == others
+    assert all(torch.equal(saved[key], now[key]) for key in others)
+
+
+def test_merged_weights_open_without_peft(adapted, monkeypatch):
+    folder, tokens, model = adapted
+    pack = toy_pack(tokens)
+    with torch.no_grad():
+        expected = model.eval()(pack)
+    assert not (folder / "last" / "adapter_config.json").exists()
+    monkeypatch.setitem(sys.modules, "peft", None)  # now `import peft` fails
+    theirs = AutoModelForImageTextToText.from_pretrained(folder / "last", attn_implementation="sdpa").eval()
+    loaded = trainer.load(folder)
+    with torch.no_grad():
+        logits = theirs(**as_transformers_takes_it(pack), use_cache=False).logits[0, pack.lm_index]
+        found = loaded.model(pack)
+    assert torch.allclose(logits, expected.text, atol=1e-4)
+    assert torch.allclose(found.decisions, expected.decisions, atol=1e-4)
+    assert not any("lora" in name for name, _ in loaded.model.named_parameters())
+    assert loaded.config.lora_rank == 4  # how it was trained
+
+
+def test_the_correction_survives_a_rate_of_zero(tmp_path):
+    tokens, model = tiny()
+    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(), {**INFO, "neg_rate": 0.0})
+    assert math.isfinite(trainer.load(tmp_path).logit_correction)

@@ -1,0 +1,396 @@
+"""Runs the vision tower once over every frame that a data folder needs, so that training needs no pixels.
+
+At 256M a frame's pass costs as much as 1,000 text tokens: seconds of a CPU core, and the same again in every
+epoch. The features of a frozen tower never change; kept (features.py), they cost 24 KB a frame and one read.
+
+Videos are done one by one, `batch` frames a pass, while threads decode what comes next. A file is written when
+its video is complete: a run that is killed goes on where it was, and a second run over the same data does nothing.
+bfloat16 is used only where a probe on the data's own frames stays within TOLERANCE of float32.
+
+    n frames of a pass    k tokens per frame    D length of a feature    S side in pixels
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import SmolVLMForConditionalGeneration
+
+from pipeline.schema import images_in
+from trainer import vision
+from trainer.clips import ClipExample
+from trainer.errors import TrainerError
+from trainer.features import STORED, Features, Provenance, feature_path, open_features, write_features
+from trainer.frames import PixelFrames, Pixels, open_frames
+from trainer.model import load_model
+from trainer.shards import Split, read_manifest
+
+DTYPES = ("auto", "float32", "bfloat16")
+TOLERANCE = 2e-2  # of bfloat16: length of the difference over length of float32's vector, of the worst token
+PROBED = 8  # frames, spread over the first video
+LOCK = ".lock"
+READERS = min(16, os.cpu_count() or 1)  # threads that decode
+
+
+@dataclass
+class EncodeReport:
+    """What was done; `refused` says of each video that has no features what is wrong with it."""
+
+    out: Path
+    computed: str  # float32 or bfloat16
+    probe: float | None = None  # bfloat16's error as TOLERANCE counts it; None: not measured
+    videos: int = 0  # written now
+    skipped: int = 0  # complete before
+    frames: int = 0
+    bytes: int = 0
+    seconds: float = 0.0  # of reading, computing and writing
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """Exit status: 0, or 3 where videos were refused."""
+        return 3 if self.refused else 0
+
+
+def encode(
+    data: Path,
+    out: Path,
+    model: str,
+    k: int = 1,
+    frames_root: Path | None = None,
+    dtype: str = "auto",
+    store: str = "float16",
+    batch: int = 32,
+    progress: bool = True,
+) -> EncodeReport:
+    """Write the features of all videos of all splits of `data` into the folder `out`, k tokens per frame.
+
+    `model`: a folder, a hub name or a run of ours. `dtype`: auto, float32 or bfloat16, to compute in; `store`:
+    float16 or float32. `progress`: a bar on stderr where that is a terminal. A video whose frames are missing, short
+    or damaged is refused, the rest is done; TrainerError where nothing is left, or an option is wrong.
+    """
+    _check_options(k, dtype, store, batch)
+    videos = _videos(data)
+    vlm = _load(model, k)
+    root = open_frames(read_manifest(data), frames_root, vision.side(vlm)).root
+    source = PixelFrames(root, vision.side(vlm), cache_bytes=0)
+    found, refused = _find(videos, source)
+    eye = _Eye(vlm, k, store, *_choose(vlm, k, dtype, found, source))
+    report = EncodeReport(out, eye.computed, eye.probe, refused=refused)
+    started = time.monotonic()
+    with _alone(out):
+        jobs = [job for job in (_plan(video, path, out, model, eye) for video, path in found) if job is not None]
+        report.skipped = len(found) - len(jobs)
+        total = sum(len(job.frames) for job in jobs)
+        with _bar(total, progress) as tick, closing(_ahead(jobs, source, batch)) as coming:
+            for job, pixels in coming:
+                _write(job, eye, pixels, tick, report)
+    report.seconds = time.monotonic() - started
+    if not report.videos and not report.skipped:
+        raise TrainerError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
+    return report
+
+
+def _check_options(k: int, dtype: str, store: str, batch: int) -> None:
+    if k < 1 or math.isqrt(k) ** 2 != k:
+        raise TrainerError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
+    if dtype not in DTYPES:
+        raise TrainerError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if store not in STORED:
+        raise TrainerError(f"store is {store!r}, expected one of {', '.join(STORED)}")
+    if batch < 1:
+        raise TrainerError(f"batch is {batch}, expected above 0")
+
+
+# ---- what is to be done ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Video:
+    clips: dict[str | None, ClipExample] = field(default_factory=dict)  # one for each frames_file it goes by
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def frames(self) -> npt.NDArray[np.int32]:
+        return np.unique(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in self.ranges]))
+
+    @property
+    def clip(self) -> ClipExample:
+        return next(iter(self.clips.values()))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to write."""
+
+    path: Path
+    about: Provenance
+    clip: ClipExample  # one of the video's
+    frames: npt.NDArray[np.int32]  # ascending
+
+
+def _videos(data: Path) -> list[_Video]:
+    """Every video of every split, with the frames that its clips need."""
+    found: dict[tuple[str, float], _Video] = {}
+    for split in dict.fromkeys(s["split"] for s in read_manifest(data)["shards"] if s["clips"]):
+        for clip in Split(data, split).in_order(rate=None):
+            video = found.setdefault((clip.video_uid, clip.fps), _Video())
+            video.clips.setdefault(clip.frames_file, clip)
+            video.ranges.append((clip.start_frame, clip.end_frame))
+    return list(found.values())
+
+
+def _find(videos: Sequence[_Video], source: PixelFrames) -> tuple[list[tuple[_Video, Path]], list[str]]:
+    """Videos with the file or folder of their frames, and what is wrong with the others."""
+    found, refused = [], []
+    for video in videos:
+        try:
+            paths = {source.find(clip) for clip in video.clips.values()}
+        except TrainerError as error:
+            refused.append(f"video {video.clip.video_uid}: {error}")
+            continue
+        if len(paths) == 1:
+            found.append((video, paths.pop()))
+        else:
+            named = ", ".join(sorted(map(str, paths)))
+            refused.append(f"video {video.clip.video_uid}: its clips name several frames_files: {named}; keep one")
+    return found, refused
+
+
+def _plan(video: _Video, path: Path, out: Path, model: str, eye: _Eye) -> _Job | None:
+    """The job, or None where a complete file is there. Frames that a file of the same kind has stay in it."""
+    clip, frames = video.clip, video.frames
+    about = Provenance(
+        clip.video_uid, clip.fps, path.name, _bytes(path), model, eye.revision, eye.fingerprint, eye.k, eye.side,
+        eye.computed, eye.store,
+    )  # fmt: skip
+    target = feature_path(out, clip.video_uid, clip.fps)
+    before = _frames_of_same(target, about)
+    if before is not None and np.isin(frames, before).all():
+        return None
+    return _Job(target, about, clip, frames if before is None else np.union1d(frames, before))
+
+
+def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | None:
+    """Frames of a file that is as good as `about`'s would be: computed in the same type, or in float32."""
+    try:
+        file = open_features(path)
+    except TrainerError:
+        return None
+    asked, computed = about.header(), file.about.get("computed")
+    told_alike = all(file.about.get(name) == asked[name] for name in asked.keys() - {"model", "revision", "computed"})
+    return file.frames if told_alike and computed in (about.computed, "float32") else None
+
+
+def _bytes(path: Path) -> int:
+    """Size of a file, or of a folder's images; 0 where their names are wrong, which reading them will say."""
+    if not path.is_dir():
+        return path.stat().st_size
+    try:
+        return sum(image.stat().st_size for image in images_in(path))
+    except ValueError:
+        return 0
+
+
+# ---- seeing ------------------------------------------------------------------------------------------
+
+
+def _load(name: str, k: int) -> SmolVLMForConditionalGeneration:
+    """The model of that name without its text half, its tower on the device."""
+    if name == "tiny":
+        raise TrainerError("model is tiny: its tower knows nothing before it is trained; name a run, or a real model")
+    vlm = load_model(name, vocabulary=0)
+    if k > vision.most_tokens(vlm):
+        raise TrainerError(
+            f"tokens_per_frame is {k}, but {name} has {vision.most_tokens(vlm)}; lower --tokens-per-frame"
+        )
+    vlm.model.text_model = vlm.lm_head = None
+    vlm.model.vision_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return vlm.eval()
+
+
+class _Eye:
+    """The tower, and how it is used."""
+
+    def __init__(
+        self, vlm: SmolVLMForConditionalGeneration, k: int, store: str, computed: str, probe: float | None
+    ) -> None:
+        self.vlm, self.k, self.store, self.computed, self.probe = vlm, k, store, computed, probe
+        self.side, self.width, self.fingerprint = vision.side(vlm), vision.width(vlm), vision.fingerprint(vlm)
+        self.revision = str(getattr(vlm.config, "_commit_hash", None) or "")
+
+    def features(self, blocks: Iterator[Pixels], what: str) -> Iterator[Features]:
+        """[n, k, D] of each block, a block late: a GPU is given the next one before the last one is fetched."""
+        before: Tensor | None = None
+        for block in blocks:
+            now = _see(self.vlm, block, self.k, self.computed).to(getattr(torch, self.store))
+            if before is not None:
+                yield self._fetched(before, what)
+            before = now
+        if before is not None:
+            yield self._fetched(before, what)
+
+    def _fetched(self, features: Tensor, what: str) -> Features:
+        fetched: Features = features.cpu().numpy()
+        if not np.isfinite(fetched).all():
+            mend = "use --store float32" if self.store == "float16" else "use another --model"
+            raise TrainerError(f"{what}: features that are too large for {self.store}, or no numbers; {mend}")
+        return fetched
+
+
+def _see(vlm: SmolVLMForConditionalGeneration, pixels: Pixels, k: int, computed: str) -> Tensor:
+    """[n, k, D], on the device."""
+    device = next(vlm.model.vision_model.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=computed == "bfloat16"):
+        return vision.look(vlm, torch.from_numpy(pixels).to(device), k, chunk=len(pixels))
+
+
+def _choose(
+    vlm: SmolVLMForConditionalGeneration,
+    k: int,
+    dtype: str,
+    found: Sequence[tuple[_Video, Path]],
+    source: PixelFrames,
+) -> tuple[str, float | None]:
+    """The type to compute in, and bfloat16's error where that was asked for or could be faster (on a GPU)."""
+    device = next(vlm.model.vision_model.parameters()).device
+    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
+        return "float32", None
+    pixels = _sample(found, source)
+    if pixels is None:
+        return "float32", None
+    error = bfloat16_error(vlm, pixels, k)
+    if error <= TOLERANCE:
+        return "bfloat16", error
+    if dtype == "bfloat16":
+        raise TrainerError(
+            f"dtype is bfloat16, but features differ from float32's by {error:.1%} of their length, "
+            f"at most {TOLERANCE:.0%} is accepted; use --dtype float32"
+        )
+    return "float32", error
+
+
+def bfloat16_error(vlm: SmolVLMForConditionalGeneration, pixels: Pixels, k: int) -> float:
+    """How far bfloat16 features of these frames [n, 3, S, S] are from float32's, as TOLERANCE counts it."""
+    exact, rough = (_see(vlm, pixels, k, computed).double() for computed in ("float32", "bfloat16"))
+    return float(((rough - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+
+
+def _sample(found: Sequence[tuple[_Video, Path]], source: PixelFrames) -> Pixels | None:
+    """Some frames of the first video that can be read."""
+    for video, _ in found:
+        frames = video.frames
+        chosen = frames[np.linspace(0, len(frames) - 1, min(PROBED, len(frames))).astype(int)]
+        try:
+            return _pixels(source, video.clip, chosen)
+        except TrainerError:
+            continue
+    return None
+
+
+# ---- doing it ----------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """A video whose frames can't be read; its text is a TrainerError's."""
+
+
+def _write(job: _Job, eye: _Eye, pixels: Iterator[Pixels], tick: Callable[[int], None], report: EncodeReport) -> None:
+    def counted() -> Iterator[Features]:
+        for features in eye.features(pixels, f"video {job.about.video_uid}"):
+            tick(len(features))
+            yield features
+
+    try:
+        report.bytes += write_features(job.path, job.about, job.frames, eye.width, counted())
+    except _Refused as error:
+        report.refused.append(f"video {job.about.video_uid}: {error}")
+        return
+    report.videos += 1
+    report.frames += len(job.frames)
+
+
+def _passes(job: _Job, batch: int) -> list[npt.NDArray[np.int32]]:
+    """The job's frames, `batch` at a time."""
+    return np.split(job.frames, range(batch, len(job.frames), batch))
+
+
+def _ahead(jobs: Sequence[_Job], source: PixelFrames, batch: int) -> Generator[tuple[_Job, Iterator[Pixels]]]:
+    """Each job with the pixels of its passes, which READERS threads decode 2 * READERS passes ahead.
+
+    The pixels of a video raise _Refused where it can't be read on.
+    """
+    mine = threading.local()  # each thread has its own files open
+
+    def read(clip: ClipExample, frames: npt.NDArray[np.int32]) -> Pixels:
+        if not hasattr(mine, "source"):
+            mine.source = PixelFrames(source.root, source.side, cache_bytes=0, open_files=1)
+        return _pixels(mine.source, clip, frames)
+
+    def pixels(job: _Job) -> Iterator[Pixels]:
+        while ahead and ahead[0][0] is job:
+            future = take()
+            try:
+                yield future.result()
+            except TrainerError as error:
+                raise _Refused(str(error)) from None
+
+    def take() -> Future[Pixels]:
+        ahead.extend(islice(started, 1))
+        return ahead.popleft()[1]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        started = ((job, pool.submit(read, job.clip, frames)) for job in jobs for frames in _passes(job, batch))
+        ahead = deque(islice(started, 2 * READERS))
+        try:
+            for job in jobs:
+                while ahead[0][0] is not job:  # what is left of one that was refused
+                    take().cancel()
+                yield job, pixels(job)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pixels(source: PixelFrames, clip: ClipExample, frames: npt.NDArray[np.int32]) -> Pixels:
+    runs = np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1)
+    return np.concatenate([source.load(clip, int(run[0]), int(run[-1]) + 1) for run in runs])
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder's lock; the kernel gives it back, however a run ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainerError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+        yield
+
+
+@contextmanager
+def _bar(frames: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; gives the function that counts frames."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    stderr = Console(stderr=True)
+    columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not (shown and stderr.is_terminal)) as bar:
+        task = bar.add_task("encode", total=frames)
+        yield lambda done: bar.update(task, advance=done)

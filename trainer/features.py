@@ -1,0 +1,194 @@
+"""The vision tower's features on disk: one safetensors file per video, written by `encode`, read instead of pixels.
+
+What is kept is what `vision.look` gives: before the connector, which can go on learning. That costs 24 KB a frame
+at 256M (k = 1, float16), where the connector's output would be 1 KB; 256M's pixels are 786 KB and its tower
+takes seconds of a CPU core. Files are memory-mapped; a window reads its own rows and nothing else.
+
+A file names the tower that made it (a fingerprint of its weights): features of another one are refused, not
+trained on. It is written beside its place and renamed: whatever lies there is whole.
+
+    F frames asked for    N frames of a file    k tokens per frame    D length of a feature
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from pipeline.schema import is_inside
+from trainer.clips import ClipExample
+from trainer.errors import TrainerError
+
+Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+FORMAT = "1"
+STORED = {"float16": "F16", "float32": "F32"}  # numpy's name, safetensors' name
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a file's features come from; in its header as strings."""
+
+    video_uid: str
+    fps: float
+    source: str  # name of the file or folder with the frames
+    source_bytes: int
+    model: str  # as it was given
+    revision: str  # the hub's commit, where there is one
+    fingerprint: str  # of the tower's weights
+    k: int
+    side: int  # of the square frames, pixels
+    computed: str  # float32 or bfloat16
+    stored: str  # float16 or float32
+    layer: str = "vision"  # the tower's last hidden state, pixel-shuffled, pooled to k; before the connector
+    format: str = FORMAT
+
+    def header(self) -> dict[str, str]:
+        return {name: str(value) for name, value in asdict(self).items()}
+
+
+def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
+    """Where a video's features lie; TrainerError for a name that leads out of the folder."""
+    if not is_inside(video_uid):
+        raise TrainerError(f"video {video_uid!r}: leads out of {folder}; rename the video, and preprocess again")
+    rate = np.format_float_positional(np.float32(fps), trim="-")  # 2.0 -> 2, 29.97 -> 29.97
+    return folder / f"{video_uid}.{rate}fps.safetensors"
+
+
+def write_features(
+    path: Path, about: Provenance, frames: npt.NDArray[np.int32], width: int, blocks: Iterable[Features]
+) -> int:
+    """A video's file from `blocks` [n, k, D] that add up to its `frames` [N] (ascending); returns its bytes.
+
+    Holds one block at a time: at k = 64 an hour at 2 fps is 11 GB.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new.open("wb") as file:
+            file.write(_header(about, len(frames), width))
+            file.write(frames.astype("<i4").tobytes())
+            rows = 0
+            for block in blocks:
+                assert (*block.shape[1:], block.dtype) == (about.k, width, about.stored)
+                file.write(np.ascontiguousarray(block).data)
+                rows += len(block)
+            assert rows == len(frames)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return path.stat().st_size
+
+
+def _header(about: Provenance, count: int, width: int) -> bytes:
+    shape = [count, about.k, width]
+    ends = [4 * count, 4 * count + math.prod(shape) * np.dtype(about.stored).itemsize]
+    tensors = {
+        "frames": {"dtype": "I32", "shape": [count], "data_offsets": [0, ends[0]]},
+        "features": {"dtype": STORED[about.stored], "shape": shape, "data_offsets": ends},
+    }
+    text = json.dumps({"__metadata__": about.header(), **tensors}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class FeatureFile(NamedTuple):
+    """An open file: `features[a:b]` reads those rows."""
+
+    about: dict[str, str]  # Provenance.header()
+    frames: npt.NDArray[np.int32]  # [N] absolute numbers, ascending
+    features: Any  # a slice of safetensors: [N, k, D], memory-mapped
+
+
+def open_features(path: Path) -> FeatureFile:
+    """Raises TrainerError for a file that is missing, cut off, or not one of ours."""
+    try:
+        file = safe_open(path, framework="numpy")
+        about, frames, features = file.metadata() or {}, file.get_tensor("frames"), file.get_slice("features")
+    except (OSError, SafetensorError) as error:
+        raise TrainerError(f"{path}: no features ({error}); run prospect-dst encode") from None
+    if about.get("format") != FORMAT or len(frames) != features.get_shape()[0]:
+        found = about.get("format", "none")
+        raise TrainerError(f"{path}: features of format {found}, expected {FORMAT}; delete it, run prospect-dst encode")
+    return FeatureFile(about, frames, features)
+
+
+class CachedFeatures:
+    """A FrameSource of what `encode` wrote into `folder` with the tower of that fingerprint (`vision.fingerprint`).
+
+    k may be smaller than the files', where their square grid divides into k's: pooling again is exact.
+    May be pickled; open files stay behind.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, k: int = 1) -> None:
+        if not folder.is_dir():
+            raise TrainerError(f"{folder}: no such folder, expected features; run prospect-dst encode --out {folder}")
+        self.folder, self.fingerprint, self.k = folder, fingerprint, k
+        self._open: OrderedDict[Path, FeatureFile] = OrderedDict()
+
+    def load(self, clip: ClipExample, start: int, end: int) -> Features:
+        """[F, k, D], in the type that is stored (float32 where it is pooled on the way)."""
+        path = feature_path(self.folder, clip.video_uid, clip.fps)
+        file = self._opened(path, clip)
+        first = int(np.searchsorted(file.frames, start))
+        found = file.frames[first : first + end - start]
+        if not np.array_equal(found, np.arange(start, end)):
+            missing = np.setdiff1d(np.arange(start, end), file.frames)[0]
+            raise TrainerError(
+                f"{path}: {len(file.frames)} frames, but not {missing} of clip {clip.clip_id}; "
+                f"run prospect-dst encode on this data too"
+            )
+        return _pool(file.features[first : first + end - start], self.k)
+
+    def _opened(self, path: Path, clip: ClipExample) -> FeatureFile:
+        if path not in self._open:
+            if not path.is_file():
+                raise TrainerError(
+                    f"clip {clip.clip_id}: no features of its video at {path}; run prospect-dst encode on this data"
+                )
+            file = open_features(path)
+            self._check(path, file)
+            self._open[path] = file
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def _check(self, path: Path, file: FeatureFile) -> None:
+        about, (_, k, _) = file.about, file.features.get_shape()
+        if about.get("fingerprint") != self.fingerprint:
+            raise TrainerError(
+                f"{path}: made by the vision tower {about.get('fingerprint')} ({about.get('model')}), but this "
+                f"model's is {self.fingerprint}; run prospect-dst encode again with this model"
+            )
+        if k < self.k or math.isqrt(k) % math.isqrt(self.k):
+            raise TrainerError(
+                f"{path}: {k} tokens per frame, which do not pool to {self.k}; "
+                f"run prospect-dst encode again with --tokens-per-frame {self.k}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _pool(features: Features, k: int) -> Features:
+    """[F, n, D] -> [F, k, D]: `vision.pool`, for a grid that divides, without torch."""
+    count, n, width = features.shape
+    if n == k:
+        return features
+    side, step = math.isqrt(k), math.isqrt(n // k)
+    grid = features.astype(np.float32).reshape(count, side, step, side, step, width)
+    return grid.mean((2, 4), dtype=np.float32).reshape(count, k, width)
