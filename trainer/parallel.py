@@ -124,7 +124,7 @@ def synced(model: nn.Module, now: bool) -> Iterator[None]:
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(now)
+        cast(Any, model).set_requires_gradient_sync(now)
     yield
 
 
@@ -135,7 +135,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 def whole(value: Tensor) -> Tensor:
     """All of a tensor of which this rank may hold a shard; collective."""
-    return cast(Any, value).full_tensor() if isinstance(value, DTensor) else value  # type: ignore[no-any-return]
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

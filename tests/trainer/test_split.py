@@ -1,20 +1,25 @@
-"""Reading shards: labels redrawn per epoch, order, verification."""
+"""Reading shards: what is read, labels redrawn per epoch, verification. The order is tested in test_order.py."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections import Counter
+import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, labels_by_hand, positives, turn, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.schema import draws
-from trainer.clips import epoch_labels
+from trainer import shards
 from trainer.errors import TrainerError
-from trainer.shards import Split, order
+from trainer.shards import Split
 
 TURNS = (turn("user", "hi", 12, 13), turn("assistant", "yes", 13, 16), dst(14, 17, ("S1", "start")))
 
@@ -57,26 +62,54 @@ def test_labels_written_out_by_hand():
     assert onset.labels.tolist() == [[0, -100, -100, 1, -100, -100, -100, 0], [0, -100, -100, 0, 1, -100, -100, 0]]
 
 
-def test_a_clip_without_steps_or_updates_says_nothing_about_dst():
-    clip = clip_example([turn("assistant", "yes", 2, 3)], 0, 4, steps=(), rate=1.0)
-    found = epoch_labels(clip, clip.labels == 1, 3, 1.0)
-    assert found.tolist() == [[0, 0, 1, 0], [-100] * 4]
+def test_a_clip_without_steps_or_updates_says_nothing_about_dst(tmp_path):
+    silent = clip_example([turn("assistant", "yes", 2, 3)], 0, 4, steps=(), rate=1.0, clip_id="a")
+    update = clip_example([dst(2, 3)], 0, 4, steps=(), rate=1.0, clip_id="b", clip=1)
+    stepped = clip_example([turn("assistant", "yes", 1, 2)], 0, 4, rate=1.0, clip_id="c", clip=2)
+    split = Split(write_shards(tmp_path, {"train": [silent, update, stepped]}), "train")
+    found = {clip.clip_id: clip.labels.tolist() for clip in split.epoch(seed=0, epoch=3)}
+    assert found == {
+        "a": [[0, 0, 1, 0], [-100] * 4],
+        "b": [[0, 0, 0, 0], [0, 0, 1, 0]],
+        "c": [[0, 1, 0, 0], [0, 0, 0, 0]],
+    }
 
 
 EVENTS = st.lists(
     st.tuples(st.sampled_from(["user", "assistant", "DST_UPDATE"]), st.integers(0, 45), st.integers(0, 9)),
     max_size=6,
 )
+CLIPS = st.tuples(
+    EVENTS, st.sampled_from(["span", "onset"]), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(1, 30)
+)
 
 
-@settings(deadline=None)
-@given(EVENTS, st.sampled_from(["span", "onset"]), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3), st.booleans())
-def test_labels_equal_the_frame_by_frame_rules(events, positive, rate, epoch, steps):
-    turns = [turn(role, "x", start, start + n) for role, start, n in events]
-    more = {} if steps else {"steps": ()}
-    clip = clip_example(turns, 10, 30, positive=positive, rate=rate, **more)
-    where = positives(turns, 10, 30, positive)
-    assert np.array_equal(epoch_labels(clip, where, epoch, rate), labels_by_hand(clip, where, epoch, rate))
+@settings(deadline=None, max_examples=60)
+@given(st.lists(CLIPS, min_size=1, max_size=5), st.integers(0, 3), st.sampled_from([None, 0.6, 1.0]))
+def test_labels_of_a_group_equal_the_frame_by_frame_rules(drawn, epoch, rate):
+    written = []
+    for i, (events, positive, own_rate, steps, frames) in enumerate(drawn):
+        turns = [turn("system", "x"), *(turn(role, "x", start, start + n) for role, start, n in events)]
+        more = {} if steps else {"steps": ()}
+        more |= {"positive": positive, "rate": own_rate, "clip_id": f"c{i}", "clip": i}
+        written.append(clip_example(turns, 10, frames, **more))
+    with tempfile.TemporaryDirectory() as folder:
+        split = Split(write_shards(Path(folder), {"train": written}, group=3), "train")
+        redrawn, in_order = list(split.epoch(7, epoch)), list(split.in_order(rate))
+    for clip in redrawn:
+        where = positives(clip.turns, 10, clip.num_frames, clip.positive)
+        assert np.array_equal(clip.labels, labels_by_hand(clip, where, epoch, clip.neg_rate))
+    for clip in in_order:
+        where = positives(clip.turns, 10, clip.num_frames, clip.positive)
+        assert np.array_equal(clip.labels, labels_by_hand(clip, where, 0, clip.neg_rate if rate is None else rate))
+
+
+def test_labels_in_many_blocks_are_those_of_one_clip_at_a_time(tmp_path):
+    written = clips(100, rate=0.3)
+    split = Split(write_shards(tmp_path, {"train": written}), "train")
+    for clip in split.epoch(seed=2, epoch=5):
+        where = positives(TURNS, 10, clip.num_frames, "span")
+        assert np.array_equal(clip.labels, labels_by_hand(clip, where, 5, 0.3))
 
 
 def test_rate_one_supervises_every_frame(tmp_path):
@@ -97,34 +130,75 @@ def test_statistics_count_labels(tmp_path):
     assert statistics.positive_rates()[0] == pytest.approx(speak)
 
 
-# ---- order -------------------------------------------------------------------------------------------
+# ---- as numbers, and lazily --------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 2**40), st.integers(0, 5))
-def test_order_is_a_permutation_and_pure(sizes, seed, epoch):
-    found = order(seed, epoch, sizes)
-    assert sorted(found.tolist()) == list(range(sum(sizes)))
-    assert np.array_equal(found, order(seed, epoch, sizes))
+def test_turns_as_numbers_are_role_start_and_end(tmp_path):
+    turns = [turn("system", "be kind"), *TURNS, turn("assistant", "later", 3, 4)]
+    written = [clip_example(turns, 10, 8), clip_example([], 5, 3, clip_id="c1", clip=1)]
+    split = Split(write_shards(tmp_path, {"train": written}), "train")
+    found = {clip.clip: clip for clip in split.label_stream(seed=0, epoch=0)}
+    expected = [[0, -1, -1], [1, 12, 13], [2, 13, 16], [3, 14, 17], [2, 3, 4]]  # roles in the schema's order
+    assert found[0].turns.tolist() == expected
+    assert found[0].turns.dtype == np.int32
+    assert found[1].turns.shape == (0, 3)
+    assert (found[0].start_frame, found[1].start_frame) == (10, 5)
 
 
-def test_order_holds_few_groups_at_a_time_and_changes_with_epoch_and_seed():
-    sizes = [10] * 20
-    first = order(3, 0, sizes, window=4)
-    for i in range(0, 200, 40):
-        assert len(set(first[i : i + 40] // 10)) == 4
-    assert not np.array_equal(first, order(3, 1, sizes, window=4))
-    assert not np.array_equal(first, order(4, 0, sizes, window=4))
-    assert Counter(first.tolist()) == Counter(range(200))
-
-
-def test_order_is_pinned():
-    assert order(0, 0, [3, 2, 3], window=2).tolist() == [1, 7, 0, 6, 5, 2, 3, 4]
-
-
-def test_an_epoch_goes_on_from_any_position(tmp_path):
+def test_the_label_stream_is_the_epoch_without_texts(tmp_path):
     split = Split(write_shards(tmp_path, {"train": clips(11)}, group=2), "train")
-    whole = [c.clip_id for c in split.epoch(5, 2)]
-    assert [c.clip_id for c in split.epoch(5, 2, position=6)] == whole[6:]
+    whole, numbers = list(split.epoch(5, 2, position=3)), list(split.label_stream(5, 2, position=3))
+    assert len(numbers) == 8
+    for clip, light in zip(whole, numbers, strict=True):
+        assert (light.clip, light.start_frame) == (clip.clip, clip.start_frame)
+        assert np.array_equal(light.labels, clip.labels)
+        assert light.turns[:, 1].tolist() == [12, 13, 14]
+
+
+def test_what_was_given_can_be_changed_without_harm(tmp_path):
+    split = Split(write_shards(tmp_path, {"train": clips(2)}), "train")
+    first, light = split.at(0, 0), split.labels_at(0, 0)
+    before = first.labels.copy()
+    first.labels[:] = 7
+    light.labels[:] = 7
+    light.turns[:] = 7
+    assert np.array_equal(split.at(0, 0).labels, before)
+    assert split.labels_at(0, 0).turns[0].tolist() == [1, 12, 13]
+
+
+def test_turns_stay_in_arrow_until_one_is_looked_at(tmp_path, monkeypatch):
+    split = Split(write_shards(tmp_path, {"train": clips(3)}), "train")
+    decoded, decode = [], shards._decode
+    monkeypatch.setattr(shards, "_decode", lambda structs: decoded.append(len(structs)) or decode(structs))
+    chosen = list(split.in_order())
+    assert decoded == []
+    assert chosen[1].turns[1].text == "yes"
+    assert [t.role for t in chosen[1].turns] == ["user", "assistant", "DST_UPDATE"]
+    assert decoded == [3]
+
+
+def test_lazy_turns_are_equal_to_and_pickled_as_the_tuple_of_them(tmp_path):
+    split = Split(write_shards(tmp_path, {"train": clips(3)}), "train")
+    one, other = (next(split.in_order()).turns for _ in range(2))
+    assert one == other
+    assert one == TURNS
+    assert (TURNS == one) is True  # noqa: SIM300  the tuple's own comparison gives way to ours
+    assert one != TURNS[:2]
+    assert hash(one) == hash(TURNS)
+    assert (len(one), one[-1], one[:1], list(one)) == (3, TURNS[2], TURNS[:1], list(TURNS))
+    assert pickle.loads(pickle.dumps(one)) == TURNS
+    assert type(pickle.loads(pickle.dumps(one))) is tuple
+
+
+def test_a_pickled_split_goes_on_without_hashing_its_shards_again(tmp_path, monkeypatch):
+    split = Split(write_shards(tmp_path, {"train": clips(9)}, group=2), "train")
+    before = [clip.labels.tolist() for clip in split.epoch(1, 1)]
+    content = pickle.dumps(split)
+    monkeypatch.setattr(shards, "_verify", lambda *_: pytest.fail("hashed again"))
+    again = pickle.loads(content)
+    assert len(content) < 10_000  # nothing of what was read
+    assert (again.key, again.name, len(again)) == (split.key, "train", 9)
+    assert [clip.labels.tolist() for clip in again.epoch(1, 1)] == before
 
 
 # ---- what can be wrong -------------------------------------------------------------------------------
@@ -169,10 +243,39 @@ def test_a_damaged_shard_is_named(tmp_path, table):
         Split(tmp_path, "train")
 
 
-def test_labels_that_the_draw_does_not_give_are_refused(tmp_path):
-    clip = clips(1)[0]
-    labels = clip.labels.copy()
-    labels[0, 7] = 0 if labels[0, 7] == -100 else -100
-    split = Split(write_shards(tmp_path, {"train": [type(clip)(**{**clip.__dict__, "labels": labels})]}), "train")
-    with pytest.raises(TrainerError, match=r"clip c0 frame 17: speaking_label is .* run preprocess again"):
-        next(split.epoch(0, 1))
+@pytest.mark.parametrize(("head", "frame"), [(0, 7), (1, 1)])
+def test_labels_that_the_draw_does_not_give_are_refused(tmp_path, head, frame):
+    written = clips(5)
+    labels = written[3].labels.copy()
+    found, expected = (0, -100) if labels[head, frame] == -100 else (-100, 0)
+    labels[head, frame] = found
+    written[3] = dataclasses.replace(written[3], labels=labels)
+    split = Split(write_shards(tmp_path, {"train": written}), "train")
+    message = (
+        rf"part-00000.parquet clip c3 frame {10 + frame}: {('speaking', 'dst_update')[head]}_label is {found}, "
+        rf"but sampling_seed and neg_rate give {expected}; run preprocess again"
+    )
+    for read in (split.in_order(), split.epoch(0, 1), split.label_stream(0, 0)):
+        with pytest.raises(TrainerError, match=message):
+            next(read)
+
+
+def test_stored_labels_are_checked_once_per_group(tmp_path, monkeypatch):
+    split = Split(write_shards(tmp_path, {"train": clips(12)}, group=2), "train")
+    checked, check = [], shards._Group.check_draw
+    monkeypatch.setattr(shards._Group, "check_draw", lambda group: checked.append(group.where.index) or check(group))
+    for epoch in range(3):
+        list(split.label_stream(0, epoch))
+    assert sorted(checked) == [0, 1, 2, 3, 4, 5]
+
+
+def test_frames_that_do_not_add_up_to_the_clips_are_refused(tmp_path):
+    path = write_shards(tmp_path, {"train": clips(3)}) / "frames" / "split=train" / "part-00000.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        content = (tmp_path / shard["path"]).read_bytes()
+        shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TrainerError, match=r"row group 0: 38 frames, expected 39 as its clips say; run preprocess"):
+        next(Split(tmp_path, "train").in_order())
