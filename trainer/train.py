@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.checkpoint import LoadedRun, load_run, load_state, recover, save_checkpoint
+from trainer.checkpoint import load_run, load_state, recover, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
 from trainer.errors import TrainerError
@@ -88,7 +88,7 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over all packs of all ranks together; collective.
 
-    Ranks may hold different numbers of packs (then `blank` fills up). Raises TrainerError on every rank, before the
+    Ranks may hold different numbers of packs (then `blank` fills up). Raises NotFiniteError on every rank, before the
     optimizer moves anything, where a loss or the gradient is not finite.
     """
     passes = [*packs, *[blank] * (world.most(len(packs)) - len(packs))]
@@ -160,10 +160,14 @@ def sum_terms(model: nn.Module, pack: Pack, config: TrainConfig) -> Tensor:
     return torch.cat([heads, lm_sum(scores.text, pack.lm_targets)[None]])
 
 
-def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> TrainerError:
+class NotFiniteError(TrainerError):
+    """Raised on every rank at once, before the optimizer moves anything."""
+
+
+def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> NotFiniteError:
     mine = [clip_id for pack in packs if pack is not None for clip_id in pack.clip_ids]
     clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
-    return TrainerError(f"the {what} is not finite at clips {', '.join(clips)}; lower --lr, or look at these clips")
+    return NotFiniteError(f"the {what} is not finite at clips {', '.join(clips)}; lower --lr, or look at these clips")
 
 
 # ---- the loop ----------------------------------------------------------------------------------------
@@ -250,8 +254,8 @@ def fit(
             group["lr"] = group["peak"] * share_of_peak
         result = train_step(model, optimizer, packs, config, world, blank)
         line = {**result.__dict__, "lr": config.lr * share_of_peak}
-        took, began = time.monotonic() - began, time.monotonic()
-        after_step(step + 1, {"step": step + 1, **line, "seconds": took})
+        after_step(step + 1, {"step": step + 1, **line, "seconds": time.monotonic() - began})
+        began = time.monotonic()
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -275,47 +279,35 @@ def train(
     options = options or RunOptions()
     find_logger(options.logger)
     with join() as world:
-        if features is not None and "vision" not in config.freeze:
-            raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
-        if world.leads:
-            _check_folder(run, resume)
         split = Split(data, "train")
         held_out, note = _open_eval(data, split, config)
-        source = "pixels" if features is None else "features"
-        begun = {"config": config.to_json(), "data_key": split.key, "frames": source}
+        begun = {"config": config.to_json(), "data_key": split.key, "frames": _source(config, features)}
         if world.leads:
-            _begin(run, begun)
+            _check_folder(run, begun, resume)
         world.wait()
-        setup = _resumed(run, config) if resume and (run / "last").is_dir() else _fresh(split, config)
-        setup.info |= {"data_key": split.key, "frames": source}
+        setup = _resumed(run) if resume and (run / "last").is_dir() else _fresh(split, config)
+        setup.info |= {"data_key": begun["data_key"], "frames": begun["frames"]}
         frames = open_source(split, setup.model, frames_root, features)
-        blank = setup.model.blank_pack(setup.tokens.image, cached=features is not None)
         model, optimizer = _distribute(setup, run, config, options, world)
-        steps = step_packs(
-            StepData(split, setup.tokens, frames, config, world.rank, world.size), setup.done, options.workers
-        )
-        began = time.monotonic()
+        if world.leads:
+            _write_start(run, begun)
         with _open_metrics(run, config, setup.done, options, world) as metrics:
             session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
-            try:
-                fit(model, optimizer, steps, config, session.after_step, setup.done, world, blank)
-            except TrainerError:
-                session.save("last")  # the optimizer has not moved: the weights are those of the last good step
-                raise
+            seconds = session.go(split)
         if world.leads:
             draw(run)
         if setup.resumed_from == config.steps:
             note = f"all {config.steps} steps had been done before"
         return TrainReport(
-            run,
-            config.steps,
-            setup.resumed_from,
-            time.monotonic() - began,
-            session.loss,
-            session.evaluation,
-            note,
-            world.leads,
+            run, config.steps, setup.resumed_from, seconds, session.loss, session.evaluation, note, world.leads
         )
+
+
+def _source(config: TrainConfig, features: Path | None) -> str:
+    """'pixels' or 'features'; TrainerError where the features' tower is to learn."""
+    if features is not None and "vision" not in config.freeze:
+        raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
+    return "pixels" if features is None else "features"
 
 
 def _open_metrics(
@@ -326,32 +318,29 @@ def _open_metrics(
     return open_metrics(run, config.steps, done, options.logger, options.progress, config.to_json())
 
 
-def _check_folder(run: Path, resume: bool) -> None:
-    """Refuse to write into something else, or over a run."""
-    if resume:
-        recover(run / "last")
-        recover(run / "best")
+def _check_folder(run: Path, begun: dict[str, Any], resume: bool) -> None:
+    """Refuse to write into something else, over a run, or on with a run that was begun otherwise."""
     if run.exists() and not run.is_dir():
         raise TrainerError(f"{run}: not a folder; choose another --run")
-    if not resume and run.exists() and any(run.iterdir()):
+    used = run.exists() and any(run.iterdir())
+    if used and not resume:
         raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if resume and run.exists() and any(run.iterdir()) and not (run / RUN_START).is_file():
+    if used and not (run / RUN_START).is_file():
         raise TrainerError(f"{run / RUN_START}: not found, so this is no run that could go on; choose another --run")
+    if used:
+        recover(run / "last")
+        recover(run / "best")
+        _refuse_changes(run / RUN_START, read_start(run), begun)
 
 
 RUN_START = "options.json"
 
 
-def _begin(run: Path, begun: dict[str, Any]) -> None:
-    """Write RUN/options.json, or refuse, by name, what differs from it."""
-    path = run / RUN_START
-    if path.is_file():
-        _refuse_changes(path, read_start(run), begun)
-        return
+def _write_start(run: Path, begun: dict[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{RUN_START}.new")
+    new = run / f".{RUN_START}.new"
     new.write_text(json.dumps(begun, indent=1) + "\n")
-    new.rename(path)
+    new.rename(run / RUN_START)
 
 
 def read_start(run: Path) -> dict[str, Any]:
@@ -436,8 +425,8 @@ def _label_counts(counts: Any) -> dict[str, dict[str, int]]:
     }
 
 
-def _resumed(run: Path, config: TrainConfig) -> _Setup:
-    loaded: LoadedRun = load_run(run / "last", to_train=True)
+def _resumed(run: Path) -> _Setup:
+    loaded = load_run(run / "last", to_train=True)
     info = dict(loaded.info)
     return _Setup(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
 
@@ -475,6 +464,21 @@ class _Session:
     metrics: Metrics
     loss: float | None = None
     evaluation: EvalReport | None = None
+
+    def go(self, split: Split) -> float:
+        """Do the steps that are left; the seconds they took. Stopped by a loss that is not finite, it saves first."""
+        began = time.monotonic()
+        setup, world = self.setup, self.world
+        data = StepData(split, setup.tokens, self.frames, self.config, world.rank, world.size)
+        steps = step_packs(data, setup.done, self.options.workers)
+        cached = setup.info["frames"] == "features"
+        blank = setup.model.blank_pack(setup.tokens.image, cached)
+        try:
+            fit(self.model, self.optimizer, steps, self.config, self.after_step, setup.done, world, blank)
+        except NotFiniteError:
+            self.save("last")  # the optimizer has not moved: the weights are those of the last good step
+            raise
+        return time.monotonic() - began
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
         self.setup.done, self.loss = step, line["loss"]
