@@ -26,3 +26,11 @@ ci:
 # preprocess against the plan's path, HF datasets and orjson (1.1 GB, some ten minutes, 16 GB of memory)
 bench-preprocess *ARGS:
     uv run --group bench python benchmarks/preprocess/run.py {{ARGS}}
+
+# train_step against the HF Trainer (CPU, and GPU where there is one; half an hour)
+bench-trainer *ARGS:
+    uv run --group bench python benchmarks/trainer/run.py {{ARGS}}
+
+# a run killed twenty times at random moments, resumed each time: the same bits
+kill:
+    PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200
