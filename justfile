@@ -31,6 +31,10 @@ bench-preprocess *ARGS:
 bench-trainer *ARGS:
     uv run --group bench python benchmarks/trainer/run.py {{ARGS}}
 
+# the loader against HF datasets, MosaicML Streaming and litdata (a quarter of an hour)
+bench-loader *ARGS:
+    uv run --group bench python benchmarks/loader/run.py {{ARGS}}
+
 # a run killed twenty times at random moments, resumed each time: the same bits
 kill:
     PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200

@@ -2,8 +2,8 @@
 
 Trades a perfectly global shuffle for bounded memory: row groups (up to 256 clips) are permuted and clips are
 shuffled inside a window of WINDOW_GROUPS of them, so about a thousand clips are held, whatever the data's size.
-The order is a pure function of (seed, epoch), so any clip of the endless stream is reached by its index: labels
-and turns as numbers at some 50,000 clips/s on one core, with all texts at 9,000 (28,000 clips of 600 frames).
+The order is a pure function of (seed, epoch), so any clip of the endless stream is reached by its index. On one
+core 37,000 clips/s (of 600 frames) become padded tensors of labels and turns, 6,000 with every text an object.
 Every shard of a split is checked against the manifest's size and SHA-256 before the first clip is read, every
 row group's labels against the draw before its first clip is given.
 
