@@ -218,7 +218,7 @@ def train(
     eval_every: Annotated[int, typer.Option(help="steps between; 0: at the end")] = TrainConfig.eval_every,
     seed: Annotated[int, typer.Option(help="of weights and order")] = TrainConfig.seed,
     workers: Annotated[
-        int, typer.Option(help="processes that read ahead; 0: none. Changes no result")
+        int, typer.Option(help="processes that read two steps ahead each, frames included; 0: none. Changes no result")
     ] = RunOptions.workers,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = RunOptions.save_every,
     fsdp: Annotated[bool, typer.Option(help="under torchrun: shard the model, not copy it")] = RunOptions.fsdp,
@@ -226,7 +226,7 @@ def train(
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
     from pipeline.terminal import console, plain
-    from trainer.train import start_config
+    from trainer.start import start_config
     from trainer.train import train as fit
 
     given = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
@@ -244,11 +244,11 @@ def train(
     if report.note is not None:
         typer.echo(report.note)
     resumed = f" after the {report.resumed_from} done before" if report.resumed_from else ""
-    typer.echo(
-        f"{report.steps - report.resumed_from} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows "
-        f"them; "
-        f"next: prospect-dst evaluate {plain(run)} {plain(data)} --split test"
-    )
+    steps = report.steps - report.resumed_from
+    typer.echo(f"{steps} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
+    where = {"--features": features, "--frames-root": frames_root}
+    more = "".join(f" {option} {plain(path)}" for option, path in where.items() if path is not None)
+    typer.echo(f"next: prospect-dst evaluate {plain(run)} {plain(data)} --split test{more}")
     return 0
 
 

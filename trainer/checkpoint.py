@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,36 +81,63 @@ def save_checkpoint(
 ) -> None:
     """Write `folder` whole; one that is there is replaced. With `optimizer` training can go on from it. Collective."""
     world = world or World()
-    weights = {name: whole(value).cpu() for name, value in plain_weights(model.vlm)}
-    heads = {name: whole(value).cpu().contiguous() for name, value in model.heads.state_dict().items()}
-    state = None if optimizer is None else _state(model, optimizer, config)
+    weights = _collect(plain_weights(model.vlm), world)
+    heads = _collect(model.heads.state_dict().items(), world)
+    state = {} if optimizer is None else _collect(_state(model, optimizer, config), world)
     if world.leads:
         new = _beside(folder, "new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         model.vlm.save_pretrained(new, state_dict=weights)
-        save_file(heads, new / HEADS)
-        if state is not None:
-            save_file(state, new / STATE)
+        _save(heads, new / HEADS)
+        if optimizer is not None:
+            _save(state, new / STATE)
         tokens.save(new)
         (new / CARD).write_text(model_card(config, info), encoding="utf-8")
         content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
         (new / RUN_INFO).write_text(json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
+        sync(new / RUN_INFO)
+        sync(new)
         _move_into_place(new, folder)
     world.wait()
 
 
-def _state(model: ProspectModel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> dict[str, Tensor]:
+def _collect(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """Whole, in the leading rank's memory; the others take part and keep nothing. Collective."""
+    kept = {}
+    for name, value in tensors:
+        full = whole(value.detach())
+        if world.leads:
+            kept[name] = full.cpu().contiguous()
+    return kept
+
+
+def _state(model: ProspectModel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
     """All that the next step depends on beside the weights; with LoRA also what learns, as it is not in them."""
-    state = {"rng/cpu": torch.get_rng_state()}
+    yield "rng/cpu", torch.get_rng_state()
     if torch.cuda.is_available():
-        state["rng/cuda"] = torch.cuda.get_rng_state()
+        yield "rng/cuda", torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and config.lora_rank:
-            state[f"parameter/{name}"] = whole(parameter.detach()).cpu().contiguous()
+            yield f"parameter/{name}", parameter
         kept = optimizer.state.get(parameter, {})
-        state |= {f"{key}/{name}": whole(kept[key]).cpu().contiguous() for key in MOMENTS if key in kept}
-    return state
+        yield from ((f"{key}/{name}", kept[key]) for key in MOMENTS if key in kept)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(f"{path}: {error}") from None
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on disk, not only in memory, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -120,8 +147,8 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     found, mode = {}, 0o666 & ~umask
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD):
         path.chmod(mode)  # safetensors' own is for the owner alone, whatever the umask
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(path)
+        with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
     return found
@@ -142,6 +169,7 @@ def _move_into_place(new: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -206,7 +234,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     kept = config if to_train else replace(config, lora_rank=0, compile=False, checkpointing=False)
     model = ProspectModel(vlm, heads, kept)
     if adapted:
-        _load_parameters(folder, model)
+        _load_parameters(folder, model, config.model)
     return LoadedRun(model.eval(), tokens, config, info)
 
 
@@ -268,12 +296,16 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> N
             raise TrainerError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
 
 
-def _load_parameters(folder: Path, model: ProspectModel) -> None:
+def _load_parameters(folder: Path, model: ProspectModel, base: str) -> None:
     state = _read_tensors(folder / STATE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[f"parameter/{name}"])
+        merged = _read_tensors(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
+        for name, value in plain_weights(model.vlm):
+            if name in merged and not torch.allclose(value, merged[name], atol=1e-5):
+                raise TrainerError(f"{base}: {name} is not what the adapters were trained on; get that model back")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from sklearn.metrics import average_precision_score
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.clips import DST, SPEAK, ClipExample
 from trainer.config import TrainConfig
+from trainer.features import CachedFeatures
 from trainer.frames import FrameSource, open_frames
 from trainer.losses import lm_sum
 from trainer.model import ProspectModel
@@ -107,17 +108,26 @@ def score_run(
     """Each clip of `split` of `data`, in order, scored on the GPU if there is one."""
     opened = Split(data, split)
     model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    frames = open_source(opened, model, frames_root, features)
+    frames = open_source([opened], model, frames_root, features)
     return score_clips(model, run.tokens, opened.in_order(), frames, run.config)
 
 
-def open_source(split: Split, model: ProspectModel, frames_root: Path | None, features: Path | None) -> FrameSource:
-    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says)."""
-    if features is None:
-        return open_frames(split.manifest, frames_root, model.side)
-    from trainer.features import CachedFeatures
+def open_source(
+    splits: Sequence[Split], model: ProspectModel, frames_root: Path | None, features: Path | None
+) -> FrameSource:
+    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says).
 
-    return CachedFeatures(features, fingerprint(model.vlm), model.tokens_per_frame)
+    Raises TrainerError, before anything is trained or scored, where a clip of `splits` has none.
+    """
+    source: FrameSource
+    if features is None:
+        source = open_frames(splits[0].manifest, frames_root, model.side)
+    else:
+        source = CachedFeatures(features, fingerprint(model.vlm), model.tokens_per_frame)
+    for split in splits:
+        for clip in split.in_order(rate=None):
+            source.check(clip)
+    return source
 
 
 def score_split(

@@ -141,6 +141,15 @@ class CachedFeatures:
 
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
         """[F, k, D], in the type that is stored (float32 where it is pooled on the way)."""
+        file, first = self._find(clip, start, end)
+        return _pool(file.features[first : first + end - start], self.k)
+
+    def check(self, clip: ClipExample) -> None:
+        """TrainerError unless every frame of the clip is there."""
+        self._find(clip, clip.start_frame, clip.end_frame)
+
+    def _find(self, clip: ClipExample, start: int, end: int) -> tuple[FeatureFile, int]:
+        """The clip's file, and the row of frame `start` in it."""
         path = feature_path(self.folder, clip.video_uid, clip.fps)
         file = self._opened(path, clip)
         first = int(np.searchsorted(file.frames, start))
@@ -151,7 +160,7 @@ class CachedFeatures:
                 f"{path}: {len(file.frames)} frames, but not {missing} of clip {clip.clip_id}; "
                 f"run prospect-dst encode on this data too"
             )
-        return _pool(file.features[first : first + end - start], self.k)
+        return file, first
 
     def _opened(self, path: Path, clip: ClipExample) -> FeatureFile:
         if path not in self._open:

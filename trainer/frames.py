@@ -48,6 +48,10 @@ UNDECODABLE = (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.
 class FrameSource(Protocol):
     """Anything that can give a clip's frames: `PixelFrames`, `features.CachedFeatures`; tests have another."""
 
+    def check(self, clip: ClipExample) -> None:
+        """TrainerError where it can be told without reading that the clip has no frames."""
+        ...
+
     def load(self, clip: ClipExample, start: int, end: int) -> npt.NDArray[Any]:
         """The frames [start, end) of the clip's video (absolute numbers): uint8 RGB [F, 3, S, S], or the vision
         tower's features, float16 or float32 [F, k, D]."""
@@ -92,6 +96,10 @@ class PixelFrames:
                 )
             self._paths[video] = path
         return self._paths[video]
+
+    def check(self, clip: ClipExample) -> None:
+        """TrainerError where nothing is there for the clip's video; how long it is shows when it is read."""
+        self.find(clip)
 
     def close(self) -> None:
         """Close all files; they are opened again when asked for."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.clips import ClipExample
+from trainer.errors import TrainerError
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)  # of one collective: an evaluation on another rank may take a while
@@ -82,7 +83,7 @@ class World:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
-        for layer in [*model.vlm.model.vision_model.encoder.layers, *model.body.layers]:
+        for layer in model.body.layers:  # the tower as a whole: ranks run it for different numbers of chunks
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
@@ -98,9 +99,14 @@ def join() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), size, device)
+    except RuntimeError as error:  # also what a collective says when another rank has gone
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "where this tells of a connection, another rank stopped, and its message says why"
+        raise TrainerError(f"rank {dist.get_rank()}: {reason}; {hint}") from error
     finally:
         dist.destroy_process_group()
 

@@ -43,6 +43,10 @@ class Tokens:
         self.tokenizer.backend_tokenizer.encode_special_tokens = True  # "<image>" in a text is just text
         _ = self.image, self.end, self.marker
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # lost on the way to a worker
+
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -79,8 +83,8 @@ def load_tokens(name: str | Path) -> Tokens:
     """The tokenizer of a folder or of a model on the hub."""
     try:
         return Tokens(PreTrainedTokenizerFast.from_pretrained(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file raises whatever its parser does
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainerError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None
 
 

@@ -7,7 +7,7 @@ of ranks changes it. What step i reads is a pure function of i, so the state of 
 moments and the number of steps done: on the CPU a resumed run ends with the weights, bit for bit, of one that never
 stopped.
 
-    RUN/options.json               the options, before the first step
+    RUN/options.json               what the run is a function of (trainer.start)
     RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
     RUN/last, RUN/best             checkpoints; best by mean AP on the evaluation split
 
@@ -16,11 +16,11 @@ stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
+import resource
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.checkpoint import load_run, load_state, recover, save_checkpoint
+from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
 from trainer.errors import TrainerError
@@ -38,11 +38,12 @@ from trainer.evaluate import EvalReport, open_source, report, score_split
 from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
 from trainer.metrics import Metrics, find_logger, open_metrics
-from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, part_of
+from trainer.model import ProspectModel, part_of
 from trainer.pack import Pack, pack_windows, windows_of
 from trainer.parallel import World, join, share, synced, unwrapped
 from trainer.shards import Split
-from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
+from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
+from trainer.tokenizer import Tokens
 
 ALONE = World()
 
@@ -125,7 +126,7 @@ def _backward(
     with synced(model, now):
         part = sum_terms(model, pack.to(world.device), config)
         loss, _ = combine(part, counts, config)
-        (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP average over ranks
+        (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP divide by it
     return part.detach()
 
 
@@ -167,7 +168,9 @@ class NotFiniteError(TrainerError):
 def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> NotFiniteError:
     mine = [clip_id for pack in packs if pack is not None for clip_id in pack.clip_ids]
     clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
-    return NotFiniteError(f"the {what} is not finite at clips {', '.join(clips)}; lower --lr, or look at these clips")
+    return NotFiniteError(
+        f"the {what} is not finite at clips {', '.join(clips)}; look at them, or train anew with a lower --lr"
+    )
 
 
 # ---- the loop ----------------------------------------------------------------------------------------
@@ -208,7 +211,6 @@ class StepData(Dataset[list[Pack]]):
     config: TrainConfig
     rank: int = 0
     size: int = 1
-    load: bool = False  # frames at once (in a worker), not when a pack runs
 
     def __len__(self) -> int:
         return self.config.steps
@@ -217,22 +219,55 @@ class StepData(Dataset[list[Pack]]):
         n = self.config.clips_per_step
         clips = [self.split.at(self.config.seed, i) for i in range(step * n, (step + 1) * n)]
         windows = windows_of(share(clips, self.rank, self.size), self.tokens, self.config)
-        packs = pack_windows(windows, self.frames, self.config.micro_batch_tokens)
-        return [pack.loaded() for pack in packs] if self.load else packs
+        return pack_windows(windows, self.frames, self.config.micro_batch_tokens)
 
 
-def step_packs(data: StepData, first: int, workers: int) -> Iterable[list[Pack]]:
+@dataclass
+class _Ahead(Dataset[list[Pack] | TrainerError]):
+    """Items of `data` with their frames, for a worker. An error is handed over as it is: raised there, it would come
+    with the worker's traceback for a message."""
+
+    data: StepData
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, step: int) -> list[Pack] | TrainerError:
+        try:
+            return [pack.loaded() for pack in self.data[step]]
+        except TrainerError as error:
+            return error
+
+
+def step_packs(data: StepData, first: int, workers: int) -> Iterator[list[Pack]]:
     """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`."""
-    data.load = workers > 0
     steps = range(first, len(data))
     if not workers:
-        return (data[step] for step in steps)
+        yield from (data[step] for step in steps)
+        return
+    _allow_files()
     processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
     processes.set_forkserver_preload(["trainer.train"])
     own = torch.Generator()  # else it draws from the generator whose state is the run's
-    return DataLoader(
-        data, batch_size=None, sampler=steps, num_workers=workers, multiprocessing_context=processes, generator=own
+    ahead = DataLoader(
+        _Ahead(data),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        multiprocessing_context=processes,
+        generator=own,
     )
+    for packs in ahead:
+        if isinstance(packs, TrainerError):
+            raise packs
+        yield packs
+
+
+def _allow_files() -> None:
+    """Raise the limit on open files as far as it may be: every tensor that a worker sends is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def fit(
@@ -281,33 +316,31 @@ def train(
     with join() as world:
         split = Split(data, "train")
         held_out, note = _open_eval(data, split, config)
-        begun = {"config": config.to_json(), "data_key": split.key, "frames": _source(config, features)}
+        begun = options_of(config, split, held_out, features)
         if world.leads:
-            _check_folder(run, begun, resume)
+            check_folder(run, begun, resume)  # and puts RUN/last in its place: the others look for it afterwards
         world.wait()
-        setup = _resumed(run) if resume and (run / "last").is_dir() else _fresh(split, config)
-        setup.info |= {"data_key": begun["data_key"], "frames": begun["frames"]}
-        frames = open_source(split, setup.model, frames_root, features)
+        setup = resumed(run) if resume and (run / "last").is_dir() else fresh(split, config)
+        already = _agreed(setup.done, world)
+        frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
         model, optimizer = _distribute(setup, run, config, options, world)
         if world.leads:
-            _write_start(run, begun)
-        with _open_metrics(run, config, setup.done, options, world) as metrics:
+            write_start(run, begun)
+        with _open_metrics(run, config, already, options, world) as metrics:
             session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
-            seconds = session.go(split)
+            seconds = session.go(split, cached=features is not None)
         if world.leads:
             draw(run)
-        if setup.resumed_from == config.steps:
-            note = f"all {config.steps} steps had been done before"
-        return TrainReport(
-            run, config.steps, setup.resumed_from, seconds, session.loss, session.evaluation, note, world.leads
-        )
+        if already == config.steps:
+            note = f"all {already} steps had been done before"
+        return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.leads)
 
 
-def _source(config: TrainConfig, features: Path | None) -> str:
-    """'pixels' or 'features'; TrainerError where the features' tower is to learn."""
-    if features is not None and "vision" not in config.freeze:
-        raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
-    return "pixels" if features is None else "features"
+def _agreed(done: int, world: World) -> int:
+    """The steps done, which must be the same on every rank."""
+    if len(set(world.gather(done))) > 1:
+        raise TrainerError("ranks disagree how far the run is; put --run on a disk that all of them see")
+    return done
 
 
 def _open_metrics(
@@ -318,64 +351,6 @@ def _open_metrics(
     return open_metrics(run, config.steps, done, options.logger, options.progress, config.to_json())
 
 
-def _check_folder(run: Path, begun: dict[str, Any], resume: bool) -> None:
-    """Refuse to write into something else, over a run, or on with a run that was begun otherwise."""
-    if run.exists() and not run.is_dir():
-        raise TrainerError(f"{run}: not a folder; choose another --run")
-    used = run.exists() and any(run.iterdir())
-    if used and not resume:
-        raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if used and not (run / RUN_START).is_file():
-        raise TrainerError(f"{run / RUN_START}: not found, so this is no run that could go on; choose another --run")
-    if used:
-        recover(run / "last")
-        recover(run / "best")
-        _refuse_changes(run / RUN_START, read_start(run), begun)
-
-
-RUN_START = "options.json"
-
-
-def _write_start(run: Path, begun: dict[str, Any]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    new = run / f".{RUN_START}.new"
-    new.write_text(json.dumps(begun, indent=1) + "\n")
-    new.rename(run / RUN_START)
-
-
-def read_start(run: Path) -> dict[str, Any]:
-    """What RUN/options.json says: config, data_key, frames ('pixels' or 'features')."""
-    path = run / RUN_START
-    try:
-        begun = json.loads(path.read_bytes())
-        _ = TrainConfig.from_json(begun["config"]), begun["data_key"], begun["frames"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{path}: not a run's options ({error!r}); train again into a new folder") from None
-    return dict(begun)
-
-
-def start_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
-    """The config from `values`; a resumed run keeps its own, but for the fields `chosen`, which must agree with it.
-
-    A warm-up that was not chosen is cut to the number of steps.
-    """
-    if resume and (run / RUN_START).is_file():
-        kept = read_start(run)["config"]
-        return TrainConfig.from_json(kept | {name: values[name] for name in chosen})
-    steps = min(TrainConfig.warmup_steps, values["steps"])
-    return TrainConfig(**values | ({} if "warmup_steps" in chosen else {"warmup_steps": steps}))
-
-
-def _refuse_changes(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = TrainConfig.from_json(now["config"]).differences(TrainConfig.from_json(was["config"]))
-    if was["data_key"] != now["data_key"]:
-        changed.insert(0, f"the data is {now['data_key']}, the run has {was['data_key']}")
-    if was["frames"] != now["frames"]:
-        changed.insert(0, f"frames come from {now['frames']}, the run has {was['frames']}")
-    if changed:
-        raise TrainerError(f"{path}: {'; '.join(changed)}; resume with the same, or train into a new folder")
-
-
 def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | None, str | None]:
     if config.eval_split in split.manifest["splits"]:
         return Split(data, config.eval_split), None
@@ -384,55 +359,8 @@ def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | N
     return None, note
 
 
-# ---- where a run starts ------------------------------------------------------------------------------
-
-
-@dataclass
-class _Setup:
-    """A model, and how far it is."""
-
-    model: ProspectModel
-    tokens: Tokens
-    info: dict[str, Any]
-    done: int = 0
-    best: float = -1.0
-
-    def __post_init__(self) -> None:
-        self.resumed_from = self.done
-
-
-def _fresh(split: Split, config: TrainConfig) -> _Setup:
-    """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
-    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(model_folder(config.model))
-    statistics = split.statistics()
-    rates = statistics.positive_rates()
-    seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
-    vlm = load_model(config.model, len(tokens), config.seed)
-    longest = int(vlm.config.text_config.max_position_embeddings)
-    if config.max_tokens > longest:
-        raise TrainerError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
-    heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
-    info = {"labels": _label_counts(statistics.counts), "positive_rates": rates, "neg_rate": statistics.neg_rate}
-    return _Setup(ProspectModel(vlm, heads, config), tokens, info)
-
-
-def _label_counts(counts: Any) -> dict[str, dict[str, int]]:
-    """Statistics.counts [2, 3] with names."""
-    names = ("negative", "positive", "not_sampled")
-    return {
-        head: dict(zip(names, map(int, row), strict=True))
-        for head, row in zip(("speaking", "dst_update"), counts, strict=True)
-    }
-
-
-def _resumed(run: Path) -> _Setup:
-    loaded = load_run(run / "last", to_train=True)
-    info = dict(loaded.info)
-    return _Setup(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
-
-
 def _distribute(
-    setup: _Setup, run: Path, config: TrainConfig, options: RunOptions, world: World
+    setup: Setup, run: Path, config: TrainConfig, options: RunOptions, world: World
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on its device and over the ranks, with its optimizer as it was left."""
     if options.fsdp and config.lora_rank:
@@ -455,7 +383,7 @@ class _Session:
     run: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    setup: _Setup
+    setup: Setup
     config: TrainConfig
     options: RunOptions
     frames: FrameSource
@@ -465,19 +393,23 @@ class _Session:
     loss: float | None = None
     evaluation: EvalReport | None = None
 
-    def go(self, split: Split) -> float:
+    def go(self, split: Split, cached: bool) -> float:
         """Do the steps that are left; the seconds they took. Stopped by a loss that is not finite, it saves first."""
         began = time.monotonic()
         setup, world = self.setup, self.world
         data = StepData(split, setup.tokens, self.frames, self.config, world.rank, world.size)
         steps = step_packs(data, setup.done, self.options.workers)
-        cached = setup.info["frames"] == "features"
         blank = setup.model.blank_pack(setup.tokens.image, cached)
         try:
             fit(self.model, self.optimizer, steps, self.config, self.after_step, setup.done, world, blank)
         except NotFiniteError:
             self.save("last")  # the optimizer has not moved: the weights are those of the last good step
             raise
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            raise TrainerError(
+                f"step {setup.done + 1}: {reason}; lower --micro-batch-tokens, or add --checkpointing"
+            ) from None
         return time.monotonic() - began
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
@@ -496,8 +428,9 @@ class _Session:
         self.evaluation = report(split.name, scored)
         self.metrics.evaluation({"step": step, "evaluation": self.evaluation.to_json()})
         found = [head.ap for head in (self.evaluation.speak, self.evaluation.dst) if head.ap is not None]
-        if found and sum(found) / len(found) > self.setup.best:
-            self.setup.best = sum(found) / len(found)
+        mean = self.world.gather(sum(found) / len(found) if found else -1.0)[0]  # rank 0's: all save, or none
+        if mean > self.setup.best:
+            self.setup.best = mean
             self.save("best")
 
     def save(self, name: str) -> None:

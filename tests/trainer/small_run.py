@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from by_hand import clip_example, dst, turn, write_frames, write_shards
 
+import trainer.train
 from trainer.config import RunOptions, TrainConfig
 from trainer.train import train
 
@@ -21,16 +23,16 @@ WEIGHTS = ("last/model.safetensors", "last/heads.safetensors", "last/state.safet
 def clip(i: int, split: str = "train", **more):
     at = 3 + i % 5
     turns = [
-        turn("user", "What now?", 1, 2),
+        turn("user", "What now, <image>?", 1, 2),  # text is text, also for a worker
         dst(at, at + 1, ("S1", "complete")),
         turn("assistant", "Well done.", at + 1, at + 3),
     ]
     return clip_example(turns, 0, 12 + i % 3, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}", **more)
 
 
-def write_data(out: Path, clips: int = 7) -> Path:
-    """Shards and frames of `clips` train and 3 val clips; an event's frame is white."""
-    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", clips), ("val", 3))}
+def write_data(out: Path, clips: int = 7, val: int = 3) -> Path:
+    """Shards and frames of `clips` train and `val` val clips; an event's frame is white."""
+    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", clips), ("val", val))}
     for chosen in splits.values():
         for c in chosen:
             frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
@@ -45,6 +47,25 @@ def go(data: Path, run: Path, resume: bool = False, workers: int = 0, save_every
     return train(
         data, run, config, options=RunOptions(workers=workers, save_every=save_every, progress=False), resume=resume
     )
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def go_until(step: int, data, run, monkeypatch, **changed):
+    """A run that dies after `step` steps."""
+    after = trainer.train._Session.after_step
+
+    def dies(self, done, line):
+        after(self, done, line)
+        if done == step:
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.train._Session, "after_step", dies)
+        with pytest.raises(PowerCut):
+            go(data, run, **changed)
 
 
 def curve(run: Path) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import NoisyFrames
-from small_run import CONFIG, clip, curve, go, write_data
+from small_run import CONFIG, clip, curve, go, go_until, write_data
 
 from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
@@ -32,9 +32,11 @@ def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():
 
 
 @pytest.mark.parametrize("more", [{}, {"bf16": True}, {"bf16": True, "compile": True, "checkpointing": True}])
-def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, more):
+def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
     data = write_data(tmp_path / "data")
     report = go(data, tmp_path / "run", **more)
     assert report.loss < 0.7 * curve(tmp_path / "run")[0]["loss"]
     assert load_run(tmp_path / "run").info["step"] == CONFIG.steps
-    assert go(data, tmp_path / "run", resume=True, **more).resumed_from == CONFIG.steps
+    go_until(5, data, tmp_path / "cut", monkeypatch, **more)
+    assert go(data, tmp_path / "cut", resume=True, **more).resumed_from == 4
+    assert curve(tmp_path / "cut")[-2]["loss"] == pytest.approx(curve(tmp_path / "run")[-2]["loss"], rel=1e-2)

@@ -85,6 +85,7 @@ def model_and_packs():
         clip(0, rate=0.5),
         clip_example([], 0, 6, clip_id="no-positive", rate=1.0),
         clip_example([], 0, 6, clip_id="nothing", rate=0.0),
+        clip_example([], 0, 70, clip_id="long", rate=0.2),  # two passes of the tower
     ]
     assert (chosen[2].labels == -100).all()
     packs = [make_pack(build_windows(c, tokens, 1, 200), FRAMES) for c in chosen]
@@ -95,6 +96,7 @@ CASES = {
     "one rank without a positive, the other without a supervised frame": [[1], [2]],
     "a rank without a clip": [[0, 1, 2], []],
     "unequal numbers of packs": [[2], [0, 1]],
+    "unequal numbers of passes of the tower": [[0], [3]],
 }
 
 
@@ -154,6 +156,31 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_clips(tmp_path
     assert first == second
     assert "the loss is not finite at clips" in first
     assert "train0" in first
+
+
+def one_rank_fails(data: str, run: str) -> str:
+    """Rank 1 loses its frames; rank 0 finds itself alone in a collective."""
+    from trainer.config import RunOptions
+    from trainer.frames import PixelFrames
+    from trainer.train import train
+
+    def fails(self, clip, start, end):
+        raise TrainerError("the disk is gone")
+
+    if os.environ["RANK"] == "1":
+        PixelFrames.load = fails
+    try:
+        train(Path(data), Path(run), CONFIG, options=RunOptions(progress=False))
+    except TrainerError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_on_one_rank_ends_the_others_with_a_line(data, tmp_path):
+    found = on_ranks(2, one_rank_fails, tmp_path / "out", str(data), str(tmp_path / "run"))
+    assert found[1] == "the disk is gone"
+    assert found[0].startswith("rank 0: ")
+    assert "another rank stopped, and its message says why" in found[0]
 
 
 # ---- a run -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from small_run import CONFIG, clip, curve, go, weights, write_data
+from small_run import CONFIG, clip, curve, go, go_until, weights, write_data
 
 import trainer.train
-from trainer.checkpoint import load_run
+from trainer.checkpoint import load_run, recover
 from trainer.errors import TrainerError
 
 
@@ -30,25 +30,6 @@ def whole(data, tmp_path_factory):
     return run
 
 
-class PowerCut(BaseException):
-    pass
-
-
-def go_until(step: int, data, run, monkeypatch, **changed):
-    """A run that dies after `step` steps."""
-    after = trainer.train._Session.after_step
-
-    def dies(self, done, line):
-        after(self, done, line)
-        if done == step:
-            raise PowerCut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.train._Session, "after_step", dies)
-        with pytest.raises(PowerCut):
-            go(data, run, **changed)
-
-
 @pytest.fixture
 def cut(data, tmp_path, monkeypatch):
     """A run that died after step 7; its last checkpoint is of step 6."""
@@ -62,6 +43,16 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(data, cut, who
     assert (report.resumed_from, report.steps) == (6, 10)
     assert weights(cut) == weights(whole)
     assert curve(cut) == curve(whole)
+
+
+@pytest.mark.slow
+def test_a_worker_s_error_is_one_line(tmp_path):
+    data = write_data(tmp_path / "data")
+    for path in (data / "frames-on-disk").glob("train-*.arrow"):
+        path.write_bytes(b"no Arrow file")
+    with pytest.raises(TrainerError, match=r"train-v\d\.arrow: not an Arrow IPC file") as caught:
+        go(data, tmp_path / "run", workers=1)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
@@ -99,6 +90,9 @@ def test_a_kill_between_the_two_renames_loses_no_checkpoint(data, cut, whole, lo
     (cut / f".{lost}.new").mkdir()
     (cut / f".{lost}.new" / "model.safetensors").write_bytes(b"half")
     assert load_run(cut).info["step"] == 6
+    recover(cut / lost)
+    assert (cut / lost / "run.json").is_file()
+    assert not list(cut.glob(".*"))
     assert go(data, cut, resume=True).resumed_from == 6
     assert weights(cut) == weights(whole)
     assert not list(cut.glob(".*"))
@@ -132,6 +126,13 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
     assert curve(tmp_path / "run")[-1]["step"] == loaded.info["step"]
 
 
+def test_a_kill_while_the_options_are_written_is_no_obstacle(data, tmp_path, whole):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".options.json.new").write_text('{"conf')
+    assert go(data, tmp_path / "run", resume=True).resumed_from == 0
+    assert weights(tmp_path / "run") == weights(whole)
+
+
 # ---- refused -----------------------------------------------------------------------------------------
 
 
@@ -144,8 +145,25 @@ def test_other_options_are_refused_by_name(data, cut):
 
 def test_other_data_is_refused(cut, tmp_path):
     other = write_data(tmp_path / "other", clips=6)
-    with pytest.raises(TrainerError, match=r"the data is [0-9a-f]{16}, the run has [0-9a-f]{16}"):
+    with pytest.raises(TrainerError, match=r"train data: [0-9a-f]{16}, the run has [0-9a-f]{16}"):
         go(other, cut, resume=True)
+
+
+def test_other_evaluation_data_is_refused(cut, tmp_path):
+    other = write_data(tmp_path / "other", val=2)
+    with pytest.raises(TrainerError, match=r"evaluation data: [0-9a-f]{16}, the run has [0-9a-f]{16}; resume"):
+        go(other, cut, resume=True)
+
+
+def test_adapters_are_not_put_on_another_base(data, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    go(data, tmp_path / "base", steps=2)
+    more = {"lora_rank": 2, "model": str(tmp_path / "base")}
+    go_until(5, data, tmp_path / "run", monkeypatch, **more)
+    shutil.rmtree(tmp_path / "base")
+    go(data, tmp_path / "base", steps=3)
+    with pytest.raises(TrainerError, match=r"is not what the adapters were trained on"):
+        go(data, tmp_path / "run", resume=True, **more)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "state.safetensors", "tokenizer.json"])
@@ -209,6 +227,7 @@ def test_kills_at_random_moments_change_no_bit(data, whole, tmp_path):
                 process.kill()
                 process.join()
                 kills += 1
+            assert process.exitcode in (0, -9)
             if process.exitcode == 0:
                 break
         assert weights(run) == weights(whole)

@@ -120,7 +120,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_clip
     with torch.no_grad():
         model.heads.speak.bias.fill_(math.nan)
     body = model.vlm.lm_head.weight.detach().clone()
-    with pytest.raises(TrainerError, match=r"loss is not finite at clips train0, train1; lower --lr"):
+    with pytest.raises(
+        TrainerError, match=r"loss is not finite at clips train0, train1; look at them, or train anew with a lower --lr"
+    ):
         train_step(model, make_optimizer(model, TINY), [make_pack(windows[:2], FRAMES)], TINY)
     assert torch.equal(model.vlm.lm_head.weight, body)
 

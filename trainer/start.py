@@ -1,0 +1,144 @@
+"""Where a run starts: from nothing, or from RUN/last, and what it refuses to go on with.
+
+RUN/options.json says what the run is a function of (options, data, where frames come from); it is written when all
+that can be checked beforehand is checked, just before the first step, and compared at every resume.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import load_run, recover, sync
+from trainer.config import TrainConfig
+from trainer.errors import TrainerError
+from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
+from trainer.shards import Split
+from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
+
+START = "options.json"
+SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
+
+
+# ---- what a run is of --------------------------------------------------------------------------------
+
+
+def options_of(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
+    """The content of options.json. TrainerError where cached features' tower is to learn."""
+    if features is not None and "vision" not in config.freeze:
+        raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
+    return {
+        "config": config.to_json(),
+        "train data": split.key,
+        "evaluation data": held_out.key if held_out else None,
+        "frames": "pixels" if features is None else "features",
+    }
+
+
+def check_folder(run: Path, begun: dict[str, Any], resume: bool) -> None:
+    """Refuse to write into something else, over a run, or on with a run that was begun otherwise."""
+    if run.exists() and not run.is_dir():
+        raise TrainerError(f"{run}: not a folder; choose another --run")
+    used = run.exists() and any(path.name != f".{START}.new" for path in run.iterdir())
+    if used and not resume:
+        raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
+    if used and not (run / START).is_file():
+        raise TrainerError(f"{run / START}: not found, so this is no run that could go on; choose another --run")
+    if used:
+        recover(run / "last")
+        recover(run / "best")
+        _refuse_changes(run / START, read_start(run), begun)
+
+
+def write_start(run: Path, begun: dict[str, Any]) -> None:
+    """Write RUN/options.json whole, or leave what is there."""
+    run.mkdir(parents=True, exist_ok=True)
+    new = run / f".{START}.new"
+    new.write_text(json.dumps(begun, indent=1) + "\n")
+    sync(new)
+    new.rename(run / START)
+    sync(run)
+
+
+def read_start(run: Path) -> dict[str, Any]:
+    """What RUN/options.json says, as `options_of` made it."""
+    path = run / START
+    try:
+        begun = json.loads(path.read_bytes())
+        _ = TrainConfig.from_json(begun["config"]), [begun[name] for name in SOURCES]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{path}: not a run's options ({error!r}); train again into a new folder") from None
+    return dict(begun)
+
+
+def start_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
+    """The config from `values`; a resumed run keeps its own, but for the fields `chosen`, which must agree with it.
+
+    A warm-up that was not chosen is cut to the number of steps.
+    """
+    if resume and (run / START).is_file():
+        kept = read_start(run)["config"]
+        return TrainConfig.from_json(kept | {name: values[name] for name in chosen})
+    steps = min(TrainConfig.warmup_steps, values["steps"])
+    return TrainConfig(**values | ({} if "warmup_steps" in chosen else {"warmup_steps": steps}))
+
+
+def _refuse_changes(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = TrainConfig.from_json(now["config"]).differences(TrainConfig.from_json(was["config"]))
+    found = [f"{name}: {now[name]}, the run has {was[name]}" for name in SOURCES if now[name] != was[name]]
+    changed = [*found, *changed]
+    if changed:
+        raise TrainerError(f"{path}: {'; '.join(changed)}; resume with the same, or train into a new folder")
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    """A model, and how far it is."""
+
+    model: ProspectModel
+    tokens: Tokens
+    info: dict[str, Any]  # what a checkpoint says of the data
+    done: int = 0  # steps
+    best: float = -1.0  # mean AP on the evaluation split
+
+
+def fresh(split: Split, config: TrainConfig) -> Setup:
+    """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
+    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(model_folder(config.model))
+    statistics = split.statistics()
+    rates = statistics.positive_rates()
+    seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
+    vlm = load_model(config.model, len(tokens), config.seed)
+    longest = int(vlm.config.text_config.max_position_embeddings)
+    if config.max_tokens > longest:
+        raise TrainerError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
+    heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
+    info = {
+        "data_key": split.key,
+        "labels": _label_counts(statistics.counts),
+        "positive_rates": rates,
+        "neg_rate": statistics.neg_rate,
+    }
+    return Setup(ProspectModel(vlm, heads, config), tokens, info)
+
+
+def _label_counts(counts: Any) -> dict[str, dict[str, int]]:
+    """Statistics.counts [2, 3] with names."""
+    names = ("negative", "positive", "not_sampled")
+    return {
+        head: dict(zip(names, map(int, row), strict=True))
+        for head, row in zip(("speaking", "dst_update"), counts, strict=True)
+    }
+
+
+def resumed(run: Path) -> Setup:
+    """RUN/last as it was left; its optimizer is `load_state`'s."""
+    loaded = load_run(run / "last", to_train=True)
+    info = dict(loaded.info)
+    return Setup(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
