@@ -1,13 +1,14 @@
 """A lean torch trainer: streams prospect-dst shards into SmolVLM with two direct decision heads.
 
     config      every knob              pack        windows -> one row      train       train, fit, train_step
-    clips       a clip, its labels      attention   within each window      parallel    one rank or many
-    shards      clips from Parquet      vision      frames -> features      checkpoint  a run on disk
-    frames      pixels, four sources    encode      features once, kept     evaluate    scores, average precision
-    tokenizer   ids and markers         model       SmolVLM + two heads     metrics     what is seen while it runs
-    sequence    clip -> tokens          losses      sums and counts         errors      what the user can mend
+    clips       a clip, its labels      attention   within each window      start       new, or resumed
+    shards      clips from Parquet      vision      frames -> features      parallel    one rank or many
+    frames      pixels, three sources   encode      features once, for all  checkpoint  a run on disk
+    features    ... and a fourth        model       SmolVLM + two heads     evaluate    scores, average precision
+    tokenizer   ids and markers         losses      sums and counts         metrics     what is seen while it runs
+    sequence    clip -> tokens          errors      what the user can mend  curves      the picture of a run
 
-Imports point one way: train -> evaluate -> checkpoint -> model -> pack -> sequence -> clips.
+Imports point one way: train -> start, evaluate -> checkpoint -> model -> pack -> sequence -> clips.
 Of `pipeline` only `schema` is imported. Everything is teacher-forced: texts in the context are the reference's.
 """
 
