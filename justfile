@@ -6,7 +6,7 @@ demo *ARGS:
 
 # all tests
 test *ARGS:
-    uv run pytest {{ARGS}}
+    uv run pytest -n 2 {{ARGS}}
 
 # lint, format, types
 check:

@@ -167,7 +167,8 @@ def encode(
         typer.echo(f"bfloat16 is off by {report.probe:.2%} of a feature's length (at most {TOLERANCE:.0%})")
     if report.refused:
         typer.echo(f"refused in all: {len(report.refused)}; mend them and run again, the rest is kept", err=True)
-    then = f"train {data} --run RUN --model {model} --features {out} --freeze vision"
+    k = "" if tokens_per_frame == TrainConfig.tokens_per_frame else f" --tokens-per-frame {tokens_per_frame}"
+    then = f"train {data} --run RUN --model {model} --features {out} --freeze vision{k}"
     typer.echo(f"next: prospect-dst {plain(then)}")
     return report.status
 
@@ -307,7 +308,7 @@ def _numbers(
 
 def _names(given: list[str]) -> list[str]:
     """The items of a repeatable option, split at commas."""
-    return [item.strip() for item in ",".join(given).split(",")] if given else []
+    return [item.strip() for item in ",".join(given).split(",") if item.strip()]
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (parsed := _parser_status(error)) is not None:
             return parsed
-        if type(error).__name__ == "TrainerError":
+        if any(kind.__name__ == "TrainerError" for kind in type(error).__mro__):
             return _fail(str(error), 1)
         if os.environ.get("PROSPECT_DST_TRACEBACK"):
             raise

@@ -53,18 +53,25 @@ class LoadedRun:
     info: dict[str, Any]
 
     @property
-    def logit_correction(self) -> float:
+    def logit_correction(self) -> float | None:
         """To add to a logit before it is read as a probability: ln(neg_rate), or 0 where the loss made up for it.
 
-        Exact only where no silent frame was kept because the other head is positive there (DESIGN.md, Loss).
+        Exact only where no silent frame was kept because the other head is positive there (DESIGN.md, Loss). None with
+        `balance="mean"`, which shifts logits otherwise: calibrate on held-out clips.
         """
-        return 0.0 if self.config.reweigh else math.log(max(self.info["neg_rate"], 2**-32))
+        return _correction(self.config, self.info["neg_rate"])
 
     def score(self, data: str | Path, split: str = "test", frames_root: Path | None = None) -> Iterator[ClipScores]:
         """Each clip of a split of `data` with logits float32 [2, F] of speaking and DST for every frame."""
         from trainer.evaluate import score_run
 
         return score_run(self, Path(data), split, frames_root)
+
+
+def _correction(config: TrainConfig, neg_rate: float) -> float | None:
+    if config.balance == "mean":
+        return None
+    return 0.0 if config.reweigh else math.log(max(neg_rate, 2**-32))
 
 
 # ---- writing -----------------------------------------------------------------------------------------
@@ -184,9 +191,8 @@ def recover(folder: Path) -> None:
 
 def model_card(config: TrainConfig, info: dict[str, Any]) -> str:
     """Markdown: what the model is, what its scores mean, how to load it."""
-    speak, dst = info.get("positive_rates", (0.5, 0.5))
-    rate = info.get("neg_rate", 1.0)
-    correction = "0 (drawn negatives were weighed)" if config.reweigh else f"{math.log(max(rate, 2**-32)):.4f}"
+    rates = _card_rates(info.get("labels", {}))
+    probability = _card_probability(_correction(config, info.get("neg_rate", 1.0)))
     return f"""---
 library_name: transformers
 tags: [smolvlm, dialog-state-tracking, when-to-speak]
@@ -205,12 +211,31 @@ says: the assistant speaks, or the task's state changes, at this frame.
 
 | of the training labels | speaking | DST update |
 |---|---|---|
-| positive, among supervised frames | {speak:.4f} | {dst:.4f} |
+| positive, among supervised frames | {rates} |
 
-Silent frames were drawn at rate {rate:g} (mean over clips). To read a sigmoid as a probability, first add
-{correction} to the logit; that is exact only where no silent frame was kept because the other head is positive.
+Silent frames were drawn at rate {info.get("neg_rate", 1.0):g} (mean over clips). {probability}
 Scores are with the reference's texts in the context, unless you feed it its own.
 """
+
+
+def _card_rates(labels: dict[str, dict[str, int]]) -> str:
+    shares = []
+    for head in ("speaking", "dst_update"):
+        counts = labels.get(head, {})
+        positive, negative = counts.get("positive", 0), counts.get("negative", 0)
+        shares.append(f"{positive / (positive + negative):.4f}" if positive + negative else "none was supervised")
+    return " | ".join(shares)
+
+
+def _card_probability(correction: float | None) -> str:
+    if correction is None:
+        return "Both classes weighed equally: a sigmoid is no probability until it is calibrated on held-out clips."
+    if correction == 0:
+        return "A sigmoid may be read as a probability: the loss made up for the drawing."
+    return (
+        f"To read a sigmoid as a\nprobability, first add {correction:.4f} to the logit; that is exact only where no "
+        "silent frame was kept because the\nother head is positive."
+    )
 
 
 # ---- reading -----------------------------------------------------------------------------------------
@@ -257,7 +282,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     """What run.json says, its config and files still as JSON."""
     path = folder / RUN_INFO
     if not path.is_file():
-        raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first")
+        best = f"; {folder / 'best'} is one" if (folder / "best" / RUN_INFO).is_file() else ""
+        raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
     try:
         info = json.loads(path.read_bytes())
         found, sealed = info["format"], info.pop("sha256", None)

@@ -59,6 +59,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has no tuples
         object.__setattr__(self, "freeze", tuple(self.freeze))
+        for name, value in self.to_json().items():
+            _require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, expected a number")
+        _require(self.seed < 2**63, f"seed is {self.seed}, expected below 2**63")
         for name in ABOVE_ZERO:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected above 0")
         for name in NOT_NEGATIVE:
@@ -86,7 +89,7 @@ class TrainConfig:
         _require("heads" not in self.freeze, "freeze names heads, which start at nothing; leave them out")
         for part, lr in self.lr_by_part.items():
             _require(part not in self.freeze, f"{part} is in lr_by_part and in freeze; drop one of them")
-            _require(lr > 0, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
+            _require(0 < lr < math.inf, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
         _require(
             not (self.lora_rank and "text" in self.freeze),
             f"lora_rank is {self.lora_rank} and text is in freeze: the adapters are the text's; drop one of them",

@@ -125,9 +125,13 @@ class _Video:
     clips: dict[str | None, ClipExample] = field(default_factory=dict)  # one for each frames_file it goes by
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
+    there: int = 0  # frames that its file has
+
     @property
     def frames(self) -> npt.NDArray[np.int32]:
-        return np.unique(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in self.ranges]))
+        """What its clips need and its file has."""
+        needed = np.unique(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in self.ranges]))
+        return needed[needed < self.there]
 
     @property
     def clip(self) -> ClipExample:
@@ -156,19 +160,27 @@ def _videos(data: Path) -> list[_Video]:
 
 
 def _find(videos: Sequence[_Video], source: PixelFrames) -> tuple[list[tuple[_Video, Path]], list[str]]:
-    """Videos with the file or folder of their frames, and what is wrong with the others."""
+    """Videos with the file or folder of their frames, and what is wrong with the others, or lacks at the end."""
     found, refused = [], []
     for video in videos:
+        name = f"video {video.clip.video_uid}"
         try:
             paths = {source.find(clip) for clip in video.clips.values()}
+            video.there = source.count(video.clip)
         except TrainerError as error:
-            refused.append(f"video {video.clip.video_uid}: {error}")
+            refused.append(f"{name}: {error}")
             continue
-        if len(paths) == 1:
-            found.append((video, paths.pop()))
-        else:
+        if len(paths) > 1:
             named = ", ".join(sorted(map(str, paths)))
-            refused.append(f"video {video.clip.video_uid}: its clips name several frames_files: {named}; keep one")
+            refused.append(f"{name}: its clips name several frames_files: {named}; keep one")
+            continue
+        needed = max(end for _, end in video.ranges)
+        if needed > video.there:
+            refused.append(
+                f"{name}: {video.there} frames, but its clips need {needed}; those that are there are encoded"
+            )
+        if len(video.frames):
+            found.append((video, paths.pop()))
     return found, refused
 
 
@@ -192,6 +204,10 @@ def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | No
         file = open_features(path)
     except TrainerError:
         return None
+    if file.about.get("fingerprint") != about.fingerprint:
+        raise TrainerError(
+            f"{path}: made by another vision tower ({file.about.get('model')}), and kept; choose another --out"
+        )
     asked, computed = about.header(), file.about.get("computed")
     told_alike = all(file.about.get(name) == asked[name] for name in asked.keys() - {"model", "revision", "computed"})
     return file.frames if told_alike and computed in (about.computed, "float32") else None

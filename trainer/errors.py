@@ -3,3 +3,7 @@
 
 class TrainerError(ValueError):
     """One line: where, what was found, what was expected, what to do next. The CLI prints it and exits 1."""
+
+
+class NotFiniteError(TrainerError):
+    """A loss, a gradient or a score is NaN or infinite. Raised on every rank at once."""

@@ -27,6 +27,7 @@ from sklearn.metrics import average_precision_score
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.clips import DST, SPEAK, ClipExample
 from trainer.config import TrainConfig
+from trainer.errors import NotFiniteError
 from trainer.features import CachedFeatures
 from trainer.frames import FrameSource, open_frames
 from trainer.losses import lm_sum
@@ -196,7 +197,13 @@ def _score(model: ProspectModel, windows: Sequence[Window], frames: FrameSource)
 
 
 def report(split: str, scored: list[ClipScores]) -> EvalReport:
-    """Average precision per head over all frames of all clips, and how the two heads' positives coincide."""
+    """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
+
+    Raises NotFiniteError where a score is NaN or infinite.
+    """
+    bad = [s.clip.clip_id for s in scored if not np.isfinite(s.logits).all()]
+    if bad:
+        raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.labels for s in scored], 1)
     speak, dst = labels[SPEAK] == 1, labels[DST] == 1

@@ -101,6 +101,10 @@ class PixelFrames:
         """TrainerError where nothing is there for the clip's video; how long it is shows when it is read."""
         self.find(clip)
 
+    def count(self, clip: ClipExample) -> int:
+        """Frames that the clip's video has at the clip's fps."""
+        return self._opened(self.find(clip)).count(clip.fps)
+
     def close(self) -> None:
         """Close all files; they are opened again when asked for."""
         while self._open:

@@ -6,8 +6,11 @@ that can be checked beforehand is checked, just before the first step, and compa
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,29 +41,49 @@ def options_of(config: TrainConfig, split: Split, held_out: Split | None, featur
     }
 
 
-def check_folder(run: Path, begun: dict[str, Any], resume: bool) -> None:
-    """Refuse to write into something else, over a run, or on with a run that was begun otherwise."""
+def check_folder(run: Path, begun: dict[str, Any], resume: bool, held: ExitStack) -> None:
+    """Refuse to write into something else, over a run, or on with a run that was begun otherwise.
+
+    A run that stopped before its first checkpoint may be begun anew. `held` gets the folder's lock.
+    """
     if run.exists() and not run.is_dir():
         raise TrainerError(f"{run}: not a folder; choose another --run")
-    used = run.exists() and any(path.name != f".{START}.new" for path in run.iterdir())
-    if used and not resume:
+    if not run.exists() or all(path.name == f".{START}.new" for path in run.iterdir()):
+        return
+    lock(run, held)
+    recover(run / "last")
+    recover(run / "best")
+    saved = (run / "last").exists() or (run / "best").exists()
+    if not resume and (saved or not (run / START).is_file()):
         raise TrainerError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if used and not (run / START).is_file():
+    if not (run / START).is_file():
         raise TrainerError(f"{run / START}: not found, so this is no run that could go on; choose another --run")
-    if used:
-        recover(run / "last")
-        recover(run / "best")
+    if resume:
         _refuse_changes(run / START, read_start(run), begun)
 
 
-def write_start(run: Path, begun: dict[str, Any]) -> None:
-    """Write RUN/options.json whole, or leave what is there."""
+def write_start(run: Path, begun: dict[str, Any], held: ExitStack) -> None:
+    """Write RUN/options.json whole, or leave what is there; `held` gets the folder's lock, in place of an older one."""
     run.mkdir(parents=True, exist_ok=True)
+    held.close()
+    lock(run, held)
     new = run / f".{START}.new"
     new.write_text(json.dumps(begun, indent=1) + "\n")
     sync(new)
     new.rename(run / START)
     sync(run)
+
+
+def lock(run: Path, held: ExitStack) -> None:
+    """Keep other processes out of the folder until `held` is closed, or this process ends, however it does."""
+    handle = os.open(run, os.O_RDONLY)
+    held.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TrainerError(f"{run}: another process is training there; wait for it, or choose another --run") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def read_start(run: Path) -> dict[str, Any]:
@@ -70,7 +93,8 @@ def read_start(run: Path) -> dict[str, Any]:
         begun = json.loads(path.read_bytes())
         _ = TrainConfig.from_json(begun["config"]), [begun[name] for name in SOURCES]
     except (ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{path}: not a run's options ({error!r}); train again into a new folder") from None
+        hint = "damaged, or written by another version; train again into a new folder"
+        raise TrainerError(f"{path}: not a run's options ({error!r}): {hint}") from None
     return dict(begun)
 
 

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
-from trainer.errors import TrainerError
+from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluate import EvalReport, open_source, report, score_split
 from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
@@ -161,10 +164,6 @@ def sum_terms(model: nn.Module, pack: Pack, config: TrainConfig) -> Tensor:
     return torch.cat([heads, lm_sum(scores.text, pack.lm_targets)[None]])
 
 
-class NotFiniteError(TrainerError):
-    """Raised on every rank at once, before the optimizer moves anything."""
-
-
 def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> NotFiniteError:
     mine = [clip_id for pack in packs if pack is not None for clip_id in pack.clip_ids]
     clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
@@ -248,19 +247,34 @@ def step_packs(data: StepData, first: int, workers: int) -> Iterator[list[Pack]]
     _allow_files()
     processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
     processes.set_forkserver_preload(["trainer.train"])
-    own = torch.Generator()  # else it draws from the generator whose state is the run's
     ahead = DataLoader(
         _Ahead(data),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
         multiprocessing_context=processes,
-        generator=own,
+        worker_init_fn=partial(_end_with, os.getpid()),
+        generator=torch.Generator(),  # its own: the global one's state is the run's
     )
     for packs in ahead:
         if isinstance(packs, TrainerError):
             raise packs
         yield packs
+
+
+def _end_with(owner: int, worker: int) -> None:
+    """In a worker: end soon after the training process, also where that was killed. (Torch's own watch looks at the
+    parent, which is the fork server, and that ends with its last child.)"""
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(owner, 0)
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _allow_files() -> None:
@@ -313,19 +327,19 @@ def train(
     """
     options = options or RunOptions()
     find_logger(options.logger)
-    with join() as world:
+    with join() as world, ExitStack() as held:
         split = Split(data, "train")
         held_out, note = _open_eval(data, split, config)
         begun = options_of(config, split, held_out, features)
         if world.leads:
-            check_folder(run, begun, resume)  # and puts RUN/last in its place: the others look for it afterwards
+            check_folder(run, begun, resume, held)  # and puts RUN/last in its place: the others look for it afterwards
         world.wait()
         setup = resumed(run) if resume and (run / "last").is_dir() else fresh(split, config)
         already = _agreed(setup.done, world)
         frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
         model, optimizer = _distribute(setup, run, config, options, world)
         if world.leads:
-            write_start(run, begun)
+            write_start(run, begun, held)
         with _open_metrics(run, config, already, options, world) as metrics:
             session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
             seconds = session.go(split, cached=features is not None)

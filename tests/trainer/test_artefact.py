@@ -278,13 +278,21 @@ def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
         assert torch.equal(trainer.load(tmp_path / "b").model(pack).decisions, model.eval()(pack).decisions)
 
 
-@pytest.mark.parametrize(("reweigh", "correction", "in_words"), [(False, -1.386294, "-1.3863"), (True, 0.0, "0 (")])
-def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(tmp_path, reweigh, correction, in_words):
+@pytest.mark.parametrize(
+    ("more", "correction", "in_words"),
+    [
+        ({}, -1.386294, "first add -1.3863 to the logit"),
+        ({"reweigh": True}, 0.0, "A sigmoid may be read as a probability"),
+        ({"balance": "mean"}, None, "a sigmoid is no probability until it is calibrated"),
+    ],
+)
+def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(tmp_path, more, correction, in_words):
     """A quarter of silence was drawn: ln 0.25."""
     tokens, model = tiny()
-    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(reweigh=reweigh), INFO)
-    assert trainer.load(tmp_path).logit_correction == pytest.approx(correction, abs=1e-6)
-    assert f"first add\n{in_words}" in (tmp_path / "last" / "README.md").read_text()
+    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(**more), INFO)
+    found = trainer.load(tmp_path).logit_correction
+    assert found is None if correction is None else found == pytest.approx(correction, abs=1e-6)
+    assert in_words in " ".join((tmp_path / "last" / "README.md").read_text().split())
 
 
 # ---- the card ----------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+
 import pytest
 from small_run import curve, write_data
 
@@ -85,3 +88,47 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_pat
 def test_a_rate_that_is_no_number_is_bad_usage(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", "--lr-by-part", "heads") == 2
     assert "--lr-by-part 'heads': expected something like heads=1e-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_loss_or_a_score_that_is_not_finite_is_one_line_and_leaves_a_checkpoint(data, tmp_path, capsys, steps):
+    """One step: it shows in the evaluation alone."""
+    status = train(data, tmp_path / "run", *FEW, "--steps", steps, "--lr", "1e30", "--warmup-steps", 0)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1
+    assert ("the scores are not finite at clips val" if steps == 1 else "is not finite at clips train") in error
+    assert "this is a bug" not in error
+    assert (tmp_path / "run" / "last" / "run.json").is_file()
+
+
+def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", *FEW, "--max-tokens", 3) == 1
+    assert "raise --max-tokens" in capsys.readouterr().err
+    assert train(data, tmp_path / "run", *FEW) == 0
+    assert train(data, tmp_path / "run", *FEW) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(data, run, *FEW) == 0
+    handle = os.open(run, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert train(data, run, "--resume") == 1
+    os.close(handle)
+    assert "another process is training there" in capsys.readouterr().err
+    assert train(data, run, "--resume") == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", "99999999999999999999"), ("--lr", "inf"), ("--lr", "nan")])
+def test_numbers_that_are_none_are_named(data, tmp_path, capsys, option, value):
+    assert train(data, tmp_path / "run", option, value) == 1
+    assert f"training config: {option[2:]} is" in capsys.readouterr().err
+
+
+def test_encode_keeps_another_tower_s_features(data, tmp_path, capsys):
+    for seed in (0, 1):
+        assert train(data, tmp_path / f"run{seed}", *FEW, "--steps", 1, "--seed", seed) == 0
+    assert main(["encode", str(data), "--model", str(tmp_path / "run0"), "--out", str(tmp_path / "features")]) == 0
+    assert main(["encode", str(data), "--model", str(tmp_path / "run1"), "--out", str(tmp_path / "features")]) == 1
+    assert "made by another vision tower" in capsys.readouterr().err.splitlines()[-1]

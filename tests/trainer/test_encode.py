@@ -170,16 +170,19 @@ def test_videos_that_cannot_be_read_are_named_and_the_rest_is_done(model, root, 
     assert missing.startswith("video v0: clip train0: no frames of v0 below")
     assert broken.startswith("video v2: ")
     assert "v2 frame 5: no JPEG or PNG" in broken
-    write_frames(root / "v1.arrow", [np.zeros((64, 64, 3), np.uint8)] * 8)
+    (root / "v1.arrow").write_bytes(b"no Arrow file")
     with pytest.raises(TrainerError, match="none of 3 videos can be encoded; video v0: clip train0: no frames"):
         encode(data, tmp_path / "other", model)
 
 
-def test_short_videos_are_named(model, root, data, tmp_path):
+def test_of_a_short_video_what_is_there_is_encoded_and_the_rest_is_named(model, root, data, tmp_path):
+    """TRAPS 7: annotations longer than the frames cost the clips that reach beyond, not the whole video."""
     write_frames(root / "v0.arrow", [np.zeros((64, 64, 3), np.uint8)] * 15)
     report = encode(data, tmp_path / "out", model, batch=2)
-    assert (report.videos, len(report.refused)) == (2, 1)
-    assert "v0.arrow: 15 frames, but clip train0 needs frame 15" in report.refused[0]
+    assert (report.videos, report.status) == (3, 3)
+    assert report.refused == ["video v0: 15 frames, but its clips need 20; those that are there are encoded"]
+    frames = open_features(tmp_path / "out" / "v0.2fps.safetensors").frames
+    assert frames.max() == 14
 
 
 def test_a_video_whose_clips_name_two_files_is_refused(model, root, tmp_path):

@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +196,18 @@ def test_a_run_is_not_overwritten_without_resume(data, cut):
         go(data, cut)
 
 
+def _alive(marker: str) -> list[str]:
+    """Command lines of processes that have `marker` in their environment and have not ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return [line for line in found if line]
+
+
 # ---- kill -9 -----------------------------------------------------------------------------------------
 
 
@@ -239,3 +254,26 @@ def test_the_small_run_does_what_it_is_for(data, whole):
     lines = curve(whole)
     assert [line["step"] for line in lines if "evaluation" in line] == [4, 8, 10]
     assert CONFIG.steps == 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_training_process_that_was_killed(data, tmp_path):
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from small_run import go; from pathlib import Path; " + (
+        f"go(Path({str(data)!r}), Path({str(tmp_path / 'run')!r}), workers=2, steps=100_000)"
+    )
+    marker = f"PROSPECT_DST_TEST={tmp_path}"
+    environment = {**os.environ, "PROSPECT_DST_TEST": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    _until(lambda: (tmp_path / "run" / "last").exists(), 120)
+    assert len(_alive(marker)) >= 4  # training, fork server, two workers
+    process.kill()
+    process.wait()
+    _until(lambda: not _alive(marker), 30)
+
+
+def _until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
