@@ -295,7 +295,7 @@ def _numbers(
 ) -> dict[str, float]:
     """name=number items, over commas and repeats; a number without a name is `anonymous`'s, if that may be."""
     numbers: dict[str, float] = {}
-    for item in _names(given):
+    for item in ",".join(given).split(",") if given else []:
         name, equals, number = item.rpartition("=")
         try:
             if not name.strip() and (equals or anonymous is None):
