@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -62,7 +61,6 @@ class PixelFrames:
     """Frames below `root`, as `find_frames` finds them. May be pickled; files and cached frames stay behind."""
 
     _open: OrderedDict[Path, _Opened]
-    _process: int  # that opened them
 
     def __init__(self, root: Path, side: int, cache_bytes: int = 512 << 20, open_files: int = 8) -> None:
         if not root.is_dir():
@@ -123,9 +121,6 @@ class PixelFrames:
         return pixels
 
     def _opened(self, path: Path) -> _Opened:
-        if self._process != os.getpid():  # forked: decoders' threads and file positions stayed with the parent
-            _PARENTS.append(self._open)
-            self._open, self._process = OrderedDict(), os.getpid()
         if path not in self._open:
             self._open[path] = _open(path)
             if len(self._open) > self._open_files:
@@ -136,7 +131,7 @@ class PixelFrames:
     def _forget(self) -> None:
         self._cache: dict[tuple[Path, int, float], Pixels] = {}
         self._paths: dict[tuple[str, str | None], Path] = {}
-        self._open, self._process = OrderedDict(), os.getpid()
+        self._open = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("root", "side", "_open_files", "_cache_frames")}
@@ -144,9 +139,6 @@ class PixelFrames:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-
-_PARENTS: list[Any] = []  # a forked worker must neither use nor close what its parent opened
 
 
 def open_frames(manifest: dict[str, Any], root: Path | None, side: int) -> PixelFrames:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import multiprocessing
 import pickle
 import struct
 from collections.abc import Sequence
@@ -477,20 +476,6 @@ def test_a_source_goes_to_a_worker_without_its_files(tmp_path):
     sent = pickle.dumps(source)
     assert len(sent) < 1000
     assert np.array_equal(pickle.loads(sent).load(at(10), 0, 10), expected)
-
-
-def test_a_forked_worker_reads_with_files_of_its_own(tmp_path):
-    video(tmp_path / "v.mp4", 120, step=2)
-    source = PixelFrames(tmp_path, 64, cache_bytes=0)
-    expected = source.load(at(30), 0, 120)
-    source.load(at(30), 0, 10)  # in the middle of the file when the worker starts
-    context = multiprocessing.get_context("fork")
-    coming, going = context.Pipe(duplex=False)
-    worker = context.Process(target=lambda: going.send(source.load(at(30), 0, 120)), daemon=True)
-    worker.start()  # inherits the source as it stands
-    assert np.array_equal(source.load(at(30), 10, 120), expected[10:])
-    assert coming.poll(60)
-    assert np.array_equal(coming.recv(), expected)
 
 
 def test_the_number_of_open_files_is_bounded(tmp_path):
