@@ -7,6 +7,7 @@
     features    ... and a fourth        model       SmolVLM + two heads     evaluate    scores, average precision
     tokenizer   ids and markers         losses      sums and counts         metrics     what is seen while it runs
     sequence    clip -> tokens          errors      what the user can mend  curves      the picture of a run
+                                        disk        digests, syncs
 
 Imports point one way: train -> start, evaluate -> checkpoint -> model -> pack -> sequence -> clips.
 Of `pipeline` only `schema` is imported. Everything is teacher-forced: texts in the context are the reference's.

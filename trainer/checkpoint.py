@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.disk import sha256, sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, plain_weights
 from trainer.parallel import World, shard_like, whole
@@ -138,15 +139,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path}: {error}") from None
 
 
-def sync(path: Path) -> None:
-    """Have a file or a folder on disk, not only in memory, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, each of them on disk when this returns; the card may be edited."""
     umask = os.umask(0)
@@ -155,9 +147,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD):
         path.chmod(mode)  # safetensors' own is for the owner alone, whatever the umask
         sync(path)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
 
 
@@ -315,9 +305,7 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> N
         if not path.is_file():
             made_up = ", and heads are never made up" if name == HEADS else ""
             raise TrainerError(f"{path}: not found{made_up}; train again, or get the whole folder")
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             size = f"{path.stat().st_size} bytes of {expected['bytes']}"
             raise TrainerError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
 
@@ -343,8 +331,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_heads(folder: Path, like: DecisionHeads) -> dict[str, Any]:
     path = folder / HEADS
-    if not path.is_file():
-        raise TrainerError(f"{path}: not found, and heads are never made up; train again, or get the whole folder")
     state = _read_tensors(path)
     found, expected = ({name: list(v.shape) for name, v in s.items()} for s in (state, like.state_dict()))
     if found != expected:

@@ -124,7 +124,6 @@ def _check_options(k: int, dtype: str, store: str, batch: int) -> None:
 class _Video:
     clips: dict[str | None, ClipExample] = field(default_factory=dict)  # one for each frames_file it goes by
     ranges: list[tuple[int, int]] = field(default_factory=list)
-
     there: int = 0  # frames that its file has
 
     @property

@@ -151,7 +151,11 @@ def open_frames(manifest: dict[str, Any], root: Path | None, side: int) -> Pixel
 
 def decode(text: str, side: int) -> Pixels:
     """uint8 [3, S, S] from a base64 JPEG: centre-cropped, then resized. Raises ValueError, OSError."""
-    return _fit(_read_image(io.BytesIO(base64.b64decode(text, validate=True)), "JPEG"), side)
+    return _fit(_read_base64(text), side)
+
+
+def _read_base64(text: str) -> Image.Image:
+    return _read_image(io.BytesIO(base64.b64decode(text, validate=True)), "JPEG")
 
 
 def _fit(image: Image.Image, side: int) -> Pixels:
@@ -218,7 +222,7 @@ class _Arrow:
         return len(self._column)
 
     def image(self, number: int, fps: float) -> Image.Image:
-        return _read_image(io.BytesIO(base64.b64decode(self._column[number].as_py(), validate=True)), "JPEG")
+        return _read_base64(self._column[number].as_py())
 
     def close(self) -> None:
         del self._column

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import MANIFEST, NOT_SAMPLED, ROLES, SCHEMA_HASH, SCHEMA_VERSION, draws, is_inside
 from trainer.clips import ClipExample, ClipLabels, LabelRule, Labels, Turn, epoch_labels, onset_rest
+from trainer.disk import sha256
 from trainer.errors import TrainerError
 
 WINDOW_GROUPS = 4
@@ -84,9 +85,7 @@ def _verify(data: Path, shard: dict[str, Any]) -> Path:
     if size != shard["bytes"]:
         found = "missing" if size is None else f"{size} bytes"
         raise TrainerError(f"{path}: {found}, expected {shard['bytes']} bytes; run preprocess again")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != shard["sha256"]:
+    if sha256(path) != shard["sha256"]:
         raise TrainerError(f"{path}: damaged, SHA-256 differs from the manifest's; run preprocess again")
     return path
 

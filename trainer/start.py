@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import load_run, recover, sync
+from trainer.checkpoint import load_run, recover
 from trainer.config import TrainConfig
+from trainer.disk import sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
 from trainer.shards import Split

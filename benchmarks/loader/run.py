@@ -312,21 +312,8 @@ def report(bench: Bench, cases: Cases, written: dict[str, tuple[float, float]], 
     return "\n".join(lines) + "\n"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=FULL_SIZE)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, of: " + ", ".join(SIDES))
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench")
-    parser.add_argument("--results", type=Path, help="default: results.md beside this file, for a full run")
-    options = parser.parse_args()
-    if unknown := set(options.sides.split(",")) - set(SIDES):
-        parser.error(f"--sides: {', '.join(sorted(unknown))} not among {', '.join(SIDES)}")
-    return options
-
-
 def main() -> None:
-    options = parse()
+    options = stage1.parse(__doc__, SIDES)
     sides = [side for side in SIDES if side in options.sides.split(",")]
     options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="loader-") as scratch:
@@ -335,12 +322,8 @@ def main() -> None:
             bench.shards(clips)
         cases, written = run_all(bench, sides, options.clips, options.reps)
         text = report(bench, cases, written, options)
-    print("\n" + text)
     complete = options.clips == FULL_SIZE and len(sides) == len(SIDES)
-    target = options.results or (HERE / "results.md" if complete else None)
-    if target:
-        target.write_text(text, encoding="utf-8")
-        print(f"written: {target}")
+    stage1.publish(text, options.results or (HERE / "results.md" if complete else None))
 
 
 if __name__ == "__main__":

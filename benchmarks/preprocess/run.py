@@ -40,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -439,33 +439,38 @@ def report(results: Results, source: Path, options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def publish(text: str, target: Path | None) -> None:
+    """Print the report, and write it where it belongs, if anywhere."""
+    print("\n" + text)
+    if target:
+        target.write_text(text, encoding="utf-8")
+        print(f"written: {target}")
+
+
+def parse(description: str | None, every: Collection[str]) -> argparse.Namespace:
+    """The command line of a benchmark whose sides are among `every`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=FULL_SIZE)
     parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, of: " + ", ".join(SIDES))
+    parser.add_argument("--sides", default=",".join(every), help="comma-separated, of: " + ", ".join(every))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench")
     parser.add_argument("--results", type=Path, help="default: results.md beside this file, for a full run")
     options = parser.parse_args()
-    if unknown := set(options.sides.split(",")) - set(SIDES):
-        parser.error(f"--sides: {', '.join(sorted(unknown))} not among {', '.join(SIDES)}")
+    if unknown := set(options.sides.split(",")) - set(every):
+        parser.error(f"--sides: {', '.join(sorted(unknown))} not among {', '.join(every)}")
     return options
 
 
 def main() -> None:
-    options = parse()
+    options = parse(__doc__, SIDES)
     sides = [side for side in SIDES if side in options.sides.split(",")]
     options.work.mkdir(parents=True, exist_ok=True)
     source, tiny = generated(options.work, options.clips), generated(options.work, TINY)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="run-") as scratch:
         results = run_all(sides, source, tiny, Path(scratch), options.reps)
     text = report(results, source, options)
-    print("\n" + text)
     complete = options.clips == FULL_SIZE and len(results) == len(SIDES)
-    target = options.results or (HERE / "results.md" if complete else None)
-    if target:
-        target.write_text(text, encoding="utf-8")
-        print(f"written: {target}")
+    publish(text, options.results or (HERE / "results.md" if complete else None))
 
 
 if __name__ == "__main__":

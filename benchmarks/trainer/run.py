@@ -41,6 +41,10 @@ import torch
 from shared import AS_IT_COMES, Case, pool_efficiency
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from benchmarks.preprocess import run as stage1  # noqa: E402
+
 SAMPLE_S = 0.01
 SIDES = {
     "ours": "**prospect-dst**: packs, LM head on supervised rows",
@@ -162,14 +166,6 @@ def check(case: Case, core: int | None) -> dict[str, float]:
 # --- the run --------------------------------------------------------------------------------------------
 
 
-def pin() -> int:
-    """The core for the measured processes; this one moves to the others, where there are any."""
-    cores = sorted(os.sched_getaffinity(0))
-    if cores[1:]:
-        os.sched_setaffinity(0, cores[:-1])
-    return cores[-1]
-
-
 def compare(case: Case, reps: dict[str, int], core: int | None, results: Results) -> None:
     """All sides of a case, taking turns; `reps`: repetitions per side."""
     results.checks[case] = check(case, core)
@@ -195,7 +191,7 @@ def look_up_limits(cases: Sequence[Case], core: int | None, results: Results) ->
 
 
 def run_all(options: argparse.Namespace) -> Results:
-    results, core = Results(), pin()
+    results, core = Results(), stage1.pin()
     reps = dict.fromkeys(SIDES, options.reps)
     if options.size == "tiny":
         case = Case(**{**TINY.__dict__, "device": options.device if options.device != "both" else "cpu"})
@@ -407,12 +403,8 @@ def main() -> None:
     options = parse()
     results = run_all(options)
     text = report(results, options)
-    print("\n" + text)
     complete = options.size == "all" and options.device != "cuda" and options.reps >= 3
-    target = options.results or (HERE / "results.md" if complete else None)
-    if target:
-        target.write_text(text, encoding="utf-8")
-        print(f"written: {target}")
+    stage1.publish(text, options.results or (HERE / "results.md" if complete else None))
 
 
 if __name__ == "__main__":

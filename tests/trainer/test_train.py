@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import NoisyFrames, clip_example, dst, turn, write_frames, write_shards
+from by_hand import NoisyFrames, clip_example, write_shards
+from small_run import clip, curve, write_data
 
 from trainer.checkpoint import load_run, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
@@ -24,27 +25,9 @@ QUIET = RunOptions(progress=False)
 TINY = TrainConfig(steps=2, clips_per_step=3, warmup_steps=1, max_tokens=200, micro_batch_tokens=200)
 
 
-def clip(i: int, split: str = "train", **more):
-    """An event's frame is white; 12 frames."""
-    at = 3 + i % 5
-    turns = [
-        turn("user", "What now?", 1, 2),
-        dst(at, at + 1, ("S1", "complete")),
-        turn("assistant", "Well done.", at + 1, at + 3),
-    ]
-    return clip_example(turns, 0, 12 + i % 3, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}", **more)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data")
-    root = out / "frames-on-disk"
-    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", 6), ("val", 4))}
-    for clips in splits.values():
-        for c in clips:
-            frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
-            write_frames(root / f"{c.video_uid}.arrow", frames)
-    return write_shards(out, splits, frames_root=root, group=2)
+    return write_data(tmp_path_factory.mktemp("data"), clips=6, val=4)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +46,6 @@ def parts(n: int = 5):
 
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def curve(run) -> list[dict]:
-    """All that was logged but the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "clock"} for line in lines]
 
 
 # ---- the step ----------------------------------------------------------------------------------------
