@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import InputError, UsageError
-from trainer.config import PARTS, RunOptions, TrainConfig  # plain data, no torch
+from trainer.arms import ARMS  # plain data, no torch
+from trainer.config import PARTS, RunOptions, TrainConfig  # likewise
 
 app = typer.Typer(
     name="prospect-dst",
@@ -181,6 +182,7 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="go on from RUN/last, with the run's own options, bit for bit as if never stopped")
     ] = False,
+    arm: Annotated[str, typer.Option(help=f"what it reads of the state: {', '.join(ARMS)}")] = TrainConfig.arm,
     model: Annotated[str, typer.Option(help="tiny, a folder, a run, or a name on the hub")] = TrainConfig.model,
     frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
     features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.arms import find_arm
 from trainer.config import TrainConfig
 from trainer.disk import sha256, sync
 from trainer.errors import TrainerError
@@ -191,7 +192,8 @@ tags: [smolvlm, dialog-state-tracking, when-to-speak]
 
 A SmolVLM (from `{config.model}`) with two linear heads, trained by prospect-dst for {info.get("step", "?")} of
 {config.steps} steps. Both heads read the last of the {config.tokens_per_frame} token(s) of a frame. A logit above 0
-says: the assistant speaks, or the task's state changes, at this frame.
+says: the assistant speaks, or the task's state changes, at this frame. Arm `{config.arm}`:
+{find_arm(config.arm).about}.
 
     import trainer
     run = trainer.load("this folder")
@@ -247,7 +249,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size))
     heads.load_state_dict(_read_heads(folder, heads))
     kept = config if to_train else replace(config, lora_rank=0, compile=False, checkpointing=False)
-    model = ProspectModel(vlm, heads, kept)
+    model = ProspectModel(vlm, heads, kept, tokens.end)
     if adapted:
         _load_parameters(folder, model, config.model)
     return LoadedRun(model.eval(), tokens, config, info)

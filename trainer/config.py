@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from trainer.arms import find_arm
 from trainer.errors import TrainerError
 
 BALANCES = ("none", "mean")
@@ -29,6 +30,7 @@ class TrainConfig:
     Raises TrainerError where fields disagree.
     """
 
+    arm: str = "speak+dst"  # what it reads of the state and where it decides: a name in arms.ARMS
     model: str = "tiny"  # 'tiny', a folder with a SmolVLM, or its name on the hub
     seed: int = 0  # of the weights, the order of clips and nothing else (draws have their own, per clip)
     steps: int = 200  # optimizer steps
@@ -59,6 +61,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has no tuples
         object.__setattr__(self, "freeze", tuple(self.freeze))
+        find_arm(self.arm)
         for name, value in self.to_json().items():
             _require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, expected a number")
         _require(self.seed < 2**63, f"seed is {self.seed}, expected below 2**63")

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import average_precision_score
 
+from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.clips import DST, SPEAK, ClipExample
 from trainer.config import TrainConfig
@@ -64,7 +65,7 @@ class ClipScores(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadReport:
-    ap: float | None  # None where there is no positive frame, or no frame at all
+    ap: float | None  # None where there is no positive frame, or the arm has no such head
     chance: float  # the AP of guessing: the share of positive frames
     frames: int
     positives: int
@@ -97,10 +98,11 @@ def evaluate(
 
     features: what `encode` wrote with this run's vision tower, instead of frames.
     """
-    scored = list(score_run(load_run(run), data, split, frames_root, features))
+    loaded = load_run(run)
+    scored = list(score_run(loaded, data, split, frames_root, features))
     if out is not None:
         write_scores(out, scored)
-    return report(split, scored)
+    return report(split, scored, loaded.model.arm)
 
 
 def score_run(
@@ -196,7 +198,7 @@ def _score(model: ProspectModel, windows: Sequence[Window], frames: FrameSource)
     ]
 
 
-def report(split: str, scored: list[ClipScores]) -> EvalReport:
+def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
     """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
 
     Raises NotFiniteError where a score is NaN or infinite.
@@ -212,7 +214,7 @@ def report(split: str, scored: list[ClipScores]) -> EvalReport:
         split=split,
         clips=len(scored),
         speak=_head(logits[SPEAK], labels[SPEAK]),
-        dst=_head(logits[DST], labels[DST]),
+        dst=_head(logits[DST], labels[DST], arm.dst_head),
         speak_only=int((speak & ~dst).sum()),
         dst_only=int((dst & ~speak).sum()),
         both=int((dst & speak).sum()),
@@ -220,10 +222,10 @@ def report(split: str, scored: list[ClipScores]) -> EvalReport:
     )
 
 
-def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8]) -> HeadReport:
+def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], there: bool = True) -> HeadReport:
     known = labels >= 0
     frames, positives = int(known.sum()), int((labels == 1).sum())
-    ap = float(average_precision_score(labels[known], logits[known])) if positives else None
+    ap = float(average_precision_score(labels[known], logits[known])) if positives and there else None
     return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)
 
 

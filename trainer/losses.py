@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.arms import Arm, find_arm
 from trainer.config import TrainConfig
 
 TERMS = ("speak_neg", "speak_pos", "dst_neg", "dst_pos", "lm")
@@ -34,10 +35,22 @@ def label_weights(labels: Tensor, neg_rate: Tensor, reweigh: bool) -> Tensor:
     return weights
 
 
+def targets(logits: Tensor, labels: Tensor, arm: Arm) -> tuple[Tensor, Tensor]:
+    """(logits, labels), [2, N] each, as the arm's loss takes them from logits and labels that say *speak*.
+
+    An inverted head's logit says silence, so that is what its labels say, too; -100 stays.
+    """
+    if arm.decides != "inverted":
+        return logits, labels
+    silence = torch.where(labels[0] >= 0, 1 - labels[0], labels[0])
+    return torch.stack([-logits[0], logits[1]]), torch.stack([silence, labels[1]])
+
+
 def masked_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(sums, counts), each [4]: weighted BCE and weight per head and class, over labels [2, N] of 0 or 1.
 
-    `logits` [2, N] at other labels are never read: neither value nor gradient depends on them.
+    `logits` [2, N] at other labels are never read: neither value nor gradient depends on them. BCE(x, y) and
+    BCE(-x, 1 - y) are the same float, and their gradients each other's negative: an inverted head learns the same bits.
     """
     weights = torch.ones_like(logits) if weights is None else weights
     sums, counts = [], []
@@ -45,8 +58,7 @@ def masked_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None
         for value in (0, 1):
             chosen = labels[head] == value
             weight, logit = weights[head][chosen], logits[head][chosen]
-            loss = F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, value), weight, reduction="sum")
-            sums.append(loss)
+            sums.append(-(F.logsigmoid(logit if value else -logit) * weight).sum())
             counts.append(weight.sum())
     return torch.stack(sums), torch.stack(counts)
 
@@ -66,7 +78,8 @@ def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, 
         "dst": _head_mean(sums[2:4], counts[2:4], config.balance),
         "lm": _divide(sums[4], counts[4]),
     }
-    loss = config.w_speak * terms["speak"] + config.w_dst * terms["dst"] + config.w_lm * terms["lm"]
+    w_dst = config.w_dst if find_arm(config.arm).dst_head else 0.0
+    loss = config.w_speak * terms["speak"] + w_dst * terms["dst"] + config.w_lm * terms["lm"]
     return loss, terms
 
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, SmolVLMConfig, SmolVLMForConditionalGenerat
 from transformers.utils import logging as transformers_logging
 
 from trainer import vision
+from trainer.arms import find_arm
 from trainer.attention import use_packed
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
@@ -55,11 +56,22 @@ class DecisionHeads(nn.Module):
 
 
 class ProspectModel(nn.Module):
-    """A SmolVLM and its heads. `config` says what is frozen, adapted, recomputed, compiled, and k."""
+    """A SmolVLM and its heads. `config` says the arm, what is frozen, adapted, recomputed, compiled, and k.
 
-    def __init__(self, vlm: SmolVLMForConditionalGeneration, heads: DecisionHeads, config: TrainConfig) -> None:
+    silence: id of the token that says silence, which the arm lm-eos decides by.
+    """
+
+    def __init__(
+        self,
+        vlm: SmolVLMForConditionalGeneration,
+        heads: DecisionHeads,
+        config: TrainConfig,
+        silence: int | None = None,
+    ) -> None:
         super().__init__()
         self.vlm, self.heads = vlm, heads
+        self.arm, self.silence = find_arm(config.arm), silence
+        assert silence is not None or self.arm.decides != "lm-eos"
         self.tokens_per_frame, self.bf16 = config.tokens_per_frame, config.bf16
         given = vision.most_tokens(vlm)
         if self.tokens_per_frame > given:
@@ -104,7 +116,22 @@ class ProspectModel(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden_states(pack)  # [L, H]
             text = self.vlm.lm_head(hidden[pack.lm_index])
-        return Scores(self.heads(hidden[pack.decision_index]), text)
+            return Scores(self.decisions(hidden[pack.decision_index]), text)
+
+    def decisions(self, hidden: Tensor) -> Tensor:
+        """float32 [2, N] of [N, H] at decision tokens: logits that say *speak* and *DST update*, whatever the arm.
+
+        lm-eos: the log-odds of any next token but `silence`. Row 1 means nothing where the arm has no DST head.
+        """
+        logits = self.heads(hidden)
+        if self.arm.decides == "inverted":
+            return torch.stack([-logits[0], logits[1]])
+        if self.arm.decides == "lm-eos":
+            following = self.vlm.lm_head(hidden).float()  # [N, V]
+            others = following.index_fill(1, torch.tensor([self.silence], device=hidden.device), -torch.inf)
+            speaks = others.logsumexp(-1) - following[:, self.silence]
+            return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: every weight has a gradient on every rank
+        return logits
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """[L, H] after the last layer and norm."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.arms import find_arm
 from trainer.clips import ClipExample
 from trainer.config import TrainConfig
 from trainer.frames import FrameSource
@@ -74,8 +75,8 @@ class Loaded:
 
 def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig) -> list[Window]:
     """All windows of the clips, in order."""
-    k, budget = config.tokens_per_frame, config.max_tokens
-    return [window for clip in clips for window in build_windows(clip, tokens, k, budget)]
+    k, budget, arm = config.tokens_per_frame, config.max_tokens, find_arm(config.arm)
+    return [window for clip in clips for window in build_windows(clip, tokens, k, budget, arm)]
 
 
 def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:

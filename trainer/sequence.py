@@ -7,7 +7,8 @@ User text stands before the first frame of its range, DST and assistant text aft
 (after the onset frame where labels are onsets), so no event's text precedes a frame that is positive for
 it. A head that fires once writes one text: what several turns of a role say at one frame is joined, in
 order. A turn without frames, or wholly outside the clip, gives no text. The context holds the reference's
-texts: training is teacher-forced.
+texts: training is teacher-forced. What an arm does not read of the state is left out: DST texts, their content, the
+states in the prompt. `prompt_ids`, `utterance` and `user_texts` are what the self-fed pass builds the same from.
 
 A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own
 frames: seen, not supervised. Costs at most a third more frame tokens; every frame is supervised in exactly one
@@ -18,19 +19,21 @@ window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from trainer.arms import ARMS, Arm
 from trainer.clips import ClipExample, Turn
 from trainer.errors import TrainerError
 from trainer.tokenizer import STATES, Tokens
 
 CONTEXT = 0.25  # share of a window's room for frames that repeats what came before
 REPLIES = ("DST_UPDATE", "assistant")  # in this order where both stand after one frame
+DEFAULT_ARM = ARMS["speak+dst"]
 Ints = npt.NDArray[np.int64]
 
 
@@ -72,13 +75,13 @@ class _Block:
         return len(self.before) + k + sum(map(len, self.replies))
 
 
-def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int) -> list[Window]:
+def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
     """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
 
     Raises TrainerError, naming the clip, where the prompt or one frame with its texts exceeds the budget.
     """
-    blocks = _blocks(clip, tokens)
-    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame))
+    blocks = _blocks(clip, tokens, arm)
+    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame, arm))
     if room < k:
         raise TrainerError(
             f"clip {clip.clip_id}: its prompt has {max_tokens - room} tokens and max_tokens is {max_tokens}; "
@@ -91,7 +94,7 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int) ->
             f"clip {clip.clip_id} frame {clip.start_frame + worst}: {costs[worst]} tokens with its texts, "
             f"but max_tokens {max_tokens} leaves {room} beside the prompt; raise --max-tokens"
         )
-    windows = [_build(clip, tokens, k, blocks, cut) for cut in cut_windows(costs, room)]
+    windows = [_build(clip, tokens, k, blocks, cut, arm) for cut in cut_windows(costs, room)]
     assert all(len(window.input_ids) <= max_tokens for window in windows)
     return windows
 
@@ -130,25 +133,37 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
     return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
 
 
-def _blocks(clip: ClipExample, tokens: Tokens) -> list[_Block]:
+def _blocks(clip: ClipExample, tokens: Tokens, arm: Arm) -> list[_Block]:
     """One block per frame of the clip [F]."""
-    said: dict[tuple[int, str], list[str]] = {}
-    for turn in clip.turns:
-        frame = _text_frame(turn, clip)
-        if frame is not None and clip.start_frame <= frame < clip.end_frame:
-            said.setdefault((frame - clip.start_frame, turn.role), []).append(turn.text)
     blocks = [_Block() for _ in range(clip.num_frames)]
-    for (i, role), texts in said.items():
-        if role == "user":
-            blocks[i].before = _utterance(role, texts, tokens)
+    for frame, texts in user_texts(clip).items():
+        blocks[frame - clip.start_frame].before = utterance("user", texts, tokens)
     for role in REPLIES:
-        for (i, said_by), texts in said.items():
-            if said_by == role:
-                blocks[i].replies.append(_utterance(role, texts, tokens))
+        if role == "DST_UPDATE" and arm.dst_text == "none":
+            continue
+        for frame, texts in _texts(clip, role).items():
+            content = [] if role == "DST_UPDATE" and arm.dst_text == "markers" else texts
+            blocks[frame - clip.start_frame].replies.append(utterance(role, content, tokens))
     return blocks
 
 
-def _utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
+def user_texts(clip: ClipExample) -> dict[int, list[str]]:
+    """What the user is heard to say before each (absolute) frame, in order."""
+    return _texts(clip, "user")
+
+
+def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
+    """A role's texts by the frame of the clip that they stand at."""
+    said: dict[int, list[str]] = {}
+    for turn in clip.turns:
+        frame = _text_frame(turn, clip)
+        if turn.role == role and frame is not None and clip.start_frame <= frame < clip.end_frame:
+            said.setdefault(frame, []).append(turn.text)
+    return said
+
+
+def utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
+    """Ids of a role's marker, what it says (what several turns say is joined), and the end."""
     joined = (", " if role == "DST_UPDATE" else " ").join(texts)
     return [tokens.marker[role], *tokens.encode(joined), tokens.end]
 
@@ -175,17 +190,24 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
     return state
 
 
-def _prompt(clip: ClipExample, tokens: Tokens, frame: int) -> list[int]:
+def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int]:
     """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`."""
+    return prompt_ids(clip, tokens, state_before(clip, frame) if arm.state else None)
+
+
+def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | None) -> list[int]:
+    """Ids of role, task and steps, each with its `state` (None: without). TrainerError for a state without a token."""
     ids = [tokens.marker["system"], *tokens.encode("\n".join(_task(clip)))]
-    state = state_before(clip, frame)
     for step, name in clip.steps:
+        ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}")]
+        if state is None:
+            continue
         if state[step] not in STATES:
             raise TrainerError(
                 f"clip {clip.clip_id} initial_state {step}: {state[step]!r}, expected one of "
                 f"{', '.join(STATES)}; fix the source and run preprocess again"
             )
-        ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}"), tokens.marker[state[step]]]
+        ids.append(tokens.marker[state[step]])
     return [*ids, tokens.end]
 
 
@@ -203,9 +225,11 @@ def _task(clip: ClipExample) -> list[str]:
 # ---- assembly ----------------------------------------------------------------------------------------
 
 
-def _build(clip: ClipExample, tokens: Tokens, k: int, blocks: list[_Block], cut: tuple[int, int, int]) -> Window:
+def _build(
+    clip: ClipExample, tokens: Tokens, k: int, blocks: list[_Block], cut: tuple[int, int, int], arm: Arm
+) -> Window:
     first, own, end = cut
-    ids = _prompt(clip, tokens, clip.start_frame + first)
+    ids = _prompt(clip, tokens, clip.start_frame + first, arm)
     frames: list[range] = []
     supervised: list[int] = []
     for i in range(first, end):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.arms import find_arm
 from trainer.checkpoint import load_run, recover
 from trainer.config import TrainConfig
 from trainer.disk import sync
@@ -144,13 +145,15 @@ def fresh(split: Split, config: TrainConfig) -> Setup:
     if config.max_tokens > longest:
         raise TrainerError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
+    if find_arm(config.arm).decides == "inverted":
+        heads.speak.bias.data.neg_()
     info = {
         "data_key": split.key,
         "labels": _label_counts(statistics.counts),
         "positive_rates": rates,
         "neg_rate": statistics.neg_rate,
     }
-    return Setup(ProspectModel(vlm, heads, config), tokens, info)
+    return Setup(ProspectModel(vlm, heads, config, tokens.end), tokens, info)
 
 
 def _label_counts(counts: Any) -> dict[str, dict[str, int]]:

@@ -33,13 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluate import EvalReport, open_source, report, score_split
 from trainer.frames import FrameSource
-from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
+from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum, targets
 from trainer.metrics import Metrics, find_logger, open_metrics
 from trainer.model import ProspectModel, part_of
 from trainer.pack import Pack, pack_windows, windows_of
@@ -152,7 +153,7 @@ def _result(sums: Tensor, counts: Tensor, norm: float, config: TrainConfig, toke
 def count_terms(pack: Pack, config: TrainConfig) -> Tensor:
     """[5]: what each term's sum will be divided by, known before any forward pass."""
     weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
-    _, heads = masked_bce_sum(torch.zeros_like(weights), pack.labels, weights)
+    _, heads = masked_bce_sum(*targets(torch.zeros_like(weights), pack.labels, find_arm(config.arm)), weights)
     return torch.cat([heads, heads.new_tensor([len(pack.lm_targets)])])
 
 
@@ -160,7 +161,7 @@ def sum_terms(model: nn.Module, pack: Pack, config: TrainConfig) -> Tensor:
     """[5]: each term's sum over the pack, with its graph."""
     scores = model(pack)
     weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
-    heads, _ = masked_bce_sum(scores.decisions, pack.labels, weights)
+    heads, _ = masked_bce_sum(*targets(scores.decisions, pack.labels, find_arm(config.arm)), weights)
     return torch.cat([heads, lm_sum(scores.text, pack.lm_targets)[None]])
 
 
@@ -439,7 +440,7 @@ class _Session:
         scored = score_split(
             unwrapped(self.model), self.setup.tokens, split, self.frames, self.config, self.world, self.options.fsdp
         )
-        self.evaluation = report(split.name, scored)
+        self.evaluation = report(split.name, scored, self.setup.model.arm)
         self.metrics.evaluation({"step": step, "evaluation": self.evaluation.to_json()})
         found = [head.ap for head in (self.evaluation.speak, self.evaluation.dst) if head.ap is not None]
         mean = self.world.gather(sum(found) / len(found) if found else -1.0)[0]  # rank 0's: all save, or none

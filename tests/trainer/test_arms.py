@@ -1,0 +1,142 @@
+"""What each arm reads, where it decides, and the check of the harness: an inverted head learns the same bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from by_hand import clip_example, dst, turn
+from small_run import CONFIG, curve, go, write_data
+
+import trainer
+from trainer.arms import ARMS, find_arm
+from trainer.config import TrainConfig
+from trainer.errors import TrainerError
+from trainer.losses import masked_bce_sum, targets
+from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.sequence import build_windows
+from trainer.tokenizer import MARKERS, train_tiny_tokens
+
+CLIP = clip_example(
+    [dst(2, 3, ("S1", "complete")), turn("assistant", "good", 2, 3)], frames=4, initial=[("S1", "in_progress")]
+)
+TOKENS = train_tiny_tokens(["good", "S1->complete"])
+PLAIN = "[system] [step] S1: Put the base down [step] S2: Attach the wheel ."
+TOLD = "[system] [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] ."
+
+
+def reads(arm: str) -> str:
+    """The whole sequence; F a frame, a full stop the end."""
+    (window,) = build_windows(CLIP, TOKENS, 1, 500, find_arm(arm))
+    words, text = [], []
+    names = {TOKENS.marker[name]: f"[{name}]" for name in MARKERS} | {TOKENS.image: "F", TOKENS.end: "."}
+    for token in [*window.input_ids.tolist(), None]:
+        if token is None or token in names:
+            words += [TOKENS.decode(text).strip()] * bool(text)
+            words, text = [*words, names.get(token, "")], []
+        else:
+            text.append(token)
+    return " ".join(words).strip()
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("silence", f"{PLAIN} F F F [assistant] good . F"),
+        ("lm-eos", f"{PLAIN} F F F [assistant] good . F"),
+        ("speak", f"{PLAIN} F F F [assistant] good . F"),
+        ("speak+dst-head", f"{PLAIN} F F F [assistant] good . F"),
+        ("speak+dst", f"{TOLD} F F F [DST_UPDATE] S1->complete . [assistant] good . F"),
+        ("speak+markers", f"{TOLD} F F F [DST_UPDATE] . [assistant] good . F"),
+    ],
+)
+def test_what_an_arm_reads(arm, expected):
+    assert reads(arm) == expected
+
+
+def test_all_arms_of_the_contract_are_there():
+    assert list(ARMS) == ["silence", "lm-eos", "speak", "speak+dst-head", "speak+dst", "speak+markers"]
+    assert [arm.dst_head for arm in ARMS.values()] == [False, False, False, True, True, True]
+
+
+def test_an_unknown_arm_is_refused_by_name():
+    with pytest.raises(TrainerError, match=r"arm 'loud': not known, expected one of silence, lm-eos, speak, "):
+        TrainConfig(arm="loud")
+
+
+def test_an_inverted_heads_loss_takes_silence_for_its_label():
+    logits, labels = torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), torch.tensor([[1, 0, -100], [0, 1, -100]])
+    inverted, silent = targets(logits, labels, ARMS["silence"])
+    assert inverted.tolist() == [[-2.0, 1.0, -5.0], [1.0, 1.0, 1.0]]
+    assert silent.tolist() == [[0, 1, -100], [0, 1, -100]]
+    assert targets(logits, labels, ARMS["speak"]) == (logits, labels)
+
+
+def test_direct_and_inverted_losses_and_gradients_are_the_same_bits():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (2, 500))
+    direct = (6 * torch.randn(2, 500)).requires_grad_()
+    mirrored = (-direct).detach().requires_grad_()
+    a, _ = masked_bce_sum(direct, labels)
+    b, _ = masked_bce_sum(mirrored, 1 - labels)
+    assert torch.equal(a, b[[1, 0, 3, 2]])
+    (x,), (y,) = torch.autograd.grad(a.sum(), direct), torch.autograd.grad(b.sum(), mirrored)
+    assert torch.equal(x, -y)
+
+
+@pytest.mark.parametrize("balance", ["none", "mean"])
+def test_silence_and_speak_give_the_same_probabilities(tmp_path, balance):
+    """BCE(x, y) = BCE(-x, 1 - y): what differs between these two arms is the harness."""
+    data = write_data(tmp_path / "data")
+    scores = {}
+    for arm in ("silence", "speak"):
+        go(data, tmp_path / arm, arm=arm, balance=balance)
+        scores[arm] = np.concatenate([s.logits[0] for s in trainer.load(tmp_path / arm).score(data, "val")])
+        head = trainer.load(tmp_path / arm).model.heads.speak
+        assert head.weight.any()
+        assert arm == "speak" or head.bias > 0 or balance == "mean"  # it does say silence
+    assert np.array_equal(scores["silence"], scores["speak"])
+    assert len(np.unique(scores["speak"])) > 10  # and it did learn something
+    kept = [[(line.get("loss"), line.get("grad_norm")) for line in curve(tmp_path / arm)] for arm in scores]
+    assert kept[0] == kept[1]
+
+
+def test_an_lm_eos_model_speaks_where_the_end_is_not_the_next_token():
+    config = TrainConfig(arm="lm-eos")
+    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, silence=TOKENS.end)
+    hidden = torch.randn(5, 128)
+    chances = model.vlm.lm_head(hidden).softmax(-1)[:, TOKENS.end]
+    expected = [math.log((1 - p) / p) for p in chances.tolist()]
+    assert model.decisions(hidden)[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_a_dst_head_the_dst_loss_counts_nothing(tmp_path):
+    data = write_data(tmp_path / "data")
+    for arm in ("speak", "lm-eos"):
+        go(data, tmp_path / arm, arm=arm)
+        (line, *_) = curve(tmp_path / arm)
+        assert line["loss"] == pytest.approx(line["speak"] + line["lm"], rel=1e-6)
+        evaluation = next(line["evaluation"] for line in curve(tmp_path / arm) if "evaluation" in line)
+        assert evaluation["dst"]["ap"] is None
+        assert evaluation["speak"]["ap"] is not None
+
+
+def test_every_arm_trains_on_the_same_frames_in_the_same_order(tmp_path):
+    data = write_data(tmp_path / "data")
+    counts = {}
+    for arm in ARMS:
+        go(data, tmp_path / arm, arm=arm, steps=3)
+        counts[arm] = [(line["n_speak"], line["n_dst"]) for line in curve(tmp_path / arm) if "loss" in line]
+    assert len(set(map(tuple, counts.values()))) == 1
+    assert len(counts["speak"]) == 3
+
+
+def test_a_run_resumes_as_the_arm_it_was_begun_as(tmp_path):
+    data = write_data(tmp_path / "data")
+    go(data, tmp_path / "run", arm="lm-eos", steps=2)
+    assert trainer.load(tmp_path / "run").model.arm == ARMS["lm-eos"]
+    with pytest.raises(TrainerError, match="arm is 'speak', the run has 'lm-eos'"):
+        go(data, tmp_path / "run", arm="speak", steps=2, resume=True)
+    assert CONFIG.arm == "speak+dst"

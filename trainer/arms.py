@@ -1,0 +1,45 @@
+"""The variants that a comparison trains: what each reads of the dialog state, and where its decision is read.
+
+All arms share data, seeds, order, steps and loss balance; they differ in these five columns and nothing else. The
+task's steps are in every arm's prompt; their *state* is not. `silence` against `speak` must come out equal, bit for bit
+(BCE(x, y) = BCE(-x, 1 - y)): a check of the harness that costs one arm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.errors import TrainerError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`decides`: 'direct' (a head whose logit says speak), 'inverted' (a head whose logit says silence) or 'lm-eos' (no
+    head: the LM's next token at the decision token is END for silence, the assistant's marker for speech)."""
+
+    name: str
+    about: str
+    decides: str = "direct"
+    dst_head: bool = True  # whether there is a DST head
+    dst_text: str = "content"  # of a state update in the context: 'content', 'markers' (it carries none) or 'none'
+    state: bool = True  # whether the prompt tells the state at the window's start
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("silence", "one inverted head, no DST (ProAssist's head)", "inverted", False, "none", False),
+        Arm("lm-eos", "no head: silence is the LM's END, no DST (ProAssist's default)", "lm-eos", False, "none", False),
+        Arm("speak", "one direct head, no DST", "direct", False, "none", False),
+        Arm("speak+dst-head", "second head for DST updates, no DST text", "direct", True, "none", False),
+        Arm("speak+dst", "second head, DST text in the context, state in the prompt"),
+        Arm("speak+markers", "as speak+dst, but the DST text carries no content", "direct", True, "markers", True),
+    )
+}  # fmt: skip
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of that name; TrainerError, naming those there are."""
+    if name not in ARMS:
+        raise TrainerError(f"arm {name!r}: not known, expected one of {', '.join(ARMS)}")
+    return ARMS[name]

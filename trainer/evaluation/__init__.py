@@ -1,0 +1,10 @@
+"""Everything that is computed from scores, without a model and without torch: anybody's scores will do.
+
+    scores      the scores Parquet: one row per frame     statistics  clustered bootstrap, seeds, Holm, power
+    frames      average precision, calibration            figures     the plots, as SVG and PNG
+    events      speech events, matched in time            report      report.html
+    state       replayed transitions                      text        matching by meaning (ProAssist's)
+    measure     all of it, of one model in one mode
+
+Imports point one way: report -> figures, measure -> frames, events, state -> scores -> clips.
+"""
