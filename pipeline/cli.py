@@ -183,7 +183,9 @@ def train(
         bool, typer.Option(help="go on from RUN/last, with the run's own options, bit for bit as if never stopped")
     ] = False,
     arm: Annotated[str, typer.Option(help=f"what it reads of the state: {', '.join(ARMS)}")] = TrainConfig.arm,
-    model: Annotated[str, typer.Option(help="tiny, a folder, a run, or a name on the hub")] = TrainConfig.model,
+    model: Annotated[
+        str, typer.Option(help="tiny or nano (random), a folder, a run, or a name on the hub")
+    ] = TrainConfig.model,
     frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
     features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.arms import find_arm
 from trainer.errors import TrainerError
 
+RANDOM_MODELS = ("tiny", "nano")  # built from a config, with random weights and a tokenizer of the data's own texts
 BALANCES = ("none", "mean")
 PARTS = ("vision", "connector", "text", "heads")  # vision: the tower; text: body, embeddings and LM head
 ABOVE_ZERO = (
@@ -31,7 +32,7 @@ class TrainConfig:
     """
 
     arm: str = "speak+dst"  # what it reads of the state and where it decides: a name in arms.ARMS
-    model: str = "tiny"  # 'tiny', a folder with a SmolVLM, or its name on the hub
+    model: str = "tiny"  # in RANDOM_MODELS, a folder with a SmolVLM, or its name on the hub
     seed: int = 0  # of the weights, the order of clips and nothing else (draws have their own, per clip)
     steps: int = 200  # optimizer steps
     clips_per_step: int = 16  # over all ranks together

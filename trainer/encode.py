@@ -34,6 +34,7 @@ from transformers import SmolVLMForConditionalGeneration
 from pipeline.schema import images_in
 from trainer import vision
 from trainer.clips import ClipExample
+from trainer.config import RANDOM_MODELS
 from trainer.errors import TrainerError
 from trainer.features import STORED, Features, Provenance, feature_path, open_features, write_features
 from trainer.frames import PixelFrames, Pixels, open_frames
@@ -227,8 +228,10 @@ def _bytes(path: Path) -> int:
 
 def _load(name: str, k: int) -> SmolVLMForConditionalGeneration:
     """The model of that name without its text half, its tower on the device."""
-    if name == "tiny":
-        raise TrainerError("model is tiny: its tower knows nothing before it is trained; name a run, or a real model")
+    if name in RANDOM_MODELS:
+        raise TrainerError(
+            f"model is {name}: its tower knows nothing before it is trained; name a run, or a real model"
+        )
     vlm = load_model(name, vocabulary=0)
     if k > vision.most_tokens(vlm):
         raise TrainerError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.arms import find_arm
 from trainer.checkpoint import load_run, recover
-from trainer.config import TrainConfig
+from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.disk import sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
@@ -136,7 +136,8 @@ class Setup:
 
 def fresh(split: Split, config: TrainConfig) -> Setup:
     """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
-    tokens = train_tiny_tokens(split.texts()) if config.model == "tiny" else load_tokens(model_folder(config.model))
+    known = config.model not in RANDOM_MODELS
+    tokens = load_tokens(model_folder(config.model)) if known else train_tiny_tokens(split.texts())
     statistics = split.statistics()
     rates = statistics.positive_rates()
     seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
