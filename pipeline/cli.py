@@ -7,15 +7,16 @@ called, so that --help answers in a fifth of a second and the data commands run 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.errors import InputError, UsageError
 from trainer.arms import ARMS  # plain data, no torch
-from trainer.config import PARTS, RunOptions, TrainConfig  # likewise
+from trainer.config import PARTS, RunOptions, Settings, TrainConfig
 
 app = typer.Typer(
     name="prospect-dst",
@@ -234,16 +235,13 @@ def train(
     from trainer.start import start_config
     from trainer.train import train as fit
 
-    given = {name: value for name, value in locals().items() if name in TrainConfig.__dataclass_fields__}
-    given |= {"lr_by_part": _numbers("--lr-by-part", lr_by_part or []), "freeze": _names(freeze or [])}
-    chosen = {name for name in given if _was_given(ctx, name)}
-    config = start_config(run, given, chosen, resume)
+    config = start_config(run, *_training_options(ctx), resume)
     options = RunOptions(workers=workers, save_every=save_every, fsdp=fsdp, logger=log)
     report = fit(data, run, config, frames_root, features, options, resume)
     if not report.leads:
         return 0
     if report.evaluation is not None:
-        from pipeline.demo import render_report
+        from pipeline.results import render_report
 
         console().print(render_report(report.evaluation))
     if report.note is not None:
@@ -259,19 +257,97 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a folder written by train")],
-    data: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
-    split: Annotated[str, typer.Option(help="split to score")] = "test",
+    places: Annotated[
+        list[Path] | None, typer.Argument(help="a run of train, a folder of preprocess", metavar="[RUN] DATA")
+    ] = None,
+    split: Annotated[str, typer.Option(help="split to measure on; thresholds are chosen on val")] = "test",
+    out: Annotated[Path | None, typer.Option(help="folder for the results; default: RUN/evaluation-SPLIT")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="measure this Parquet of scores instead, ours or another model's")
+    ] = None,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="with --scores: logits speaking=0.5,dst_update=0, instead of val's best")
+    ] = None,
     frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
-    scores: Annotated[Path | None, typer.Option(help="write every frame's scores to this Parquet file")] = None,
     features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
+    self_fed: Annotated[bool, typer.Option(help="also frame by frame, the model's own texts in the context")] = True,
+    early_s: Annotated[float, typer.Option(help="seconds that an event may come too early")] = Settings.early_s,
+    late_s: Annotated[float, typer.Option(help="seconds that it may come too late")] = Settings.late_s,
+    refractory_s: Annotated[float, typer.Option(help="seconds of silence after an event")] = Settings.refractory_s,
+    sentence_encoder: Annotated[
+        Path | None, typer.Option(help="a sentence-transformers folder: match what is said by meaning, too")
+    ] = None,
 ) -> int:
-    """Score every frame of a split: average precision of both heads, against chance."""
-    from pipeline.demo import render_report
-    from pipeline.terminal import console
-    from trainer.evaluate import evaluate as score
+    """How well does it know when to speak: frame by frame, event by event, on its own texts; the state it keeps."""
+    from pipeline.results import render_evaluation
+    from pipeline.terminal import console, plain
+    from trainer import evaluate as of
 
-    console().print(render_report(score(run, data, split, frames_root, scores, features)))
+    settings, places = Settings(early_s, late_s, refractory_s), places or []
+    if scores is None:
+        if len(places) != 2:
+            raise UsageError(f"evaluate: {len(places)} places, expected RUN DATA, or DATA with --scores FILE")
+        run, data = places
+        found = of.evaluate(run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder)
+    else:
+        given = _numbers("--threshold", threshold or [], "speaking=0.5")
+        found = of.evaluate_scores(
+            scores, places[-1] if places else None, split, out, settings, given, sentence_encoder
+        )
+    console().print(render_evaluation(found))
+    if found.folder is not None:
+        typer.echo(f"wrote {plain(found.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
+    return 0
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def benchmark(
+    ctx: typer.Context,
+    data: Annotated[Path, typer.Argument(help="a folder of preprocess, or synth: made-up data whose answer is known")],
+    out: Annotated[Path, typer.Option(help="folder for runs, tables and report.html; what is finished there is kept")],
+    arms: Annotated[list[str] | None, typer.Option(help=f"some of {','.join(ARMS)}; default: all")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each arm: weights and order differ", min=1)] = 3,
+    split: Annotated[str, typer.Option(help="split to measure on; thresholds are chosen on val")] = "test",
+    frames_root: Annotated[Path | None, typer.Option(help="where the frames are, if moved")] = None,
+    features: Annotated[Path | None, typer.Option(help="what encode wrote, instead of frames")] = None,
+    self_fed: Annotated[bool, typer.Option(help="also frame by frame, the model's own texts in the context")] = True,
+    state_tells: Annotated[
+        float, typer.Option(help="with synth: how much of when to speak only the state tells, 0 to 1")
+    ] = 1.0,
+    early_s: Annotated[float, typer.Option(help="seconds that an event may come too early")] = Settings.early_s,
+    late_s: Annotated[float, typer.Option(help="seconds that it may come too late")] = Settings.late_s,
+    refractory_s: Annotated[float, typer.Option(help="seconds of silence after an event")] = Settings.refractory_s,
+    draws: Annotated[int, typer.Option(help="of the recordings, for the intervals", min=100)] = 10_000,
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per GPU, without any one per core", min=0)] = 0,
+) -> int:
+    """Does the dialog state help? Trains and evaluates the arms, and writes report.html. Also takes train's options."""
+    from pipeline.inspect import told_hazards
+    from pipeline.made import make
+    from pipeline.terminal import plain
+    from trainer import benchmark as of
+
+    config = _config_of_all(ctx, data, split)
+    if str(data) == "synth":
+        data = make(out, state_tells, echo=typer.echo)
+    plan = of.Plan(
+        data=data,
+        out=out,
+        arms=tuple(_names(arms or [])) or tuple(ARMS),
+        seeds=tuple(range(seeds)),
+        config=config,
+        settings=Settings(early_s, late_s, refractory_s),
+        split=split,
+        frames_root=frames_root,
+        features=features,
+        live=self_fed,
+        draws=draws,
+        jobs=jobs,
+        command=shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else "",
+        hazards=tuple(told_hazards(data)),
+    )
+    report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True))
+    typer.echo(of.answer_of(out))
+    typer.echo(f"wrote {plain(report)}")
     return 0
 
 
@@ -287,6 +363,31 @@ def demo(
 
     run(out, steps, seed, console())
     return 0
+
+
+def _training_options(ctx: Any) -> tuple[dict[str, Any], set[str]]:
+    """(every field of a TrainConfig that `train` has an option for, those that the user wrote)."""
+    given = {name: value for name, value in ctx.params.items() if name in TrainConfig.__dataclass_fields__}
+    given |= {
+        "lr_by_part": _numbers("--lr-by-part", given["lr_by_part"] or []),
+        "freeze": _names(given["freeze"] or []),
+    }
+    return given, {name for name in given if _was_given(ctx, name)}
+
+
+def _config_of_all(ctx: typer.Context, data: Path, split: str) -> TrainConfig:
+    """What all arms of a benchmark are trained with: the words that are train's options, evaluated eight times."""
+    from trainer.start import start_config
+
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    words = command.make_context("benchmark", [str(data), "--run", str(data), *ctx.args])
+    taken = [name for name in ("arm", "seed", "run", "resume") if f"--{name}" in ctx.args]
+    if taken:
+        raise UsageError(f"--{taken[0]}: benchmark sets it itself, for each run")
+    values, chosen = _training_options(words)
+    if "eval_every" not in chosen:
+        values["eval_every"] = max(1, values["steps"] // 8)
+    return start_config(data, values, chosen)
 
 
 def _rates(given: list[str]) -> dict[str, float]:

@@ -7,23 +7,24 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console
 
 from pipeline.errors import UsageError
 from pipeline.options import Options
 from pipeline.picture import Scored, blocks, svg, telling_clip
 from pipeline.preprocess import preprocess
+from pipeline.results import render_evaluation
 from pipeline.summary import render_summary, summary_of
 from pipeline.synth import SynthConfig, synth
 from pipeline.timeline import timeline
 
 if TYPE_CHECKING:
-    from trainer.evaluate import EvalReport
+    from trainer.evaluate import Evaluation
 
 
-def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfig | None = None) -> EvalReport:
+def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfig | None = None) -> Evaluation:
     """Do it all below the new folder `out`; returns the held-out report. Raises UsageError if `out` is in use.
 
     made_of: other data than the default; its seed is replaced by `seed`.
@@ -52,7 +53,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfi
 
     step("evaluate", "on the test split: recordings that were never trained on")
     report, scored = _evaluate(run, data)
-    console.print(render_report(report))
+    console.print(render_evaluation(report))
     for line in blocks(scored):
         console.print(line)
     picture = out / "learned.svg"
@@ -85,39 +86,24 @@ def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> No
     console.print(f"    {report.steps} steps in {report.seconds:.0f} s, loss of the last one {report.loss:.3f}")
 
 
-def _evaluate(run: Path, data: Path) -> tuple[EvalReport, Scored]:
-    from trainer.evaluate import evaluate
+def _evaluate(run: Path, data: Path) -> tuple[Evaluation, Scored]:
+    from trainer.evaluate import TEACHER_FORCED, evaluate
 
-    scores = run / "scores-test.parquet"
-    report = evaluate(run, data, "test", out=scores)
-    return report, telling_clip(data, scores, "test")
-
-
-def captions(report: EvalReport) -> dict[str, str]:
-    """Per head 'average precision 0.99, chance 0.12'."""
-    return {
-        name: f"average precision {_number(head.ap)} on {report.clips} held-out clips, by chance {head.chance:.3f}"
-        for name, head in (("speaking", report.speak), ("DST", report.dst))
-    }
+    found = evaluate(run, data, "test")
+    assert found.folder is not None
+    return found, telling_clip(data, found.folder / f"{TEACHER_FORCED}.parquet", "test")
 
 
-def _picture(scored: Scored, raw: Path, report: EvalReport) -> str:
+def captions(evaluation: Evaluation) -> dict[str, str]:
+    """Per head 'average precision 0.99, chance 0.12', of the frames with the reference's texts in the context."""
+    report = evaluation.metrics["teacher-forced"]
+    found = {}
+    for name, head in (("speaking", "speaking"), ("DST", "dst_update")):
+        frames = report[head]["frames"]
+        ap = "undefined" if frames["ap"] is None else f"{frames['ap']:.3f}"
+        found[name] = f"average precision {ap} on {report['clips']} held-out clips, by chance {frames['chance']:.3f}"
+    return found
+
+
+def _picture(scored: Scored, raw: Path, report: Evaluation) -> str:
     return svg(scored, raw, captions(report), "When should the assistant speak, when does the task's state change?")
-
-
-def render_report(report: EvalReport) -> Any:
-    """A table: average precision per head against chance, and where the positives lie."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("head", "average precision", "by chance", "positive frames", "of frames"):
-        table.add_column(name, justify="left" if name == "head" else "right")
-    for name, head in (("speaking", report.speak), ("DST", report.dst)):
-        table.add_row(name, _number(head.ap), f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
-    cells = f"positive frames: speaking only {report.speak_only:,}, DST only {report.dst_only:,}, both {report.both:,}"
-    return Group(table, f"[dim]{cells}\nteacher-forced: the reference's texts are in the context[/]")
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import hazards
+from pipeline import hazards, shards
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
 from pipeline.shards import REDO
-from pipeline.summary import HEADS, Head, Split, Summary, label_hazards, split_order
+from pipeline.summary import HEADS, Head, Split, Summary, all_hazards, label_hazards, split_order
 from pipeline.terminal import plain
 
 
@@ -28,6 +28,15 @@ def summarise(folder: Path) -> Summary:
     distinct = len(set().union(*recordings.values()))
     found = [hazard for split in splits for hazard in label_hazards(split)]
     return Summary(splits, distinct, [*found, *hazards.of_recordings(recordings)])
+
+
+def told_hazards(folder: Path) -> list[str]:
+    """What one should know of the data before one trusts a number that was measured on it, a line each."""
+    manifest = shards.verify(folder)
+    return [
+        plain(f"{h.get('split') or 'all'}: {h.get('text') or h.get('name')}")
+        for h in all_hazards(summarise(folder), manifest)
+    ]
 
 
 def split_names(folder: Path) -> list[str]:

@@ -44,7 +44,7 @@ class Scored:
 
 def telling_clip(folder: Path, scores: Path, split: str) -> Scored:
     """The clip of a scores file with the most moments of both kinds; the first of equals."""
-    table = pl.scan_parquet(scores, glob=False)
+    table = pl.scan_parquet(scores, glob=False).filter(pl.col("split") == split)
     busy = (
         table.group_by("clip_id", maintain_order=True)
         .agg(s=(pl.col("speaking_label") == 1).sum(), d=(pl.col("dst_update_label") == 1).sum())

@@ -38,7 +38,8 @@ def test_the_demo_goes_through_every_step_and_ends_with_numbers_and_a_picture(ma
     ]
     assert order == sorted(order)
     assert "average precision" in text
-    assert report.speak.positives > 0
+    assert "self-fed" in text
+    assert report.metrics["teacher-forced"]["speaking"]["frames"]["positives"] > 0
     picture = (out / "learned.svg").read_text()
     assert picture.startswith("<svg")
     assert picture.count("<image") > 20
@@ -56,10 +57,11 @@ def test_train_and_evaluate_from_the_command_line(made, tmp_path, capsys):
     data = made[0] / "data"
     assert run("train", data, "--run", tmp_path / "run", "--steps", 2) == 0
     assert "average precision" in capsys.readouterr().out
-    scores = tmp_path / "scores.parquet"
-    assert run("evaluate", tmp_path / "run", data, "--scores", scores) == 0
+    assert run("evaluate", tmp_path / "run", data) == 0
+    assert "self-fed" in capsys.readouterr().out
+    scores = pl.read_parquet(tmp_path / "run/evaluation-test/teacher-forced.parquet")
     frames = pl.read_parquet(data / "frames/split=test/*.parquet", hive_partitioning=False)
-    assert len(pl.read_parquet(scores)) == len(frames)
+    assert len(scores.filter(split="test")) == len(frames)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,14 @@ def test_train_and_evaluate_from_the_command_line(made, tmp_path, capsys):
         (("train", "{data}", "--run", "{data}"), 1, "not empty"),
         (("train", "{raw}", "--run", "new"), 1, "manifest.json"),
         (("evaluate", "{raw}", "{data}"), 1, "run"),
+        (("evaluate", "{run}"), 2, "expected RUN DATA"),
+        (("evaluate", "{data}", "--scores", "nosuch.parquet"), 1, "nosuch.parquet"),
+        (("evaluate", "{run}", "{data}", "--late-s", "-1"), 1, "late_s is -1.0"),
+        (("benchmark", "{data}", "--out", "new", "--arms", "loud"), 1, "expected one of silence, lm-eos, speak"),
+        (("benchmark", "{data}", "--out", "new", "--arms", "speak,speak"), 1, "each once"),
+        (("benchmark", "{data}", "--out", "new", "--seed", "1"), 2, "benchmark sets it itself"),
+        (("benchmark", "{data}", "--out", "new", "--stepz", "1"), 2, "--stepz"),
+        (("benchmark", "{raw}", "--out", "new"), 1, "manifest.json"),
         (("evaluate", "{run}", "{data}", "--split", "dev"), 1, "test, train, val"),
         (("train", "{data}", "--run", "new", "--balance", "x"), 1, "balance"),
         (("synth", "{raw}"), 2, "not empty"),

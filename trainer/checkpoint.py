@@ -38,7 +38,7 @@ from trainer.parallel import World, shard_like, whole
 from trainer.tokenizer import Tokens, load_tokens
 
 if TYPE_CHECKING:
-    from trainer.evaluate import ClipScores
+    from trainer.score import ClipScores
 
 FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
@@ -65,7 +65,7 @@ class LoadedRun:
 
     def score(self, data: str | Path, split: str = "test", frames_root: Path | None = None) -> Iterator[ClipScores]:
         """Each clip of a split of `data` with logits float32 [2, F] of speaking and DST for every frame."""
-        from trainer.evaluate import score_run
+        from trainer.score import score_run
 
         return score_run(self, Path(data), split, frames_root)
 
@@ -287,6 +287,11 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise TrainerError(f"{path}: damaged or edited (SHA-256 differs); train again, or get the file again")
     del info["format"]
     return dict(info)
+
+
+def run_hash(run: Path) -> str:
+    """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
+    return str(json.loads((_folder(run) / RUN_INFO).read_bytes())["sha256"])
 
 
 def _folder(run: Path) -> Path:

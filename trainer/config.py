@@ -138,6 +138,23 @@ class RunOptions:
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or above")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What counts as in time when events are matched. All in seconds but `bins`, those of the reliability curve."""
+
+    early_s: float = 2.0  # a prediction may come this much before its reference
+    late_s: float = 4.0
+    refractory_s: float = 2.0  # from one prediction to the next
+    reactive_s: float = 2.0  # an event this soon after the user spoke is a reaction
+    bins: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("early_s", "late_s", "refractory_s", "reactive_s"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{name} is {value}, expected seconds, 0 or above")
+        _require(self.bins > 0, f"bins is {self.bins}, expected above 0")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise TrainerError(f"training config: {message}")

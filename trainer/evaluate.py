@@ -1,242 +1,230 @@
-"""Scores every frame of a split and says how well each head ranks them: average precision against chance.
+"""Scores a run on held-out clips, or takes anybody's scores, and says what they are worth: `prospect-dst evaluate`.
 
-Teacher-forced: the context holds the reference's texts, which flatters (a DST text, whatever it says,
-announces that speech is near). Every frame is supervised here, whatever rate the shards were written
-with. Windows never see each other: neither batch size nor order changes a score beyond float rounding.
-Speaking and DST events coincide on real data, so the cells (speak only, DST only, both) stand beside the
-averages.
+    OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
+    OUT/self-fed.parquet          that split once more, frame by frame, the model's own texts in the context
+    OUT/metrics.json              every metric of both (trainer.evaluation.measure), thresholds, settings, hashes
 
-    N frames scored
+Thresholds are chosen on `val`, teacher-forced, and nowhere else; the self-fed pass runs with them. All metrics follow
+from the two Parquet files and the shards: `evaluate_scores` gives the same digits without the model. What it trades:
+self-fed costs a forward pass per frame and per written token, one clip at a time.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from sklearn.metrics import average_precision_score
 
-from trainer.arms import Arm
-from trainer.checkpoint import LoadedRun, load_run
-from trainer.clips import DST, SPEAK, ClipExample
-from trainer.config import TrainConfig
-from trainer.errors import NotFiniteError
-from trainer.features import CachedFeatures
-from trainer.frames import FrameSource, open_frames
-from trainer.losses import lm_sum
-from trainer.model import ProspectModel
-from trainer.pack import make_pack, plan, windows_of
-from trainer.parallel import World
-from trainer.sequence import Window
+from trainer.checkpoint import LoadedRun, load_run, run_hash
+from trainer.clips import DST, SPEAK
+from trainer.errors import TrainerError
+from trainer.evaluation.measure import Settings, Thresholds, choose_thresholds, measure
+from trainer.evaluation.scores import ScoredClip, read_info, read_scores, write_scores
+from trainer.frames import FrameSource
+from trainer.score import ClipScores, open_source, score_clips
+from trainer.selffed import Live, self_fed
 from trainer.shards import Split
-from trainer.tokenizer import Tokens
-from trainer.vision import fingerprint
 
-SCORES = pa.schema(
-    [
-        ("clip_id", pa.string()),
-        ("recording_id", pa.string()),
-        ("frame", pa.int32()),
-        ("speaking_logit", pa.float32()),
-        ("dst_update_logit", pa.float32()),
-        ("speaking_label", pa.int8()),
-        ("dst_update_label", pa.int8()),
-    ]
-)
-
-
-class ClipScores(NamedTuple):
-    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST)."""
-
-    clip: ClipExample
-    logits: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int8]
-    lm_loss: float  # nats, summed over the clip's supervised text
-    lm_tokens: int
+TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")
+METRICS_FILE = "metrics.json"
 
 
 @dataclass(frozen=True)
-class HeadReport:
-    ap: float | None  # None where there is no positive frame, or the arm has no such head
-    chance: float  # the AP of guessing: the share of positive frames
-    frames: int
-    positives: int
+class Evaluation:
+    """What one model is worth: `metrics` is the content of metrics.json, `notes` what it lacks and why."""
 
-
-@dataclass(frozen=True)
-class EvalReport:
     split: str
-    clips: int
-    speak: HeadReport
-    dst: HeadReport
-    speak_only: int  # frames positive for speaking and not for DST
-    dst_only: int
-    both: int
-    lm_loss: float | None  # nats per supervised text token
+    metrics: dict[str, Any]
+    notes: tuple[str, ...]
+    folder: Path | None = None  # where the files are
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Held:
+    """The split to measure on, and the one to choose thresholds on, if there is one."""
+
+    test: Split
+    val: Split | None
+
+    @property
+    def all(self) -> dict[str, Split]:
+        return {split.name: split for split in (self.val, self.test) if split is not None}
 
 
 def evaluate(
     run: Path,
     data: Path,
-    split: str,
-    frames_root: Path | None = None,
+    split: str = "test",
     out: Path | None = None,
+    frames_root: Path | None = None,
     features: Path | None = None,
-) -> EvalReport:
-    """Score `split` of `data` with the checkpoint in `run`; `out` gets one Parquet row per frame (SCORES).
+    settings: Settings | None = None,
+    live: bool = True,
+    encoder: Path | None = None,
+) -> Evaluation:
+    """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
-    features: what `encode` wrote with this run's vision tower, instead of frames.
+    features: what `encode` wrote with this run's vision tower, instead of frames. live: also self-fed. encoder: a
+    local sentence-transformers folder, to match what was said by meaning, in ProAssist's own window.
     """
-    loaded = load_run(run)
-    scored = list(score_run(loaded, data, split, frames_root, features))
-    if out is not None:
-        write_scores(out, scored)
-    return report(split, scored, loaded.model.arm)
+    settings = settings or Settings()
+    loaded, held = load_run(run), hold(data, split)
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
+    folder = out or run / f"evaluation-{split}"
+    about = {
+        "data": str(data.resolve()),
+        "data_key": {s.name: s.key for s in held.all.values()},
+        "model": run_hash(run),
+    }
+    scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
+    thresholds, notes = _thresholds(scored, held, settings)
+    about |= {"thresholds": asdict(thresholds)}
+    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, about | {"mode": TEACHER_FORCED})
+    of_modes = {TEACHER_FORCED: scored[split]}
+    if live and missing(loaded, thresholds):
+        notes.append(f"not self-fed: no threshold for {', '.join(missing(loaded, thresholds))}")
+    elif live:
+        of_modes[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
+        write_scores(folder / f"{SELF_FED}.parquet", {split: of_modes[SELF_FED]}, about | {"mode": SELF_FED})
+    metrics = _metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
+    _write(folder / METRICS_FILE, metrics)
+    return Evaluation(split, metrics, tuple(notes), folder)
 
 
-def score_run(
-    run: LoadedRun, data: Path, split: str, frames_root: Path | None = None, features: Path | None = None
-) -> Iterator[ClipScores]:
-    """Each clip of `split` of `data`, in order, scored on the GPU if there is one."""
-    opened = Split(data, split)
-    model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    frames = open_source([opened], model, frames_root, features)
-    return score_clips(model, run.tokens, opened.in_order(), frames, run.config)
+def evaluate_scores(
+    path: Path,
+    data: Path | None = None,
+    split: str = "test",
+    out: Path | None = None,
+    settings: Settings | None = None,
+    given: Mapping[str, float] | None = None,
+    encoder: Path | None = None,
+) -> Evaluation:
+    """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
 
-
-def open_source(
-    splits: Sequence[Split], model: ProspectModel, frames_root: Path | None, features: Path | None
-) -> FrameSource:
-    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says).
-
-    Raises TrainerError, before anything is trained or scored, where a clip of `splits` has none.
+    Thresholds are `given` (logits by head), chosen on the file's own `val` rows, or, of a live file, those that it says
+    it ran with; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
     """
-    source: FrameSource
-    if features is None:
-        source = open_frames(splits[0].manifest, frames_root, model.side)
+    settings, info = settings or Settings(), read_info(path)
+    held = hold(_shards(path, data, info), split)
+    mode = str(info.get("mode", "scores"))
+    names = [name for name in held.all if name == split or _has_split(path, name)]
+    scored = read_scores(path, {name: held.all[name] for name in names})
+    notes: list[str] = []
+    if given:
+        thresholds = Thresholds(dict(given), dict(given))
+    elif "thresholds" in info and scored[split][0].said is not None:  # those that it ran with
+        thresholds = Thresholds(**info["thresholds"])
     else:
-        source = CachedFeatures(features, fingerprint(model.vlm), model.tokens_per_frame)
-    for split in splits:
-        for clip in split.in_order(rate=None):
-            source.check(clip)
-    return source
+        thresholds, notes = _thresholds(scored, held, settings)
+    metrics = _metrics({mode: scored[split]}, thresholds, settings, encoder)
+    metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds)}
+    if out is not None:
+        _write(out / METRICS_FILE, metrics)
+    return Evaluation(split, metrics, tuple(notes), out)
 
 
-def score_split(
-    model: ProspectModel,
-    tokens: Tokens,
-    split: Split,
-    frames: FrameSource,
-    config: TrainConfig,
-    world: World,
-    together: bool = False,
-) -> list[ClipScores]:
-    """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
-    rank, size = (0, 1) if together else (world.rank, world.size)
-    mine = itertools.islice(split.in_order(), rank, None, size)
-    scored = [(s.logits, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
-    of_ranks = [scored] if size == 1 else world.gather(scored)
+# ---- the parts, which `benchmark` takes as well --------------------------------------------------------------
+
+
+def hold(data: Path, split: str, val: str = "val") -> Held:
+    """The split and `val`, which is where thresholds come from: never from the split itself."""
+    test = Split(data, split)
+    return Held(test, Split(data, val) if val in test.manifest["splits"] and split != val else None)
+
+
+def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:
+    """All clips of the split, scored with the reference's texts in the context."""
+    scored = score_clips(run.model, run.tokens, split.in_order(), frames, run.config)
+    return [_as_scored(clip, run) for clip in scored]
+
+
+def run_live(
+    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings
+) -> list[ScoredClip]:
+    """All clips of the split, frame by frame, the model's own texts in the context."""
+    live = Live(thresholds.event, settings.refractory_s)
+    scored = self_fed(run.model, run.tokens, split.in_order(), frames, run.config, live)
     return [
-        ClipScores(clip, logits, clip.labels, lm_loss, lm_tokens)
-        for i, clip in enumerate(split.in_order())
-        for logits, lm_loss, lm_tokens in [of_ranks[i % size][i // size]]
+        ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
     ]
 
 
-def score_clips(
-    model: ProspectModel,
-    tokens: Tokens,
-    clips: Iterator[ClipExample],
-    frames: FrameSource,
-    config: TrainConfig,
-) -> Iterator[ClipScores]:
-    """Each clip's scores, in the order of `clips`; `config` gives token budgets and the clips per pass."""
-    training = model.training
-    model.eval()
-    while chunk := list(itertools.islice(clips, config.clips_per_step)):
-        windows = windows_of(chunk, tokens, config)
-        groups = plan([len(window.input_ids) for window in windows], config.micro_batch_tokens)
-        scores: dict[int, _WindowScore] = {}
-        for group in groups:
-            scores |= zip(group, _score(model, [windows[i] for i in group], frames), strict=True)
-        for clip in chunk:
-            parts = [scores[i] for i, window in enumerate(windows) if window.clip is clip]
-            logits, losses, counts = zip(*parts, strict=True)
-            yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
-    model.train(training)
+def missing(run: LoadedRun, thresholds: Thresholds) -> list[str]:
+    """Heads of the run's arm that have no threshold, so that it can't run live."""
+    heads = ("speaking", "dst_update") if run.model.arm.dst_head else ("speaking",)
+    return [head for head in heads if head not in thresholds.event]
 
 
-_WindowScore = tuple[npt.NDArray[np.float32], float, int]
+def _as_scored(clip: ClipScores, run: LoadedRun) -> ScoredClip:
+    logits = {"speaking": clip.logits[SPEAK]}
+    if run.model.arm.dst_head:
+        logits["dst_update"] = clip.logits[DST]
+    return ScoredClip(clip.clip, logits, _probabilities(logits, run.logit_correction))
 
 
-@torch.inference_mode()
-def _score(model: ProspectModel, windows: Sequence[Window], frames: FrameSource) -> list[_WindowScore]:
-    """(logits of its own frames, text loss, text tokens) of each window, all in one pass."""
-    pack = make_pack(windows, frames).to(model.device)
-    scores = model(pack)
-    numbers, texts = [w.labels.shape[1] for w in windows], [len(w.lm_positions) for w in windows]
-    rows = zip(
-        windows,
-        scores.decisions.cpu().split(numbers, dim=1),
-        scores.text.split(texts),
-        pack.lm_targets.split(texts),
-        strict=True,
-    )
-    return [
-        (logits[:, w.context :].numpy(), float(lm_sum(text, target)), len(target)) for w, logits, text, target in rows
-    ]
+def _probabilities(logits: Mapping[str, Any], correction: float | None) -> dict[str, Any]:
+    """float32 [F] by head: of the logits after the correction for sampling; none where that is not known."""
+    if correction is None:
+        return {}
+    with np.errstate(over="ignore"):
+        return {
+            head: (1 / (1 + np.exp(-(values.astype(np.float64) + correction)))).astype(np.float32)
+            for head, values in logits.items()
+        }
 
 
-def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
-    """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
-
-    Raises NotFiniteError where a score is NaN or infinite.
-    """
-    bad = [s.clip.clip_id for s in scored if not np.isfinite(s.logits).all()]
-    if bad:
-        raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
-    logits = np.concatenate([s.logits for s in scored], 1)
-    labels = np.concatenate([s.labels for s in scored], 1)
-    speak, dst = labels[SPEAK] == 1, labels[DST] == 1
-    text_tokens = sum(s.lm_tokens for s in scored)
-    return EvalReport(
-        split=split,
-        clips=len(scored),
-        speak=_head(logits[SPEAK], labels[SPEAK]),
-        dst=_head(logits[DST], labels[DST], arm.dst_head),
-        speak_only=int((speak & ~dst).sum()),
-        dst_only=int((dst & ~speak).sum()),
-        both=int((dst & speak).sum()),
-        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
-    )
+def _thresholds(
+    scored: Mapping[str, Sequence[ScoredClip]], held: Held, settings: Settings
+) -> tuple[Thresholds, list[str]]:
+    """Chosen on val; without any, the reason."""
+    if held.val is None:
+        return Thresholds({}, {}), ["no val split beside it: no threshold was chosen, so no events from scores"]
+    if held.val.name not in scored:
+        return Thresholds({}, {}), [f"no scores of {held.val.name}: no threshold was chosen; score it, or give one"]
+    return choose_thresholds(scored[held.val.name], settings), []
 
 
-def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], there: bool = True) -> HeadReport:
-    known = labels >= 0
-    frames, positives = int(known.sum()), int((labels == 1).sum())
-    ap = float(average_precision_score(labels[known], logits[known])) if positives and there else None
-    return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)
+def _metrics(
+    of_modes: Mapping[str, Sequence[ScoredClip]], thresholds: Thresholds, settings: Settings, encoder: Path | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {mode: measure(clips, thresholds, settings) for mode, clips in of_modes.items()}
+    if encoder is not None:
+        from trainer.evaluation.text import EARLY_S, LATE_S, dialogue_metrics, load_encoder
+
+        by_meaning = load_encoder(encoder)
+        for mode, clips in of_modes.items():
+            if all(clip.said is not None for clip in clips):
+                found[mode]["dialogue"] = dialogue_metrics(clips, by_meaning, EARLY_S, LATE_S)
+    return {"settings": asdict(settings)} | found
 
 
-def write_scores(out: Path, scored: list[ClipScores]) -> None:
-    """One Parquet row per frame (SCORES), renamed into place when complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.new")
-    with pq.ParquetWriter(new, SCORES, compression="zstd") as writer:
-        for s in scored:
-            n = s.clip.num_frames
-            names = [pa.array([name] * n) for name in (s.clip.clip_id, s.clip.recording_id)]
-            frames = np.arange(s.clip.start_frame, s.clip.end_frame, dtype=np.int32)
-            writer.write_table(pa.table([*names, frames, *s.logits, *s.labels], schema=SCORES))
-    new.rename(out)
+def _shards(path: Path, data: Path | None, info: Mapping[str, Any]) -> Path:
+    if data is not None:
+        return data
+    if "data" not in info:
+        raise TrainerError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
+    return Path(info["data"])
+
+
+def _has_split(path: Path, name: str) -> bool:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if "split" not in pq.read_schema(path).names:
+        return False
+    splits = pq.read_table(path, columns=["split"])["split"]
+    return bool(pc.any(pc.equal(splits.cast("string"), name)).as_py())
+
+
+def _write(path: Path, metrics: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    new.rename(path)

@@ -38,13 +38,13 @@ from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
 from trainer.errors import NotFiniteError, TrainerError
-from trainer.evaluate import EvalReport, open_source, report, score_split
 from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum, targets
 from trainer.metrics import Metrics, find_logger, open_metrics
 from trainer.model import ProspectModel, part_of
 from trainer.pack import Pack, pack_windows, windows_of
 from trainer.parallel import World, join, share, synced, unwrapped
+from trainer.score import EvalReport, open_source, report, score_split
 from trainer.shards import Split
 from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
 from trainer.tokenizer import Tokens

@@ -29,9 +29,10 @@ def main(demo: Path) -> None:
             count = count_frames(video) or 0
             write_frames(grey / "frames" / video.name, np.full((count, 64, 64, 3), 128, np.uint8))
         train(demo / "data", run, TrainConfig(), grey)
-        report = evaluate(run, demo / "data", "test", grey)
-    for name, head in (("speaking", report.speak), ("DST", report.dst)):
-        print(f"{name}: average precision {head.ap:.3f} without seeing, by chance {head.chance:.3f}")
+        found = evaluate(run, demo / "data", "test", frames_root=grey, live=False).metrics["teacher-forced"]
+    for head in ("speaking", "dst_update"):
+        frames = found[head]["frames"]
+        print(f"{head}: average precision {frames['ap']:.3f} without seeing, by chance {frames['chance']:.3f}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from small_run import clip, curve, write_data
 from trainer.checkpoint import load_run, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.errors import TrainerError
-from trainer.evaluate import evaluate, score_clips
+from trainer.frames import PixelFrames
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.pack import make_pack
+from trainer.score import report, score_clips, score_run
 from trainer.sequence import build_windows
 from trainer.shards import Split
 from trainer.tokenizer import train_tiny_tokens
@@ -259,42 +260,35 @@ def test_a_body_with_missing_weights_is_refused(run, tmp_path):
 # ---- evaluation --------------------------------------------------------------------------------------
 
 
-def test_evaluate_writes_one_row_per_frame(run, data, tmp_path):
-    import pyarrow.parquet as pq
-
-    report = evaluate(run, data, "val", out=tmp_path / "scores.parquet")
-    rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
-    clips = [clip(i, "val", rate=1.0) for i in range(4)]
-    assert [(r["clip_id"], r["frame"]) for r in rows] == [(c.clip_id, f) for c in clips for f in range(c.num_frames)]
-    labels = np.concatenate([c.labels for c in clips], 1)
-    assert [r["speaking_label"] for r in rows] == labels[0].tolist()
-    assert [r["dst_update_label"] for r in rows] == labels[1].tolist()
-    assert report.speak.frames == len(rows)
-    assert report.speak.chance == pytest.approx(8 / len(rows))
-    assert (report.speak_only, report.dst_only, report.both) == (8, 4, 0)
+def test_a_run_logs_the_average_precision_of_every_frame(run, data):
+    loaded = load_run(run)
+    scored = list(score_run(loaded, data, "val"))
+    labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(4)], 1)
+    assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
+    found = report("val", scored, loaded.model.arm)
+    assert found.speak.frames == labels.shape[1]
+    assert found.speak.chance == pytest.approx(8 / labels.shape[1])
+    assert (found.speak_only, found.dst_only, found.both) == (8, 4, 0)
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]
-    assert report.to_json() == logged
+    assert found.to_json() == logged
 
 
 def test_scores_depend_neither_on_batching_nor_on_order(run, data):
+    """On no digit."""
     loaded, split = load_run(run), Split(data, "val")
-    root = data / "frames-on-disk"
-    from trainer.frames import PixelFrames
-
-    frames = PixelFrames(root, 64)
+    frames = PixelFrames(data / "frames-on-disk", 64)
     clips = list(split.in_order())
     one = TrainConfig(clips_per_step=1, warmup_steps=0, steps=1, max_tokens=200, micro_batch_tokens=200)
     many = TrainConfig(clips_per_step=99, max_tokens=200, micro_batch_tokens=9999)
     expected = {s.clip.clip_id: s.logits for s in score_clips(loaded.model, loaded.tokens, iter(clips), frames, one)}
     found = {s.clip.clip_id: s.logits for s in score_clips(loaded.model, loaded.tokens, reversed(clips), frames, many)}
+    assert len(expected) == 4
     for name, logits in expected.items():
-        assert np.allclose(found[name], logits, atol=1e-5)
+        assert np.array_equal(found[name], logits)
 
 
 def test_windows_give_each_frame_one_score(run, data):
     loaded, split = load_run(run), Split(data, "val")
-    from trainer.frames import PixelFrames
-
     frames = PixelFrames(data / "frames-on-disk", 64)
     prompt = max(len(build_windows(c, loaded.tokens, 1, 200)[0].input_ids) - c.num_frames for c in split.in_order())
     short = TrainConfig(max_tokens=prompt + 6, micro_batch_tokens=500)

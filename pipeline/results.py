@@ -1,0 +1,99 @@
+"""What training and evaluation found, as tables for a terminal. Takes plain numbers, so it needs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from pipeline.terminal import plain
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Evaluation
+    from trainer.score import EvalReport
+
+_ROWS: Final = (  # title, path in one mode's metrics, how it is said, path of what to compare it with and its name
+    ("speaking", None, "", None),
+    ("average precision", ("speaking", "frames", "ap"), ".3f", (("speaking", "frames", "chance"), "chance")),
+    ("  at frames without DST update", ("speaking", "frames", "alone", "ap"), ".3f",
+     (("speaking", "frames", "alone", "chance"), "chance")),
+    ("calibration error", ("speaking", "frames", "calibration", "ece"), ".3f", None),
+    ("event F1", ("speaking", "events", "f1"), ".3f", None),
+    ("  precision", ("speaking", "events", "precision"), ".3f", None),
+    ("  recall", ("speaking", "events", "recall"), ".3f", None),
+    ("  reactive", ("speaking", "events", "reactive", "f1"), ".3f", None),
+    ("  proactive", ("speaking", "events", "proactive", "f1"), ".3f", None),
+    ("median latency, s", ("speaking", "events", "median_latency_s"), "+.2f", None),
+    ("false alarms per quiet hour", ("speaking", "events", "false_alarms_per_quiet_hour"), ".1f", None),
+    ("duplicates per event", ("speaking", "events", "duplicates_per_event"), ".3f", None),
+    ("F1 by what was said", ("dialogue", "f1"), ".3f", None),
+    ("DST updates", None, "", None),
+    ("average precision", ("dst_update", "frames", "ap"), ".3f", (("dst_update", "frames", "chance"), "chance")),
+    ("event F1", ("dst_update", "events", "f1"), ".3f", None),
+    ("state", None, "", None),
+    ("joint accuracy", ("state", "joint_accuracy"), ".3f",
+     (("state", "joint_accuracy_never_updating"), "never updating")),
+    ("transition F1", ("state", "transitions", "f1"), ".3f", None),
+)  # fmt: skip
+
+
+def render_evaluation(evaluation: Evaluation) -> Any:
+    """One column per mode, one row per metric that is defined; then what the numbers are of."""
+    metrics = evaluation.metrics
+    modes = [name for name, found in metrics.items() if isinstance(found, dict) and "cells" in found]
+    table = _table(f"on {plain(evaluation.split)}", *modes, "to compare with")
+    title: str | None = None
+    for name, path, how, other in _ROWS:
+        if path is None:
+            title = name
+            continue
+        found = [_at(metrics[mode], path) for mode in modes]
+        if any(value is not None for value in found):
+            if title is not None:
+                table.add_row(f"[bold]{title}[/]")
+                title = None
+            compared = other and _at(metrics[modes[0]], other[0])
+            beside = "" if compared is None or other is None else f"{other[1]} {compared:.3f}"
+            table.add_row(f"  {name}", *(_say(value, how) for value in found), beside)
+    return Group(table, *(f"[dim]{line}[/]" for line in _about(metrics[modes[0]], metrics)), *evaluation.notes)
+
+
+def _about(report: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    cells, settings = report["cells"], metrics["settings"]
+    return [
+        f"{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; positive: "
+        f"speaking only {cells['speaking_only']:,}, DST only {cells['dst_update_only']:,}, both {cells['both']:,}",
+        f"an event is in time from {settings['early_s']:g} s before to {settings['late_s']:g} s after; after one, "
+        f"{settings['refractory_s']:g} s of silence; thresholds are val's best",
+    ]
+
+
+def _at(report: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    found: Any = report
+    for key in path:
+        found = None if found is None else found.get(key)
+    return found
+
+
+def _say(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
+def render_report(report: EvalReport) -> Any:
+    """A table: average precision per head against chance, and where the positives lie."""
+    table = _table("head", "average precision", "by chance", "positive frames", "of frames")
+    for name, head in (("speaking", report.speak), ("DST", report.dst)):
+        ap = "undefined" if head.ap is None else f"{head.ap:.3f}"
+        table.add_row(name, ap, f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
+    cells = f"positive frames: speaking only {report.speak_only:,}, DST only {report.dst_only:,}, both {report.both:,}"
+    return Group(table, f"[dim]{cells}\nteacher-forced: the reference's texts are in the context[/]")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

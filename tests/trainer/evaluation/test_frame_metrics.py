@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scored import clip_of, noisy_clips
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+from trainer.evaluation import frames as subject
+from trainer.evaluation.frames import (
+    HeadFrames,
+    Ranking,
+    best_threshold,
+    between,
+    cells,
+    fires,
+    head_frames,
+    report_frames,
+)
+from trainer.evaluation.scores import ScoredClip
+
+
+def frames_of(scores, labels, cell=None, probabilities=None, recording=None) -> HeadFrames:
+    labels = np.array(labels)
+    recording = np.zeros(len(labels), np.int64) if recording is None else np.array(recording)
+    return HeadFrames(
+        np.array(scores, np.float32),
+        labels == 1,
+        labels.astype(np.int8) if cell is None else np.array(cell, np.int8),
+        None if probabilities is None else np.array(probabilities, np.float32),
+        recording,
+        int(recording.max(initial=0)) + 1,
+    )
+
+
+# ---- by hand -----------------------------------------------------------------------------------------
+
+
+def test_ranking_of_four_frames():
+    report = report_frames(frames_of([4, 3, 2, 1], [1, 0, 1, 0]), 2.5, 10)
+    assert report["ap"] == pytest.approx((1 / 1 + 2 / 3) / 2, abs=1e-15)
+    assert (report["chance"], report["auroc"]) == (0.5, 0.75)  # 3 of the 4 pairs are in order
+    assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
+    assert report["balanced_accuracy"] == 0.5
+    assert (report["frames"], report["positives"], report["threshold"]) == (4, 2, 2.5)
+
+
+def test_ties_are_passed_at_once():
+    report = report_frames(frames_of([2, 2, 2, 1], [1, 0, 1, 0]), None, 10)
+    assert report["ap"] == 2 / 3
+    assert report["auroc"] == (2 * 0.5 + 2 * 1) / 4
+
+
+def test_what_needs_both_classes_is_none_without():
+    nothing = report_frames(frames_of([1, 2], [0, 0]), 1.5, 10)
+    assert (nothing["ap"], nothing["chance"], nothing["auroc"], nothing["recall"]) == (None, 0, None, None)
+    assert (nothing["precision"], nothing["f1"], nothing["balanced_accuracy"]) == (0, 0, None)
+    everything = report_frames(frames_of([1, 2], [1, 1]), 1.5, 10)
+    assert (everything["ap"], everything["auroc"], everything["balanced_accuracy"]) == (1, None, None)
+    silent = report_frames(frames_of([1, 2], [0, 1]), 9.0, 10)
+    assert (silent["precision"], silent["recall"], silent["f1"]) == (None, 0, 0)
+    empty = report_frames(frames_of([], []), None, 10)
+    assert (empty["ap"], empty["chance"], empty["calibration"], empty["f1"]) == (None, None, None, None)
+
+
+def test_calibration_of_two_bins():
+    labels, p = [1, 0, 0, 1, 1], [0.1, 0.3, 0.2, 0.9, 1.0]
+    report = report_frames(frames_of(p, labels, probabilities=p), None, 2)["calibration"]
+    # three frames at 0.2 on average, one of them positive; two at 0.95, both positive
+    assert report["ece"] == pytest.approx((3 * abs(1 / 3 - 0.2) + 2 * abs(1 - 0.95)) / 5, rel=1e-6)
+    low, high = report["bins"]
+    assert (low["low"], low["high"], low["frames"], low["positive"]) == (0, 0.5, 3, 1 / 3)
+    assert low["probability"] == pytest.approx(0.2, rel=1e-6)
+    assert (high["frames"], high["positive"]) == (2, 1)
+
+
+def test_a_probability_on_the_edge_belongs_to_the_bin_above_and_one_to_the_last():
+    p = [0.0, 0.5, 1.0]
+    report = report_frames(frames_of(p, [0, 1, 1], probabilities=p), None, 2)["calibration"]
+    assert [b["frames"] for b in report["bins"]] == [1, 2]
+    assert report["bins"][0]["positive"] == 0
+    empty_bin = report_frames(frames_of([1, 1], [0, 1], probabilities=[1, 1]), None, 2)["calibration"]["bins"][0]
+    assert (empty_bin["frames"], empty_bin["probability"], empty_bin["positive"]) == (0, None, None)
+
+
+def test_cells_tell_a_head_its_own_events_from_the_others():
+    own, other, both, neither = subject.OWN, subject.OTHER, subject.BOTH, subject.NEITHER
+    cell = [own, neither, both, other, neither, subject.UNKNOWN]
+    report = report_frames(frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], cell), None, 10)
+    assert report["alone"] | {"auroc": None} == {"frames": 3, "positives": 1, "ap": 0.5, "chance": 1 / 3, "auroc": None}
+    assert (report["both"]["positives"], report["both"]["ap"]) == (1, 1.0)
+    assert report["auroc_against_other"] == 0.5  # of own (1), both (6) against other (5)
+
+
+def test_frames_are_sorted_into_cells_by_both_labels():
+    labels = np.array([[1, 1, 0, 0, -100, 0], [0, 1, 1, 0, 0, -100]], np.int8)
+    scored = clip_of(frames=6, speaking=range(6), updating=range(6))
+    scored = ScoredClip(type(scored.clip)(**{**scored.clip.__dict__, "labels": labels}), scored.logits, {})
+    assert cells([scored]) == {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
+    speaking = head_frames([scored], "speaking", ["r-c0"])
+    assert speaking.scores.tolist() == [0, 1, 2, 3, 5]
+    assert speaking.cell.tolist() == [subject.OWN, subject.BOTH, subject.OTHER, subject.NEITHER, subject.UNKNOWN]
+    assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_head_that_the_model_lacks_has_no_frames():
+    assert head_frames([clip_of(frames=4, speaking=range(4))], "dst_update", ["r-c0"]) is None
+
+
+# ---- thresholds --------------------------------------------------------------------------------------
+
+
+def test_the_best_threshold_lies_midway_between_scores():
+    # F1 by cut: {5}: 2/3, {5, 4}: 1/2, {5, 4, 3}: 4/5; never all
+    assert best_threshold(np.float32([5, 4, 3, 2]), np.array([True, False, True, False])) == 2.5
+
+
+def test_of_equally_good_thresholds_the_highest_is_taken():
+    # {4}: 2/3, {4, 3}: 1/2, {4, 3, 2, 1}: 2/3
+    scores, positive = np.float32([4, 3, 2, 1, 0]), np.array([True, False, False, True, False])
+    assert best_threshold(scores, positive) == 3.5
+
+
+def test_the_same_score_everywhere_separates_nothing_and_stays_silent():
+    for score in (-5.0, 0.0, 7.0, float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)):
+        scores = np.full(3, score, np.float32)
+        assert not fires(scores, best_threshold(scores, np.array([True, False, False]))).any()
+
+
+def test_no_positive_frame_gives_no_threshold():
+    assert best_threshold(np.float32([1, 2]), np.array([False, False])) is None
+
+
+def test_a_threshold_between_neighbouring_floats_still_separates_them():
+    for low in np.float32([1.0, 0.1, -3.7, 1e-30, -2e20]):
+        high = np.nextafter(low, np.float32(np.inf))
+        cut = between(float(high), float(low))
+        assert fires(np.array([low, high]), cut).tolist() == [False, True]
+        assert [bool(low >= np.float32(cut)), bool(high >= np.float32(cut))] == [False, True]
+
+
+# ---- against scikit-learn ----------------------------------------------------------------------------
+
+
+def test_numbers_are_scikit_learns():
+    clips = noisy_clips(6)
+    for head in ("speaking", "dst_update"):
+        frames = head_frames(clips, head, [f"r{i}" for i in range(5)])
+        report = report_frames(frames, 1.25, 10)
+        y, fired = frames.positive, frames.scores >= 1.25
+        assert report["ap"] == average_precision_score(y, frames.scores)
+        assert report["auroc"] == roc_auc_score(y, frames.scores)
+        assert report["precision"] == precision_score(y, fired)
+        assert report["recall"] == recall_score(y, fired)
+        assert report["f1"] == f1_score(y, fired)
+        assert report["balanced_accuracy"] == balanced_accuracy_score(y, fired)
+
+
+def test_no_threshold_has_a_better_f1_than_the_best():
+    frames = head_frames(noisy_clips(6), "speaking", [f"r{i}" for i in range(5)])
+    best = f1_score(frames.positive, frames.scores >= best_threshold(frames.scores, frames.positive))
+    assert best == max(f1_score(frames.positive, frames.scores > cut) for cut in np.unique(frames.scores))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_weighted_ranking_is_that_of_repeated_frames(block, monkeypatch):
+    monkeypatch.setattr(subject, "BLOCK", block)
+    frames = head_frames(noisy_clips(6), "speaking", [f"r{i}" for i in range(5)])
+    weights = np.random.default_rng(1).multinomial(5, [0.2] * 5, size=9)
+    ranking = Ranking(frames)
+    ap, auroc = ranking.average_precision(weights), ranking.auroc(weights)
+    for b, drawn in enumerate(weights):
+        rows = np.repeat(np.arange(len(frames.scores)), drawn[frames.recording])
+        y, scores = frames.positive[rows], frames.scores[rows]
+        assert ap[b] == pytest.approx(average_precision_score(y, scores), rel=1e-12)
+        assert auroc[b] == pytest.approx(roc_auc_score(y, scores), rel=1e-12)
+
+
+def test_a_draw_without_positives_has_no_ranking():
+    ranking = Ranking(frames_of([3, 2, 1], [1, 0, 0], recording=[0, 0, 1]))
+    weights = np.array([[1, 1], [0, 2]])
+    assert ranking.average_precision(weights)[0] == 1
+    assert np.isnan(ranking.average_precision(weights)[1])
+    assert np.isnan(ranking.auroc(weights)[1])
+    nothing = Ranking(frames_of([3, 2], [0, 0]))
+    assert np.isnan(nothing.average_precision(np.ones((1, 1), int))).all()

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from by_hand import clip_example, dst, turn, write_shards
+
+from trainer.errors import TrainerError
+from trainer.evaluation.scores import HEADS, ScoredClip, read_info, read_scores, write_scores
+from trainer.shards import Split
+
+WHEEL = turn("assistant", "Now the wheel.", 12, 14)
+CLIPS = [
+    clip_example([WHEEL, dst(12, 13, ("S1", "start"))], 10, 6, clip_id="b", clip=0),
+    clip_example([turn("assistant", "Done.", 2, 3)], 0, 4, clip_id="a", clip=1, video="v1"),
+]  # fmt: skip
+VAL = [clip_example([dst(1, 2, ("S1", "start"))], 0, 3, clip_id="v", video="v2")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "labels", {"test": CLIPS, "val": VAL})
+
+
+@pytest.fixture
+def split(data: Path) -> Split:
+    return Split(data, "test")
+
+
+def scored(split: Split, **live) -> list[ScoredClip]:
+    """Clips as on disk; the logit of a frame is its number, the second head's is minus that."""
+    clips = []
+    for clip in split.in_order():
+        frame = np.arange(clip.start_frame, clip.end_frame, dtype=np.float32)
+        clips.append(ScoredClip(clip, {"speaking": frame, "dst_update": -frame}, {"speaking": frame / 100}, **live))
+    return clips
+
+
+def frame(split: Split, name: str = "test") -> pl.DataFrame:
+    """A stranger's file, before somebody spoils it: the fewest columns."""
+    return pl.concat(
+        pl.DataFrame(
+            {
+                "split": name,
+                "clip_id": clip.clip_id,
+                "clip": clip.clip,
+                "frame": range(clip.start_frame, clip.end_frame),
+                "speaking_logit": [0.5 * i for i in range(clip.num_frames)],
+                "speaking_label": clip.labels[0].tolist(),
+            }
+        )
+        for clip in split.in_order()
+    )
+
+
+def read(path: Path, table: pl.DataFrame, split: Split) -> list[ScoredClip]:
+    table.write_parquet(path / "scores.parquet")
+    return read_scores(path / "scores.parquet", {"test": split})["test"]
+
+
+# ---- our own files -----------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_in_the_order_of_clip_ids(tmp_path, data, split):
+    val = Split(data, "val")
+    given = {"test": scored(split), "val": scored(val)}
+    write_scores(tmp_path / "s.parquet", given, {"mode": "teacher-forced", "thresholds": {"speaking": 0.5}})
+    found = read_scores(tmp_path / "s.parquet", {"test": split, "val": val})
+    a, b = found["test"]
+    assert [a.clip.clip_id, b.clip.clip_id] == ["a", "b"]
+    assert b.logits["speaking"].tolist() == [10, 11, 12, 13, 14, 15]
+    assert b.logits["dst_update"].tolist() == [-10, -11, -12, -13, -14, -15]
+    assert b.logits["speaking"].dtype == np.float32
+    assert a.probabilities["speaking"].tolist() == np.float32([0.0, 0.01, 0.02, 0.03]).tolist()
+    assert "dst_update" not in a.probabilities
+    assert (a.said, a.updates) == (None, None)
+    assert b.clip.labels.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert [s.clip.clip_id for s in found["val"]] == ["v"]
+    assert read_info(tmp_path / "s.parquet") == {"mode": "teacher-forced", "thresholds": {"speaking": 0.5}}
+
+
+def test_a_head_that_the_model_lacks_is_absent(tmp_path, split):
+    clips = [replace(s, logits={"speaking": s.logits["speaking"]}, probabilities={}) for s in scored(split)]
+    write_scores(tmp_path / "s.parquet", {"test": clips}, {})
+    assert all(set(s.logits) == {"speaking"} for s in read_scores(tmp_path / "s.parquet", {"test": split})["test"])
+
+
+def test_what_a_live_model_said_and_updated_comes_back(tmp_path, split):
+    b, a = scored(split)
+    b = replace(b, said=[None, "", "Now, ürgent", None, None, None], updates=[(("S1", "start"),), (), *[None] * 4])
+    a = replace(a, said=[None] * 4, updates=[None] * 4)
+    write_scores(tmp_path / "s.parquet", {"test": [b, a]}, {})
+    silent, live = read_scores(tmp_path / "s.parquet", {"test": split})["test"]
+    assert (silent.said, silent.updates) == ([None] * 4, [None] * 4)
+    assert live.said == [None, "", "Now, ürgent", None, None, None]
+    assert live.updates == [(("S1", "start"),), (), None, None, None, None]
+
+
+def test_rows_stand_by_split_and_every_column_says_what_it_is(tmp_path, data, split):
+    given = {"val": scored(Split(data, "val")), "test": scored(split)}
+    write_scores(tmp_path / "s.parquet", given, {})
+    rows = pl.read_parquet(tmp_path / "s.parquet")
+    assert rows["clip_id"].to_list() == ["b"] * 6 + ["a"] * 4 + ["v"] * 3
+    assert rows["time_s"].to_list()[:2] == [5.0, 5.5]
+    assert rows["recording_id"].unique(maintain_order=True).to_list() == ["v0", "v1", "v2"]
+    schema = pq.read_schema(tmp_path / "s.parquet")
+    assert schema.names == [
+        "split", "clip_id", "recording_id", "frame", "time_s", "speaking_logit", "dst_update_logit",
+        "speaking_probability", "dst_update_probability", "speaking_label", "dst_update_label",
+    ]  # fmt: skip
+    assert all(field.metadata[b"doc"] for field in schema)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, split):
+    path = tmp_path / "s.parquet"
+    write_scores(path, {"test": scored(split)}, {})
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_scores(path, {"test": scored(split)}, {"x": math.nan})
+    assert path.read_bytes() == old
+    write_scores(path, {"test": scored(split)}, {})
+    assert path.read_bytes() == old
+    assert list(tmp_path.glob(".*")) == []
+
+
+# ---- anybody's files ---------------------------------------------------------------------------------
+
+
+def test_rows_of_any_order_and_types_are_read_the_same(tmp_path, split):
+    plain = frame(split)
+    strange = plain.sample(fraction=1, shuffle=True, seed=3).with_columns(
+        pl.col("clip_id").cast(pl.Categorical),
+        pl.col("split").cast(pl.Categorical),
+        pl.col("frame").cast(pl.Float64),
+        pl.col("speaking_label").cast(pl.Int64),
+        pl.lit("ignored").alias("model"),
+    )
+    for table in (plain, strange, plain.drop("split"), plain.drop("clip_id"), plain.drop("speaking_label")):
+        a, b = read(tmp_path, table, split)
+        assert (a.clip.clip_id, a.logits["speaking"].tolist()) == ("a", [0, 0.5, 1, 1.5])
+        assert b.logits["speaking"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+        assert set(b.logits) == {"speaking"}
+        assert b.probabilities == {}
+
+
+def test_how_the_shards_are_cut_changes_nothing(tmp_path):
+    clips = [clip_example([turn("assistant", "x", i, i + 1)], 0, 4, clip_id=f"c{i}", clip=i) for i in range(4)]
+    whole = Split(write_shards(tmp_path / "whole", {"test": clips}), "test")
+    cut = Split(write_shards(tmp_path / "cut", {"test": clips}, group=1, part=2), "test")
+    frame(whole).write_parquet(tmp_path / "s.parquet")
+    for one, other in zip(
+        *(read_scores(tmp_path / "s.parquet", {"test": s})["test"] for s in (whole, cut)), strict=True
+    ):
+        assert np.array_equal(one.logits["speaking"], other.logits["speaking"])
+        assert np.array_equal(one.clip.labels, other.clip.labels)
+
+
+def test_infinite_logits_are_the_largest_finite_ones(tmp_path, split):
+    table = frame(split).with_columns(pl.col("speaking_logit").replace({0.5: math.inf, 1.0: -math.inf}))
+    largest = float(np.finfo(np.float32).max)
+    assert read(tmp_path, table, split)[0].logits["speaking"].tolist() == [0, largest, -largest, 1.5]
+
+
+def test_probabilities_alone_give_logits(tmp_path, split):
+    table = frame(split).drop("speaking_logit").with_columns(speaking_probability=pl.lit(0.75))
+    table[0, "speaking_probability"], table[1, "speaking_probability"] = 0.0, 1.0
+    b = read(tmp_path, table, split)[1]
+    assert b.probabilities["speaking"].tolist() == [0, 1, 0.75, 0.75, 0.75, 0.75]
+    assert b.logits["speaking"][2] == pytest.approx(math.log(3), rel=1e-6)
+    assert b.logits["speaking"][:2].tolist() == [-np.finfo(np.float32).max, np.finfo(np.float32).max]
+
+
+def test_probabilities_that_tie_by_rounding_agree_with_their_logits(tmp_path, split):
+    n = len(frame(split))
+    table = frame(split).with_columns(
+        speaking_logit=pl.Series([20.0 + i for i in range(n)]),
+        speaking_probability=pl.Series([1.0] * (n - 1) + [1.0 - 1e-7]),
+    )
+    assert read(tmp_path, table, split)[1].probabilities["speaking"][0] == 1.0
+
+
+def test_a_label_that_either_side_leaves_open_is_no_contradiction(tmp_path, split):
+    table = frame(split).with_columns(speaking_label=pl.lit(-100))
+    table[2, "speaking_label"] = None
+    assert len(read(tmp_path, table, split)) == 2
+
+
+def test_frames_on_which_the_shards_say_nothing_may_be_labelled_in_the_file(tmp_path):
+    onset = clip_example([turn("assistant", "x", 1, 3)], 0, 4, positive="onset")  # labels 0, 1, -100, 0
+    split = Split(write_shards(tmp_path / "onset", {"test": [onset]}), "test")
+    table = frame(split).with_columns(speaking_label=pl.Series([0, 1, 1, 0]))
+    assert len(read(tmp_path, table, split)) == 1
+
+
+# ---- refused -----------------------------------------------------------------------------------------
+
+
+def shifted(table: pl.DataFrame) -> pl.DataFrame:
+    """Labels and scores one frame late: the off-by-one of somebody's own frame numbers."""
+    return table.with_columns(pl.col("speaking_label").shift(1, fill_value=0))
+
+
+def with_probability(table: pl.DataFrame, *values: float) -> pl.DataFrame:
+    return table.with_columns(speaking_probability=pl.Series([*values, *[0.9] * (len(table) - len(values))]))
+
+
+SPOILED = {
+    "missing": (
+        lambda t: t.filter(~pl.col("frame").is_in([11, 12])),
+        "s.parquet split test: 2 frames have no row, the first is clip b frame 11; expected one row",
+    ),
+    "double": (
+        lambda t: pl.concat([t, t[2:3]]),
+        "1 frames have several rows, the first is clip b frame 12",
+    ),
+    "relative": (
+        lambda t: t.with_columns(pl.col("frame") - pl.col("frame").min().over("clip_id")),
+        "6 rows are of no frame of their clip, the first is clip b frame 0, expected 10 to 15; frames are absolute",
+    ),
+    "unknown clip": (
+        lambda t: t.with_columns(pl.col("clip_id").replace({"a": "z"})),
+        "4 rows are of clips that the shards lack, the first is clip z",
+    ),
+    "unknown position": (
+        lambda t: t.drop("clip_id").with_columns(clip=pl.col("clip") + 1),
+        "4 rows are of clips that the shards lack, the first is clip 2",
+    ),
+    "label": (
+        shifted,
+        "split test clip a frame 2: speaking_label is 0, the shards say 1 (4 frames differ)",
+    ),
+    "NaN": (
+        lambda t: t.with_columns(pl.col("speaking_logit").replace({2.5: math.nan})),
+        "clip b frame 15: speaking_logit is NaN or null (1 such frames)",
+    ),
+    "null": (
+        lambda t: t.with_columns(pl.col("speaking_logit").replace({2.5: None})),
+        "clip b frame 15: speaking_logit is NaN or null (1 such frames)",
+    ),
+    "all null": (
+        lambda t: t.with_columns(speaking_logit=pl.lit(None, pl.Float32)),
+        "the speaking scores are null throughout",
+    ),
+    "no probability": (
+        lambda t: with_probability(t.drop("speaking_logit"), 0.5, 1.5),
+        "clip b frame 11: speaking_probability is 1.5, expected 0 to 1; if these are logits, name the column speaking_",
+    ),
+    "contradiction": (
+        lambda t: with_probability(t, 0.9, 0.8),
+        "order the frames differently (clip b frame 11: 0.5, 0.8; clip a frame 0: 0, 0.9); drop the column",
+    ),
+    "no score": (
+        lambda t: t.drop("speaking_logit"),
+        "no column speaking_logit (or speaking_probability), found split, clip_id, clip, frame, speaking_label",
+    ),
+    "no clip": (lambda t: t.drop("clip_id", "clip"), "no column clip, found"),
+    "other split": (lambda t: t.with_columns(split=pl.lit("dev")), "no rows of split 'test', found: dev"),
+    "text": (lambda t: t.with_columns(speaking_logit=pl.lit("high")), "speaking_logit is "),
+    "fraction": (lambda t: t.with_columns(frame=pl.col("frame") + 0.5), "frame is double, expected int64"),
+    "no rows": (lambda t: t[:0].drop("split"), "10 frames have no row, the first is clip a frame 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_file_that_does_not_fit_the_shards_is_refused(tmp_path, split, name):
+    spoil, message = SPOILED[name]
+    path = tmp_path / "s.parquet"
+    spoil(frame(split)).write_parquet(path)
+    with pytest.raises(TrainerError) as refused:
+        read_scores(path, {"test": split})
+    assert message in str(refused.value)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_contradiction_says_which_column_to_drop(tmp_path, split):
+    with pytest.raises(TrainerError, match="drop the column speaking_probability, or speaking_logit if the prob"):
+        read(tmp_path, with_probability(frame(split), 0.9, 0.8), split)
+
+
+def test_without_a_split_column_only_one_split_can_be_asked_for(tmp_path, data, split):
+    frame(split).drop("split").write_parquet(tmp_path / "s.parquet")
+    with pytest.raises(TrainerError, match="no column split"):
+        read_scores(tmp_path / "s.parquet", {"test": split, "val": Split(data, "val")})
+
+
+def test_what_is_no_parquet_file_is_refused(tmp_path, split):
+    with pytest.raises(TrainerError, match=r"none\.parquet: not found"):
+        read_scores(tmp_path / "none.parquet", {"test": split})
+    (tmp_path / "s.csv").write_text("clip_id,frame\n")
+    with pytest.raises(TrainerError, match="not a Parquet file that can be read"):
+        read_scores(tmp_path / "s.csv", {"test": split})
+
+
+def test_heads_are_the_rows_of_the_labels():
+    from trainer.clips import DST, SPEAK
+
+    assert (HEADS[SPEAK], HEADS[DST]) == ("speaking", "dst_update")

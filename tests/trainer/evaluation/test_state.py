@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+from by_hand import clip_example, dst, turn
+from scored import clip_of
+
+from trainer.clips import Turn
+from trainer.evaluation.events import Settings
+from trainer.evaluation.scores import ScoredClip
+from trainer.evaluation.state import changes, find_states, replay, report_states, state_at_start
+
+S = Settings()
+START, DONE, NEXT = ("S1", "start"), ("S1", "complete"), ("S2", "start")
+
+
+def report(*clips: ScoredClip):
+    return report_states(find_states(clips, S))
+
+
+# ---- replay ------------------------------------------------------------------------------------------
+
+
+def test_the_state_at_the_start_is_the_initial_one_and_what_happened_before():
+    clip = clip_example([dst(4, 6, START), dst(None, None, DONE), dst(12, 13, NEXT)], 10, 8, initial=[("S2", "paused")])
+    assert state_at_start(clip) == {"S1": "in_progress", "S2": "paused"}  # the one without frames waits for frame 12
+
+
+def test_what_happens_at_the_first_frame_is_not_known_before():
+    assert state_at_start(clip_example([dst(10, 12, START)], 10, 8))["S1"] == "not_started"
+
+
+def test_changes_happen_at_the_frame_that_shows_their_instant():
+    turns = [
+        Turn("DST_UPDATE", "x", 4, 6, 2.4, (("S3", "start"),)),  # before the clip
+        Turn("DST_UPDATE", "x", 8, 12, 4.2, (START,)),  # under way as the clip begins
+        Turn("DST_UPDATE", "x", 11, 13, 6.0 - 1e-9, (DONE, NEXT)),  # 12 frames, but for rounding
+        Turn("DST_UPDATE", "x", None, None, 7.1, (("S4", "start"),)),
+        turn("assistant", "x", 15, 16),
+    ]
+    assert changes(clip_example(turns, 10, 8)) == [
+        (4, ("S3", "start")), (10, START), (12, DONE), (12, NEXT), (14, ("S4", "start")),
+    ]  # fmt: skip
+
+
+def test_under_onset_labels_a_turn_that_began_before_the_clip_has_happened():
+    clip = clip_example([dst(8, 12, START)], 10, 8, positive="onset")
+    assert state_at_start(clip) == {"S1": "in_progress", "S2": "not_started"}
+
+
+def test_replay_gives_the_state_at_the_end_of_every_frame():
+    clip = clip_example([], 10, 4)
+    states = replay(clip, [(11, START), (13, DONE), (13, NEXT), (12, ("S9", "start")), (12, ("S1", "explode"))])
+    first, second = states.T.tolist()
+    assert [first[0] == first[1], first[1] == first[2], first[2] == first[3]] == [False, True, False]
+    assert [second[0] == second[2], second[2] == second[3]] == [True, False]
+    assert states[3].tolist() == replay(clip, [(10, NEXT), (10, DONE)])[3].tolist()
+
+
+# ---- joint accuracy ----------------------------------------------------------------------------------
+
+
+def test_joint_accuracy_by_hand():
+    # 10 frames; S1 starts at frame 2, completes at 6. The model: start at 3, complete at 6, and S2 by mistake at 8.
+    turns = [dst(2, 4, START), dst(6, 7, DONE)]
+    found = report(clip_of(turns, frames=10, updates={1.5: (START,), 3.0: (DONE,), 4.0: (NEXT,)}))
+    assert found["joint_accuracy"] == 7 / 10  # wrong at 2, 8 and 9
+    assert found["joint_accuracy_never_updating"] == 2 / 10
+    assert found["over_time"] == [1, 1, 0, 1, 1, 1, 1, 1, 0, 0]
+    assert found["over_time_never_updating"] == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_time_in_the_clip_is_cut_into_ten_parts():
+    found = report(clip_of([dst(4, 5, START)], frames=5, updates={}), clip_of([], name="c1", frames=20, updates={}))
+    assert (found["clips"], found["frames"]) == (2, 25)
+    # the short clip's frames are in parts 0, 2, 4, 6 and 8, the long one's two in each; wrong is the short one's last
+    assert found["over_time"] == [1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1]
+
+
+def test_one_missed_update_counts_until_the_state_is_right_again():
+    turns = [dst(2, 3, START), dst(6, 7, DONE)]
+    assert report(clip_of(turns, frames=10, updates={3.0: (DONE,)}))["joint_accuracy"] == 6 / 10
+
+
+def test_empty_updates_change_nothing():
+    found = report(clip_of([dst(2, 3, START)], frames=10, updates={1.0: ()}))
+    assert found["joint_accuracy"] == found["joint_accuracy_never_updating"] == 2 / 10
+    assert (found["transitions"]["f1"], found["transitions"]["precision"], found["transitions"]["recall"]) == (
+        0,
+        None,
+        0,
+    )
+
+
+# ---- transitions -------------------------------------------------------------------------------------
+
+
+def test_transitions_match_by_step_and_kind_inside_the_window():
+    turns = [dst(20, 22, START), dst(60, 62, DONE, NEXT)]  # 10 s, 30 s
+    updates = {10.5: (START,), 20.0: (DONE,), 34.0: (NEXT, ("S9", "start")), 40.0: (("S1", "explode"),)}
+    found = report(clip_of(turns, updates=updates))["transitions"]
+    # START half a second late, NEXT four; DONE is ten early
+    assert (found["references"], found["predictions"], found["matched"], found["unknown"]) == (3, 5, 2, 2)
+    assert (found["precision"], found["recall"], found["f1"]) == (2 / 5, 2 / 3, 4 / 8)
+    assert found["median_latency_s"] == (0.5 + 4) / 2
+
+
+def test_a_repeated_update_matches_once():
+    found = report(clip_of([dst(20, 22, START)], updates={10.0: (START,), 11.0: (START,)}))["transitions"]
+    assert (found["matched"], found["precision"], found["recall"]) == (1, 0.5, 1)
+
+
+def test_without_updates_or_dst_there_is_nothing_to_say():
+    assert find_states([clip_of([dst(2, 3, START)], speaking=[0] * 120)], S) is None
+    assert find_states([clip_of([], updates={1.0: ()}, steps=())], S) is None
+
+
+def test_clips_without_dst_do_not_count():
+    tracked = clip_of([dst(2, 3, START)], frames=10, updates={1.0: (START,)})
+    assert report(tracked, clip_of([], name="c1", updates={1.0: (START,)}, steps=())) == report(tracked)
+    assert report(tracked)["joint_accuracy"] == pytest.approx(1.0)

@@ -1,0 +1,172 @@
+"""`evaluate`: what it writes, that its metrics follow from what it wrote, and that no digit depends on how."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from by_hand import write_frames, write_shards
+from small_run import clip, go, write_data
+
+from pipeline.cli import main
+from trainer.errors import TrainerError
+from trainer.evaluate import evaluate, evaluate_scores
+
+MODES = ("teacher-forced", "self-fed")
+
+
+def write_splits(out, order=lambda clips: clips, **layout):
+    """train, val and test of the small run's clips; `layout`: clips per row group and shard."""
+    made = {split: [clip(i, split) for i in range(n)] for split, n in (("train", 7), ("val", 4), ("test", 6))}
+    for c in (c for clips in made.values() for c in clips):
+        frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
+        write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", frames)
+    chosen = {split: order(clips) for split, clips in made.items()}
+    placed = {
+        split: [type(c)(**{**c.__dict__, "clip": i}) for i, c in enumerate(clips)] for split, clips in chosen.items()
+    }
+    return write_shards(out, placed, frames_root=out / "frames-on-disk", **layout)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_splits(tmp_path_factory.mktemp("evaluate") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    go(data, data.parent / "run")
+    return data.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def found(run, data):
+    torch.set_num_threads(1)
+    return evaluate(run, data)
+
+
+def metrics_alone(metrics):
+    return {mode: metrics[mode] for mode in MODES if mode in metrics}
+
+
+def test_it_writes_val_and_test_teacher_forced_and_test_self_fed(found, run):
+    assert found.folder == run / "evaluation-test"
+    assert sorted(p.name for p in found.folder.iterdir()) == [
+        "metrics.json",
+        *(f"{m}.parquet" for m in reversed(MODES)),
+    ]
+    forced, live = (pq.read_table(found.folder / f"{mode}.parquet") for mode in MODES)
+    frames = {split: sum(clip(i, split).num_frames for i in range(n)) for split, n in (("val", 4), ("test", 6))}
+    assert {v["values"]: v["counts"] for v in forced["split"].value_counts().to_pylist()} == frames
+    assert live["split"].unique().to_pylist() == ["test"]
+    assert {"said", "updates"} <= set(live.column_names)
+    assert found.notes == ()
+    assert json.loads((found.folder / "metrics.json").read_text()) == found.metrics
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_metrics_follow_from_the_parquet_alone(found, mode):
+    again = evaluate_scores(found.folder / f"{mode}.parquet")  # the file says which shards it is of
+    assert again.metrics[mode] == found.metrics[mode]
+    assert again.metrics["thresholds"] == found.metrics["thresholds"]
+
+
+@pytest.mark.parametrize("layout", [{"group": 1, "part": 2}, {"group": 3}, {"group": 2, "part": 5}])
+def test_order_and_shards_change_no_digit(found, run, tmp_path, layout):
+    shuffled = write_splits(tmp_path / "data", lambda clips: random.Random(1).sample(clips, len(clips)), **layout)
+    again = evaluate(run, shuffled, out=tmp_path / "out")
+    assert again.metrics["data_key"] != found.metrics["data_key"]
+    assert metrics_alone(again.metrics) == metrics_alone(found.metrics)
+
+
+def test_thresholds_come_from_val_alone(found, run, data, tmp_path):
+    """The test split's labels are others; what was chosen is not."""
+    table = pq.read_table(found.folder / "teacher-forced.parquet")
+    noise = pa.array(np.random.default_rng(0).normal(size=len(table)).astype(np.float32))
+    is_test = pc.equal(table["split"].cast("string"), "test")
+    place = table.column_names.index("speaking_logit")
+    changed = table.set_column(place, "speaking_logit", pc.if_else(is_test, noise, table["speaking_logit"]))
+    pq.write_table(changed.drop_columns(["speaking_probability"]), tmp_path / "noise.parquet")
+    again = evaluate_scores(tmp_path / "noise.parquet", data)
+    assert again.metrics["thresholds"] == found.metrics["thresholds"]
+    forced = again.metrics["teacher-forced"]["speaking"]
+    assert forced["frames"]["ap"] != found.metrics["teacher-forced"]["speaking"]["frames"]["ap"]
+
+
+def test_without_val_nothing_is_chosen_and_it_says_so(run, data, tmp_path):
+    found = evaluate(run, data, split="val", out=tmp_path / "out")
+    assert found.notes == (
+        "no val split beside it: no threshold was chosen, so no events from scores",
+        "not self-fed: no threshold for speaking, dst_update",
+    )
+    report = found.metrics["teacher-forced"]["speaking"]
+    assert report["frames"]["ap"] is not None
+    assert report["frames"]["f1"] is None
+    assert report["events"] is None
+    assert "self-fed" not in found.metrics
+
+
+def test_an_arm_without_a_dst_head_is_not_judged_by_one(data, tmp_path):
+    go(data, tmp_path / "run", arm="speak", steps=3)
+    found = evaluate(tmp_path / "run", data)
+    for mode in MODES:
+        assert found.metrics[mode]["dst_update"]["frames"] is None
+        assert found.metrics[mode]["state"] is None
+    table = pq.read_table(found.folder / "self-fed.parquet")
+    assert table["dst_update_logit"].null_count == len(table)
+
+
+def strangers(data, path, score, splits=("val", "test")):
+    """A file as another tool would write it: numbers of clips, frames, and scores by label."""
+    tables = [
+        pq.read_table(data / "frames" / f"split={split}", partitioning=None).append_column(
+            "split", pa.array([split] * sum(clip(i, split).num_frames for i in range({"val": 4, "test": 6}[split])))
+        )
+        for split in splits
+    ]
+    table = pa.concat_tables(tables)
+    logits = [score(label == 1) for label in table["speaking_label"].to_pylist()]
+    columns = {name: table[name] for name in ("split", "clip_id", "frame")}
+    pq.write_table(pa.table({**columns, "speaking_logit": logits}), path)
+    return path
+
+
+def test_a_strangers_oracle_is_perfect(data, tmp_path, capsys):
+    path = strangers(data, tmp_path / "oracle.parquet", lambda speaks: 3.0 if speaks else -3.0)
+    assert main(["evaluate", str(data), "--scores", str(path), "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    speaking = metrics["scores"]["speaking"]
+    assert (speaking["frames"]["ap"], speaking["frames"]["f1"], speaking["events"]["f1"]) == (1.0, 1.0, 1.0)
+    assert speaking["events"]["median_latency_s"] == 0.0
+    assert metrics["scores"]["dst_update"]["frames"] is None
+    assert "event F1" in capsys.readouterr().out
+
+
+def test_a_strangers_test_scores_need_a_threshold_that_is_given(data, tmp_path, capsys):
+    path = strangers(data, tmp_path / "test.parquet", lambda speaks: 1.0 if speaks else 0.0, splits=("test",))
+    assert main(["evaluate", str(data), "--scores", str(path)]) == 0
+    assert "no scores of val: no threshold was chosen; score it, or give one" in capsys.readouterr().out
+    found = evaluate_scores(path, data, given={"speaking": 0.5})
+    assert found.metrics["scores"]["speaking"]["events"]["f1"] == 1.0
+
+
+def test_scores_that_name_no_shards_ask_for_them(data, tmp_path):
+    path = strangers(data, tmp_path / "x.parquet", float)
+    with pytest.raises(TrainerError, match="does not say which shards it is of; name them: evaluate DATA --scores"):
+        evaluate_scores(path)
+
+
+def test_batch_options_change_no_metric(tmp_path):
+    """Two runs with the same weights whose options name other batches (of no steps that differ: none is done)."""
+    data = write_data(tmp_path / "data", clips=3, val=3)
+    for name, batch in (("a", 60), ("b", 4000)):
+        go(data, tmp_path / name, steps=1, clips_per_step=3, warmup_steps=0, lr=1e-30, micro_batch_tokens=batch)
+    a, b = (evaluate(tmp_path / name, data, "train", live=False).metrics["teacher-forced"] for name in ("a", "b"))
+    assert a["speaking"] == b["speaking"]
+    assert a["dst_update"] == b["dst_update"]
