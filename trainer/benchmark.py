@@ -252,10 +252,7 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split, seconds: float) 
     draws = draw_recordings(len(recordings), plan.draws)
     _write_table(plan.out / "results.parquet", RESULTS, _result_rows(jobs, len(recordings)))
     _write_table(plan.out / "arms.parquet", INTERVALS, _interval_rows(measured, draws))
-    rows = list(_comparison_rows(plan, measured, draws))
-    corrected = holm([row["p_value"] for row in rows])
-    rows = [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
-    _write_table(plan.out / "comparisons.parquet", COMPARISONS, rows)
+    _write_table(plan.out / "comparisons.parquet", COMPARISONS, _comparison_rows(plan, measured, draws))
     info = _about(plan, jobs, split, len(recordings), seconds)
     (plan.out / "benchmark.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
@@ -300,25 +297,27 @@ def _result_rows(jobs: Iterable[Job], recordings: int) -> Iterator[dict[str, Any
                 yield {"arm": job.arm, "seed": job.seed, "mode": mode, **found}
 
 
-def _bounds(metric: str) -> dict[str, tuple[float, float]]:
-    bounds = METRICS[metric].bounds
-    return {} if bounds is None else {"bounds": bounds}
-
-
 def _interval_rows(measured: Measured, draws: Any) -> Iterator[dict[str, Any]]:
     for ((arm, mode), seeds), metric in product(measured.items(), METRICS):
-        found = interval([of[metric] for of in seeds], draws, **_bounds(metric))
+        found = interval([of[metric] for of in seeds], draws, METRICS[metric].bounds)
         counts = {"seeds": len(seeds), "recordings": draws.shape[1]}
         yield {"arm": arm, "mode": mode, "metric": metric, **asdict(found), **counts}
 
 
 def _comparison_rows(plan: Plan, measured: Measured, draws: Any) -> Iterator[dict[str, Any]]:
-    for (a, b), mode, metric in product(plan.pairs, MODES, METRICS):
-        if (a, mode) in measured and (b, mode) in measured:
-            one, other = ([of[metric] for of in measured[arm, mode]] for arm in (a, b))
-            found = compare(one, other, draws, **_bounds(metric))
+    """Holm's correction is over the pairs that are compared on the same metric in the same mode."""
+    for mode, metric in product(MODES, METRICS):
+        pairs = [pair for pair in plan.pairs if all((arm, mode) in measured for arm in pair)]
+        found = [_compare(measured, pair, mode, metric, draws) for pair in pairs]
+        corrected = holm([one.p_value for one in found])
+        for (a, b), one, p in zip(pairs, found, corrected, strict=True):
             primary = (a, b) == plan.pairs[0] and mode == plan.mode and metric == PRIMARY
-            yield {"a": a, "b": b, "mode": mode, "metric": metric, **asdict(found), "primary": primary}
+            yield {"a": a, "b": b, "mode": mode, "metric": metric, **asdict(one), "p_holm": p, "primary": primary}
+
+
+def _compare(measured: Measured, pair: tuple[str, str], mode: str, metric: str, draws: Any) -> Comparison:
+    one, other = ([of[metric] for of in measured[arm, mode]] for arm in pair)
+    return compare(one, other, draws, METRICS[metric].bounds)
 
 
 def _about(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int, seconds: float) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Both logits are read at a frame's last token, before any text of that frame. Whe
 refractory time is over, its text is written (greedily) and stands in the context from then on. Of the reference it is
 given the user's texts and the state at the clip's start, nothing else: only this says what a user would get.
 Plain on purpose: one clip at a time, one forward per frame and per written token, the library's attention and cache.
-Costs at tiny size, on one core: SPEED.
+At tiny size 500 frames per CPU-second in silence and 2 ms per written token (600 frames, one thread of a busy machine);
+the packed pass over the same frames takes an eighth of that.
 
 A context that is full starts over as a training window does: the prompt with the state before the oldest frame that is
 kept (the model's own replay), then the last quarter of the room, as it was read. Every decision is made within
@@ -239,8 +240,8 @@ class _Context:
     def _read(self) -> Tensor:
         """Reads what is unread; the hidden state [H] of its last token."""
         embed = self.model.body.embed_tokens
-        ids = [part if isinstance(part, Tensor) else embed(self._ids(part)) for part in self.unread]
-        embedded = torch.cat([part.to(embed.weight.dtype) for part in ids])[None]  # [1, L, H]
+        parts = [part if isinstance(part, Tensor) else embed(self._ids(part)) for part in self.unread]
+        embedded = torch.cat([part.to(embed.weight.dtype) for part in parts])[None]  # [1, L, H]
         self.unread = []
         out = self.model.body(inputs_embeds=embedded, past_key_values=self.cache, use_cache=True)
         hidden: Tensor = out.last_hidden_state[0, -1]

@@ -2,8 +2,8 @@
 
 References are turns, one per instant; predictions are frames at which a score reaches the threshold, then silence for
 the refractory time, or what a live model did. Both are matched one to one inside a window of seconds around the
-reference (2 s early to 4 s late: ProAssist's for Assembly101): as many as can be, then with the least sum of
-|latency|. Scores that a matching can't be read off (ranking, calibration) are the frame level's.
+reference (2 s early to 4 s late; docs/prior-work.md has ProAssist's, which are the other way round): as many as can be,
+then with the least sum of |latency|. What can't be read off a matching (ranking, calibration) is the frame level's.
 
 A threshold is chosen by the number of matches alone, found by walking references and predictions once (equal
 windows): 14 ms for one threshold on 1,000 clips of 600 frames, where the optimal assignment takes 180.
@@ -22,6 +22,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 from trainer.clips import ClipExample, Turn
+from trainer.config import Settings
 from trainer.evaluation.frames import Mask, between, beyond, fires, plain, ratio
 from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
 
@@ -29,17 +30,6 @@ TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
 FAR: Final = 1e-3  # seconds: more than any rounding, less than any frame
 ROLE_OF: Final = {"speaking": "assistant", "dst_update": "DST_UPDATE"}
 CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finely around the best
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What counts as in time. All in seconds but `bins`, those of the reliability curve."""
-
-    early_s: float = 2.0  # a prediction may come this much before its reference
-    late_s: float = 4.0
-    refractory_s: float = 2.0  # from one prediction to the next
-    reactive_s: float = 2.0  # an event this soon after the user spoke is a reaction
-    bins: int = 10
 
 
 # ---- events ------------------------------------------------------------------------------------------

@@ -10,16 +10,17 @@ an estimator equals the number in the JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
+from trainer.config import Settings
 from trainer.evaluation.events import (
     Counts,
     Events,
-    Settings,
     best_event_threshold,
     event_rates,
     find_events,
@@ -79,9 +80,9 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("event_f1_reactive", "event F1, reactive", "", True, "speaking", (*_EVENTS, "reactive", "f1")),
         Metric("event_f1_proactive", "event F1, proactive", "", True, "speaking", (*_EVENTS, "proactive", "f1")),
         Metric("false_alarms_per_quiet_hour", "false alarms per quiet hour", "/h", False, "speaking",
-               (*_EVENTS, "false_alarms_per_quiet_hour"), None),
+               (*_EVENTS, "false_alarms_per_quiet_hour"), (0.0, math.inf)),
         Metric("duplicates_per_event", "duplicates per event", "", False, "speaking",
-               (*_EVENTS, "duplicates_per_event"), None),
+               (*_EVENTS, "duplicates_per_event"), (0.0, math.inf)),
         Metric("median_latency_s", "median latency", "s", False, "speaking", (*_EVENTS, "median_latency_s"), None),
         Metric("speaking_ap", "speaking AP", "", True, "speaking", (*_FRAMES, "ap")),
         Metric("speaking_auroc", "speaking AUROC", "", True, "speaking", (*_FRAMES, "auroc")),

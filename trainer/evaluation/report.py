@@ -380,7 +380,10 @@ _COLUMNS: Final = (
     ("95% interval", "made this way, it holds the true difference in about 95 of 100 such experiments"),
     ("direction", "how sure the difference's sign is: 50% is a coin toss"),
     ("p", "two-sided, against no difference; of this test alone"),
-    ("Holm p", "the same, corrected for the number of tests made"),
+    (
+        "Holm p",
+        "the same, corrected for all pairs compared on this metric in this mode; not for looking at many metrics",
+    ),
     ("missed under", "a true difference smaller than this would be missed in more than 1 of 5 such experiments"),
 )
 
