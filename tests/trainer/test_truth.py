@@ -1,0 +1,76 @@
+"""The harness held against two worlds whose answer is known, small enough to train in: does it find what is there, and
+only that? The full study is benchmarks/truth.
+
+A clip has one flash, at which the state changes and the assistant may speak. Where the state tells, it speaks if step
+S1 was paused when the clip began, which no picture shows. Where it tells nothing, it speaks if the flash is of the
+brighter kind, and S1 was paused or not as a coin falls.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from by_hand import clip_example, dst, turn, write_frames, write_shards
+
+from trainer.benchmark import Plan, answer_of, benchmark
+from trainer.config import TrainConfig
+
+DARK, FLASH, BRIGHT = 20, 120, 250
+CONFIG = TrainConfig(model="nano", steps=80, lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200)
+
+
+def world(out: Path, state_tells: bool) -> Path:
+    """160 recordings to train on, 16 to choose thresholds on, 24 to test on; a clip of 6 frames each."""
+    splits = {}
+    for split, count in (("train", 160), ("val", 16), ("test", 24)):
+        rng = np.random.default_rng([len(split), state_tells])
+        splits[split] = [_clip(out, split, i, rng, state_tells) for i in range(count)]
+    return write_shards(out, splits, frames_root=out / "videos")
+
+
+def _clip(out, split, number, rng, state_tells):
+    flash = 1 + int(rng.integers(4))
+    paused, brighter = bool(rng.integers(2)), bool(rng.integers(2))
+    light = np.full(6, DARK)
+    light[flash] = BRIGHT if brighter and not state_tells else FLASH
+    turns = [dst(flash, flash + 1, ("S1", "resume" if paused else "complete"))]
+    if paused if state_tells else brighter:
+        turns.append(turn("assistant", "Go on.", flash, flash + 1))
+    video, before = f"{split}-{number}", [("S1", "paused" if paused else "in_progress")]
+    write_frames(out / "videos" / f"{video}.arrow", [np.full((32, 32, 3), value, np.uint8) for value in light])
+    return clip_example(
+        turns, 0, 6, clip_id=video, clip=number, video=video, steps=[("S1", "Fit it")], initial=before, rate=1.0,
+        positive="onset",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["the state tells", "the state tells nothing"])
+def answered(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("truth")
+    plan = Plan(world(out / "data", request.param), out / "answer", ("speak", "speak+dst"), (0, 1, 2), CONFIG, jobs=1)
+    benchmark(plan)
+    return request.param, out / "answer"
+
+
+def test_an_effect_is_found_where_there_is_one_and_only_there(answered):
+    state_tells, out = answered
+    rows = pq.read_table(out / "comparisons.parquet").to_pylist()
+    for metric, mode in product(("event_f1", "speaking_ap"), ("teacher-forced", "self-fed")):
+        (row,) = [row for row in rows if (row["metric"], row["mode"]) == (metric, mode)]
+        assert (row["a"], row["b"], row["seeds"], row["recordings"]) == ("speak+dst", "speak", 3, 24)
+        assert (row["low"] > 0) if state_tells else (row["low"] <= 0 <= row["high"])
+
+
+def test_the_answer_is_the_first_sentence_of_the_report(answered):
+    state_tells, out = answered
+    answer = answer_of(out)
+    assert answer.startswith("speak+dst beats speak by +") == state_tells
+    assert "on 24 recordings, 3 seeds (self-fed)" in answer
+    page = html.unescape((out / "report.html").read_text())
+    assert re.sub(r"<[^>]+>", "", page[page.index("<h1") :]).lstrip().startswith(answer)
