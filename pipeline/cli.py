@@ -6,9 +6,11 @@ called, so that --help answers in a fifth of a second and the data commands run 
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -281,26 +283,51 @@ def evaluate(
     """How well does it know when to speak: frame by frame, event by event, on its own texts; the state it keeps."""
     from pipeline.results import render_evaluation
     from pipeline.terminal import console, plain
-    from trainer import evaluate as of
 
     settings, places = Settings(early_s, late_s, refractory_s), places or []
     if scores is None:
         if len(places) != 2:
-            raise UsageError(f"evaluate: {len(places)} places, expected RUN DATA, or DATA with --scores FILE")
+            raise UsageError(f"evaluate {' '.join(map(plain, places))}: expected RUN DATA, or DATA with --scores FILE")
+        from trainer.evaluate import evaluate as of_run
+
         run, data = places
-        found = of.evaluate(run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder)
+        found = of_run(run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder)
     else:
+        unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed or None}
+        if wrong := [name for name, value in unused.items() if value is not None]:
+            raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
+        from trainer.evaluation.verdict import evaluate_scores
+
         given = _numbers("--threshold", threshold or [], "speaking=0.5")
-        found = of.evaluate_scores(
-            scores, places[-1] if places else None, split, out, settings, given, sentence_encoder
-        )
+        where = places[-1] if places else None
+        found = evaluate_scores(scores, where, split, out, settings, given, sentence_encoder)
     console().print(render_evaluation(found))
     if found.folder is not None:
         typer.echo(f"wrote {plain(found.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
     return 0
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _with_options_of_train(command: Any) -> Any:
+    """The command, which also takes every option of train that is a field of TrainConfig, but the arm and the seed."""
+    taken = signature(command, eval_str=True)
+    train_options = [
+        parameter
+        for name, parameter in signature(train, eval_str=True).parameters.items()
+        if name in TrainConfig.__dataclass_fields__ and name not in ("arm", "seed")
+    ]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> int:
+        return int(command(**{name: value for name, value in given.items() if name in taken.parameters}))
+
+    parameters = [*taken.parameters.values(), *train_options]
+    wrapped.__signature__ = taken.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+@app.command()
+@_with_options_of_train
 def benchmark(
     ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="a folder of preprocess, or synth: made-up data whose answer is known")],
@@ -320,14 +347,18 @@ def benchmark(
     draws: Annotated[int, typer.Option(help="of the recordings, for the intervals", min=100)] = 10_000,
     jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per GPU, without any one per core", min=0)] = 0,
 ) -> int:
-    """Does the dialog state help? Trains and evaluates the arms, and writes report.html. Also takes train's options."""
+    """Does the dialog state help? Trains and evaluates the arms, matched in all else, and writes report.html."""
     from pipeline.inspect import told_hazards
     from pipeline.made import make
     from pipeline.terminal import plain
     from trainer import benchmark as of
+    from trainer.start import start_config
 
-    config = _config_of_all(ctx, data, split)
-    if str(data) == "synth":
+    values, chosen = _training_options(ctx)
+    if "eval_every" not in chosen:  # about eight points of the training curve
+        values["eval_every"] = max(1, values["steps"] // 8)
+    config = start_config(out, values, chosen)
+    if str(data) == "synth" and not data.exists():
         data = make(out, state_tells, echo=typer.echo)
     plan = of.Plan(
         data=data,
@@ -365,29 +396,12 @@ def demo(
     return 0
 
 
-def _training_options(ctx: Any) -> tuple[dict[str, Any], set[str]]:
-    """(every field of a TrainConfig that `train` has an option for, those that the user wrote)."""
+def _training_options(ctx: typer.Context) -> tuple[dict[str, Any], set[str]]:
+    """(every field of a TrainConfig that the command has an option for, those that the user wrote)."""
     given = {name: value for name, value in ctx.params.items() if name in TrainConfig.__dataclass_fields__}
-    given |= {
-        "lr_by_part": _numbers("--lr-by-part", given["lr_by_part"] or []),
-        "freeze": _names(given["freeze"] or []),
-    }
+    given["lr_by_part"] = _numbers("--lr-by-part", given["lr_by_part"] or [])
+    given["freeze"] = _names(given["freeze"] or [])
     return given, {name for name in given if _was_given(ctx, name)}
-
-
-def _config_of_all(ctx: typer.Context, data: Path, split: str) -> TrainConfig:
-    """What all arms of a benchmark are trained with: the words that are train's options, evaluated eight times."""
-    from trainer.start import start_config
-
-    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    words = command.make_context("benchmark", [str(data), "--run", str(data), *ctx.args])
-    taken = [name for name in ("arm", "seed", "run", "resume") if f"--{name}" in ctx.args]
-    if taken:
-        raise UsageError(f"--{taken[0]}: benchmark sets it itself, for each run")
-    values, chosen = _training_options(words)
-    if "eval_every" not in chosen:
-        values["eval_every"] = max(1, values["steps"] // 8)
-    return start_config(data, values, chosen)
 
 
 def _rates(given: list[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pipeline.synth import SynthConfig, synth
 from pipeline.timeline import timeline
 
 if TYPE_CHECKING:
-    from trainer.evaluate import Evaluation
+    from trainer.evaluation.verdict import Evaluation
 
 
 def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfig | None = None) -> Evaluation:
@@ -87,7 +87,8 @@ def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> No
 
 
 def _evaluate(run: Path, data: Path) -> tuple[Evaluation, Scored]:
-    from trainer.evaluate import TEACHER_FORCED, evaluate
+    from trainer.evaluate import evaluate
+    from trainer.evaluation.verdict import TEACHER_FORCED
 
     found = evaluate(run, data, "test")
     assert found.folder is not None

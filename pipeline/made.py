@@ -17,7 +17,7 @@ RECORDINGS = {"train": 300, "val": 20, "test": 40}
 
 
 def make(out: Path, state_tells: float, echo: Callable[[str], None]) -> Path:
-    """OUT/data, made unless it is there with the same `state_tells`; UsageError where it is there with another."""
+    """OUT/synth-STATE_TELLS/data, made unless it is there."""
     folder = out / f"synth-{state_tells:g}"
     raw, data = folder / "raw", folder / "data"
     if not raw.exists():

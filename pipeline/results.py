@@ -11,7 +11,7 @@ from rich.table import Table
 from pipeline.terminal import plain
 
 if TYPE_CHECKING:
-    from trainer.evaluate import Evaluation
+    from trainer.evaluation.verdict import Evaluation
     from trainer.score import EvalReport
 
 _ROWS: Final = (  # title, path in one mode's metrics, how it is said, path of what to compare it with and its name
@@ -20,7 +20,7 @@ _ROWS: Final = (  # title, path in one mode's metrics, how it is said, path of w
     ("  at frames without DST update", ("speaking", "frames", "alone", "ap"), ".3f",
      (("speaking", "frames", "alone", "chance"), "chance")),
     ("calibration error", ("speaking", "frames", "calibration", "ece"), ".3f", None),
-    ("event F1", ("speaking", "events", "f1"), ".3f", None),
+    ("event F1", ("speaking", "events", "f1"), ".3f", (("speaking", "events", "metronome", "f1"), "a metronome")),
     ("  precision", ("speaking", "events", "precision"), ".3f", None),
     ("  recall", ("speaking", "events", "recall"), ".3f", None),
     ("  reactive", ("speaking", "events", "reactive", "f1"), ".3f", None),
@@ -31,7 +31,7 @@ _ROWS: Final = (  # title, path in one mode's metrics, how it is said, path of w
     ("F1 by what was said", ("dialogue", "f1"), ".3f", None),
     ("DST updates", None, "", None),
     ("average precision", ("dst_update", "frames", "ap"), ".3f", (("dst_update", "frames", "chance"), "chance")),
-    ("event F1", ("dst_update", "events", "f1"), ".3f", None),
+    ("event F1", ("dst_update", "events", "f1"), ".3f", (("dst_update", "events", "metronome", "f1"), "a metronome")),
     ("state", None, "", None),
     ("joint accuracy", ("state", "joint_accuracy"), ".3f",
      (("state", "joint_accuracy_never_updating"), "never updating")),
@@ -54,7 +54,8 @@ def render_evaluation(evaluation: Evaluation) -> Any:
             if title is not None:
                 table.add_row(f"[bold]{title}[/]")
                 title = None
-            compared = other and _at(metrics[modes[0]], other[0])
+            known = [_at(metrics[mode], other[0]) for mode in modes] if other else []
+            compared = next((value for value in known if value is not None), None)
             beside = "" if compared is None or other is None else f"{other[1]} {compared:.3f}"
             table.add_row(f"  {name}", *(_say(value, how) for value in found), beside)
     return Group(table, *(f"[dim]{line}[/]" for line in _about(metrics[modes[0]], metrics)), *evaluation.notes)
@@ -62,11 +63,13 @@ def render_evaluation(evaluation: Evaluation) -> Any:
 
 def _about(report: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
     cells, settings = report["cells"], metrics["settings"]
+    source = metrics.get("thresholds_from")
+    chosen = "none" if source is None else f"the best of {plain(source)}" if source == "val" else plain(source)
     return [
         f"{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; positive: "
         f"speaking only {cells['speaking_only']:,}, DST only {cells['dst_update_only']:,}, both {cells['both']:,}",
         f"an event is in time from {settings['early_s']:g} s before to {settings['late_s']:g} s after; after one, "
-        f"{settings['refractory_s']:g} s of silence; thresholds are val's best",
+        f"{settings['refractory_s']:g} s of silence; thresholds: {chosen}",
     ]
 
 

@@ -15,7 +15,7 @@ from trainer.errors import TrainerError
 @dataclass(frozen=True)
 class Arm:
     """`decides`: 'direct' (a head whose logit says speak), 'inverted' (a head whose logit says silence) or 'lm-eos' (no
-    head: the LM's next token at the decision token is END for silence, the assistant's marker for speech)."""
+    head: silence is the LM's END as the next token after the decision token, speech is any other)."""
 
     name: str
     about: str

@@ -8,9 +8,9 @@
     OUT/report.html, figures/       the answer
 
 All arms see the same clips in the same order with the same draws, for the same number of steps under the same loss
-balance. Runs are independent, so any number of processes may share them out; a run that is finished is recognised by
-the hashes of its checkpoint, data and settings, one that was stopped goes on, bit for bit. The question (pair, metric,
-mode) is settled before anything is trained: `primary`. Holm's correction is over all tests in the comparisons.
+balance. Runs are independent and can go side by side, one per GPU; a run that is finished is recognised by the hashes
+of its checkpoint, data and settings, one that was stopped goes on. The question (pair, metric, mode) is settled before
+anything is trained: `primary`. Holm's correction is over the pairs compared on one metric in one mode.
 """
 
 from __future__ import annotations
@@ -21,30 +21,38 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
+from trainer.clips import DST, SPEAK
 from trainer.config import RunOptions, Settings, TrainConfig
+from trainer.disk import write_json
 from trainer.errors import TrainerError
-from trainer.evaluate import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, evaluate
-from trainer.evaluation.measure import METRICS, Estimator, Thresholds, estimators, look_up
-from trainer.evaluation.report import write_report
+from trainer.evaluate import can_live, evaluate
+from trainer.evaluation.folder import read_benchmark
+from trainer.evaluation.measure import METRICS, Thresholds, estimators, look_up
+from trainer.evaluation.report import headline, write_report
 from trainer.evaluation.scores import read_scores
-from trainer.evaluation.statistics import Comparison, answer, compare, draw_recordings, holm, interval, remember
+from trainer.evaluation.statistics import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
+from trainer.evaluation.verdict import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, Held, hold
+from trainer.metrics import read_metrics
 from trainer.shards import Split
-from trainer.train import train
+from trainer.start import SOURCES, lock, options_of, read_start
+from trainer.train import end_with, train
 
 PAIRS: Final = (  # of interest, the question first; those whose arms were trained are compared
     ("speak+dst", "speak"),
@@ -145,17 +153,47 @@ def _options(values: Any, defaults: Any) -> list[str]:
 
 
 def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Path:
-    """Do what is not done yet, compare, and write the report; its path. `tell` gets a line per finished run."""
-    began = time.monotonic()
-    split = Split(plan.data, plan.split)
+    """Do what is not done yet, compare, and write the report; its path. `tell` gets a line per finished run.
+
+    Raises TrainerError before anything is trained where no threshold could be chosen, where another process works in
+    the same folder, and where runs are there that were begun otherwise.
+    """
+    held = hold(plan.data, plan.split)
+    _check_data(plan, held)
     jobs = [Job(plan, arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
-    left = [job for job in jobs if not is_done(job, split)]
-    if len(left) < len(jobs):
-        tell(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
-    for count, (job, seconds) in enumerate(_carry_out(left, plan.jobs), len(jobs) - len(left) + 1):
-        tell(f"{job.name}: {_said(job)} ({seconds:.0f} s, {count} of {len(jobs)})")
-    compare_runs(plan, jobs, split, time.monotonic() - began)
-    return write_report(plan.out)
+    with ExitStack() as held_open:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        lock(plan.out, held_open)
+        left = [job for job in jobs if not is_done(job, held)]
+        if len(left) < len(jobs):
+            tell(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+        for count, (job, found) in enumerate(_carry_out(left, plan.jobs), len(jobs) - len(left) + 1):
+            tell(f"{job.name}: {_said(job)} ({found.seconds:.0f} s, {count} of {len(jobs)})")
+            for note in found.notes:
+                tell(f"{job.name}: {note}")
+        compare_runs(plan, jobs, held.test)
+        return write_report(plan.out)
+
+
+def _check_data(plan: Plan, held: Held) -> None:
+    """TrainerError where the data can't answer, whatever is trained on it."""
+    if held.val is None:
+        raise TrainerError(
+            f"{plan.data}: no val split beside {plan.split}: thresholds are chosen there, and nowhere else; "
+            f"preprocess one"
+        )
+    for split in held.all.values():
+        if not split.statistics().counts[SPEAK, 1]:
+            raise TrainerError(
+                f"{plan.data}: the assistant never speaks in {split.name}: nothing to measure; choose other data"
+            )
+    updating = [arm for arm in plan.arms if find_arm(arm).dst_head]
+    if updating and not Split(plan.data, "train").statistics().counts[DST, 1]:
+        without = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
+        raise TrainerError(
+            f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
+            f"give data with dialog state, or --arms {without}"
+        )
 
 
 def _said(job: Job) -> str:
@@ -169,71 +207,99 @@ def _said(job: Job) -> str:
 # ---- runs --------------------------------------------------------------------------------------------
 
 
-def is_done(job: Job, split: Split) -> bool:
+@dataclass(frozen=True)
+class Done:
+    """What became of a job, beside its files."""
+
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def is_done(job: Job, held: Held) -> bool:
     """Whether the job's scores are there and are of its checkpoint, this data, these options and settings.
 
     Raises TrainerError where the run's folder was begun with other options.
     """
-    path = job.run / "scores" / METRICS_FILE
-    if not path.is_file() or not (job.run / "last").is_dir():
+    scores, plan = job.run / "scores", job.plan
+    if not (scores / METRICS_FILE).is_file() or not (job.run / "last").is_dir():
         return False
-    metrics = _metrics(job)
-    begun = json.loads((job.run / "options.json").read_bytes())
+    begun, train_split = read_start(job.run), Split(plan.data, "train")
     changed = job.config.differences(TrainConfig.from_json(begun["config"]))
     if changed:
         raise TrainerError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
+    eval_split = held.all.get(plan.config.eval_split)
+    now = options_of(job.config, train_split, eval_split, plan.features) if eval_split else begun
+    metrics = _metrics(job)
+    modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]
     return bool(
         metrics.get("model") == run_hash(job.run)
-        and metrics["data_key"].get(split.name) == split.key
-        and metrics["settings"] == asdict(job.plan.settings)
-        and begun["train data"] == Split(job.plan.data, "train").key
-        and (SELF_FED in metrics or not job.plan.live or _never_live(metrics))
+        and metrics["data_key"] == {name: split.key for name, split in held.all.items()}
+        and metrics["settings"] == asdict(plan.settings)
+        and all(begun[source] == now[source] for source in SOURCES)
+        and all(mode in metrics and (scores / f"{mode}.parquet").is_file() for mode in modes)
     )
 
 
-def _never_live(metrics: dict[str, Any]) -> bool:
-    """Whether no threshold could be chosen, so that the run can't be self-fed however often it is tried."""
-    return "speaking" not in metrics["thresholds"]["event"]
-
-
-def do(job: Job) -> float:
-    """Train, or go on training, and evaluate; the seconds it took."""
+def do(job: Job) -> Done:
+    """Train, or go on training, and evaluate."""
     began, plan = time.monotonic(), job.plan
     options = RunOptions(progress=False)
     train(plan.data, job.run, job.config, plan.frames_root, plan.features, options, resume=True)
-    scores = job.run / "scores"
-    evaluate(job.run, plan.data, plan.split, scores, plan.frames_root, plan.features, plan.settings, plan.live)
-    return time.monotonic() - began
+    found = evaluate(
+        job.run, plan.data, plan.split, job.run / "scores", plan.frames_root, plan.features, plan.settings, plan.live
+    )
+    return Done(time.monotonic() - began, found.notes)
 
 
-def _carry_out(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, float]]:
-    """The jobs as they are finished; each process has a GPU, or its share of the cores, to itself."""
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    workers = min(at_once or gpus or cores, len(jobs))
-    if workers <= 1:
+def _carry_out(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, Done]]:
+    """The jobs as they are finished; each process has a GPU, or its share of the cores, to itself.
+
+    The share depends on `at_once` alone, not on how many jobs are left: another number of threads rounds otherwise.
+    """
+    gpus, cores = _gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = at_once or len(gpus) or cores
+    threads = max(1, cores // at_once)
+    if at_once == 1:
         yield from ((job, do(job)) for job in jobs)
         return
     context = get_context("spawn")
     places = context.Queue()
-    for worker in range(workers):
-        places.put(worker % gpus if gpus else None)
-    with ProcessPoolExecutor(workers, context, _settle, (places, max(1, cores // workers))) as pool:
-        todo = {pool.submit(do, job): job for job in jobs}
+    for worker in range(at_once):
+        places.put(gpus[worker % len(gpus)] if gpus else None)
+    todo = list(reversed(jobs))
+    with ProcessPoolExecutor(at_once, context, _settle, (places, threads, os.getpid())) as pool:
         try:
-            for done in as_completed(todo):
-                yield todo[done], done.result()
+            running = {pool.submit(do, job): job for job in _take(todo, at_once)}
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, done = running.pop(future), future.result()
+                    running |= {pool.submit(do, job): job for job in _take(todo, 1)}
+                    yield job, done
         except BrokenProcessPool:
             raise TrainerError("a run's process was killed (memory?); run again, or with --jobs 1") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException:
+            for process in active_children():  # the other runs go on from their checkpoints next time
+                process.terminate()
+            raise
 
 
-def _settle(places: Any, threads: int) -> None:
-    """In a new process: take a GPU, or a share of the cores."""
+def _take(jobs: list[Job], count: int) -> list[Job]:
+    return [jobs.pop() for _ in range(min(count, len(jobs)))]
+
+
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [*named, *map(str, range(len(named), torch.cuda.device_count()))][: torch.cuda.device_count()]
+
+
+def _settle(places: Any, threads: int, owner: int) -> None:
+    """In a new process: take a GPU, or a share of the cores; end when the benchmark does, however that ends."""
+    end_with(owner)
     gpu = places.get()
     torch.set_num_threads(threads)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # CUDA has not been started here yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA has not been started here yet
 
 
 def _metrics(job: Job) -> dict[str, Any]:
@@ -242,49 +308,40 @@ def _metrics(job: Job) -> dict[str, Any]:
 
 # ---- what they show ----------------------------------------------------------------------------------
 
-Measured = dict[tuple[str, str], list[dict[str, Estimator]]]  # (arm, mode) -> per seed, each metric's estimator
+Measured = dict[tuple[str, str], dict[str, Floats]]  # (arm, mode) -> each metric's `replicate`, [S, 1 + B]
 
 
-def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split, seconds: float) -> None:
+def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     """Write OUT's tables and benchmark.json from the finished runs."""
     recordings = sorted({clip.recording_id for clip in split.in_order()})
     measured = _measured(plan, split, recordings)
-    draws = draw_recordings(len(recordings), plan.draws)
     _write_table(plan.out / "results.parquet", RESULTS, _result_rows(jobs, len(recordings)))
-    _write_table(plan.out / "arms.parquet", INTERVALS, _interval_rows(measured, draws))
-    _write_table(plan.out / "comparisons.parquet", COMPARISONS, _comparison_rows(plan, measured, draws))
-    info = _about(plan, jobs, split, len(recordings), seconds)
-    (plan.out / "benchmark.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    _write_table(plan.out / "arms.parquet", INTERVALS, _interval_rows(measured, len(recordings)))
+    _write_table(plan.out / "comparisons.parquet", COMPARISONS, _comparison_rows(plan, measured, len(recordings)))
+    write_json(plan.out / "benchmark.json", _about(plan, jobs, split, len(recordings)))
 
 
 def answer_of(out: Path) -> str:
-    """The answer in one sentence, from the tables."""
-    rows = pq.read_table(out / "comparisons.parquet", filters=[("primary", "=", True)]).to_pylist()
-    if not rows:
-        return "No answer: one arm alone has nothing to be compared with"
-    row = rows[0]
-    metric = METRICS[row["metric"]]
-    found = Comparison(**{one.name: row[one.name] for one in fields(Comparison)})
-    return answer(found, row["a"], row["b"], metric.label, metric.unit, row["mode"], metric.higher_is_better)
+    """The answer in one sentence, as it opens the report."""
+    return headline(read_benchmark(out))
 
 
 def _measured(plan: Plan, split: Split, recordings: Sequence[str]) -> Measured:
-    measured: Measured = {}
+    """One run's scores are held at a time."""
+    draws, measured = draw_recordings(len(recordings), plan.draws), {}
     for arm, mode in product(plan.arms, MODES):
         jobs = [Job(plan, arm, seed) for seed in plan.seeds]
-        files = [job.run / "scores" / f"{mode}.parquet" for job in jobs]
-        if all(path.is_file() and mode in _metrics(job) for path, job in zip(files, jobs, strict=True)):
-            measured[arm, mode] = [
-                _of_run(job, path, split, plan.settings, recordings) for job, path in zip(jobs, files, strict=True)
-            ]
+        if all(mode in _metrics(job) for job in jobs):
+            seeds = [_replicates(job, mode, split, recordings, draws) for job in jobs]
+            measured[arm, mode] = {metric: np.concatenate([of[metric] for of in seeds]) for metric in METRICS}
     return measured
 
 
-def _of_run(job: Job, path: Path, split: Split, settings: Settings, recordings: Sequence[str]) -> dict[str, Estimator]:
-    clips = read_scores(path, {split.name: split})[split.name]
-    thresholds = Thresholds(**_metrics(job)["thresholds"])
-    found = estimators(clips, thresholds, settings, recordings)
-    return {name: remember(estimator) for name, estimator in found.items()}
+def _replicates(job: Job, mode: str, split: Split, recordings: Sequence[str], draws: Weights) -> dict[str, Floats]:
+    """Each metric's [1, 1 + B] of one run."""
+    clips = read_scores(job.run / "scores" / f"{mode}.parquet", {split.name: split})[split.name]
+    found = estimators(clips, Thresholds(**_metrics(job)["thresholds"]), job.plan.settings, recordings)
+    return {metric: replicate([estimator], draws) for metric, estimator in found.items()}
 
 
 def _result_rows(jobs: Iterable[Job], recordings: int) -> Iterator[dict[str, Any]]:
@@ -297,37 +354,34 @@ def _result_rows(jobs: Iterable[Job], recordings: int) -> Iterator[dict[str, Any
                 yield {"arm": job.arm, "seed": job.seed, "mode": mode, **found}
 
 
-def _interval_rows(measured: Measured, draws: Any) -> Iterator[dict[str, Any]]:
-    for ((arm, mode), seeds), metric in product(measured.items(), METRICS):
-        found = interval([of[metric] for of in seeds], draws, METRICS[metric].bounds)
-        counts = {"seeds": len(seeds), "recordings": draws.shape[1]}
+def _interval_rows(measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
+    for ((arm, mode), values), metric in product(measured.items(), METRICS):
+        found = interval_of(values[metric], recordings, METRICS[metric].bounds)
+        counts = {"seeds": len(values[metric]), "recordings": recordings}
         yield {"arm": arm, "mode": mode, "metric": metric, **asdict(found), **counts}
 
 
-def _comparison_rows(plan: Plan, measured: Measured, draws: Any) -> Iterator[dict[str, Any]]:
-    """Holm's correction is over the pairs that are compared on the same metric in the same mode."""
+def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
     for mode, metric in product(MODES, METRICS):
         pairs = [pair for pair in plan.pairs if all((arm, mode) in measured for arm in pair)]
-        found = [_compare(measured, pair, mode, metric, draws) for pair in pairs]
+        found = [
+            compare_of(measured[a, mode][metric], measured[b, mode][metric], recordings, METRICS[metric].bounds)
+            for a, b in pairs
+        ]
         corrected = holm([one.p_value for one in found])
         for (a, b), one, p in zip(pairs, found, corrected, strict=True):
             primary = (a, b) == plan.pairs[0] and mode == plan.mode and metric == PRIMARY
             yield {"a": a, "b": b, "mode": mode, "metric": metric, **asdict(one), "p_holm": p, "primary": primary}
 
 
-def _compare(measured: Measured, pair: tuple[str, str], mode: str, metric: str, draws: Any) -> Comparison:
-    one, other = ([of[metric] for of in measured[arm, mode]] for arm in pair)
-    return compare(one, other, draws, METRICS[metric].bounds)
-
-
-def _about(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int, seconds: float) -> dict[str, Any]:
+def _about(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int) -> dict[str, Any]:
     first = next(split.in_order())
     clips, frames = (sum(s[key] for s in split.manifest["shards"] if s["split"] == split.name and s["table"] == table)
                      for key, table in (("clips", "clips"), ("rows", "frames")))  # fmt: skip
     return {
         "arms": list(plan.arms),
         "seeds": list(plan.seeds),
-        "primary": {"metric": PRIMARY, "mode": plan.mode, "pair": list(plan.pairs[0]) if plan.pairs else []},
+        "primary": {"metric": PRIMARY, "mode": plan.mode, "pair": list((*plan.pairs, *PAIRS)[0])},
         "split": split.name,
         "recordings": recordings,
         "clips": clips,
@@ -335,7 +389,7 @@ def _about(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int, secon
         "data": str(plan.data.resolve()),
         "data_key": {name: Split(plan.data, name).key for name in sorted(split.manifest["splits"])},
         "label_rule": first.positive,
-        "config": plan.config.to_json(),
+        "config": {name: value for name, value in plan.config.to_json().items() if name not in ("arm", "seed")},
         "settings": asdict(plan.settings),
         "draws": plan.draws,
         "commands": [*([plan.command] if plan.command else []), *(line for job in jobs for line in job.commands)],
@@ -343,8 +397,12 @@ def _about(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int, secon
         "hazards": list(plan.hazards),
         "hashes": {f"{job.arm}/seed-{job.seed}": run_hash(job.run) for job in jobs},
         "machine": _machine(),
-        "seconds": round(seconds),
+        "seconds": round(sum(_training_seconds(job) for job in jobs)),
     }
+
+
+def _training_seconds(job: Job) -> float:
+    return sum(line["clock"]["seconds"] for line in read_metrics(job.run) if "clock" in line)
 
 
 def _machine() -> str:
@@ -366,7 +424,8 @@ COMPARISONS: Final = pa.schema(
     [
         *(("a", pa.string()), ("b", pa.string())), *_WHERE,
         *((name, pa.float64()) for name in ("difference", "low", "high", "p_direction", "p_value", "p_holm")),
-        ("detectable", pa.float64()), *_COUNTS, ("undefined", pa.int32()), ("primary", pa.bool_()),
+        ("detectable", pa.float64()), *_COUNTS, ("undefined", pa.int32()), ("seed_share", pa.float64()),
+        ("primary", pa.bool_()),
     ]
 )  # fmt: skip
 

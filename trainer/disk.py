@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -20,3 +22,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `path` whole, or leave what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    new.rename(path)

@@ -11,9 +11,9 @@ self-fed costs a forward pass per frame and per written token, one clip at a tim
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,23 @@ import torch
 
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.clips import DST, SPEAK
-from trainer.errors import TrainerError
-from trainer.evaluation.measure import Settings, Thresholds, choose_thresholds, measure
-from trainer.evaluation.scores import ScoredClip, read_info, read_scores, write_scores
+from trainer.disk import write_json
+from trainer.evaluation.measure import Settings, Thresholds
+from trainer.evaluation.scores import ScoredClip, write_scores
+from trainer.evaluation.verdict import (
+    METRICS_FILE,
+    SELF_FED,
+    TEACHER_FORCED,
+    Evaluation,
+    all_metrics,
+    hold,
+    pick_thresholds,
+    source_of,
+)
 from trainer.frames import FrameSource
 from trainer.score import ClipScores, open_source, score_clips
 from trainer.selffed import Live, self_fed
 from trainer.shards import Split
-
-TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")
-METRICS_FILE = "metrics.json"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one model is worth: `metrics` is the content of metrics.json, `notes` what it lacks and why."""
-
-    split: str
-    metrics: dict[str, Any]
-    notes: tuple[str, ...]
-    folder: Path | None = None  # where the files are
-
-
-@dataclass(frozen=True)
-class Held:
-    """The split to measure on, and the one to choose thresholds on, if there is one."""
-
-    test: Split
-    val: Split | None
-
-    @property
-    def all(self) -> dict[str, Split]:
-        return {split.name: split for split in (self.val, self.test) if split is not None}
 
 
 def evaluate(
@@ -77,66 +62,28 @@ def evaluate(
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
     folder = out or run / f"evaluation-{split}"
-    about = {
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # it vouches for the other files: the last to come, the first to go
+    about: dict[str, Any] = {
         "data": str(data.resolve()),
         "data_key": {s.name: s.key for s in held.all.values()},
         "model": run_hash(run),
     }
     scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
-    thresholds, notes = _thresholds(scored, held, settings)
-    about |= {"thresholds": asdict(thresholds)}
+    thresholds, notes = pick_thresholds(scored, held, settings)
+    about |= {"thresholds": asdict(thresholds), "thresholds_from": source_of(None, notes, held)}
     write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, about | {"mode": TEACHER_FORCED})
     of_modes = {TEACHER_FORCED: scored[split]}
-    if live and missing(loaded, thresholds):
-        notes.append(f"not self-fed: no threshold for {', '.join(missing(loaded, thresholds))}")
+    if live and not can_live(thresholds):
+        notes.append("not self-fed: no threshold for speaking")
     elif live:
         of_modes[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
         write_scores(folder / f"{SELF_FED}.parquet", {split: of_modes[SELF_FED]}, about | {"mode": SELF_FED})
-    metrics = _metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
-    _write(folder / METRICS_FILE, metrics)
+    metrics = all_metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
+    write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, tuple(notes), folder)
 
 
-def evaluate_scores(
-    path: Path,
-    data: Path | None = None,
-    split: str = "test",
-    out: Path | None = None,
-    settings: Settings | None = None,
-    given: Mapping[str, float] | None = None,
-    encoder: Path | None = None,
-) -> Evaluation:
-    """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
-
-    Thresholds are `given` (logits by head), chosen on the file's own `val` rows, or, of a live file, those that it says
-    it ran with; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
-    """
-    settings, info = settings or Settings(), read_info(path)
-    held = hold(_shards(path, data, info), split)
-    mode = str(info.get("mode", "scores"))
-    names = [name for name in held.all if name == split or _has_split(path, name)]
-    scored = read_scores(path, {name: held.all[name] for name in names})
-    notes: list[str] = []
-    if given:
-        thresholds = Thresholds(dict(given), dict(given))
-    elif "thresholds" in info and scored[split][0].said is not None:  # those that it ran with
-        thresholds = Thresholds(**info["thresholds"])
-    else:
-        thresholds, notes = _thresholds(scored, held, settings)
-    metrics = _metrics({mode: scored[split]}, thresholds, settings, encoder)
-    metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds)}
-    if out is not None:
-        _write(out / METRICS_FILE, metrics)
-    return Evaluation(split, metrics, tuple(notes), out)
-
-
 # ---- the parts, which `benchmark` takes as well --------------------------------------------------------------
-
-
-def hold(data: Path, split: str, val: str = "val") -> Held:
-    """The split and `val`, which is where thresholds come from: never from the split itself."""
-    test = Split(data, split)
-    return Held(test, Split(data, val) if val in test.manifest["splits"] and split != val else None)
 
 
 def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:
@@ -149,17 +96,16 @@ def run_live(
     run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings
 ) -> list[ScoredClip]:
     """All clips of the split, frame by frame, the model's own texts in the context."""
-    live = Live(thresholds.event, settings.refractory_s)
+    live = Live({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
     scored = self_fed(run.model, run.tokens, split.in_order(), frames, run.config, live)
     return [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
     ]
 
 
-def missing(run: LoadedRun, thresholds: Thresholds) -> list[str]:
-    """Heads of the run's arm that have no threshold, so that it can't run live."""
-    heads = ("speaking", "dst_update") if run.model.arm.dst_head else ("speaking",)
-    return [head for head in heads if head not in thresholds.event]
+def can_live(thresholds: Thresholds) -> bool:
+    """Whether there is what running live needs. A DST head without a threshold, as on data without DST, never fires."""
+    return "speaking" in thresholds.event
 
 
 def _as_scored(clip: ClipScores, run: LoadedRun) -> ScoredClip:
@@ -178,53 +124,3 @@ def _probabilities(logits: Mapping[str, Any], correction: float | None) -> dict[
             head: (1 / (1 + np.exp(-(values.astype(np.float64) + correction)))).astype(np.float32)
             for head, values in logits.items()
         }
-
-
-def _thresholds(
-    scored: Mapping[str, Sequence[ScoredClip]], held: Held, settings: Settings
-) -> tuple[Thresholds, list[str]]:
-    """Chosen on val; without any, the reason."""
-    if held.val is None:
-        return Thresholds({}, {}), ["no val split beside it: no threshold was chosen, so no events from scores"]
-    if held.val.name not in scored:
-        return Thresholds({}, {}), [f"no scores of {held.val.name}: no threshold was chosen; score it, or give one"]
-    return choose_thresholds(scored[held.val.name], settings), []
-
-
-def _metrics(
-    of_modes: Mapping[str, Sequence[ScoredClip]], thresholds: Thresholds, settings: Settings, encoder: Path | None
-) -> dict[str, Any]:
-    found: dict[str, Any] = {mode: measure(clips, thresholds, settings) for mode, clips in of_modes.items()}
-    if encoder is not None:
-        from trainer.evaluation.text import EARLY_S, LATE_S, dialogue_metrics, load_encoder
-
-        by_meaning = load_encoder(encoder)
-        for mode, clips in of_modes.items():
-            if all(clip.said is not None for clip in clips):
-                found[mode]["dialogue"] = dialogue_metrics(clips, by_meaning, EARLY_S, LATE_S)
-    return {"settings": asdict(settings)} | found
-
-
-def _shards(path: Path, data: Path | None, info: Mapping[str, Any]) -> Path:
-    if data is not None:
-        return data
-    if "data" not in info:
-        raise TrainerError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
-    return Path(info["data"])
-
-
-def _has_split(path: Path, name: str) -> bool:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    if "split" not in pq.read_schema(path).names:
-        return False
-    splits = pq.read_table(path, columns=["split"])["split"]
-    return bool(pc.any(pc.equal(splits.cast("string"), name)).as_py())
-
-
-def _write(path: Path, metrics: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    new.rename(path)

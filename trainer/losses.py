@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.arms import Arm, find_arm
+from pipeline.schema import NOT_SAMPLED
+from trainer.arms import Arm
 from trainer.config import TrainConfig
 
 TERMS = ("speak_neg", "speak_pos", "dst_neg", "dst_pos", "lm")
@@ -38,12 +39,16 @@ def label_weights(labels: Tensor, neg_rate: Tensor, reweigh: bool) -> Tensor:
 def targets(logits: Tensor, labels: Tensor, arm: Arm) -> tuple[Tensor, Tensor]:
     """(logits, labels), [2, N] each, as the arm's loss takes them from logits and labels that say *speak*.
 
-    An inverted head's logit says silence, so that is what its labels say, too; -100 stays.
+    An inverted head's logit says silence, so that is what its labels say, too; -100 stays. Where there is no DST head,
+    nothing is supervised for it.
     """
-    if arm.decides != "inverted":
-        return logits, labels
-    silence = torch.where(labels[0] >= 0, 1 - labels[0], labels[0])
-    return torch.stack([-logits[0], logits[1]]), torch.stack([silence, labels[1]])
+    speak, dst = labels
+    if not arm.dst_head:
+        dst = torch.full_like(dst, NOT_SAMPLED)
+    if arm.decides == "inverted":
+        speak = torch.where(speak >= 0, 1 - speak, speak)
+        logits = torch.stack([-logits[0], logits[1]])
+    return logits, torch.stack([speak, dst])
 
 
 def masked_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,8 +83,7 @@ def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, 
         "dst": _head_mean(sums[2:4], counts[2:4], config.balance),
         "lm": _divide(sums[4], counts[4]),
     }
-    w_dst = config.w_dst if find_arm(config.arm).dst_head else 0.0
-    loss = config.w_speak * terms["speak"] + w_dst * terms["dst"] + config.w_lm * terms["lm"]
+    loss = config.w_speak * terms["speak"] + config.w_dst * terms["dst"] + config.w_lm * terms["lm"]
     return loss, terms
 
 

@@ -5,6 +5,8 @@ call in transformers 5.17 and 5.23. The language-model head runs on supervised t
 vocabulary of 49k makes its loss nearly free (a prototype at 256M took a third less memory and a quarter less time per
 step than on all rows).
 
+(The arm lm-eos needs it on decision rows as well.)
+
     L tokens of a pack    N frames    H hidden    k tokens per frame    S side in pixels    T text rows    V vocabulary
 """
 
@@ -127,7 +129,8 @@ class ProspectModel(nn.Module):
         if self.arm.decides == "inverted":
             return torch.stack([-logits[0], logits[1]])
         if self.arm.decides == "lm-eos":
-            following = self.vlm.lm_head(hidden).float()  # [N, V]
+            with torch.autocast(hidden.device.type, enabled=False):  # as the heads: no two scores tie by rounding
+                following = self.vlm.lm_head(hidden.float()).float()  # [N, V]
             others = following.index_fill(1, torch.tensor([self.silence], device=hidden.device), -torch.inf)
             speaks = others.logsumexp(-1) - following[:, self.silence]
             return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: every weight has a gradient on every rank

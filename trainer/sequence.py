@@ -191,8 +191,12 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
 
 
 def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int]:
-    """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`."""
-    return prompt_ids(clip, tokens, state_before(clip, frame) if arm.state else None)
+    """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`.
+
+    An arm whose updates say nothing is told the state at the clip's start: live, it could not replay them either.
+    """
+    known = frame if arm.dst_text == "content" else clip.start_frame
+    return prompt_ids(clip, tokens, state_before(clip, known) if arm.state else None)
 
 
 def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | None) -> list[int]:

@@ -83,7 +83,7 @@ def lock(run: Path, held: ExitStack) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise TrainerError(f"{run}: another process is training there; wait for it, or choose another --run") from None
+        raise TrainerError(f"{run}: another process is at work there; wait for it, or choose another folder") from None
     except OSError:  # a file system without locks
         pass
 

@@ -254,7 +254,7 @@ def step_packs(data: StepData, first: int, workers: int) -> Iterator[list[Pack]]
         sampler=steps,
         num_workers=workers,
         multiprocessing_context=processes,
-        worker_init_fn=partial(_end_with, os.getpid()),
+        worker_init_fn=partial(end_with, os.getpid()),
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
     for packs in ahead:
@@ -263,9 +263,9 @@ def step_packs(data: StepData, first: int, workers: int) -> Iterator[list[Pack]]
         yield packs
 
 
-def _end_with(owner: int, worker: int) -> None:
-    """In a worker: end soon after the training process, also where that was killed. (Torch's own watch looks at the
-    parent, which is the fork server, and that ends with its last child.)"""
+def end_with(owner: int, worker: int = 0) -> None:
+    """In a worker: end soon after the process that it works for, also where that was killed. (Torch's own watch looks
+    at the parent, which is the fork server, and that ends with its last child.)"""
 
     def watch() -> None:
         while True:

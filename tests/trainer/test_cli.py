@@ -116,7 +116,7 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert train(data, run, "--resume") == 1
     os.close(handle)
-    assert "another process is training there" in capsys.readouterr().err
+    assert "another process is at work there" in capsys.readouterr().err
     assert train(data, run, "--resume") == 0
 
 

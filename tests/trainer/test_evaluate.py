@@ -16,7 +16,8 @@ from small_run import clip, go, write_data
 
 from pipeline.cli import main
 from trainer.errors import TrainerError
-from trainer.evaluate import evaluate, evaluate_scores
+from trainer.evaluate import evaluate
+from trainer.evaluation.verdict import evaluate_scores
 
 MODES = ("teacher-forced", "self-fed")
 
@@ -102,8 +103,8 @@ def test_thresholds_come_from_val_alone(found, run, data, tmp_path):
 def test_without_val_nothing_is_chosen_and_it_says_so(run, data, tmp_path):
     found = evaluate(run, data, split="val", out=tmp_path / "out")
     assert found.notes == (
-        "no val split beside it: no threshold was chosen, so no events from scores",
-        "not self-fed: no threshold for speaking, dst_update",
+        "val itself is measured: no threshold could be chosen, so no events from scores",
+        "not self-fed: no threshold for speaking",
     )
     report = found.metrics["teacher-forced"]["speaking"]
     assert report["frames"]["ap"] is not None

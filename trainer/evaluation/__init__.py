@@ -4,7 +4,8 @@
     frames      average precision, calibration            figures     the plots, as SVG and PNG
     events      speech events, matched in time            report      report.html
     state       replayed transitions                      text        matching by meaning (ProAssist's)
-    measure     all of it, of one model in one mode
+    measure     all of it, of one model in one mode       folder      what benchmark left on disk
+    verdict     from a scores file to metrics.json        moments     clips where two arms differ most
 
-Imports point one way: report -> figures, measure -> frames, events, state -> scores -> clips.
+Imports point one way: verdict -> measure -> frames, events, state -> scores; report -> figures, folder, moments.
 """

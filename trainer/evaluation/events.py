@@ -393,3 +393,29 @@ def most_matches(windows: Ints, fired: Ints) -> int:
         else:
             i, j, found = i + 1, j + 1, found + 1
     return found
+
+
+# ---- without seeing ----------------------------------------------------------------------------------
+
+
+def metronome_f1(clips: Sequence[ScoredClip], head: str, period_s: float, settings: Settings) -> float | None:
+    """Event F1 of an assistant that sees nothing and fires every `period_s` seconds: what a model must beat.
+
+    None without any reference. At a wide window and a busy assistant it is high: 0.8 is no feat then.
+    """
+    found = fired = references_ = 0
+    for clip in (scored.clip for scored in clips if head == "speaking" or tracked(scored.clip)):
+        gap = max(1, round(period_s * clip.fps))
+        ticks = np.arange(gap // 2, clip.num_frames, gap)
+        instants = references(clip, ROLE_OF[head])
+        found += most_matches(_windows(clip, instants, settings), ticks)
+        fired, references_ = fired + len(ticks), references_ + len(instants)
+    return 2 * found / (references_ + fired) if references_ else None
+
+
+def best_metronome(clips: Sequence[ScoredClip], head: str, settings: Settings) -> float | None:
+    """The period of the best event F1 on `clips`: seconds, from the refractory time to a minute; ties: the longer."""
+    periods = sorted({round(2 * s) / 2 for s in np.geomspace(max(settings.refractory_s, 0.5), 60, 40).tolist()})
+    tried = {period: metronome_f1(clips, head, period, settings) for period in periods}
+    known = {period: f1 for period, f1 in tried.items() if f1 is not None}
+    return max(known, key=lambda period: (known[period], period)) if known else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -22,8 +22,10 @@ from trainer.evaluation.events import (
     Counts,
     Events,
     best_event_threshold,
+    best_metronome,
     event_rates,
     find_events,
+    metronome_f1,
     proactive_rates,
     reactive_rates,
     report_events,
@@ -55,6 +57,7 @@ class Thresholds:
 
     frame: dict[str, float]
     event: dict[str, float]
+    metronome_s: dict[str, float] = field(default_factory=dict)  # the best period of one that sees nothing, seconds
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
     """
     frame: dict[str, float] = {}
     event: dict[str, float] = {}
+    metronome_s: dict[str, float] = {}
     for head in HEADS:
         frames = head_frames(val, head, recordings_of(val))
         best = None if frames is None else best_threshold(frames.scores, frames.positive)
@@ -114,7 +118,10 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
         best = best_event_threshold(val, head, settings)
         if best is not None:
             event[head] = best
-    return Thresholds(frame, event)
+        best = best_metronome(val, head, settings)
+        if best is not None:
+            metronome_s[head] = best
+    return Thresholds(frame, event, metronome_s)
 
 
 def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings) -> dict[str, Any]:
@@ -137,10 +144,22 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
         events = find_events(clips, head, at, settings)
         report[head] = {
             "frames": None if frames is None else report_frames(frames, cut, settings.bins),
-            "events": None if events is None else report_events(events, head, at),
+            "events": None
+            if events is None
+            else report_events(events, head, at) | _metronome(clips, head, thresholds, settings),
         }
     states = find_states(clips, settings)
     return report | {"state": None if states is None else report_states(states)}
+
+
+def _metronome(
+    clips: Sequence[ScoredClip], head: str, thresholds: Thresholds | None, settings: Settings
+) -> dict[str, Any]:
+    """What one gets who sees nothing, at the period that was best on val."""
+    period = None if thresholds is None else thresholds.metronome_s.get(head)
+    if period is None:
+        return {"metronome": None}
+    return {"metronome": {"period_s": period, "f1": metronome_f1(clips, head, period, settings)}}
 
 
 def look_up(report: dict[str, Any], metric: Metric) -> float | None:

@@ -31,7 +31,7 @@ HEADS: Final = ("speaking", "dst_update")  # by row of a clip's labels: SPEAK, D
 INFO: Final = b"prospect-dst"  # the key of the file's metadata that holds `info`, as JSON
 ROW_GROUP: Final = 1 << 20
 SAME_ORDER: Final = 1e-6  # a probability may fall by this much as its logit rises: float32 sigmoids do
-LARGEST: Final = float(np.finfo(np.float32).max)
+LARGEST: Final = 1e30  # an infinite logit becomes this: differences stay finite in float32
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -52,9 +52,12 @@ class States:
 
 
 def find_states(clips: Sequence[ScoredClip], settings: Settings) -> States | None:
-    """None where the model's updates are not known, or no clip says anything about the state."""
+    """None where the updates are not known, or say nothing (speak+markers), or no clip tells of the state."""
     chosen = [scored for scored in canonical(clips) if tracked(scored.clip)]
     if not chosen or any(scored.updates is None for scored in chosen):
+        return None
+    made = [update for scored in chosen for update in scored.updates or () if update is not None]
+    if made and not any(made):
         return None
     outcomes = [_outcome(scored, settings) for scored in chosen]
     return States(

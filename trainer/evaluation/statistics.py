@@ -14,7 +14,6 @@ and deviates come from fixed seeds: same input, same digits.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,9 +52,10 @@ class Comparison:
 
     `p_direction`: how sure its sign is, 0.5 (not at all) to 1. `p_value`: two-sided, of no difference, uncorrected.
     `detectable`: the true difference that would have been seen in 4 of 5 such experiments (measured: 79-81%; with 2 or
-    3 seeds that matter as much as recordings 66 and 76%). `undefined`: how many draws had no value. All but the counts
-    are None where the difference is undefined; where it is defined, but in more than 5% of the draws is not, or there
-    is one recording, the difference alone is there.
+    3 seeds that matter as much as recordings 66 and 76%). `undefined`: how many draws had no value. `seed_share`: how
+    much of the interval's width comes from having few seeds (0 to 1). All but the counts are None where the difference
+    is undefined; where it is defined, but in more than 5% of the draws is not, or there is one recording, the
+    difference alone is there.
     """
 
     difference: float | None
@@ -67,6 +67,7 @@ class Comparison:
     recordings: int
     seeds: int
     undefined: int = 0
+    seed_share: float | None = None
 
 
 # ---- draws -------------------------------------------------------------------------------------------
@@ -78,21 +79,9 @@ def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0)
     return generator.multinomial(num_recordings, np.full(num_recordings, 1 / num_recordings), size=num_draws)
 
 
-def remember(estimator: Estimator) -> Estimator:
-    """The same estimator, which works each matrix of draws out once: an arm stands in several comparisons."""
-    known: dict[bytes, Floats] = {}
-
-    def remembered(weights: Weights) -> Floats:
-        key = hashlib.blake2b(weights.tobytes()).digest()
-        if key not in known:
-            known[key] = estimator(weights)
-        return known[key]
-
-    return remembered
-
-
-def _replicates(estimators: Sequence[Estimator], draws: Weights) -> Floats:
-    """[S, 1 + B] every seed's value: of the recordings as they are, then of each draw."""
+def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
+    """float64 [S, 1 + B], every seed's value: of the recordings as they are, then of each draw. 24 kB a seed and 1,000
+    draws, where an estimator can hold a split's frames."""
     weights = np.concatenate([np.ones_like(draws[:1]), draws])
     return np.stack([np.asarray(estimator(weights), np.float64) for estimator in estimators])
 
@@ -115,12 +104,12 @@ def _shuffled_ranks(count: int, key: int) -> Floats:
     return (np.random.Generator(np.random.PCG64([count, key])).permutation(count) + 0.5) / count
 
 
-def _plausible(replicates: Floats, num_recordings: int) -> Floats:
+def _plausible(replicates: Floats, num_recordings: int, count_seeds: bool = True) -> Floats:
     """[B] where the truth may lie, seen from S seeds' [S, 1 + B] values; NaN where a draw has none."""
     seeds, draws = replicates.shape[0], replicates.shape[1] - 1
     mean = replicates.mean(axis=0)
     found = mean[0] + (mean[1:] - mean[0]) * _widening(num_recordings, draws)
-    if seeds > 1:
+    if seeds > 1 and count_seeds:
         found += replicates[:, 0].std(ddof=1) / math.sqrt(seeds) * _student(seeds, draws)
     return found
 
@@ -140,8 +129,12 @@ def _limits(plausible: Floats, value: float) -> tuple[float, float]:
 
 def interval(estimators: Sequence[Estimator], draws: Weights, bounds: tuple[float, float] | None = None) -> Interval:
     """An arm's value and 95% interval, from one estimator per seed; `bounds`: what values there can be, None: any."""
-    replicates = _replicates(estimators, draws)
-    value, recordings = float(replicates[:, 0].mean()), draws.shape[1]
+    return interval_of(replicate(estimators, draws), draws.shape[1], bounds)
+
+
+def interval_of(replicates: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Interval:
+    """`interval` from what `replicate` gave."""
+    value = float(replicates[:, 0].mean())
     if math.isnan(value):
         return Interval(None, None, None)
     if recordings < 2 or not _enough(plausible := _plausible(replicates, recordings)):
@@ -159,13 +152,18 @@ def compare(
 ) -> Comparison:
     """`a` minus `b`, one estimator per seed each, the same seeds in the same order; `bounds`: of their values."""
     assert len(a) == len(b) > 0, f"paired by seed, but {len(a)} against {len(b)}"
-    replicates = np.round(_replicates(a, draws) - _replicates(b, draws), _ROUNDING)
-    value, recordings = float(replicates[:, 0].mean()), draws.shape[1]
+    return compare_of(replicate(a, draws), replicate(b, draws), draws.shape[1], bounds)
+
+
+def compare_of(a: Floats, b: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Comparison:
+    """`compare` from what `replicate` gave of each arm."""
+    replicates, seeds = np.round(a - b, _ROUNDING), len(a)
+    value = float(replicates[:, 0].mean())
     undefined = int(np.isnan(replicates[:, 1:]).any(axis=0).sum())
     if math.isnan(value):
-        return Comparison(None, None, None, None, None, None, recordings, len(a), undefined)
+        return Comparison(None, None, None, None, None, None, recordings, seeds, undefined)
     if recordings < 2 or not _enough(plausible := _plausible(replicates, recordings)):
-        return Comparison(value, None, None, None, None, None, recordings, len(a), undefined)
+        return Comparison(value, None, None, None, None, None, recordings, seeds, undefined)
     plausible = plausible[~np.isnan(plausible)]
     low, high = _limits(plausible, value)
     least, most = bounds or _ANY
@@ -178,9 +176,17 @@ def compare(
         p_value=_p_value(plausible),
         detectable=min((high - low) / 2 * _DETECTABLE, widest),
         recordings=recordings,
-        seeds=len(a),
+        seeds=seeds,
         undefined=undefined,
+        seed_share=_seed_share(replicates, recordings, high - low),
     )
+
+
+def _seed_share(replicates: Floats, recordings: int, width: float) -> float:
+    """How much narrower, as a share of `width`, the interval would be if other seeds gave the same."""
+    alone = _plausible(replicates, recordings, count_seeds=False)
+    low, high = _limits(alone[~np.isnan(alone)], float(replicates[:, 0].mean()))
+    return max(0.0, 1 - (high - low) / width) if width else 0.0
 
 
 def _p_direction(plausible: Floats, value: float) -> float:

@@ -15,8 +15,10 @@ from trainer.clips import Turn
 from trainer.evaluation.events import (
     Settings,
     best_event_threshold,
+    best_metronome,
     find_events,
     match,
+    metronome_f1,
     most_matches,
     predictions,
     references,
@@ -250,3 +252,21 @@ def test_the_threshold_is_as_good_as_any():
 def test_a_head_that_says_nothing_stays_silent():
     scored = clip_of([said_at(10)], speaking=[-5.0] * 120)
     assert report(scored, best_event_threshold([scored], "speaking", S))["predictions"] == 0
+
+
+# ---- without seeing ----------------------------------------------------------------------------------
+
+
+def test_a_metronomes_f1_by_hand():
+    """20 s, speech at 5 s and 15 s; a tick every 10 s, at 5 s and 15 s, hits both, one every 4 s is 5 ticks for 2."""
+    clips = [clip_of([turn("assistant", "a", 10, 11), turn("assistant", "b", 30, 31)], 0, 40)]
+    narrow = Settings(early_s=0.5, late_s=0.5)
+    assert metronome_f1(clips, "speaking", 10.0, narrow) == 1.0
+    assert metronome_f1(clips, "speaking", 4.0, narrow) == 0.0  # at 2, 6, 10, 14, 18 s
+    assert metronome_f1(clips, "speaking", 4.0, Settings(early_s=1, late_s=1)) == 2 * 2 / (2 + 5)
+    assert best_metronome(clips, "speaking", narrow) == 10.5  # at 5 and 15.5 s: of equals the longest
+
+
+def test_where_nobody_speaks_there_is_no_metronome():
+    assert metronome_f1([clip_of([], 0, 40)], "speaking", 4.0, Settings()) is None
+    assert best_metronome([clip_of([], 0, 40)], "speaking", Settings()) is None

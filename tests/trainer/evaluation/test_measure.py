@@ -235,7 +235,8 @@ def test_what_a_model_lacks_is_none():
     assert (report["state"], report["speaking"]["events"]) == (None, None)
     assert (report["speaking"]["frames"]["ap"], report["speaking"]["frames"]["f1"]) == (1, None)
     assert report["speaking"]["frames"]["calibration"] is None
-    assert choose_thresholds(clips, S) == Thresholds({"speaking": 0.5}, {"speaking": 0.5})
+    chosen = choose_thresholds(clips, S)
+    assert (chosen.frame, chosen.event) == ({"speaking": 0.5}, {"speaking": 0.5})
     assert choose_thresholds([clip_of([], 0, 40, speaking=np.zeros(40))], S) == Thresholds({}, {})
 
 

@@ -160,9 +160,9 @@ def test_how_the_shards_are_cut_changes_nothing(tmp_path):
         assert np.array_equal(one.clip.labels, other.clip.labels)
 
 
-def test_infinite_logits_are_the_largest_finite_ones(tmp_path, split):
+def test_infinite_logits_become_large_finite_ones(tmp_path, split):
     table = frame(split).with_columns(pl.col("speaking_logit").replace({0.5: math.inf, 1.0: -math.inf}))
-    largest = float(np.finfo(np.float32).max)
+    largest = float(np.float32(1e30))
     assert read(tmp_path, table, split)[0].logits["speaking"].tolist() == [0, largest, -largest, 1.5]
 
 
@@ -172,7 +172,7 @@ def test_probabilities_alone_give_logits(tmp_path, split):
     b = read(tmp_path, table, split)[1]
     assert b.probabilities["speaking"].tolist() == [0, 1, 0.75, 0.75, 0.75, 0.75]
     assert b.logits["speaking"][2] == pytest.approx(math.log(3), rel=1e-6)
-    assert b.logits["speaking"][:2].tolist() == [-np.finfo(np.float32).max, np.finfo(np.float32).max]
+    assert b.logits["speaking"][:2].tolist() == [-np.float32(1e30), np.float32(1e30)]
 
 
 def test_probabilities_that_tie_by_rounding_agree_with_their_logits(tmp_path, split):

@@ -81,14 +81,15 @@ def test_one_missed_update_counts_until_the_state_is_right_again():
     assert report(clip_of(turns, frames=10, updates={3.0: (DONE,)}))["joint_accuracy"] == 6 / 10
 
 
-def test_empty_updates_change_nothing():
-    found = report(clip_of([dst(2, 3, START)], frames=10, updates={1.0: ()}))
+def test_an_update_that_says_nothing_changes_nothing():
+    found = report(clip_of([dst(2, 3, START)], frames=10, updates={1.0: (), 4.0: (("S9", "start"),)}))
     assert found["joint_accuracy"] == found["joint_accuracy_never_updating"] == 2 / 10
-    assert (found["transitions"]["f1"], found["transitions"]["precision"], found["transitions"]["recall"]) == (
-        0,
-        None,
-        0,
-    )
+    assert (found["transitions"]["f1"], found["transitions"]["recall"], found["transitions"]["unknown"]) == (0, 0, 1)
+
+
+def test_a_model_whose_updates_never_say_anything_keeps_no_state():
+    """speak+markers announces that something changed, not what: there is nothing to judge."""
+    assert find_states([clip_of([dst(2, 3, START)], frames=10, updates={1.0: ()})], S) is None
 
 
 # ---- transitions -------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from trainer.evaluation.statistics import (
     draw_recordings,
     holm,
     interval,
-    remember,
 )
 
 DRAWS = draw_recordings(40, 2_000)
@@ -65,20 +64,6 @@ def test_every_draw_has_as_many_recordings_as_there_are() -> None:
 def test_the_same_seed_draws_the_same() -> None:
     assert np.array_equal(draw_recordings(7, 50, seed=3), draw_recordings(7, 50, seed=3))
     assert not np.array_equal(draw_recordings(7, 50, seed=3), draw_recordings(7, 50, seed=4))
-
-
-def test_a_remembered_estimator_is_asked_once_per_matrix() -> None:
-    asked = []
-
-    def estimator(weights: np.ndarray) -> np.ndarray:
-        asked.append(len(weights))
-        return weights[:, 0].astype(float)
-
-    again = remember(estimator)
-    first, other = draw_recordings(3, 5), draw_recordings(3, 6)
-    assert np.array_equal(again(first), again(first.copy()))
-    assert np.array_equal(again(other), other[:, 0])
-    assert asked == [5, 6]
 
 
 # ---- intervals ---------------------------------------------------------------------------------------

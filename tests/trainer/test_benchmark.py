@@ -1,0 +1,216 @@
+"""`benchmark`: what it leaves on disk, that it goes on where it was stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+from by_hand import clip_example, dst, turn, write_shards
+from small_run import CONFIG
+from test_evaluate import write_splits
+
+import trainer.benchmark
+from pipeline.cli import main
+from trainer.benchmark import Job, Plan, answer_of, benchmark, is_done
+from trainer.config import Settings, TrainConfig
+from trainer.errors import TrainerError
+from trainer.evaluation.verdict import hold
+from trainer.start import lock
+
+ARMS = ("silence", "speak", "speak+dst")
+SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_splits(tmp_path_factory.mktemp("benchmark") / "data")
+
+
+@pytest.fixture(scope="module")
+def plan(data):
+    return Plan(data, data.parent / "out", ARMS, (0, 1), SMALL, draws=500, jobs=1, hazards=("test: few clips",))
+
+
+@pytest.fixture(scope="module")
+def told(plan):
+    lines: list[str] = []
+    assert benchmark(plan, lines.append) == plan.out / "report.html"
+    return lines
+
+
+def rows(out, table, **wanted):
+    found = pq.read_table(out / f"{table}.parquet").to_pylist()
+    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_each_run_is_told_and_kept(told, plan):
+    assert [line.partition(":")[0] for line in told] == [f"{arm} seed {seed}" for seed in (0, 1) for arm in ARMS]
+    assert told[-1].endswith("6 of 6)")
+    for arm in ARMS:
+        for seed in (0, 1):
+            scores = plan.out / "runs" / arm / f"seed-{seed}" / "scores"
+            names = sorted(path.name for path in scores.iterdir())
+            assert names == ["metrics.json", "self-fed.parquet", "teacher-forced.parquet"]
+
+
+def test_tables_hold_every_arm_seed_mode_and_metric(told, plan):
+    results = rows(plan.out, "results")
+    assert len(results) == 3 * 2 * 2 * 18
+    metrics = json.loads((plan.out / "runs/speak/seed-1/scores/metrics.json").read_text())
+    (row,) = rows(plan.out, "results", arm="speak", seed=1, mode="self-fed", metric="speaking_ap")
+    assert row["value"] == metrics["self-fed"]["speaking"]["frames"]["ap"]
+    both = [r["value"] for r in rows(plan.out, "results", arm="speak", mode="self-fed", metric="speaking_ap")]
+    (arm,) = rows(plan.out, "arms", arm="speak", mode="self-fed", metric="speaking_ap")
+    assert arm["value"] == pytest.approx(sum(both) / 2)
+    assert arm["low"] <= arm["value"] <= arm["high"]
+    pairs = {(row["a"], row["b"]) for row in rows(plan.out, "comparisons")}
+    assert pairs == {("speak+dst", "speak"), ("speak", "silence")}
+    (primary,) = rows(plan.out, "comparisons", primary=True)
+    assert (primary["a"], primary["mode"], primary["metric"]) == ("speak+dst", "self-fed", "event_f1")
+
+
+def test_direct_and_inverted_come_out_equal_in_every_metric(told, plan):
+    for row in rows(plan.out, "comparisons", a="speak", b="silence"):
+        assert row["difference"] in (None, 0.0)
+        assert row["p_value"] in (None, 1.0)
+    assert any(row["difference"] == 0.0 for row in rows(plan.out, "comparisons", a="speak", b="silence"))
+
+
+def test_what_it_is_of_is_written_down(told, plan):
+    info = json.loads((plan.out / "benchmark.json").read_text())
+    assert (info["recordings"], info["clips"], info["frames"]) == (6, 6, 12 + 13 + 14 + 12 + 13 + 14)
+    assert info["label_rule"] == "span"
+    assert set(info["hashes"]) == {f"{arm}/seed-{seed}" for arm in ARMS for seed in (0, 1)}
+    assert info["hazards"] == ["test: few clips"]
+    assert set(info["versions"]) >= {"python", "torch", "transformers"}
+    assert answer_of(plan.out) in (plan.out / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_its_commands_do_the_same(told, plan, tmp_path, monkeypatch):
+    """The two lines that it gives for a run, run by hand elsewhere, give the run's metrics."""
+    fit, score = Job(replace(plan, out=tmp_path), "speak+dst", 1).commands
+    for line in (fit, score):
+        words = line.split()
+        assert words[0] == "prospect-dst"
+        assert main(words[1:]) == 0
+    ours, theirs = (
+        json.loads((out / "runs/speak+dst/seed-1/scores/metrics.json").read_text()) for out in (plan.out, tmp_path)
+    )
+    assert ours == theirs
+
+
+def test_finished_runs_are_recognised(told, plan, monkeypatch):
+    monkeypatch.setattr(trainer.benchmark, "do", lambda job: pytest.fail(f"{job.name} was done again"))
+    monkeypatch.setattr(trainer.benchmark, "write_report", lambda out: out)
+    lines: list[str] = []
+    benchmark(plan, lines.append)
+    assert lines == ["6 of 6 runs are there already"]
+
+
+def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(job):
+        raise Asked(job.name)
+
+    monkeypatch.setattr(trainer.benchmark, "do", ask)
+    with pytest.raises(Asked, match=r"speak\+markers seed 0"):
+        benchmark(replace(plan, arms=("speak", "speak+markers")))
+
+
+def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, plan, tmp_path):
+    held, job = hold(plan.data, "test"), Job(plan, "speak", 0)
+    assert is_done(job, held)
+    assert not is_done(Job(replace(plan, settings=Settings(late_s=3.0)), "speak", 0), held)
+    with pytest.raises(TrainerError, match=r"lr is 0\.1, the run has 0\.002; benchmark into a new --out"):
+        is_done(Job(replace(plan, config=replace(SMALL, lr=0.1)), "speak", 0), held)
+    other = write_splits(tmp_path / "data", lambda clips: clips[:-1])  # one clip less in val, too
+    assert not is_done(Job(replace(plan, data=other), "speak", 0), hold(other, "test"))
+    path = job.run / "scores/self-fed.parquet"
+    path.rename(tmp_path / "away")
+    assert not is_done(job, held)
+    (tmp_path / "away").rename(path)
+
+
+def test_two_benchmarks_keep_out_of_each_others_folder(told, plan):
+    with ExitStack() as held:
+        lock(plan.out, held)
+        with pytest.raises(TrainerError, match="another process is at work there; wait for it, or choose another"):
+            benchmark(plan)
+
+
+def test_data_that_cannot_answer_is_refused_before_training(data, plan, tmp_path):
+    with pytest.raises(TrainerError, match="no val split beside val: thresholds are chosen there"):
+        benchmark(replace(plan, split="val", out=tmp_path / "out"))
+    silent = [clip_example([dst(2, 3, ("S1", "complete"))], clip_id=f"c{i}", clip=i) for i in range(2)]
+    speaking = [clip_example([turn("assistant", "Hi.", 2, 3)], clip_id=f"c{i}", clip=i) for i in range(2)]
+    quiet = write_shards(tmp_path / "quiet", {"train": speaking, "val": speaking, "test": silent})
+    with pytest.raises(TrainerError, match="the assistant never speaks in test: nothing to measure"):
+        benchmark(replace(plan, data=quiet, out=tmp_path / "out"))
+    stateless = write_shards(tmp_path / "stateless", dict.fromkeys(("train", "val", "test"), speaking))
+    with pytest.raises(TrainerError, match=r"so speak\+dst have nothing to learn from.*silence,lm-eos,speak$"):
+        benchmark(replace(plan, data=stateless, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_that_is_killed_goes_on(told, plan, tmp_path):
+    """Killed as soon as its first run is finished, and begun anew: the same tables as of one that never stopped."""
+    words = ["benchmark", str(plan.data), "--out", str(tmp_path / "out"), "--arms", "speak,speak+dst", "--seeds", "1"]
+    options = {"model": "nano", "steps": 4, "eval_every": 2, "clips_per_step": 3, "warmup_steps": 2, "max_tokens": 200}
+    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--micro-batch-tokens", "120", "--draws", "500", "--jobs", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    first = tmp_path / "out/runs/speak/seed-0/scores/metrics.json"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/report.html").exists()
+    before = first.stat().st_mtime_ns
+    assert main(words) == 0
+    assert first.stat().st_mtime_ns == before
+    for arm in ("speak", "speak+dst"):
+        found, expected = (rows(out, "results", arm=arm, seed=0) for out in (tmp_path / "out", plan.out))
+        assert found == expected
+
+
+def test_several_runs_at_a_time_give_the_same(told, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.benchmark, "write_report", lambda out: out)
+    both = replace(plan, out=tmp_path / "out", arms=("speak", "speak+dst"), seeds=(0,), jobs=2)
+    benchmark(both)
+    for arm in both.arms:
+        assert rows(both.out, "results", arm=arm) == rows(plan.out, "results", arm=arm, seed=0)
+
+
+def test_one_arm_alone_has_no_answer(told, plan, tmp_path):
+    alone = replace(plan, out=tmp_path / "out", arms=("speak",), seeds=(0,))
+    benchmark(alone)
+    assert answer_of(alone.out).startswith("No answer: speak+dst and speak were not compared. speak reaches ")
+
+
+def test_a_plan_names_each_arm_once(data, tmp_path):
+    with pytest.raises(TrainerError, match="arms: speak, speak, expected one or more, each once"):
+        Plan(data, tmp_path, ("speak", "speak"))
+    with pytest.raises(TrainerError, match="seeds: none, expected one or more"):
+        Plan(data, tmp_path, seeds=())
+
+
+def test_options_become_words_that_the_command_line_reads():
+    config = TrainConfig(arm="speak", freeze=("vision", "text"), lr_by_part={"heads": 0.1}, bf16=True, lr=1e-5)
+    words = trainer.benchmark._options(config, TrainConfig())
+    assert words == [
+        *("--arm", "speak", "--lr", "1e-05", "--lr-by-part", "heads=0.1", "--freeze", "vision,text", "--bf16")
+    ]
