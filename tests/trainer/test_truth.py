@@ -22,6 +22,7 @@ from trainer.benchmark import Plan, answer_of, benchmark
 from trainer.config import TrainConfig
 
 DARK, FLASH, BRIGHT = 20, 120, 250
+SEEDS = (0, 1, 2)
 CONFIG = TrainConfig(model="nano", steps=80, lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200)
 
 
@@ -53,7 +54,7 @@ def _clip(out, split, number, rng, state_tells):
 @pytest.fixture(scope="module", params=[True, False], ids=["the state tells", "the state tells nothing"])
 def answered(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("truth")
-    plan = Plan(world(out / "data", request.param), out / "answer", ("speak", "speak+dst"), (0, 1, 2), CONFIG, jobs=1)
+    plan = Plan(world(out / "data", request.param), out / "answer", ("speak", "speak+dst"), SEEDS, CONFIG, jobs=1)
     benchmark(plan)
     return request.param, out / "answer"
 

@@ -45,6 +45,8 @@ ARM_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
     "speak+markers": ("#a87900", "#e6b422", (0, (6, 2))),
 }
 OTHER: Final[tuple[str, str, Any]] = ("#8250df", "#b48cf2", "-")
+NEVER: Final = "never updating"
+_STYLES: Final = {**ARM_STYLES, NEVER: (MUTED, "#98a1ad", (0, (4, 3)))}
 # on white -> on the page, where it is dark
 DARK: Final = {
     INK: "#e4e7eb",
@@ -253,20 +255,21 @@ _SIDE, _APART, _FIRST, _TALL = 246, 52, 50, 258
 _KEY = _FIRST + 2 * _SIDE + _APART + 26
 
 
-def panels(both: tuple[Panel, Panel], note: str) -> Figure:
-    """Two panels, and a key of all arms in either with their numbers, named `note`."""
-    keyed = list(dict.fromkeys(curve.arm for panel in both for curve in panel.curves))
+def panels(drawn: Sequence[Panel], note: str) -> Figure:
+    """A wide panel, or two, and a key of all arms in any with their numbers, named `note`."""
+    keyed = list(dict.fromkeys(curve.arm for panel in drawn for curve in panel.curves))
     height = max(_HEAD + _TALL + 52, _HEAD + 40 * len(keyed) + 36)
     figure = _figure(height)
-    for i, panel in enumerate(both):
+    wide = _SIDE if len(drawn) > 1 else 2 * _SIDE + _APART
+    for i, panel in enumerate(drawn):
         left = _FIRST + i * (_SIDE + _APART)
         _say(figure, left, 26, _plain(panel.heading, 40), size=13, weight="bold")
-        _say(figure, left + _SIDE / 2, _HEAD + _TALL + 37, panel.x, size=11.5, color=MUTED, ha="center")
-        axes = _axes(figure, left, _HEAD, _SIDE, _TALL)
+        _say(figure, left + wide / 2, _HEAD + _TALL + 37, panel.x, size=11.5, color=MUTED, ha="center")
+        axes = _axes(figure, left, _HEAD, wide, _TALL)
         _panel(axes, panel)
-    _say(figure, _KEY, 26, f"{note}: left, right", size=11.5, color=MUTED)
+    _say(figure, _KEY, 26, note if len(drawn) == 1 else f"{note}: left, right", size=11.5, color=MUTED)
     for i, arm in enumerate(keyed):
-        _key(figure, arm, [_note(panel, arm) for panel in both], _HEAD + 14 + 40 * i)
+        _key(figure, arm, [_note(panel, arm) for panel in drawn], _HEAD + 14 + 40 * i)
     return figure
 
 
@@ -276,7 +279,7 @@ def _note(panel: Panel, arm: str) -> str:
 
 def _key(figure: Figure, arm: str, notes: Sequence[str], y: float) -> None:
     tall = figure.get_figheight() * 72
-    ink, _, style = ARM_STYLES.get(arm, OTHER)
+    ink, _, style = _STYLES.get(arm, OTHER)
     xs, ys = (_KEY / WIDTH, (_KEY + 24) / WIDTH), (1 - (y - 4) / tall,) * 2
     figure.add_artist(matplotlib.lines.Line2D(xs, ys, color=ink, linestyle=style, linewidth=2.2))
     _say(figure, _KEY + 32, y, _plain(arm, 20), size=12, weight="bold", color=ink)
@@ -307,7 +310,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
 
 
 def _curve(axes: Axes, curve: Curve, dots: bool) -> None:
-    ink, _, style = ARM_STYLES.get(curve.arm, OTHER)
+    ink, _, style = _STYLES.get(curve.arm, OTHER)
     for line in curve.seeds:
         axes.plot(*line, color=ink, linewidth=0.8, alpha=0.4)
     few = dots or len(curve.mean[0]) < 3

@@ -1,9 +1,9 @@
-"""What `benchmark` left on disk, read for the report: its tables, and from each run's scores the curves over seeds.
+"""What `benchmark` left on disk, read for the report: its tables, what guessing gets, and the curves over seeds.
 
 Works from the Parquet files alone, without the shards or a model. Holds one arm's columns at a time: 3 million frames
 (5,000 clips of 5 minutes) take 120 MB and 3.5 s a seed, most of it for sorting.
 
-    N frames of a split    B bins
+    N frames of a split    B bins    S seeds    P parts of a clip
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from sklearn.metrics import precision_recall_curve
 
 from trainer.errors import TrainerError
-from trainer.evaluation.figures import MODES, Curve, Line, Values, number
+from trainer.evaluation.figures import MODES, NEVER, Curve, Line, Values, number
 from trainer.metrics import read_metrics
 
 Row = dict[str, Any]
@@ -37,8 +38,9 @@ class Benchmark:
     out: Path
     info: Row
     arms: list[Row]  # arm, mode, metric, value, low, high, seeds, recordings
-    comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, seeds, recordings, primary
+    comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, [seed_share,] seeds, ...
     results: list[Row]  # arm, seed, mode, metric, value, recordings
+    metrics: dict[tuple[str, int], Row]  # (arm, seed) -> its metrics.json; a run that has none is absent
 
     @property
     def modes(self) -> list[str]:
@@ -69,14 +71,29 @@ class Benchmark:
         """a against b; None where it was not made that way round."""
         return _find(self.comparisons, a=a, b=b, mode=mode, metric=metric)
 
-    def thresholds(self, arm: str, seed: int) -> Row:
-        """{"frame": {head: logit}, "event": {head: logit}}; empty where nothing was measured."""
-        path = self.run(arm, seed) / "scores" / "metrics.json"
-        return dict(json.loads(path.read_bytes()).get("thresholds") or {}) if path.is_file() else {}
+    def threshold(self, arm: str, seed: int) -> float | None:
+        """The logit at which the run speaks; None where none could be chosen, or nothing was measured."""
+        return look(self.metrics.get((arm, seed)), "thresholds", "event", "speaking")
+
+    def measured(self, arm: str, mode: str, *path: str) -> list[Any]:
+        """What stands at `path` in the arm's metrics in `mode`: one a seed that has it."""
+        found = [look(self.metrics.get((arm, seed)), mode, *path) for seed in self.info["seeds"]]
+        return [one for one in found if one is not None]
+
+    def anywhere(self, mode: str, *path: str) -> Any:
+        """The first of all arms' `measured`: for what depends on the reference alone."""
+        return next((one for arm in self.info["arms"] for one in self.measured(arm, mode, *path)), None)
 
 
 def _find(rows: Sequence[Row], **wanted: Any) -> Row | None:
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+
+
+def look(found: Any, *path: str) -> Any:
+    """What stands at `path` in nested dictionaries; None where that is not there."""
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def read_benchmark(out: Path) -> Benchmark:
@@ -84,17 +101,89 @@ def read_benchmark(out: Path) -> Benchmark:
     try:
         info = json.loads((out / SUMMARY).read_bytes())
         tables = [pq.read_table(out / f"{name}.parquet") for name in ("arms", "comparisons", "results")]
+        metrics = _all_metrics(out, info)
     except (OSError, ValueError, pa.ArrowException) as error:
         what = str(error).splitlines()[0]
         raise TrainerError(
             f"{out}: not what benchmark leaves ({what}); run prospect-dst benchmark --out {out}"
         ) from None
-    return Benchmark(out, info, *(_rows(table) for table in tables))
+    arms, comparisons, results = (_rows(table) for table in tables)
+    return Benchmark(out, info, arms, comparisons, results, metrics)
+
+
+def _all_metrics(out: Path, info: Row) -> dict[tuple[str, int], Row]:
+    runs = {(arm, seed): out / RUNS / arm / f"seed-{seed}" for arm, seed in product(info["arms"], info["seeds"])}
+    paths = {key: run / "scores" / "metrics.json" for key, run in runs.items()}
+    return {key: json.loads(path.read_bytes()) for key, path in paths.items() if path.is_file()}
 
 
 def _rows(table: pa.Table) -> list[Row]:
     """NaN, which is no value, as None."""
     return [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in table.to_pylist()]
+
+
+# ---- what guessing gets ------------------------------------------------------------------------------
+
+_EVENT_F1 = {"event_f1": "speaking", "dst_event_f1": "dst_update"}
+_AP = {
+    "speaking_ap": ("speaking", "frames", "chance"),
+    "speaking_ap_alone": ("speaking", "frames", "alone", "chance"),
+    "dst_ap": ("dst_update", "frames", "chance"),
+}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The value of a metric that needs no model, and who gets it: 'a metronome, every 6 s'."""
+
+    value: float
+    who: str
+
+
+def guess(bench: Benchmark, mode: str, metric: str) -> Guess | None:
+    """What is had without seeing anything; None where nobody measured it, or the metric has no such level."""
+    if metric in _EVENT_F1:
+        found = metronome(bench, mode, _EVENT_F1[metric])
+        return found and Guess(found[1], f"a metronome, every {found[0]:g} s")
+    if metric in _AP:
+        return _guess(bench.anywhere(mode, *_AP[metric]), "guessing")
+    if metric in ("speaking_auroc", "speaking_balanced_accuracy") and bench.anywhere(mode, "speaking", "frames"):
+        return Guess(0.5, "guessing")
+    if metric == "joint_state_accuracy":
+        return _guess(bench.anywhere(mode, "state", "joint_accuracy_never_updating"), "never updating")
+    return None
+
+
+def _guess(value: float | None, who: str) -> Guess | None:
+    return None if value is None else Guess(value, who)
+
+
+def metronome(bench: Benchmark, mode: str, head: str) -> tuple[float, float] | None:
+    """(seconds, event F1) of an assistant that sees nothing and fires that often, the period chosen on val."""
+    period, f1 = (bench.anywhere(mode, head, "events", "metronome", key) for key in ("period_s", "f1"))
+    return None if period is None or f1 is None else (period, f1)
+
+
+# ---- what is missing ---------------------------------------------------------------------------------
+
+
+def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
+    """What follows 'ARM was' where the arm has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
+    lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((arm, seed), {})]
+    if not lacking:
+        return None
+    if any((arm, seed) not in bench.metrics for seed in lacking):
+        return f"not evaluated ({_seeds(lacking)}); run the benchmark again"
+    if mode != MODES[1]:
+        return f"not scored {mode} ({_seeds(lacking)}); run the benchmark again"
+    blind = [seed for seed in lacking if bench.threshold(arm, seed) is None]
+    if blind:
+        return f"not self-fed: no threshold could be chosen, as val has no frame to speak at ({_seeds(blind)})"
+    return f"not self-fed ({_seeds(lacking)}), though there is a threshold to speak at; run the benchmark again"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 # ---- scores ------------------------------------------------------------------------------------------
@@ -197,6 +286,32 @@ def _points(bins: Values) -> Line:
     """(mean probability, share positive) of the bins with enough frames."""
     frames, probability, positive = bins[:, bins[0] >= LEAST_IN_BIN]
     return probability / frames, positive / frames
+
+
+# ---- state -------------------------------------------------------------------------------------------
+
+
+def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
+    """Each arm's joint state accuracy over P equal parts of the clips, in % of their length; last, never updating.
+
+    Empty where no arm's updates tell of the state.
+    """
+    curves = [
+        _over_parts(arm, shares, bench.value(arm, mode, "joint_state_accuracy"))
+        for arm in bench.info["arms"]
+        if (shares := bench.measured(arm, mode, "state", "over_time"))
+    ]
+    never = bench.anywhere(mode, "state", "over_time_never_updating")
+    if not curves or never is None:
+        return curves
+    return [*curves, _over_parts(NEVER, [never], bench.anywhere(mode, "state", "joint_accuracy_never_updating"))]
+
+
+def _over_parts(name: str, shares: Sequence[Sequence[float | None]], whole: float | None) -> Curve:
+    """shares: [S][P], None in a part without frames."""
+    values = np.array(shares, np.float64)
+    middles = (np.arange(values.shape[1]) + 0.5) * 100 / values.shape[1]
+    return Curve(name, [(middles, line) for line in values], (middles, values.mean(axis=0)), number(whole))
 
 
 # ---- training ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.evaluation.events import Settings, instant, is_event, match, predictions, references
 from trainer.evaluation.figures import Timeline, Track, Values
-from trainer.evaluation.folder import Benchmark, sigmoid
+from trainer.evaluation.folder import Benchmark, sigmoid, why_missing
 from trainer.evaluation.scores import ScoredClip, read_scores
 from trainer.shards import Split
 
@@ -68,11 +68,14 @@ def find_moments(bench: Benchmark, a: str, b: str) -> tuple[list[Moment], str]:
     if missing:
         return [], f"No timelines: {' and '.join(missing)} did not run."
     seed = bench.info["seeds"][0]
+    unscored = [f"{arm} was {why}" for arm in (a, b) if (why := why_missing(bench, arm, bench.mode)) is not None]
+    if unscored:
+        return [], f"No timelines: {'; '.join(unscored)}."
     try:
         split = _same_split(bench)
         outcomes = [_outcomes(bench, arm, seed, split) for arm in (a, b)]
     except (OSError, TrainerError) as error:
-        return [], f"No timelines: {str(error).splitlines()[0]}"
+        return [], f"No timelines: {str(error).splitlines()[0]}."
     pairs = list(zip(*outcomes, strict=True))
     shown = _choose(pairs)
     return [_moment(pair, (a, b), bench, seed) for pair in shown], _about(pairs, (a, b), bench.mode, seed)
@@ -88,16 +91,12 @@ def _same_split(bench: Benchmark) -> Split:
 
 
 def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> list[_Outcome]:
-    threshold = _threshold(bench, arm, seed)
+    threshold = bench.threshold(arm, seed)
     settings = Settings(**{f.name: bench.info["settings"][f.name] for f in fields(Settings)})
     clips = read_scores(bench.scores(arm, seed, bench.mode), {split.name: split})[split.name]
     if threshold is None and any(scored.said is None for scored in clips):
-        raise TrainerError(f"{bench.run(arm, seed)}: no threshold is known; run the benchmark again")
+        raise TrainerError(f"{arm} has no threshold, as val has no frame to speak at")
     return [_outcome(scored, threshold, settings) for scored in clips]
-
-
-def _threshold(bench: Benchmark, arm: str, seed: int) -> float | None:
-    return (bench.thresholds(arm, seed).get("event") or {}).get("speaking")
 
 
 def _outcome(scored: ScoredClip, threshold: float | None, settings: Settings) -> _Outcome:
@@ -134,7 +133,7 @@ def _moment(pair: Pair, arms: tuple[str, str], bench: Benchmark, seed: int) -> M
     clip = pair[0].scored.clip
     start, end = _section(clip, pair)
     tracks = [
-        _track(arm, outcome, _threshold(bench, arm, seed), start, end)
+        _track(arm, outcome, bench.threshold(arm, seed), start, end)
         for arm, outcome in zip(arms, pair, strict=True)
     ]  # fmt: skip
     turns = _turns(clip, start, end)

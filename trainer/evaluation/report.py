@@ -39,10 +39,14 @@ from trainer.evaluation.folder import (
     LEAST_IN_BIN,
     Benchmark,
     greatest_difference,
+    guess,
+    metronome,
     precision_recall,
     read_benchmark,
     reliability,
+    state_over_time,
     training,
+    why_missing,
 )
 from trainer.evaluation.measure import METRICS
 from trainer.evaluation.moments import Moment, find_moments
@@ -75,7 +79,8 @@ EXPLAINED: Final = {
 
 CAPTIONS: Final = {
     "arms": "Each arm's mean over seeds with its 95% interval (recordings drawn again, seeds counted in). Hollow: the "
-    "model reads the reference's texts. Filled: its own, as a user would have it.",
+    "model reads the reference's texts. Filled: its own, as a user would have it. Dashed: what is had without seeing "
+    "anything; the metronome's period was the best on val.",
     "differences": "First arm minus second, paired by recording and seed. An interval that crosses the line shows no "
     "difference. Compare arms here, not above: unpaired intervals overlap too easily.",
     "precision": "How many of the frames it would speak at are right (precision), if so many of the right ones are to "
@@ -83,11 +88,24 @@ CAPTIONS: Final = {
     "reliability": "Of the frames given a probability, how many were to be spoken at: on the dashed line, as many as "
     "promised. Thin: single seeds. Thick: all seeds' frames together. Bins of fewer than "
     f"{LEAST_IN_BIN} frames are left out. Probabilities are corrected for the sampling of silent frames in training.",
+    "state": "Share of frames at whose end every step's state is right, in each tenth of the clips, from the updates "
+    "that the arm itself made. Thin: single seeds. Thick: their mean. Dashed: an assistant that makes no update.",
     "training": "Teacher-forced. Arms that end alike may have learned at different speed: compare them at equal "
     "steps. Thin: single seeds. Thick: their mean.",
     "timeline": "Circles: speech matched to a moment of the reference. Crosses: speech matched to none. Diamonds: "
     "state updates. Dashed: the score at which it speaks.",
 }
+
+LATENCY: Final = (
+    "A negative latency is no foresight: a frame's time is its beginning, which lies before the instant that it shows, "
+    "and a label may begin some frames before its moment. A perfect head is early by up to one frame, or, where the "
+    "labelled span or its onset lies earlier than that, by up to the start of the span."
+)
+UPDATE_LATENCY: Final = "median latency of right updates (s)"
+THRESHOLDS: Final = (
+    "chosen on {} with the reference's texts in the context, by the best event F1; the self-fed pass runs with them, "
+    "so exposure bias includes any misfit of the threshold"
+)
 
 e = html.escape
 
@@ -99,12 +117,12 @@ def write_report(out: Path) -> Path:
     """
     bench = read_benchmark(out)
     (out / FIGURES).mkdir(exist_ok=True)
-    for old in (out / FIGURES).glob("timeline-*"):  # there may be fewer now
+    for old in [*(out / FIGURES).glob("timeline-*"), *(out / FIGURES).glob("state.*")]:  # there may be fewer now
         old.unlink()
-    sections = (opening, _plots, _curves, _timelines, _tables, _provenance)
+    sections = (opening, _plots, _curves, _state, _timelines, _tables, _provenance)
     body = "\n".join(section(bench) for section in sections)
     page = files("trainer.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    marks = {"TITLE": e(_headline(bench)), "LIGHT": css_colours(), "DARK": css_colours(dark=True), "BODY": body}
+    marks = {"TITLE": e(headline(bench)), "LIGHT": css_colours(), "DARK": css_colours(dark=True), "BODY": body}
     for mark, text in marks.items():  # the body last: it may hold marks
         page = page.replace("{{" + mark + "}}", text, 1)
     new = out / f".{PAGE}.new"
@@ -117,11 +135,11 @@ def write_report(out: Path) -> Path:
 
 def opening(bench: Benchmark) -> str:
     """The answer in a sentence, whether the harness can be trusted, and what qualifies the answer."""
-    qualified = (_exposure, _announcement, _power, _small)
+    qualified = (_missing, _skill, _exposure, _announcement, _power, _seeds, _small)
     said = [text for qualify in qualified if (text := qualify(bench)) is not None]
     return (
         '<header><p class="soft">prospect-dst benchmark: does dialog state tracking help to know when to speak?</p>'
-        f"<h1>{e(_headline(bench))}</h1>{_harness(bench)}{_bullets(said)}"
+        f"<h1>{e(headline(bench))}</h1>{_one_seed(bench)}{_harness(bench)}{_bullets(said)}"
         f'<p class="soft small">{e(_size(bench.info))}</p></header>'
     )
 
@@ -130,12 +148,13 @@ def _size(info: dict[str, Any]) -> str:
     counts = [(len(info["arms"]), "arm"), (len(info["seeds"]), "seed"), (info["recordings"], "recording")]
     counts += [(info.get("clips"), "clip"), (info.get("frames"), "frame")]
     told = [_count(count, what) for count, what in counts if count is not None]
-    took = [f"{float(info['seconds']) / 60:,.1f} minutes"] if info.get("seconds") is not None else []
+    minutes = None if info.get("seconds") is None else f"{float(info['seconds']) / 60:,.1f} minutes of training"
+    took = [f"{minutes}, all runs together"] if minutes else []
     took += [str(info["machine"])] if info.get("machine") else []
-    return f"Split {info['split']}: {', '.join(told)}{'; ' if took else ''}{' on '.join(took)}."
+    return f"Split {info['split']}: {', '.join(told)}{'; ' if took else ''}{', on '.join(took)}."
 
 
-def _headline(bench: Benchmark) -> str:
+def headline(bench: Benchmark) -> str:
     """The answer, ending in a full stop; what there is to say where nothing was compared."""
     metric, a, b = _primary(bench)
     row = bench.comparison(a, b, bench.mode, metric)
@@ -148,6 +167,39 @@ def _headline(bench: Benchmark) -> str:
         if (found := bench.arm(arm, bench.mode, metric)) is not None
     ]
     return f"No answer: {a} and {b} were not compared. {'; '.join(told) or 'Nothing was measured'} ({bench.mode})."
+
+
+def _one_seed(bench: Benchmark) -> str:
+    """In red: nothing else on the page can say what other seeds would give."""
+    if len(bench.info["seeds"]) > 1:
+        return ""
+    known = any(row["low"] is not None for row in (*bench.arms, *bench.comparisons))
+    told = "the intervals tell only of other recordings, not of other seeds, and are too narrow for that"
+    return f'<p class="alarm">One seed: {told if known else "nothing here tells of other seeds"}.</p>'
+
+
+def _missing(bench: Benchmark) -> str | None:
+    """Which arms lack the mode that was asked for, and why."""
+    mode = str(bench.info["primary"]["mode"])
+    whys = {arm: why for arm in bench.info["arms"] if (why := why_missing(bench, arm, mode)) is not None}
+    alike = {why: [arm for arm in whys if whys[arm] == why] for why in whys.values()}
+    told = [f"{_and(arms)} {'was' if len(arms) == 1 else 'were'} {why}." for why, arms in alike.items()]
+    return " ".join(told) or None
+
+
+def _skill(bench: Benchmark) -> str | None:
+    """That event F1 tells nothing, where a metronome gets as much."""
+    found = metronome(bench, bench.mode, "speaking")
+    rows = [bench.arm(arm, bench.mode, "event_f1") for arm in bench.info["arms"]]
+    known = [row for row in rows if row is not None and row["value"] is not None]
+    if found is None or not known or any((row["low"] or 0.0) > found[1] for row in known):
+        return None
+    verb = "beats" if all(row["value"] <= found[1] for row in known) else "is shown to beat"
+    window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
+    return (
+        f"No arm {verb} a metronome that speaks every {found[0]:g} s ({number(found[1])}): at this window ({window}) "
+        "event F1 does not show skill; narrow it with --early-s and --late-s."
+    )
 
 
 def _exposure(bench: Benchmark) -> str | None:
@@ -211,13 +263,25 @@ def _power(bench: Benchmark) -> str | None:
     return f"With these {size} a true difference under {missed} could well be missed."
 
 
+def _seeds(bench: Benchmark) -> str | None:
+    """Where more seeds would help more than more recordings."""
+    metric, a, b = _primary(bench)
+    row = bench.comparison(a, b, bench.mode, metric) or {}
+    if (row.get("seed_share") or 0.0) <= 0.5:
+        return None
+    return (
+        f"Most of the width of the answer's interval comes from having only {_count(row['seeds'], 'seed')} (Student's "
+        f"t, {_count(row['seeds'] - 1, 'degree')} of freedom); more seeds narrow it faster than more recordings."
+    )
+
+
 def _small(bench: Benchmark) -> str | None:
     seeds, recordings = len(bench.info["seeds"]), bench.info["recordings"]
-    few = [_count(seeds, "seed")] if seeds < FEW_SEEDS else []
+    few = [_count(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # of one, _one_seed tells
     few += [_count(recordings, "recording")] if recordings < FEW_RECORDINGS else []
     if not few:
         return None
-    verb = "is" if few == ["1 seed"] or few == ["1 recording"] else "are"
+    verb = "is" if few == ["1 recording"] else "are"
     return f"{' and '.join(few)} {verb} few: what holds here may not hold for others."
 
 
@@ -244,7 +308,7 @@ def _harness(bench: Benchmark) -> str:
 def _plots(bench: Benchmark) -> str:
     metric = _primary(bench)[0]
     shown = list(dict.fromkeys((metric, "speaking_ap")))
-    arms = [Forest(_heading(name), _arm_rows(bench, name)) for name in shown]
+    arms = [Forest(_heading(name), _arm_rows(bench, name), _guess_line(bench, name)) for name in shown]
     pairs = list(dict.fromkeys((row["a"], row["b"]) for row in bench.comparisons))
     differences = [_differences(bench, name, pairs) for name in shown]
     text = f"<dl>{''.join(_arm_about(arm) for arm in bench.info['arms'])}</dl>"
@@ -252,6 +316,12 @@ def _plots(bench: Benchmark) -> str:
     if pairs:
         text += _figure(bench, "differences", partial(forest, differences), f"{_name(metric)}: differences of pairs")
     return _card("The arms", text)
+
+
+def _guess_line(bench: Benchmark, metric: str) -> tuple[float, str] | None:
+    """The same in every mode: it depends on the reference alone."""
+    found = next((level for mode in bench.modes if (level := guess(bench, mode, metric)) is not None), None)
+    return None if found is None else (found.value, f"{found.who}: {number(found.value)}")
 
 
 def _differences(bench: Benchmark, metric: str, pairs: Sequence[tuple[str, str]]) -> Forest:
@@ -315,7 +385,23 @@ def _training_panel(bench: Benchmark, head: str, name: str) -> Panel:
     return Panel(f"{name}, {split}", curves, "optimizer steps", "average precision", None, last, empty="not measured")
 
 
-# ---- 4. timelines ------------------------------------------------------------------------------------
+# ---- 4. the state ------------------------------------------------------------------------------------
+
+
+def _state(bench: Benchmark) -> str:
+    """Empty where no arm's updates tell of the state."""
+    known = {mode: curves for mode in bench.modes if (curves := state_over_time(bench, mode))}
+    if not known:
+        return ""
+    mode = bench.mode if bench.mode in known else next(iter(known))
+    panel = Panel(
+        f"Joint state accuracy, {mode}", known[mode], "% of the clip", "share of frames", x_from_zero_to=100, dots=True
+    )
+    draw_it = partial(panels, (panel,), "in the whole clip")
+    return _card("The state", _figure(bench, "state", draw_it, "joint state accuracy over time in the clip"))
+
+
+# ---- 5. timelines ------------------------------------------------------------------------------------
 
 
 def _timelines(bench: Benchmark) -> str:
@@ -342,16 +428,18 @@ def _tint(who: str) -> str:
     return f' style="color: var(--x{colour(who)[1:]})"' if who in ARMS else ""
 
 
-# ---- 5. tables ---------------------------------------------------------------------------------------
+# ---- 6. tables ---------------------------------------------------------------------------------------
 
 
 def _tables(bench: Benchmark) -> str:
     measured = [name for name in _metrics(bench) if any(row["metric"] == name for row in bench.arms)]
     arms = "".join(f'<th style="color: var(--x{colour(arm)[1:]})">{e(arm)}</th>' for arm in bench.info["arms"])
-    rows = "".join(_metric_rows(bench, name) for name in measured)
+    rows = "".join(_metric_rows(bench, name) for name in measured) + _update_latency_rows(bench)
     about = {_heading(name): EXPLAINED.get(name, "") for name in measured}
-    numbers = _table(f"<th>metric</th><th></th>{arms}", rows) + _folded("What each metric means", about)
-    return _card("All numbers", numbers) + _card("All comparisons", _comparisons(bench))
+    numbers = _table(f"<th>metric</th><th></th>{arms}<th>guessing</th>", rows)
+    notes = f'<p class="soft small note">{e(LATENCY)}</p>' if "median_latency_s" in measured else ""
+    explained = _folded("What each metric means", about)
+    return _card("All numbers", numbers + notes + explained) + _card("All comparisons", _comparisons(bench))
 
 
 def _table(head: str, rows: str) -> str:
@@ -359,12 +447,37 @@ def _table(head: str, rows: str) -> str:
 
 
 def _metric_rows(bench: Benchmark, metric: str) -> str:
+    def cells(mode: str) -> list[str]:
+        level = guess(bench, mode, metric)
+        known = "" if level is None else f"{number(level.value)}<small>{e(level.who)}</small>"
+        return [*(_cell(bench.arm(arm, mode, metric)) for arm in bench.info["arms"]), known]
+
+    return _rows(_heading(metric), {mode: cells(mode) for mode in bench.modes})
+
+
+def _update_latency_rows(bench: Benchmark) -> str:
+    """Means over seeds without an interval: not compared. Empty where no arm's updates tell of the state."""
+    found = {
+        mode: [bench.measured(arm, mode, "state", "transitions", "median_latency_s") for arm in bench.info["arms"]]
+        for mode in bench.modes
+    }
+    cells = {mode: [*(_mean(seeds) for seeds in of_arms), ""] for mode, of_arms in found.items() if any(of_arms)}
+    return _rows(UPDATE_LATENCY, cells)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return number(float(np.mean(values))) if values else "-"
+
+
+def _rows(heading: str, of_modes: dict[str, list[str]]) -> str:
+    """One row a mode: each arm, then what guessing gets."""
     rows = []
-    for i, mode in enumerate(bench.modes):
-        first = f'<th rowspan="{len(bench.modes)}" class="left">{e(_heading(metric))}</th>' if i == 0 else ""
-        cells = "".join(f"<td>{_cell(bench.arm(arm, mode, metric))}</td>" for arm in bench.info["arms"])
-        within = ' class="within"' if i < len(bench.modes) - 1 else ""
-        rows.append(f'<tr{within}>{first}<td class="mode soft">{e(mode)}</td>{cells}</tr>')
+    for i, (mode, cells) in enumerate(of_modes.items()):
+        first = f'<th rowspan="{len(of_modes)}" class="left">{e(heading)}</th>' if i == 0 else ""
+        *arms, guessed = cells
+        numbers = "".join(f"<td>{cell}</td>" for cell in arms) + f'<td class="guess">{guessed}</td>'
+        within = ' class="within"' if i < len(of_modes) - 1 else ""
+        rows.append(f'<tr{within}>{first}<td class="mode soft">{e(mode)}</td>{numbers}</tr>')
     return "".join(rows)
 
 
@@ -429,25 +542,39 @@ def _p(value: float | None) -> str:
     return "under 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-# ---- 6. where it comes from --------------------------------------------------------------------------
+# ---- 7. where it comes from --------------------------------------------------------------------------
 
 
 def _provenance(bench: Benchmark) -> str:
     info = bench.info
     hazards = [str(hazard) for hazard in info.get("hazards") or ()]
-    commands = "\n".join(str(command) for command in info.get("commands") or ())
-    rules = {"label rule": info.get("label_rule"), **_spelt(info.get("settings")), "bootstrap draws": info.get("draws")}
+    commands = "".join(_command(str(command)) for command in info.get("commands") or ())
+    rules = {"label rule": info.get("label_rule"), **_spelt(info.get("settings")), "thresholds": _thresholds(bench)}
+    rules["bootstrap draws"] = info.get("draws")
+    config = {key: value for key, value in (info.get("config") or {}).items() if key not in ("arm", "seed")}
     data = {"data": info.get("data"), **{f"key of {k}": v for k, v in (info.get("data_key") or {}).items()}}
-    hashes = _folded("SHA-256 of each run.json", info.get("hashes"))
+    hashes = _folded("SHA-256 that each checkpoint is sealed with (in its run.json)", info.get("hashes"))
     cards = [
         _card("Hazards of the data", _bullets(hazards) or _soft("None was seen.")),
         _card("Speech matched by meaning", _list(info.get("sentence"))) if info.get("sentence") else "",
         _card("How to query it", f'<pre id="recipe">{e(recipe(bench))}</pre>'),
-        _card("Commands", f"<pre>{e(commands)}</pre>"),
-        _card("Rules and settings", _list(rules) + _folded("Training", info.get("config"))),
+        _card("Commands", f'<pre class="commands">{commands}</pre>'),
+        _card("Rules and settings", _list(rules) + _folded("Training, the same for all arms and seeds", config)),
         _card("Data, versions, hashes", _list(data) + _list(info.get("versions")) + hashes),
     ]
     return "\n".join(cards)
+
+
+def _command(words: str) -> str:
+    """On its own line, which may break between words, but not at a hyphen."""
+    return f"<span>{' '.join(f'<span>{e(word)}</span>' for word in words.split(' '))}\n</span>"
+
+
+def _thresholds(bench: Benchmark) -> str:
+    """Where they come from; older folders do not say, and had no other place."""
+    chosen = [key for key in bench.metrics if bench.threshold(*key) is not None]
+    splits = sorted({str(bench.metrics[key].get("thresholds_from") or "val") for key in chosen})
+    return THRESHOLDS.format(_and(splits)) if splits else "none could be chosen: val has no frame to speak at"
 
 
 _SETTINGS: Final = {
@@ -537,6 +664,11 @@ def _interval(row: dict[str, Any]) -> str:
     return spell(row["difference"], row["low"], row["high"], signed=True)
 
 
+def _and(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
@@ -565,5 +697,6 @@ def _folded(name: str, rows: dict[str, Any] | None) -> str:
 def _figure(bench: Benchmark, name: str, make: Callable[[], Any], about: str) -> str:
     """Drawn to files and into the page."""
     svg = draw(bench.out / FIGURES / name, make, about)
-    kinds = ", ".join(f'<a href="{FIGURES}/{name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
-    return f"<figure>{svg}<figcaption>{CAPTIONS[name.split('-')[0]]} {kinds}</figcaption></figure>"
+    links = ", ".join(f'<a href="{FIGURES}/{name}.{kind}">{name}.{kind}</a>' for kind in ("svg", "png"))
+    caption = f"{CAPTIONS[name.split('-')[0]]} Beside this page in {FIGURES}/: {links}."
+    return f'<figure><div class="scroll">{svg}</div><figcaption>{caption}</figcaption></figure>'

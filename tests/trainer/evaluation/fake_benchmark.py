@@ -51,6 +51,11 @@ class Fake:
     modes: Sequence[str] = MODES
     clips: int = 6
     frames: int = 120
+    metronome: tuple[float, float] | None = (6.0, 0.45)  # seconds, event F1: below every arm's interval
+    seed_share: float | None = None  # of the differences' intervals; None: the folder is of a time before it
+    thresholds: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {"frame": {"speaking": 0.0}, "event": {"speaking": 0.5}}
+    )
     half_width: float | None = 0.04  # of the differences' intervals; None: there are none
     values: dict[tuple[str, str], float | None] = field(default_factory=lambda: dict(VALUES))
     silence_differs: float = 0.0  # added to the logits of `silence`
@@ -116,14 +121,30 @@ def _run(run: Path, arm: str, seed: int, fake: Fake, clips: Sequence[ClipExample
     (run / "scores").mkdir(parents=True)
     lines = [_evaluation(step, 0.2 + 0.1 * k + 0.02 * seed, arm) for k, step in enumerate((100, 200, 300))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    thresholds = {"frame": {"speaking": 0.0}, "event": {"speaking": 0.5}}
-    (run / "scores" / "metrics.json").write_text(json.dumps({"thresholds": thresholds}))
+    (run / "scores" / "metrics.json").write_text(json.dumps(_metrics(arm, seed, fake)))
     for mode in fake.modes:
         live = mode == "self-fed"
         splits = {"test": clips} if live else {"val": clips[:1], "test": clips}
         rows = [row for split, own in splits.items() for c in own for row in _frames(split, c, arm, seed, live, fake)]
         schema = pa.schema([*SCORES, *LIVE]) if live else SCORES
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), run / "scores" / f"{mode}.parquet")
+
+
+def _metrics(arm: str, seed: int, fake: Fake) -> dict[str, Any]:
+    """metrics.json: of each mode what the report takes from there, and little else."""
+    metronome = None if fake.metronome is None else dict(zip(("period_s", "f1"), fake.metronome, strict=True))
+    speaking = {"frames": {"chance": 0.05, "alone": {"chance": 0.04}}, "events": {"metronome": metronome}}
+    modes = {mode: {"speaking": speaking, "dst_update": {"frames": None, "events": None}} for mode in fake.modes}
+    if "self-fed" in modes and arm == "speak+dst":
+        modes["self-fed"]["state"] = STATES[seed]
+    return {"thresholds": fake.thresholds, "thresholds_from": "val", **modes}
+
+
+NEVER = {"joint_accuracy_never_updating": 0.375, "over_time_never_updating": [0.75, 0.0, None, None]}
+STATES = {  # by seed; clips in 4 parts, the last without a frame
+    0: {"over_time": [1.0, 0.5, 0.25, None], "transitions": {"median_latency_s": -0.5}, **NEVER},
+    1: {"over_time": [1.0, 1.0, 0.75, None], "transitions": {"median_latency_s": 0.25}, **NEVER},
+}
 
 
 def _evaluation(step: int, ap: float, arm: str) -> dict[str, Any]:
@@ -186,7 +207,7 @@ def _arms(fake: Fake) -> list[dict[str, Any]]:
     return [row(arm, mode, metric) for arm in fake.arms for mode in fake.modes for metric in METRICS]
 
 
-NUMBERS = ("difference", "low", "high", "p_direction", "p_value", "p_holm", "detectable")
+NUMBERS = ("difference", "low", "high", "p_direction", "p_value", "p_holm", "detectable", "seed_share")
 COMPARISONS = pa.schema(
     [("a", pa.string()), ("b", pa.string()), ("mode", pa.string()), ("metric", pa.string()),
      *((name, pa.float64()) for name in NUMBERS),
@@ -211,7 +232,8 @@ def _compared(fake: Fake, a: str, b: str, mode: str, metric: str) -> dict[str, A
     if first is None or second is None:
         return row
     by = first - second
-    row |= {"difference": by, "p_direction": 0.99, "p_value": 0.02, "p_holm": 0.06, "detectable": 0.057}
+    row |= {"difference": by, "p_direction": 0.99, "p_value": 0.02, "p_holm": 0.06, "detectable": 0.057,
+            "seed_share": fake.seed_share}  # fmt: skip
     if fake.half_width is not None:
         row |= {"low": by - fake.half_width, "high": by + fake.half_width}
     return row

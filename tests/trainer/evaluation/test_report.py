@@ -19,7 +19,7 @@ from fake_benchmark import VALUES, Fake, make_benchmark
 from trainer.arms import ARMS
 from trainer.errors import TrainerError
 from trainer.evaluation.figures import ARM_STYLES, DARK, number, spell
-from trainer.evaluation.folder import precision_recall, read_benchmark, reliability, training
+from trainer.evaluation.folder import precision_recall, read_benchmark, reliability, state_over_time, training
 from trainer.evaluation.moments import MOST_LINES, MOST_S, find_moments
 from trainer.evaluation.report import opening, write_report
 
@@ -97,7 +97,8 @@ def test_the_page_opens_with_the_answer_and_what_qualifies_it(whole):
     ]
     assert page.text("p")[1:3] == [
         "Harness check passed: silence and speak, the same model written twice, came out equal (to the last bit).",
-        "Split test: 4 arms, 2 seeds, 5 recordings, 3 clips, 360 frames; 1.0 minutes on 2 cores.",
+        "Split test: 4 arms, 2 seeds, 5 recordings, 3 clips, 360 frames; 1.0 minutes of training, all runs together, "
+        "on 2 cores.",
     ]
 
 
@@ -124,6 +125,44 @@ def test_a_loss_is_told_as_the_other_arms_win(tmp_path):
 def test_markers_that_gain_more_than_all_or_less_than_nothing_are_told_so(tmp_path, fed, share):
     values = {**VALUES, ("speak+markers", "self-fed"): fed}
     assert share in told(make_benchmark(tmp_path / "out", Fake(clips=1, values=values)))
+
+
+@pytest.mark.parametrize(
+    ("f1", "says"),
+    [
+        (0.45, None),  # the lowest interval, speak's, is 0.47 to 0.53; speak+dst's 0.57 to 0.63
+        (0.56, None),
+        (0.58, "No arm is shown to beat a metronome that speaks every 6.5 s (0.580)"),
+        (0.825, "No arm beats a metronome that speaks every 6.5 s (0.825)"),
+    ],
+)
+def test_event_f1_that_a_metronome_has_too_is_no_skill(tmp_path, f1, says):
+    opened = told(make_benchmark(tmp_path / "out", Fake(clips=1, frames=20, metronome=(6.5, f1))))
+    if says is None:
+        assert "metronome" not in opened
+    else:
+        assert (
+            f"{says}: at this window (from 2 s early to 4 s late) event F1 does not show skill; "
+            "narrow it with --early-s and --late-s." in opened
+        )
+
+
+@pytest.mark.parametrize(("share", "said"), [(None, False), (0.5, False), (0.75, True)])
+def test_seeds_that_make_most_of_the_interval_are_said_to(tmp_path, share, said):
+    opened = told(make_benchmark(tmp_path / "out", Fake(clips=1, frames=20, seed_share=share)))
+    assert said is (
+        "Most of the width of the answer's interval comes from having only 2 seeds (Student's t, 1 degree of freedom); "
+        "more seeds narrow it faster than more recordings." in opened
+    )
+
+
+def test_one_seed_is_marked_in_red(tmp_path):
+    opened = opening(read_benchmark(make_benchmark(tmp_path / "out", Fake(seeds=(0,), clips=1, frames=20))))
+    assert (
+        '<p class="alarm">One seed: the intervals tell only of other recordings, not of other seeds, and are too '
+        "narrow for that.</p>" in opened
+    )
+    assert "5 recordings are few: what" in opened
 
 
 def test_a_model_that_does_better_on_its_own_text_lost_nothing(tmp_path):
@@ -186,6 +225,21 @@ def test_what_is_undefined_is_a_dash_and_said_so(tmp_path):
     assert "-" in page.text("td")
 
 
+def test_an_arm_without_a_self_fed_pass_is_said_to_lack_it_and_why(tmp_path):
+    out = make_benchmark(tmp_path / "out", Fake(arms=("speak", "speak+dst"), clips=1, frames=20))
+    metrics = out / "runs/speak+dst/seed-1/scores/metrics.json"
+    content = json.loads(metrics.read_text())
+    del content["self-fed"]
+    metrics.write_text(json.dumps(content))
+    assert "speak+dst was not self-fed (seed 1), though there is a threshold to speak at; run the" in told(out)
+    metrics.write_text(json.dumps(content | {"thresholds": {"frame": {}, "event": {}}}))
+    why = "speak+dst was not self-fed: no threshold could be chosen, as val has no frame to speak at (seed 1)."
+    assert why in told(out)
+    assert find_moments(read_benchmark(out), "speak+dst", "speak") == ([], f"No timelines: {why}")
+    metrics.unlink()
+    assert "speak+dst was not evaluated (seed 1); run the benchmark again." in told(out)
+
+
 @pytest.mark.parametrize("how", ["gone", "changed", "no scores"])
 def test_without_the_data_there_are_no_timelines_and_the_page_says_why(tmp_path, how):
     out = make_benchmark(tmp_path / "out", Fake(clips=2))
@@ -239,7 +293,7 @@ def test_what_comes_from_outside_is_shown_and_never_markup(whole):
 
 def test_figures_are_there_as_files(whole):
     names = {path.stem for path in (whole / "figures").iterdir()}
-    assert {"arms", "differences", "precision-recall", "reliability", "training", "timeline-1"} <= names
+    assert {"arms", "differences", "precision-recall", "reliability", "training", "state", "timeline-1"} <= names
     for name in names:
         assert ET.parse(whole / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
         assert (whole / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -268,8 +322,40 @@ def test_all_arms_have_their_own_colour_and_are_named_in_the_tables(whole):
     assert "state accuracy nobody knows" in page.text("th")
 
 
+def row(page: Page, heading: str) -> list[str]:
+    """The filled cells of the first table row under a heading: mode, then of `whole`'s four arms value and interval."""
+    at = page.texts.index(("th", heading))
+    return [text for _, text in page.texts[at + 1 : at + 12]]
+
+
+def test_what_guessing_gets_stands_beside_what_the_arms_get(whole):
+    text = (whole / "report.html").read_text()
+    page = Page(text)
+    arms = ["0.520", "0.490 to 0.550", "0.520", "0.490 to 0.550", "0.820", "0.790 to 0.850", "0.600", "0.570 to 0.630"]
+    assert row(page, "event F1") == ["teacher-forced", *arms, "0.450", "a metronome, every 6 s"]
+    assert row(page, "speaking AP")[-2:] == ["0.050", "guessing"]
+    assert row(page, "median latency (s)")[-2:] == ["self-fed", "0.500"]  # guessing has none: the next row
+    figure = page.text("text")
+    assert "a metronome, every 6 s: 0.450" in figure
+    assert "guessing: 0.050" in figure
+    assert text.count("A negative latency is no foresight") == 1
+
+
+def test_the_state_is_drawn_over_the_clip_beside_that_of_no_updates(whole):
+    bench = read_benchmark(whole)
+    arm, never = state_over_time(bench, "self-fed")
+    assert (arm.arm, never.arm, never.note) == ("speak+dst", "never updating", "0.375")
+    assert arm.mean[0].tolist() == [12.5, 37.5, 62.5, 87.5]  # % of the clip
+    np.testing.assert_array_equal(arm.mean[1], [1.0, 0.75, 0.5, np.nan])
+    np.testing.assert_array_equal(never.mean[1], [0.75, 0.0, np.nan, np.nan])
+    assert state_over_time(bench, "teacher-forced") == []
+    page = Page((whole / "report.html").read_text())
+    assert "Joint state accuracy, self-fed" in page.text("text")
+    assert row(page, "median latency of right updates (s)")[:5] == ["self-fed", "-", "-", "-0.125", "-"]
+
+
 def test_where_it_comes_from_is_told(whole):
-    text = html.unescape((whole / "report.html").read_text())
+    text = html.unescape(re.sub(r"<[^>]*>", "", (whole / "report.html").read_text()))
     for said in (
         "test: speaking and DST events coincide on 90% of frames",
         "prospect-dst benchmark data --arms speak,speak+dst --seeds 2",
@@ -277,6 +363,7 @@ def test_where_it_comes_from_is_told(whole):
         "ab" * 32,
         "onset",
         "speech counts as late as (s)",
+        "chosen on val with the reference's texts in the context, by the best event F1; the self-fed pass runs with",
     ):
         assert said in text
 
