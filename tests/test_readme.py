@@ -53,6 +53,7 @@ def test_polars_lines_work(sample, monkeypatch):
 
 
 def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.made.RECORDINGS", {"train": 2, "val": 2, "test": 2})
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     lines = [line.partition("#")[0].split()[1:] for line in README.splitlines() if line.startswith("prospect-dst ")]
@@ -65,10 +66,16 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
         "train",
         "train",
         "evaluate",
+        "evaluate",
         "encode",
         "train",
+        "benchmark",
     ]
-    small = {"synth": ["--train", "2", "--val", "1", "--test", "1"], "train": ["--steps", "1"]}
+    small = {
+        "synth": ["--train", "2", "--val", "1", "--test", "1"],
+        "train": ["--steps", "1"],
+        "benchmark": ["--steps", "1", "--model", "nano", "--jobs", "1"],
+    }
     for line in lines:
         assert main([*line, *small.get(line[0], [])]) == 0
     (source,) = (block for block in blocks("python") if "import trainer" in block)
@@ -76,6 +83,7 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
     exec(source, {})
     assert capsys.readouterr().out.count("(2, ") == len(pl.read_parquet("made/clips").filter(split="test"))
     assert "tea_nusar" in (tmp_path / "labels.html").read_text()
+    assert "on 2 recordings, 2 seeds (self-fed)" in (tmp_path / "answer/report.html").read_text()
 
 
 def test_every_command_of_the_readme_exists():

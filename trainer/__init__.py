@@ -1,16 +1,17 @@
 """A lean torch trainer: streams prospect-dst shards into SmolVLM with two direct decision heads.
 
-    config      every knob              pack        windows -> one row      train       train, fit, train_step
-    clips       a clip, its labels      attention   within each window      start       new, or resumed
-    shards      clips from Parquet      vision      frames -> features      parallel    one rank or many
-    frames      pixels, three sources   encode      features once, for all  checkpoint  a run on disk
-    features    ... and a fourth        model       SmolVLM + two heads     evaluate    scores, average precision
-    tokenizer   ids and markers         losses      sums and counts         metrics     what is seen while it runs
-    sequence    clip -> tokens          errors      what the user can mend  curves      the picture of a run
-                                        disk        digests, syncs
+    arms        variants compared   pack        windows -> one row      train       train, fit, train_step
+    config      every knob          attention   within each window      start       new, or resumed
+    clips       a clip, its labels  vision      frames -> features      parallel    one rank or many
+    shards      clips from Parquet  encode      features once, for all  checkpoint  a run on disk
+    frames      pixels, 3 sources   model       SmolVLM + two heads     score       at every frame, teacher-forced
+    features    ... and a fourth    losses      sums and counts         selffed     frame by frame, on its own texts
+    tokenizer   ids and markers     errors      what the user can mend  evaluate    a run -> scores -> metrics
+    sequence    clip -> tokens      disk        digests, syncs          benchmark   all arms, what differs, how surely
+    metrics     seen while it runs  curves      the picture of a run    evaluation  from scores alone, without torch
 
-Imports point one way: train -> start, evaluate -> checkpoint -> model -> pack -> sequence -> clips.
-Of `pipeline` only `schema` is imported. Everything is teacher-forced: texts in the context are the reference's.
+Imports point one way: benchmark -> evaluate, train -> start, score -> checkpoint -> model -> pack -> sequence -> clips.
+Of `pipeline` only `schema` is imported. Training is teacher-forced: texts in the context are the reference's.
 """
 
 from __future__ import annotations

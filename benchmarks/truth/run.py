@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -81,14 +83,16 @@ def about_nothing(outs: list[Path]) -> Iterator[str]:
     yield ""
     yield f"{len(outs)} data sets (state_tells 0), speak+dst minus speak, 40 test recordings, 2 seeds, nano, 250 steps."
     yield ""
-    yield "| metric | 0 in the 95% interval | mean difference | median half-width |"
+    yield "| metric | 0 in the 95% interval | mean difference (standard error over data sets) | median half-width |"
     yield "|---|---|---|---|"
     for mode, metric in SHOWN:
         found = [rows(out, "comparisons", a=QUESTION[0], b=QUESTION[1], mode=mode, metric=metric)[0] for out in outs]
-        mean = sum(row["difference"] for row in found) / len(found)
+        differences = [row["difference"] for row in found]
+        error = stdev(differences) / len(found) ** 0.5 if len(found) > 1 else math.nan
         halves = sorted((row["high"] - row["low"]) / 2 for row in found)
         inside = sum(map(covers, found))
-        yield f"| {metric}, {mode} | {inside} of {len(found)} | {mean:+.4f} | {halves[len(halves) // 2]:.4f} |"
+        told = f"{fmean(differences):+.4f} ({error:.4f})"
+        yield f"| {metric}, {mode} | {inside} of {len(found)} | {told} | {halves[len(halves) // 2]:.4f} |"
     yield ""
     primary = [rows(out, "comparisons", primary=True)[0] for out in outs]
     inside = sum(map(covers, primary))
