@@ -158,13 +158,13 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
     Raises TrainerError before anything is trained where no threshold could be chosen, where another process works in
     the same folder, and where runs are there that were begun otherwise.
     """
-    held = hold(plan.data, plan.split)
-    _check_data(plan, held)
+    held, learned = hold(plan.data, plan.split), Split(plan.data, "train")
+    _check_data(plan, held, learned)
     jobs = [Job(plan, arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
     with ExitStack() as held_open:
         plan.out.mkdir(parents=True, exist_ok=True)
         lock(plan.out, held_open)
-        left = [job for job in jobs if not is_done(job, held)]
+        left = [job for job in jobs if not is_done(job, held, learned)]
         if len(left) < len(jobs):
             tell(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
         for count, (job, found) in enumerate(_carry_out(left, plan.jobs), len(jobs) - len(left) + 1):
@@ -175,7 +175,7 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
         return write_report(plan.out)
 
 
-def _check_data(plan: Plan, held: Held) -> None:
+def _check_data(plan: Plan, held: Held, learned: Split) -> None:
     """TrainerError where the data can't answer, whatever is trained on it."""
     if held.val is None:
         raise TrainerError(
@@ -188,7 +188,7 @@ def _check_data(plan: Plan, held: Held) -> None:
                 f"{plan.data}: the assistant never speaks in {split.name}: nothing to measure; choose other data"
             )
     updating = [arm for arm in plan.arms if find_arm(arm).dst_head]
-    if updating and not Split(plan.data, "train").statistics().counts[DST, 1]:
+    if updating and not learned.statistics().counts[DST, 1]:
         without = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
         raise TrainerError(
             f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
@@ -215,20 +215,22 @@ class Done:
     notes: tuple[str, ...]
 
 
-def is_done(job: Job, held: Held) -> bool:
+def is_done(job: Job, held: Held, learned: Split) -> bool:
     """Whether the job's scores are there and are of its checkpoint, this data, these options and settings.
+
+    learned: the train split, opened (and hashed) once for all jobs.
 
     Raises TrainerError where the run's folder was begun with other options.
     """
     scores, plan = job.run / "scores", job.plan
     if not (scores / METRICS_FILE).is_file() or not (job.run / "last").is_dir():
         return False
-    begun, train_split = read_start(job.run), Split(plan.data, "train")
+    begun = read_start(job.run)
     changed = job.config.differences(TrainConfig.from_json(begun["config"]))
     if changed:
         raise TrainerError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
     eval_split = held.all.get(plan.config.eval_split)
-    now = options_of(job.config, train_split, eval_split, plan.features) if eval_split else begun
+    now = options_of(job.config, learned, eval_split, plan.features) if eval_split else begun
     metrics = _metrics(job)
     modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]
     return bool(

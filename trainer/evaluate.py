@@ -1,11 +1,11 @@
-"""Scores a run on held-out clips, or takes anybody's scores, and says what they are worth: `prospect-dst evaluate`.
+"""Scores a run on held-out clips and says what the scores are worth: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
     OUT/self-fed.parquet          that split once more, frame by frame, the model's own texts in the context
     OUT/metrics.json              every metric of both (trainer.evaluation.measure), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else; the self-fed pass runs with them. All metrics follow
-from the two Parquet files and the shards: `evaluate_scores` gives the same digits without the model. What it trades:
+from the two Parquet files and the shards: `evaluation.verdict` gives the same digits without the model. What it trades:
 self-fed costs a forward pass per frame and per written token, one clip at a time.
 """
 
@@ -83,7 +83,7 @@ def evaluate(
     return Evaluation(split, metrics, tuple(notes), folder)
 
 
-# ---- the parts, which `benchmark` takes as well --------------------------------------------------------------
+# ---- the two modes -------------------------------------------------------------------------------------
 
 
 def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:

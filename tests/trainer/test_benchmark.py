@@ -23,6 +23,7 @@ from trainer.benchmark import Job, Plan, answer_of, benchmark, is_done
 from trainer.config import Settings, TrainConfig
 from trainer.errors import TrainerError
 from trainer.evaluation.verdict import hold
+from trainer.shards import Split
 from trainer.start import lock
 
 ARMS = ("silence", "speak", "speak+dst")
@@ -128,16 +129,16 @@ def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
 
 
 def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, plan, tmp_path):
-    held, job = hold(plan.data, "test"), Job(plan, "speak", 0)
-    assert is_done(job, held)
-    assert not is_done(Job(replace(plan, settings=Settings(late_s=3.0)), "speak", 0), held)
+    held, learned, job = hold(plan.data, "test"), Split(plan.data, "train"), Job(plan, "speak", 0)
+    assert is_done(job, held, learned)
+    assert not is_done(Job(replace(plan, settings=Settings(late_s=3.0)), "speak", 0), held, learned)
     with pytest.raises(TrainerError, match=r"lr is 0\.1, the run has 0\.002; benchmark into a new --out"):
-        is_done(Job(replace(plan, config=replace(SMALL, lr=0.1)), "speak", 0), held)
+        is_done(Job(replace(plan, config=replace(SMALL, lr=0.1)), "speak", 0), held, learned)
     other = write_splits(tmp_path / "data", lambda clips: clips[:-1])  # one clip less in val, too
-    assert not is_done(Job(replace(plan, data=other), "speak", 0), hold(other, "test"))
+    assert not is_done(Job(replace(plan, data=other), "speak", 0), hold(other, "test"), Split(other, "train"))
     path = job.run / "scores/self-fed.parquet"
     path.rename(tmp_path / "away")
-    assert not is_done(job, held)
+    assert not is_done(job, held, learned)
     (tmp_path / "away").rename(path)
 
 
