@@ -5,8 +5,7 @@
     OUT/metrics.json              every metric of both (trainer.evaluation.measure), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else; the self-fed pass runs with them. All metrics follow
-from the two Parquet files and the shards: `evaluation.verdict` gives the same digits without the model. What it trades:
-self-fed costs a forward pass per frame and per written token, one clip at a time.
+from the two Parquet files and the shards: `evaluation.verdict` gives the same digits without the model.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.clips import DST, SPEAK
+from trainer.context import Live
 from trainer.disk import write_json
 from trainer.evaluation.measure import Settings, Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
@@ -37,7 +37,7 @@ from trainer.evaluation.verdict import (
 )
 from trainer.frames import FrameSource
 from trainer.score import ClipScores, open_source, score_clips
-from trainer.selffed import Live, self_fed
+from trainer.selffed import self_fed
 from trainer.shards import Split
 
 
@@ -95,12 +95,17 @@ def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[Sc
 def run_live(
     run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings
 ) -> list[ScoredClip]:
-    """All clips of the split, frame by frame, the model's own texts in the context."""
+    """All clips of the split, frame by frame, the model's own texts in the context.
+
+    Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
+    """
     live = Live({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
-    scored = self_fed(run.model, run.tokens, split.in_order(), frames, run.config, live)
-    return [
+    clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
+    scored = self_fed(run.model, run.tokens, iter(clips), frames, run.config, live)
+    found = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
     ]
+    return sorted(found, key=lambda s: s.clip.clip)
 
 
 def can_live(thresholds: Thresholds) -> bool:

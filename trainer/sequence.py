@@ -8,7 +8,8 @@ User text stands before the first frame of its range, DST and assistant text aft
 it. A head that fires once writes one text: what several turns of a role say at one frame is joined, in
 order. A turn without frames, or wholly outside the clip, gives no text. The context holds the reference's
 texts: training is teacher-forced. What an arm does not read of the state is left out: DST texts, their content, the
-states in the prompt. `prompt_ids`, `utterance` and `user_texts` are what the self-fed pass builds the same from.
+states in the prompt. Training, the self-fed pass and a live stream build from the same pieces: `prompt_ids`, `Block`,
+`utterance`, `to_repeat`.
 
 A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own
 frames: seen, not supervised. Costs at most a third more frame tokens; every frame is supervised in exactly one
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,7 @@ CONTEXT = 0.25  # share of a window's room for frames that repeats what came bef
 REPLIES = ("DST_UPDATE", "assistant")  # in this order where both stand after one frame
 DEFAULT_ARM = ARMS["speak+dst"]
 Ints = npt.NDArray[np.int64]
+Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ class Window:
 
 
 @dataclass
-class _Block:
+class Block:
     """A frame with the texts around it, as ids."""
 
     before: list[int] = field(default_factory=list)
@@ -73,6 +76,10 @@ class _Block:
 
     def cost(self, k: int) -> int:
         return len(self.before) + k + sum(map(len, self.replies))
+
+    def parts(self, frame: Frame) -> list[list[int] | Frame]:
+        """What the model reads, in order; `frame` stands for the frame's k tokens."""
+        return [self.before, frame, *self.replies]
 
 
 def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
@@ -108,12 +115,16 @@ def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
     cuts: list[tuple[int, int, int]] = []
     own = 0
     while own < len(costs):
-        context = min(int(CONTEXT * room), room - int(costs[own]))  # the first own frame must fit
-        first = int(np.searchsorted(total, total[own] - context)) if own else 0
+        first = int(np.searchsorted(total, total[own] - to_repeat(room, int(costs[own])))) if own else 0
         end = int(np.searchsorted(total, total[first] + room, side="right")) - 1
         cuts.append((first, own, end))
         own = end
     return cuts
+
+
+def to_repeat(room: int, coming: int) -> int:
+    """Tokens that a new window may repeat of what came before its first own frame, which costs `coming`."""
+    return min(int(CONTEXT * room), room - coming)
 
 
 # ---- where texts stand -------------------------------------------------------------------------------
@@ -133,9 +144,9 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
     return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
 
 
-def _blocks(clip: ClipExample, tokens: Tokens, arm: Arm) -> list[_Block]:
+def _blocks(clip: ClipExample, tokens: Tokens, arm: Arm) -> list[Block]:
     """One block per frame of the clip [F]."""
-    blocks = [_Block() for _ in range(clip.num_frames)]
+    blocks = [Block() for _ in range(clip.num_frames)]
     for frame, texts in user_texts(clip).items():
         blocks[frame - clip.start_frame].before = utterance("user", texts, tokens)
     for role in REPLIES:
@@ -230,20 +241,20 @@ def _task(clip: ClipExample) -> list[str]:
 
 
 def _build(
-    clip: ClipExample, tokens: Tokens, k: int, blocks: list[_Block], cut: tuple[int, int, int], arm: Arm
+    clip: ClipExample, tokens: Tokens, k: int, blocks: list[Block], cut: tuple[int, int, int], arm: Arm
 ) -> Window:
     first, own, end = cut
     ids = _prompt(clip, tokens, clip.start_frame + first, arm)
     frames: list[range] = []
     supervised: list[int] = []
+    image = [tokens.image] * k
     for i in range(first, end):
-        ids += blocks[i].before
-        frames.append(range(len(ids), len(ids) + k))
-        ids += [tokens.image] * k
-        for reply in blocks[i].replies:
-            if i >= own:
-                supervised += range(len(ids), len(ids) + len(reply) - 1)
-            ids += reply
+        for part in blocks[i].parts(image):
+            if part is image:
+                frames.append(range(len(ids), len(ids) + k))
+            elif part is not blocks[i].before and i >= own:
+                supervised += range(len(ids), len(ids) + len(part) - 1)
+            ids += part
     labels = clip.labels[:, first:end].copy()
     labels[:, : own - first] = NOT_SAMPLED
     return Window(

@@ -1,0 +1,188 @@
+"""Keys and values of many contexts, read on by any of them at once: what training's packing is, with a memory.
+
+The new tokens of all contexts lie end to end in one row, as windows do in a pack: every linear layer sees one matrix,
+and nothing is padded. Only attention knows whose they are: each context has a slot of a slab per layer, and contexts
+with few new tokens (frames, a written token) attend in one call; many (a prompt, a context that starts over) go alone.
+To forget, all or the end, is to write over it: nothing is moved. Slabs double when a context outgrows them, up to
+`capacity`: no more is allocated after that, for hours. The price: all slots are as long as the longest, and a row's
+last digits depend on what else is in the pass.
+
+    B contexts    L new tokens of all    w new tokens of one    T tokens of the longest
+    H heads    G of them that share keys and values    D width of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "slot_sdpa"
+SHORT = 16  # new tokens: contexts with so few attend together, padded to the most that one has
+FIRST = 256  # tokens that a slot is made for
+
+
+class Row(NamedTuple):
+    """What one context reads."""
+
+    slot: int
+    start: int  # tokens that it has read before
+    length: int  # new ones
+    offset: int  # of its first among all L
+
+
+class _Together(NamedTuple):
+    """Contexts whose queries are padded to the most that one has; n of the L tokens are theirs."""
+
+    slots: slice | Tensor
+    tokens: Tensor  # int64 [B, w] which of the L; past a context's own, its first
+    filled: Tensor  # bool [B, w] which are its own
+    places: Tensor  # int64 [n]: `tokens` where filled
+    owner: Tensor  # int64 [n] the slot of each ...
+    positions: Tensor  # int64 [n] ... and its place in it
+    end: int  # T
+    mask: Tensor | None  # bool [B, 1, G * w, T] what each may see; None: everything
+
+
+class Reading(NamedTuple):
+    """One forward pass: worked out once, used by all layers."""
+
+    slabs: list[tuple[Tensor, Tensor]]  # by layer: keys, values [slots, H/G, capacity, D]
+    rows: Sequence[Row]
+    positions: Tensor  # int64 [L] in its context
+    alone: Sequence[Row]
+    together: _Together | None
+
+
+class Cache:
+    """`slots` contexts of at most `capacity` tokens for a SmolVLM's text model."""
+
+    def __init__(self, vlm: Any, slots: int, capacity: int, dtype: torch.dtype) -> None:
+        text = vlm.config.text_config
+        none = torch.zeros(slots, text.num_key_value_heads, 0, width(vlm), dtype=dtype, device=vlm.device)
+        self._slabs = [(none, none)] * text.num_hidden_layers
+        self._shared = text.num_attention_heads // text.num_key_value_heads  # G
+        self._room, self._device, self.capacity = 0, vlm.device, capacity
+
+    def plan(self, rows: Sequence[Row]) -> Reading:
+        """That these (slots ascending) are read; what a slot held from a row's start on is forgotten.
+
+        Raises ValueError where one has no room for it.
+        """
+        self._make_room(max(row.start + row.length for row in rows))
+        positions = torch.cat([torch.arange(row.start, row.start + row.length) for row in rows])
+        short = [row for row in rows if row.length <= SHORT]
+        if len(short) < 2:
+            return Reading(self._slabs, rows, self._on(positions), rows, None)
+        alone = [row for row in rows if row.length > SHORT]
+        return Reading(self._slabs, rows, self._on(positions), alone, self._together(short))
+
+    def _make_room(self, needed: int) -> None:
+        if needed > self.capacity:
+            raise ValueError(f"{needed} tokens in a context of at most {self.capacity}")
+        if needed <= self._room:
+            return
+        more = min(self.capacity, max(FIRST, 2 * self._room, needed)) - self._room
+        self._room += more
+        for layer, (keys, values) in enumerate(self._slabs):
+            # by zeros: what is masked is still multiplied by 0, which arbitrary bits need not survive
+            self._slabs[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
+
+    def _together(self, rows: Sequence[Row]) -> _Together:
+        slots, starts, lengths, offsets = (torch.tensor(column)[:, None] for column in zip(*rows, strict=True))
+        place, end = torch.arange(int(lengths.max()))[None], int((starts + lengths).max())  # [1, w]
+        filled = place < lengths
+        tokens, positions = offsets + place * filled, starts + place  # [B, w]
+        seen = torch.arange(end) <= positions[..., None]  # [B, w, T]
+        first, last = rows[0].slot, rows[-1].slot
+        return _Together(
+            slice(first, last + 1) if last - first < len(rows) else self._on(slots[:, 0]),
+            self._on(tokens),
+            self._on(filled),
+            self._on(tokens[filled]),
+            self._on(slots.expand_as(filled)[filled]),
+            self._on(positions[filled]),
+            end,
+            None if seen.all() else self._on(seen[:, None].repeat(1, 1, self._shared, 1)),
+        )
+
+    def _on(self, values: Tensor) -> Tensor:
+        return values.to(self._device, non_blocking=True)
+
+
+def bytes_per_token(vlm: Any, dtype: torch.dtype) -> int:
+    """Of keys and values in all layers."""
+    text = vlm.config.text_config
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * width(vlm) * dtype.itemsize)
+
+
+def width(vlm: Any) -> int:
+    """D: width of one head."""
+    text = vlm.config.text_config
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def use_slots(vlm: Any) -> None:
+    """Make the text model of a SmolVLM attend by `slot_sdpa`."""
+    AttentionInterface.register(NAME, slot_sdpa)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    vlm.set_attn_implementation({"text_config": NAME})
+
+
+@torch.compiler.disable
+def slot_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    reading: Reading | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs.
+
+    Raises ValueError without a plan of the reading, or with a mask.
+    """
+    if reading is None or attention_mask is not None:
+        raise ValueError(f"{NAME}: needs reading and no mask; call the text model with reading=..., use_cache=False")
+    keys, values = reading.slabs[int(module.layer_idx)]  # type: ignore[arg-type]
+    query, key, value = query[0].to(keys.dtype), key[0].to(keys.dtype), value[0].to(values.dtype)  # [H or H/G, L, D]
+    seen = torch.empty_like(query)
+    if reading.together is not None:
+        rows = reading.together
+        keys[rows.owner, :, rows.positions] = key[:, rows.places].transpose(0, 1)
+        values[rows.owner, :, rows.positions] = value[:, rows.places].transpose(0, 1)
+        seen[:, rows.places] = _together(query, keys, values, rows, scaling)[:, rows.filled]
+    for row in reading.alone:
+        own = slice(row.offset, row.offset + row.length)
+        keys[row.slot, :, row.start : row.start + row.length] = key[:, own]
+        values[row.slot, :, row.start : row.start + row.length] = value[:, own]
+        seen[:, own] = _alone(query[:, own], keys, values, row, scaling)
+    return seen.transpose(0, 1)[None], None
+
+
+def _together(query: Tensor, keys: Tensor, values: Tensor, rows: _Together, scaling: float | None) -> Tensor:
+    """[H, B, w, D]: heads that share keys stand as queries of one, so that these are read once."""
+    asked = query[:, rows.tokens].transpose(0, 1)  # [B, H, w, D]
+    count, heads, w, d = asked.shape
+    folded = asked.reshape(count, keys.shape[1], -1, d)  # [B, H/G, G * w, D]
+    own = keys[rows.slots, :, : rows.end], values[rows.slots, :, : rows.end]
+    found = F.scaled_dot_product_attention(folded, *own, rows.mask, scale=scaling)
+    return found.reshape(count, heads, w, d).transpose(0, 1)
+
+
+def _alone(query: Tensor, keys: Tensor, values: Tensor, row: Row, scaling: float | None) -> Tensor:
+    """[H, w, D] of one context."""
+    end, mask = row.start + row.length, None
+    if row.start and row.length > 1:
+        places = torch.arange(end, device=query.device)
+        mask = places <= places[row.start :, None]  # [w, T]
+    own = keys[row.slot, :, :end][None], values[row.slot, :, :end][None]
+    return F.scaled_dot_product_attention(
+        query[None], *own, mask, is_causal=not row.start, scale=scaling, enable_gqa=True
+    )[0]

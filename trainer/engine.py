@@ -1,0 +1,179 @@
+"""Many live runs in one forward pass: each is a plain generator that asks for what it wants read, and waits.
+
+    logits = yield Read([prompt, user, frame], after=0, ends=[40])     what it decides at the 40th of these tokens
+    token = yield Read([[marker]], after=40, ends=None)                what it writes next
+
+Whoever runs one clip, or a camera, writes it down as if it were alone; the engine collects what all of them ask for,
+reads it in one pass over a cache with a slot for each (`trainer.cache`), and answers. One may be writing while others
+look, and a slot that is done goes to the next. So a live stream and an evaluation of a thousand clips are one code,
+and the second is many times faster (benchmarks/stream). The price: a logit's last digits depend on what else is read in
+the pass (1e-6).
+
+    B generators that ask    L tokens that they ask for    H hidden    V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainer.attention import use_packed
+from trainer.cache import Cache, Row, bytes_per_token, use_slots
+from trainer.config import TrainConfig
+from trainer.model import ProspectModel
+from trainer.tokenizer import Tokens
+
+MOST_SLOTS = 32
+MOST_BYTES = 4 << 30  # of keys and values together, where several clips run at once
+Floats = npt.NDArray[np.float32]
+Part = Sequence[int] | Tensor  # ids, or a frame's features [k, H]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Read:
+    """A wish: to read these tokens after the first `after` of what was read before; the rest of that is forgotten.
+
+    ends: to be told both heads' logits, float32 [n, 2], at the last of so many of the tokens, for each of these n
+    counts. None: to be told the id of the likeliest token after all of them that may be written.
+    """
+
+    parts: Sequence[Part]
+    after: int
+    ends: Sequence[int] | None
+
+
+Steps = Generator[Read, Any, Result]  # yields wishes, is sent the answers, returns its result
+
+
+class Engine:
+    """A model with room for `slots` contexts of `capacity` tokens each. To be used within `streaming`."""
+
+    def __init__(self, model: ProspectModel, tokens: Tokens, slots: int, capacity: int) -> None:
+        self.model = model
+        self._cache = Cache(model.vlm, slots, capacity, _dtype(model))
+        self._slots = range(slots)
+        self._unwritten = _unwritten(tokens, model.vlm.lm_head.weight)
+
+    def run(self, steps: Steps[Result]) -> Result:
+        """The result of one alone; what the one before it read may be read on."""
+        return next(self.run_all(iter([steps])))
+
+    def run_all(self, waiting: Iterator[Steps[Result]]) -> Iterator[Result]:
+        """Results in the order of `waiting`, of which as many run at once as there are slots."""
+        running: dict[int, tuple[int, Steps[Result], Read]] = {}  # slot -> number, steps, what they wish
+        done: dict[int, Result] = {}
+        numbered, given = enumerate(waiting), 0
+
+        def go_on(slot: int, number: int, steps: Steps[Result], answer: Any) -> None:
+            try:
+                running[slot] = number, steps, steps.send(answer)
+            except StopIteration as end:
+                running.pop(slot, None)
+                done[number] = end.value
+
+        while True:
+            for slot in self._slots:
+                while slot not in running and (following := next(numbered, None)) is not None:
+                    go_on(slot, *following, None)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+            if not running:
+                return
+            for slot, answer in self._answers({slot: wish for slot, (_, _, wish) in running.items()}).items():
+                number, steps, _ = running[slot]
+                go_on(slot, number, steps, answer)
+
+    def _answers(self, wishes: Mapping[int, Read]) -> dict[int, Floats | int]:
+        slots = sorted(wishes)
+        hidden, firsts = self._read([(slot, wishes[slot]) for slot in slots])
+        answers: dict[int, Floats | int] = {}
+        looking = {slot: ends for slot in slots if (ends := wishes[slot].ends) is not None}
+        if looking:
+            at = [firsts[slot] + end - 1 for slot, ends in looking.items() for end in ends]
+            logits = self.model.decisions(self._at(hidden, at)).T.cpu().numpy()
+            split = np.split(logits, np.cumsum([len(ends) for ends in looking.values()])[:-1])
+            answers |= zip(looking, split, strict=True)
+        writers = [slot for slot in slots if wishes[slot].ends is None]
+        if writers:
+            at = [firsts[slot] + sum(map(len, wishes[slot].parts)) - 1 for slot in writers]
+            following = self.model.vlm.lm_head(self._at(hidden, at)) + self._unwritten
+            answers |= zip(writers, following.argmax(-1).tolist(), strict=True)
+        return answers
+
+    def _read(self, wishes: Sequence[tuple[int, Read]]) -> tuple[Tensor, dict[int, int]]:
+        """([L, H], slot -> which of the L is its first): the hidden states of all that is read."""
+        ids: list[int] = []
+        frames: list[Tensor] = []
+        places: list[int] = []  # of the frames' tokens
+        rows: list[Row] = []
+        for slot, wish in wishes:
+            first = len(ids)
+            for part in wish.parts:
+                if isinstance(part, Tensor):
+                    places += range(len(ids), len(ids) + len(part))
+                    frames.append(part)
+                    ids += [0] * len(part)
+                else:
+                    ids += part
+            rows.append(Row(slot, wish.after, len(ids) - first, first))
+        reading = self._cache.plan(rows)
+        embedded = self.model.body.embed_tokens(self._on(ids))  # [L, H]
+        if frames:
+            embedded = embedded.index_copy(0, self._on(places), torch.cat(frames).to(embedded.dtype))
+        out = self.model.body(
+            inputs_embeds=embedded[None], position_ids=reading.positions[None], use_cache=False, reading=reading
+        )
+        return out.last_hidden_state[0], {row.slot: row.offset for row in rows}
+
+    def _at(self, hidden: Tensor, places: list[int]) -> Tensor:
+        return hidden if places == list(range(len(hidden))) else hidden[self._on(places)]
+
+    def _on(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.model.device)
+
+
+def slots_for(model: ProspectModel, capacity: int) -> int:
+    """How many contexts to run at once: at most MOST_SLOTS, in MOST_BYTES."""
+    return max(1, min(MOST_SLOTS, MOST_BYTES // (capacity * bytes_per_token(model.vlm, _dtype(model)))))
+
+
+@contextmanager
+def streaming(model: ProspectModel, config: TrainConfig) -> Iterator[None]:
+    """Attention that remembers, instead of the packed one; nothing is trained or compiled. As before afterwards."""
+    training = model.training
+    model.eval()
+    use_slots(model.vlm)
+    try:
+        with ExitStack() as stack:
+            if config.compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # lengths differ at every call
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16))
+            yield
+    finally:
+        use_packed(model.vlm)
+        model.train(training)
+
+
+def _dtype(model: ProspectModel) -> torch.dtype:
+    """Of keys and values."""
+    return torch.bfloat16 if model.bf16 else model.vlm.dtype
+
+
+def _unwritten(tokens: Tokens, lm_head: Tensor) -> Tensor:
+    """float [V]: -inf for images, markers, other special tokens, unused rows; 0 for ordinary tokens and END."""
+    banned = torch.full((len(lm_head),), -torch.inf, device=lm_head.device)
+    banned[: len(tokens)] = 0
+    added = tokens.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    banned[[number for number, token in added.items() if token.special]] = -torch.inf
+    banned[tokens.end] = 0
+    return banned
