@@ -38,3 +38,7 @@ bench-loader *ARGS:
 # a run killed twenty times at random moments, resumed each time: the same bits
 kill:
     PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200
+
+# ten minutes of kills, corruption, full disks, cut frames, shuffled shards and garbage: what was tried, what was lost
+torture *ARGS:
+    nice -n 10 uv run python -m tests.torture.run {{ARGS}}

@@ -6,19 +6,25 @@ called, so that --help answers in a fifth of a second and the data commands run 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.errors import InputError, UsageError
 from trainer.arms import ARMS  # plain data, no torch
 from trainer.config import PARTS, RunOptions, Settings, TrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Mapper
+
+RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst[ray]')"
 
 app = typer.Typer(
     name="prospect-dst",
@@ -55,6 +61,7 @@ def preprocess(
         str | None, typer.Option(help="what of a video_uid names the recording (first group, or whole match)")
     ] = None,
     on_error: Annotated[str, typer.Option(help="quarantine: set bad clips aside; fail: stop")] = "quarantine",
+    ray: Annotated[str | None, typer.Option(help=RAY_HELP)] = None,
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.options import ASSEMBLY101, Options
@@ -73,8 +80,9 @@ def preprocess(
         frames_root=None if frames_root is None else str(frames_root),
         on_error=on_error,
     )
-    with progress_bar() as progress:
-        manifest, skipped = run(inputs, out, options, workers or _cores(), progress)
+    needed = [*inputs, *([frames_root] if frames_root else [])]
+    with _cluster(ray, out, needed, workers=workers) as mapper, progress_bar() as progress:
+        manifest, skipped = run(inputs, out, options, workers or _cores(), progress, mapper)
     if skipped:
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
@@ -150,13 +158,22 @@ def encode(
     ] = "auto",
     store: Annotated[str, typer.Option(help="to keep: float16 or float32")] = "float16",
     batch: Annotated[int, typer.Option(help="frames in one pass of the tower")] = 32,
+    part: Annotated[
+        str, typer.Option(help="3/16: the third of 16 shares of the videos; all may write into one --out at once")
+    ] = "1/1",
+    ray: Annotated[str | None, typer.Option(help=RAY_HELP)] = None,
 ) -> int:
     """Run the vision tower once over all frames, so that training needs no pixels."""
     from pipeline.terminal import plain
     from trainer.encode import TOLERANCE
     from trainer.encode import encode as run
 
-    report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch)
+    share = _share(part)
+    needed = [data, *([frames_root] if frames_root else []), *([Path(model)] if Path(model).exists() else [])]
+    with _cluster(ray, out, needed, gpu=True) as mapper:
+        report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper)
+    if not report.videos and not report.skipped:
+        typer.echo(f"no video falls to part {part}")
     for reason in report.refused:
         typer.echo(f"refused: {plain(reason)}", err=True)
     if report.videos:
@@ -383,6 +400,68 @@ def benchmark(
 
 
 @app.command()
+def stream(
+    run: Annotated[Path, typer.Argument(help="a run of train, evaluated: its thresholds are val's")],
+    video: Annotated[str, typer.Argument(help="a video, a folder of images, an .arrow file, or a camera's number")],
+    task: Annotated[
+        Path | None,
+        typer.Option(help="what is being done: JSON with goal and steps, conversations, or a folder of preprocess"),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="which clip --task means; one of preprocess gives its frames and user, too")
+    ] = None,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="logits speaking=0.5,dst_update=0, instead of those chosen on val")
+    ] = None,
+    refractory_s: Annotated[
+        float | None, typer.Option(help="seconds of silence after an event; default: as evaluated")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="frames a second that the model sees; default: as trained")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of the context; default: as trained", min=1)] = None,
+    source_fps: Annotated[
+        float | None, typer.Option(help="at which a folder's images were taken; default: each is a frame")
+    ] = None,
+    realtime: Annotated[bool, typer.Option(help="give a file's frames when they are due, skip what is late")] = False,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object per frame on stdout, for programs")] = False,
+    html: Annotated[Path | None, typer.Option(help="keep a page with the timeline, to hover over")] = None,
+    mp4: Annotated[Path | None, typer.Option(help="keep a video with the timeline drawn")] = None,
+) -> int:
+    """Run a trained model live: it sees frame after frame, speaks, keeps the state; type to talk to it."""
+    from dataclasses import asdict
+
+    from pipeline import recording
+    from pipeline.terminal import console, plain
+    from trainer.checkpoint import load_run
+    from trainer.feed import Listener, open_feed
+    from trainer.stream import Stream, live_of
+    from trainer.task import find_task
+
+    loaded = load_run(run)
+    live = live_of(run, _numbers("--threshold", threshold or [], "speaking=0.5"), refractory_s)
+    about_task = find_task(task, clip, video, loaded.info.get("fps", 2.0) if fps is None else fps)
+    with contextlib.ExitStack() as open_now:
+        feed = open_now.enter_context(open_feed(video, about_task.fps, loaded.model.side, realtime, source_fps))
+        stream = open_now.enter_context(Stream(loaded, about_task.clip, live, max_tokens))
+        about: Any = stream.about(feed.name) | {"run": str(run)}
+        sinks = [recording.json_lines(sys.stdout) if json else recording.terminal(console(), about)]
+        sinks += [recording.html(html, about)] if html else []
+        sinks += [recording.mp4(mp4, about)] if mp4 else []
+        for sink in sinks:
+            open_now.enter_context(sink)
+        listener = Listener(sys.stdin)
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
+            for seen in about_task.cut(feed):
+                said = [*about_task.heard(seen.frame), *listener.heard(seen.time_s)]
+                moment = asdict(stream.see(seen, said))
+                for sink in sinks:
+                    sink.show(moment, seen.image)
+    for path in (html, mp4):
+        if path is not None and path.exists():
+            typer.echo(f"wrote {plain(path)} ({path.stat().st_size / 1e6:,.1f} MB)", err=json)
+    return 0
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="new folder for everything the demo makes")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="optimizer steps")] = TrainConfig.steps,
@@ -428,6 +507,25 @@ def _numbers(
 def _names(given: list[str]) -> list[str]:
     """The items of a repeatable option, split at commas."""
     return [item.strip() for item in ",".join(given).split(",") if item.strip()]
+
+
+def _share(part: str) -> tuple[int, int]:
+    """(3, 16) from '3/16'."""
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise UsageError(f"--part {part!r}: expected something like 3/16")
+    return int(number), int(parts)
+
+
+def _cluster(
+    address: str | None, out: Path, needed: list[Path], workers: int = 0, gpu: bool = False
+) -> contextlib.AbstractContextManager[Mapper | None]:
+    """The Ray cluster of that address; None: none is asked for."""
+    if address is None:
+        return contextlib.nullcontext()
+    from pipeline.cluster import ray_cluster
+
+    return ray_cluster(address, out, needed, workers, gpu)
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow as pa
-
-from pipeline.schema import VIDEOS, images_in, open_video, video_times
+from pipeline.schema import VIDEOS, ArrowFrames, images_in, open_video, video_times
 
 
 def count_frames(path: Path, fps: float = 2.0) -> int | None:
@@ -23,8 +21,8 @@ def count_frames(path: Path, fps: float = 2.0) -> int | None:
             container, stream = open_video(path)
             with container:
                 return video_times(container, stream).count(fps)
-        return sum(batch.num_rows for batch in _batches(path))
-    except (pa.ArrowInvalid, OSError, ValueError, OverflowError):
+        return len(ArrowFrames(path))
+    except (OSError, ValueError, OverflowError):
         return None
 
 
@@ -33,15 +31,5 @@ def read_frames(path: Path, frames: Iterable[int]) -> list[str]:
     they would have to be decoded."""
     if path.is_dir() or path.suffix.lower() in VIDEOS:
         return []
-    column = pa.Table.from_batches(list(_batches(path))).column("frame")
-    return [column[number].as_py() for number in frames if number < len(column)]
-
-
-def _batches(path: Path) -> list[pa.RecordBatch]:
-    """Record batches over a memory map: headers are read, pages stay on disk until they are used."""
-    with pa.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        source.seek(0)
-        return list(pa.ipc.open_stream(source))
+    rows = ArrowFrames(path)
+    return [bytes(rows.row(number)).decode() for number in frames if number < len(rows)]

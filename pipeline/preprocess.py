@@ -3,29 +3,24 @@
 Pass 1 (`survey`) decodes and checks clips, spools what is kept as Arrow, and collects what only the whole input
 can decide: the file's frame convention, duplicate ids, every clip's neighbours and its number. Pass 2
 (`write`) turns one spooled part into labels and shards. Both work on parts of at most 2,048 clips, each a
-pure function of the part, so that any number of workers writes the same bytes and memory is bounded by one
-part per worker. The spool trades 0.4 of the input's size on disk for decoding the JSON once.
+pure function of the part, so that any number of workers, here or on a cluster (cluster.py), writes the same bytes
+and memory is bounded by one part per worker. The spool trades 0.4 of the input's size on disk for decoding the JSON
+once.
 
     C clips of a part
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import signal
-import threading
-import time
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +28,7 @@ import msgspec
 import numpy as np
 
 from pipeline import hazards, labels
+from pipeline.cluster import Mapper, pool
 from pipeline.errors import InputError, UsageError
 from pipeline.frames import count_frames
 from pipeline.options import Options
@@ -56,9 +52,11 @@ def preprocess(
     options: Options | None = None,
     workers: int = 1,
     progress: Progress = lambda what, done, of: None,
+    mapper: Mapper | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Write the shards of `inputs` to `out`; returns (manifest, whether an unchanged input was skipped).
 
+    The parts are done by `workers` processes here, or by `mapper` where one is given.
     Raises InputError (nothing usable, cannot write, --on-error fail) and UsageError (no split to be told).
     """
     options = options or Options()
@@ -73,7 +71,7 @@ def preprocess(
         if before and before.get("key") == key and intact(out):
             return before, True
         with staging(out) as folder:
-            manifest = _Run(sources, options, folder, workers, progress).manifest(key)
+            manifest = _Run(sources, options, folder, mapper or pool(workers), progress).manifest(key)
             commit(folder, out, manifest)
     return manifest, False
 
@@ -198,10 +196,10 @@ class _Run:
     """Two passes and the decisions between them."""
 
     def __init__(
-        self, sources: list[Source], options: Options, staging: Path, workers: int, progress: Progress
+        self, sources: list[Source], options: Options, staging: Path, mapper: Mapper, progress: Progress
     ) -> None:
         self.sources, self.options, self.staging = sources, options, staging
-        self.workers, self.progress = workers, progress
+        self.mapper, self.progress = mapper, progress
         self.spool = staging / "spool"
         self.spool.mkdir()
 
@@ -215,7 +213,7 @@ class _Run:
         plans = self._number(parts)
         refused = self._refused(plans)
         written = self._map(write_part, [(plan,) for plan in plans], "writing")
-        _delete(self.spool)
+        shutil.rmtree(self.spool, ignore_errors=True)
         manifest = self._told(key, parts, written, refused)
         if refused:
             manifest["quarantine_sha256"] = _write_quarantine(self.staging / QUARANTINE, refused)
@@ -257,25 +255,13 @@ class _Run:
         return found
 
     def _map(self, function: Callable[..., Any], calls: list[tuple[Any, ...]], what: str) -> list[Any]:
-        """Results in order, from this process or from a pool of workers; either way the same."""
+        """The mapper's results, in order."""
         results: list[Any] = []
         self.progress(what, 0, len(calls))
-        if self.workers <= 1 or len(calls) <= 1:
-            for call in calls:
-                results.append(function(*call))
+        with closing(self.mapper(function, calls)) as coming:
+            for result in coming:
+                results.append(result)
                 self.progress(what, len(results), len(calls))
-            return results
-        context = get_context("spawn")  # workers hold no copy of the lock
-        count = min(self.workers, len(calls))
-        with ProcessPoolExecutor(count, context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
-            try:
-                with _uninterrupted():  # workers inherit it: Ctrl-C is this process's business
-                    coming = pool.map(function, *zip(*calls, strict=True))
-                for result in coming:
-                    results.append(result)
-                    self.progress(what, len(results), len(calls))
-            except BrokenProcessPool:
-                raise InputError("a worker was killed (out of memory?); run again with fewer --workers") from None
         return results
 
     def _tasks(self) -> tuple[list[Source], list[Task]]:
@@ -448,33 +434,3 @@ def _write_quarantine(path: Path, refused: list[Refusal]) -> str:
     lines = [json.dumps({**msgspec.structs.asdict(refusal), "message": str(refusal)}) for refusal in refused]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return sha256(path)
-
-
-def _delete(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore SIGINT for a moment (signals are the main thread's)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _die_with(parent: int) -> None:
-    """A worker ends with the run that started it, also when that was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -187,6 +187,8 @@ def _decode_slowly(raw: bytes) -> Clip:
         _encodable(clip, None)
     except msgspec.ValidationError as error:
         raise _explain(error) from None
+    except UnicodeEncodeError:  # in a word that is compared, a role say
+        raise _not_text(None) from None
     return clip
 
 
@@ -195,7 +197,11 @@ def _encodable(part: Clip | Turn, number: int | None) -> None:
     try:
         msgspec.json.encode(part)
     except UnicodeEncodeError:
-        raise ClipError("text", "bytes that are not UTF-8, or half a surrogate pair", "valid text", number) from None
+        raise _not_text(number) from None
+
+
+def _not_text(turn: int | None) -> ClipError:
+    return ClipError("text", "bytes that are not UTF-8, or half a surrogate pair", "valid text", turn)
 
 
 TOO_DEEP: Final = "nesting too deep to read"
@@ -477,7 +483,7 @@ def _index(path: Path, data: mmap.mmap, file: BinaryIO) -> Index:
     opening = data[start : start + 1]
     if opening == b"[":
         return _index_array(data, file)
-    if opening != b"{":
+    if opening != b"{" and not _looks_like_lines(data, start):
         found = _kind(data[start : start + 20])
         raise InputError(
             f"{path}: found {found}, expected a JSON array of clips, one clip object, or JSON Lines, as UTF-8"

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, is_inside
+from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, SEAL, is_inside, sealed
 from pipeline.terminal import plain
 
 LOCK: Final = ".lock"
@@ -118,7 +118,7 @@ def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
 
     What fails, or is interrupted, on the way is undone: the old output is back.
     """
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (staged / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
     for path in staged.rglob("*"):
         _sync(path)
     old = staged / "old"
@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest; None where there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -196,7 +196,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         how = f"run `prospect-dst preprocess ... --out {plain(folder)}`"
         raise InputError(f"no {MANIFEST} in {plain(folder)}: not a finished output; {how}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise InputError(f"{plain(path)}: not readable as JSON ({plain(e)}); {redo}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise InputError(f"{plain(path)}: not a manifest of prospect-dst (no list of shards); {redo}")
@@ -204,6 +204,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
         raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
+    if sealed(manifest) != manifest:
+        raise InputError(f"{plain(path)}: damaged or edited (its {SEAL} is not that of its content); {redo}")
     return manifest
 
 

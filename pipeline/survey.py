@@ -14,6 +14,7 @@ import hashlib
 import operator
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -96,11 +97,15 @@ class Survey:
 
 
 def survey(task: Task, recording: str) -> Survey:
-    """Decode, check and spool the clips of a part; `recording` is the pattern of recording_id."""
+    """Decode, check and spool the clips of a part; `recording` is the pattern of recording_id.
+
+    The spool is renamed into place: two tries of one part, where a cluster lost sight of the first, do not meet.
+    """
     pattern = re.compile(recording)
     refused: list[Refusal] = []
     groups = []
-    with open(task.file, "rb") as file, pa.ipc.new_file(task.spool, SPOOL) as spool, _no_gc():
+    new = f"{task.spool}.{secrets.token_hex(4)}"
+    with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, _no_gc():
         for first, last in _groups(task.spans):
             places, clips = _read(task, file.fileno(), range(first, last), refused)
             turns = _Turns(clips)
@@ -110,6 +115,7 @@ def survey(task: Task, recording: str) -> Survey:
                 pa.RecordBatch.from_arrays([*_clip_columns(clips, ids, recordings), turns.column()], schema=SPOOL)
             )
             groups.append((places, ids, recordings, [_About.of(clip) for clip in clips], turns.numbers()))
+    os.rename(new, task.spool)
     about = [one for group in groups for one in group[3]]
     fps, given, seen, votes = (np.concatenate(column) for column in zip(*[g[4] for g in groups], strict=True))
     return Survey(

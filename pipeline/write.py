@@ -8,6 +8,7 @@ row group in both tables. Costs some 100 us a clip, half of it in the Parquet en
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,11 +55,14 @@ class Written:
 
 
 def write_part(plan: Plan) -> Written:
-    """Label and write one part."""
+    """Label and write one part.
+
+    Its shards are written beside the spool and renamed into place: two tries of one part, where a cluster lost sight
+    of the first, do not meet, and a late one finds its folder gone.
+    """
     done = Written(plan.split)
     writers = {
-        table: TableWriter(Path(plan.staging) / shard_path(table, plan.split, plan.part), table)
-        for table in ("frames", "clips")
+        table: TableWriter(Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}"), table) for table in ("frames", "clips")
     }
     try:
         clips = _write_groups(plan, writers, done)
@@ -103,6 +107,9 @@ def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
 
 
 def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str, Any]:
+    """Puts a written shard into its place; its entry in the manifest."""
+    path = Path(plan.staging) / shard_path(table, plan.split, plan.part)
+    writer.path.rename(path)
     return {
         "path": shard_path(table, plan.split, plan.part),
         "table": table,
@@ -110,8 +117,8 @@ def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str,
         "part": plan.part,
         "rows": writer.rows,
         "clips": clips,
-        "bytes": writer.path.stat().st_size,
-        "sha256": sha256(writer.path),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
     }
 
 

@@ -40,7 +40,7 @@ from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
 from trainer.clips import DST, SPEAK
 from trainer.config import RunOptions, Settings, TrainConfig
-from trainer.disk import write_json
+from trainer.disk import naming, sync, write_json
 from trainer.errors import TrainerError
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.folder import read_benchmark
@@ -161,7 +161,7 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
     held, learned = hold(plan.data, plan.split), Split(plan.data, "train")
     _check_data(plan, held, learned)
     jobs = [Job(plan, arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
-    with ExitStack() as held_open:
+    with naming(plan.out), ExitStack() as held_open:
         plan.out.mkdir(parents=True, exist_ok=True)
         lock(plan.out, held_open)
         left = [job for job in jobs if not is_done(job, held, learned)]
@@ -434,5 +434,7 @@ COMPARISONS: Final = pa.schema(
 
 def _write_table(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     new = path.with_name(f".{path.name}.new")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
+    with naming(path):
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
+    sync(new)
     new.rename(path)

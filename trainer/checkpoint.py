@@ -31,7 +31,7 @@ from torch import Tensor
 
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
-from trainer.disk import sha256, sync
+from trainer.disk import naming, sha256, sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, plain_weights
 from trainer.parallel import World, shard_like, whole
@@ -97,14 +97,15 @@ def save_checkpoint(
         new = _beside(folder, "new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        model.vlm.save_pretrained(new, state_dict=weights)
-        _save(heads, new / HEADS)
-        if optimizer is not None:
-            _save(state, new / STATE)
-        tokens.save(new)
-        (new / CARD).write_text(model_card(config, info), encoding="utf-8")
-        content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
-        (new / RUN_INFO).write_text(json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
+        with naming(new):
+            _save_body(model, weights, new)
+            _save(heads, new / HEADS)
+            if optimizer is not None:
+                _save(state, new / STATE)
+            _save_tokens(tokens, new)
+            (new / CARD).write_text(model_card(config, info), encoding="utf-8")
+            content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
+            (new / RUN_INFO).write_text(json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
         sync(new / RUN_INFO)
         sync(new)
         _move_into_place(new, folder)
@@ -133,11 +134,28 @@ def _state(model: ProspectModel, optimizer: torch.optim.Optimizer, config: Train
         yield from ((f"{key}/{name}", kept[key]) for key in MOMENTS if key in kept)
 
 
+def _save_body(model: ProspectModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """The SmolVLM; its configuration says the same whether it was made here or loaded, as in a resumed run."""
+    for part in (model.vlm.config.text_config, model.vlm.config.vision_config):
+        part.dtype = model.vlm.dtype
+    try:
+        model.vlm.save_pretrained(folder, state_dict=weights)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(None, str(error), str(folder)) from None
+
+
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # a full disk among others
-        raise OSError(f"{path}: {error}") from None
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from None
+
+
+def _save_tokens(tokens: Tokens, folder: Path) -> None:
+    """The tokenizer, without where it was loaded from."""
+    for told in ("is_local", "local_files_only"):
+        tokens.tokenizer.init_kwargs.pop(told, None)
+    tokens.save(folder)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

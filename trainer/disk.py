@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError name the file that is written: write() on a full disk knows none, nor does Arrow."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            what = error.strerror or " ".join(str(error).split())
+            raise OSError(error.errno, what, str(path)) from None
+        raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `path` whole, or leave what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with naming(path):
+        new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    sync(new)
     new.rename(path)

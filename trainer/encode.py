@@ -7,23 +7,32 @@ Videos are done one by one, `batch` frames a pass, while threads decode what com
 its video is complete: a run that is killed goes on where it was, and a second run over the same data does nothing.
 bfloat16 is used only where a probe on the data's own frames stays within TOLERANCE of float32.
 
+Many machines share the work in one of two ways. As parts (`part`): each run does the videos whose names hash to
+it, and all write into one folder. Or by a `mapper` (pipeline/cluster.py: Ray), which is given a task per video.
+Either way a video is encoded alone and in the same passes, so its file has the same bytes.
+
     n frames of a pass    k tokens per frame    D length of a feature    S side in pixels
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
+import hashlib
 import math
 import os
+import re
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +55,10 @@ TOLERANCE = 2e-2  # of bfloat16: length of the difference over length of float32
 PROBED = 8  # frames, spread over the first video
 LOCK = ".lock"
 READERS = min(16, os.cpu_count() or 1)  # threads that decode
+PROBED_VIDEOS = 20  # the first of them that can be read is probed
+_LEFT = re.compile(r"\.{1,2}(.+\.safetensors)(\.[0-9a-f]{8})?(\.new)?")  # of a file that was being written
+
+Mapper = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Generator[Any]]  # (function, calls) -> results
 
 
 @dataclass
@@ -67,6 +80,13 @@ class EncodeReport:
         """Exit status: 0, or 3 where videos were refused."""
         return 3 if self.refused else 0
 
+    def add(self, other: EncodeReport) -> None:
+        """Count in what another process wrote."""
+        self.videos += other.videos
+        self.frames += other.frames
+        self.bytes += other.bytes
+        self.refused += other.refused
+
 
 def encode(
     data: Path,
@@ -78,36 +98,48 @@ def encode(
     store: str = "float16",
     batch: int = 32,
     progress: bool = True,
+    part: tuple[int, int] = (1, 1),
+    mapper: Mapper | None = None,
 ) -> EncodeReport:
     """Write the features of all videos of all splits of `data` into the folder `out`, k tokens per frame.
 
     `model`: a folder, a hub name or a run of ours. `dtype`: auto, float32 or bfloat16, to compute in; `store`:
-    float16 or float32. `progress`: a bar on stderr where that is a terminal. A video whose frames are missing, short
-    or damaged is refused, the rest is done; TrainerError where nothing is left, or an option is wrong.
+    float16 or float32. `progress`: a bar on stderr where that is a terminal. `part` (i, n): only the i-th of n shares
+    of the videos, i from 1; runs of other parts may write into `out` at the same time. `mapper` runs the tower in
+    other processes, a task per video; None: here. A video whose frames are missing, short or damaged is refused, the
+    rest is done; TrainerError where nothing is left, or an option is wrong.
     """
-    _check_options(k, dtype, store, batch)
-    videos = _videos(data)
+    _check_options(k, dtype, store, batch, part)
+    videos = _videos(data, part)
     vlm = _load(model, k)
     root = open_frames(read_manifest(data), frames_root, vision.side(vlm)).root
     source = PixelFrames(root, vision.side(vlm), cache_bytes=0)
     found, refused = _find(videos, source)
-    eye = _Eye(vlm, k, store, *_choose(vlm, k, dtype, found, source))
+    if mapper is None or dtype == "float32":
+        computed, probe = _choose(vlm, k, dtype, found, source)
+    else:
+        ((computed, probe),) = mapper(_choose_there, [(model, k, dtype, found[:PROBED_VIDEOS], source)])
+    eye = _Eye(vlm, k, store, computed, probe)
     report = EncodeReport(out, eye.computed, eye.probe, refused=refused)
     started = time.monotonic()
-    with _alone(out):
+    with _alone(out, part):
         jobs = [job for job in (_plan(video, path, out, model, eye) for video, path in found) if job is not None]
         report.skipped = len(found) - len(jobs)
+        _clear(out, jobs)
         total = sum(len(job.frames) for job in jobs)
-        with _bar(total, progress) as tick, closing(_ahead(jobs, source, batch)) as coming:
-            for job, pixels in coming:
-                _write(job, eye, pixels, tick, report)
+        with _bar(total, progress) as tick:
+            if mapper is None:
+                _do(jobs, eye, source, batch, tick, report)
+            else:
+                how = _How(model, k, store, eye.computed, eye.fingerprint, source, batch)
+                _have_done(mapper, jobs, how, tick, report)
     report.seconds = time.monotonic() - started
-    if not report.videos and not report.skipped:
+    if report.refused and not report.videos and not report.skipped:
         raise TrainerError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
     return report
 
 
-def _check_options(k: int, dtype: str, store: str, batch: int) -> None:
+def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int]) -> None:
     if k < 1 or math.isqrt(k) ** 2 != k:
         raise TrainerError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
     if dtype not in DTYPES:
@@ -116,6 +148,8 @@ def _check_options(k: int, dtype: str, store: str, batch: int) -> None:
         raise TrainerError(f"store is {store!r}, expected one of {', '.join(STORED)}")
     if batch < 1:
         raise TrainerError(f"batch is {batch}, expected above 0")
+    if not 1 <= part[0] <= part[1]:
+        raise TrainerError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
 
 
 # ---- what is to be done ------------------------------------------------------------------------------
@@ -148,15 +182,24 @@ class _Job:
     frames: npt.NDArray[np.int32]  # ascending
 
 
-def _videos(data: Path) -> list[_Video]:
-    """Every video of every split, with the frames that its clips need."""
+def _videos(data: Path, part: tuple[int, int]) -> list[_Video]:
+    """Every video of every split that falls to the part, with the frames that its clips need."""
     found: dict[tuple[str, float], _Video] = {}
     for split in dict.fromkeys(s["split"] for s in read_manifest(data)["shards"] if s["clips"]):
         for clip in Split(data, split).in_order(rate=None):
+            if _share(clip, part[1]) != part[0]:
+                continue
             video = found.setdefault((clip.video_uid, clip.fps), _Video())
-            video.clips.setdefault(clip.frames_file, clip)
+            if clip.frames_file not in video.clips:  # without what would keep its whole row group in memory
+                video.clips[clip.frames_file] = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))
             video.ranges.append((clip.start_frame, clip.end_frame))
     return list(found.values())
+
+
+def _share(clip: ClipExample, shares: int) -> int:
+    """Which of 1..shares the clip's video falls to, by its name."""
+    digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % shares + 1
 
 
 def _find(videos: Sequence[_Video], source: PixelFrames) -> tuple[list[tuple[_Video, Path]], list[str]]:
@@ -198,6 +241,15 @@ def _plan(video: _Video, path: Path, out: Path, model: str, eye: _Eye) -> _Job |
     return _Job(target, about, clip, frames if before is None else np.union1d(frames, before))
 
 
+def _clear(out: Path, jobs: Sequence[_Job]) -> None:
+    """Remove what killed runs left of files that are now ours to write."""
+    mine = {job.path for job in jobs}
+    for path in out.rglob(".*"):
+        left = _LEFT.fullmatch(path.name)
+        if left and path.with_name(left[1]) in mine:
+            path.unlink(missing_ok=True)
+
+
 def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | None:
     """Frames of a file that is as good as `about`'s would be: computed in the same type, or in float32."""
     try:
@@ -210,7 +262,7 @@ def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | No
         )
     asked, computed = about.header(), file.about.get("computed")
     told_alike = all(file.about.get(name) == asked[name] for name in asked.keys() - {"model", "revision", "computed"})
-    return file.frames if told_alike and computed in (about.computed, "float32") else None
+    return file.frames if told_alike and computed in (about.computed, "float32") and file.sound() else None
 
 
 def _bytes(path: Path) -> int:
@@ -324,6 +376,66 @@ def _sample(found: Sequence[tuple[_Video, Path]], source: PixelFrames) -> Pixels
 # ---- doing it ----------------------------------------------------------------------------------------
 
 
+def _do(
+    jobs: Sequence[_Job],
+    eye: _Eye,
+    source: PixelFrames,
+    batch: int,
+    tick: Callable[[int], None],
+    report: EncodeReport,
+) -> None:
+    with closing(_ahead(jobs, source, batch)) as coming:
+        for job, pixels in coming:
+            _write(job, eye, pixels, tick, report)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What another process needs to do a job as this one would."""
+
+    model: str
+    k: int
+    store: str
+    computed: str
+    fingerprint: str
+    source: PixelFrames
+    batch: int
+
+
+def _have_done(
+    mapper: Mapper, jobs: Sequence[_Job], how: _How, tick: Callable[[int], None], report: EncodeReport
+) -> None:
+    with closing(mapper(_do_there, [(how, report.out, job) for job in jobs])) as coming:
+        for job, done in zip(jobs, coming, strict=True):
+            report.add(done)
+            tick(len(job.frames))
+
+
+def _do_there(how: _How, out: Path, job: _Job) -> EncodeReport:
+    """In another process: one video."""
+    vlm = _kept(how.model, how.k)
+    eye = _Eye(vlm, how.k, how.store, how.computed, None)
+    if eye.fingerprint != how.fingerprint:
+        raise TrainerError(f"model is {how.model}: another tower on {os.uname().nodename}; give all machines the same")
+    report = EncodeReport(out, how.computed)
+    _do([job], eye, how.source, how.batch, lambda done: None, report)
+    return report
+
+
+def _choose_there(
+    model: str, k: int, dtype: str, found: Sequence[tuple[_Video, Path]], source: PixelFrames
+) -> tuple[str, float | None]:
+    """In another process, whose device may be another."""
+    return _choose(_kept(model, k), k, dtype, found, source)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(model: str, k: int) -> SmolVLMForConditionalGeneration:
+    """The model, loaded once by a process that has one of its machine's cores to itself, and perhaps a GPU."""
+    torch.set_num_threads(1)
+    return _load(model, k)
+
+
 class _Refused(Exception):
     """A video whose frames can't be read; its text is a TrainerError's."""
 
@@ -334,13 +446,16 @@ def _write(job: _Job, eye: _Eye, pixels: Iterator[Pixels], tick: Callable[[int],
             tick(len(features))
             yield features
 
+    new = job.path.with_name(f".{job.path.name}.{secrets.token_hex(4)}")  # a name of its own: see Mapper's retries
     try:
-        report.bytes += write_features(job.path, job.about, job.frames, eye.width, counted())
+        size = write_features(new, job.about, job.frames, eye.width, counted())
+        new.replace(job.path)
     except _Refused as error:
         report.refused.append(f"video {job.about.video_uid}: {error}")
         return
     report.videos += 1
     report.frames += len(job.frames)
+    report.bytes += size
 
 
 def _passes(job: _Job, batch: int) -> list[npt.NDArray[np.int32]]:
@@ -390,15 +505,35 @@ def _pixels(source: PixelFrames, clip: ClipExample, frames: npt.NDArray[np.int32
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder's lock; the kernel gives it back, however a run ends."""
+def _alone(out: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
+    """Holds the folder's lock, or its part's share of it; the kernel gives it back, however a run ends."""
+    number, parts = part
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainerError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+    with ExitStack() as stack:
+        whole = stack.enter_context((out / LOCK).open("a+"))  # readable, too: NFS wants that of a shared lock
+        if parts == 1:
+            _take(whole, fcntl.LOCK_EX, f"{out}: another run is writing there")
+        else:
+            _take(whole, fcntl.LOCK_SH, f"{out}: another run, without --part, is writing there")
+            mine = stack.enter_context((out / f"{LOCK}-{number}-of-{parts}").open("a+"))
+            _take(mine, fcntl.LOCK_EX, f"{out}: another run is writing part {number}/{parts}")
+            _refuse_other_shares(out, parts)
         yield
+
+
+def _refuse_other_shares(out: Path, parts: int) -> None:
+    """Two ways to share the videos at a time would meet at one of them."""
+    for path in out.glob(f"{LOCK}-*-of-*"):
+        if not path.name.endswith(f"-of-{parts}"):
+            with path.open("a+") as lock:
+                _take(lock, fcntl.LOCK_SH, f"{out}: a run of another number of parts ({path.name}) is writing there")
+
+
+def _take(lock: IO[str], how: int, taken: str) -> None:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TrainerError(f"{taken}; wait for it, or choose another --out") from None
 
 
 @contextmanager

@@ -5,7 +5,8 @@ at 256M (k = 1, float16), where the connector's output would be 1 KB; 256M's pix
 takes seconds of a CPU core. Files are memory-mapped; a window reads its own rows and nothing else.
 
 A file names the tower that made it (a fingerprint of its weights): features of another one are refused, not
-trained on. It is written beside its place and renamed: whatever lies there is whole.
+trained on. It is written beside its place and renamed: whatever lies there is whole. A checksum per frame is compared
+when the frame is read: a byte that changed since is an error, not another number.
 
     F frames asked for    N frames of a file    k tokens per frame    D length of a feature
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -27,10 +29,11 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.schema import is_inside
 from trainer.clips import ClipExample
+from trainer.disk import naming
 from trainer.errors import TrainerError
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
-FORMAT = "1"
+FORMAT = "2"
 STORED = {"float16": "F16", "float32": "F32"}  # numpy's name, safetensors' name
 OPEN_FILES = 64
 
@@ -75,15 +78,16 @@ def write_features(
     new = path.with_name(f".{path.name}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with new.open("wb") as file:
+        with naming(path), new.open("wb") as file:
             file.write(_header(about, len(frames), width))
             file.write(frames.astype("<i4").tobytes())
-            rows = 0
+            sums: list[int] = []
             for block in blocks:
                 assert (*block.shape[1:], block.dtype) == (about.k, width, about.stored)
                 file.write(np.ascontiguousarray(block).data)
-                rows += len(block)
-            assert rows == len(frames)
+                sums += _checksums(block, frames[len(sums) :])
+            assert len(sums) == len(frames)
+            file.write(np.array(sums, "<u4").tobytes())
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
@@ -96,13 +100,20 @@ def write_features(
 def _header(about: Provenance, count: int, width: int) -> bytes:
     shape = [count, about.k, width]
     ends = [4 * count, 4 * count + math.prod(shape) * np.dtype(about.stored).itemsize]
+    ends.append(ends[1] + 4 * count)
     tensors = {
         "frames": {"dtype": "I32", "shape": [count], "data_offsets": [0, ends[0]]},
-        "features": {"dtype": STORED[about.stored], "shape": shape, "data_offsets": ends},
+        "features": {"dtype": STORED[about.stored], "shape": shape, "data_offsets": ends[:2]},
+        "checksums": {"dtype": "U32", "shape": [count], "data_offsets": ends[1:]},
     }
     text = json.dumps({"__metadata__": about.header(), **tensors}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _checksums(block: Features, frames: npt.NDArray[np.int32]) -> list[int]:
+    """CRC-32 of each of the block's frames, its number with it."""
+    return [zlib.crc32(row.data, int(n)) for row, n in zip(np.ascontiguousarray(block), frames, strict=False)]
 
 
 class FeatureFile(NamedTuple):
@@ -111,6 +122,18 @@ class FeatureFile(NamedTuple):
     about: dict[str, str]  # Provenance.header()
     frames: npt.NDArray[np.int32]  # [N] absolute numbers, ascending
     features: Any  # a slice of safetensors: [N, k, D], memory-mapped
+    checksums: npt.NDArray[np.uint32]  # [N]
+
+    def rows(self, first: int, end: int) -> Features | None:
+        """[end - first, k, D]; None where one of them is not what was written."""
+        found: Features = self.features[first:end]
+        same = _checksums(found, self.frames[first:end]) == self.checksums[first:end].tolist()
+        return found if same else None
+
+    def sound(self) -> bool:
+        """Whether every frame is what was written; reads all of the file, some at a time."""
+        count = len(self.frames)
+        return all(self.rows(at, min(at + 256, count)) is not None for at in range(0, count, 256))
 
 
 def open_features(path: Path) -> FeatureFile:
@@ -118,12 +141,16 @@ def open_features(path: Path) -> FeatureFile:
     try:
         file = safe_open(path, framework="numpy")
         about, frames, features = file.metadata() or {}, file.get_tensor("frames"), file.get_slice("features")
+        checksums = file.get_tensor("checksums") if about.get("format") == FORMAT else None
     except (OSError, SafetensorError) as error:
         raise TrainerError(f"{path}: no features ({error}); run prospect-dst encode") from None
-    if about.get("format") != FORMAT or len(frames) != features.get_shape()[0]:
+    if checksums is None:
         found = about.get("format", "none")
         raise TrainerError(f"{path}: features of format {found}, expected {FORMAT}; delete it, run prospect-dst encode")
-    return FeatureFile(about, frames, features)
+    kinds, shape = (frames.dtype, checksums.dtype), features.get_shape()
+    if kinds != (np.int32, np.uint32) or len(shape) != 3 or not frames.shape == checksums.shape == (shape[0],):
+        raise TrainerError(f"{path}: damaged (its parts do not fit together); delete it, run prospect-dst encode")
+    return FeatureFile(about, frames, features, checksums)
 
 
 class CachedFeatures:
@@ -142,7 +169,11 @@ class CachedFeatures:
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
         """[F, k, D], in the type that is stored (float32 where it is pooled on the way)."""
         file, first = self._find(clip, start, end)
-        return _pool(file.features[first : first + end - start], self.k)
+        found = file.rows(first, first + end - start)
+        if found is None:
+            path, mend = feature_path(self.folder, clip.video_uid, clip.fps), "delete it, run prospect-dst encode"
+            raise TrainerError(f"{path}: damaged in the frames {start} to {end - 1} (checksums differ); {mend}")
+        return _pool(found, self.k)
 
     def check(self, clip: ClipExample) -> None:
         """TrainerError unless every frame of the clip is there."""
@@ -169,15 +200,21 @@ class CachedFeatures:
                     f"clip {clip.clip_id}: no features of its video at {path}; run prospect-dst encode on this data"
                 )
             file = open_features(path)
-            self._check(path, file)
+            self._check(path, file, clip)
             self._open[path] = file
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
         return self._open[path]
 
-    def _check(self, path: Path, file: FeatureFile) -> None:
+    def _check(self, path: Path, file: FeatureFile, clip: ClipExample) -> None:
         about, (_, k, _) = file.about, file.features.get_shape()
+        told, asked = (about.get("video_uid"), about.get("fps")), (clip.video_uid, str(clip.fps))
+        if told != asked:
+            raise TrainerError(
+                f"{path}: of the video {told[0]} at {told[1]} fps, expected {asked[0]} at {asked[1]}; "
+                f"delete it, run prospect-dst encode"
+            )
         if about.get("fingerprint") != self.fingerprint:
             raise TrainerError(
                 f"{path}: made by the vision tower {about.get('fingerprint')} ({about.get('model')}), but this "

@@ -11,6 +11,9 @@ each, so a small data set is decoded once and kept (up to `cache_bytes`, first c
 epoch-wise access an LRU that is too small would never hit). At 512x512 a frame is 786 KB and decoding costs
 milliseconds: run the tower once instead (`encode`) and train from its features.
 
+A hostile file is refused in one line before it costs much: what it says of its sizes is held against the bounds here
+and in `pipeline.schema`, and against the file. One picture takes at most 0.5 GB; one frame of a video MOST_S.
+
     F frames    S side of the model's square input in pixels
 """
 
@@ -19,6 +22,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +31,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image, ImageOps
 
-from pipeline.schema import MANIFEST, VIDEOS, find_frames, images_in, open_video, video_times
+from pipeline.schema import (
+    MANIFEST,
+    MAX_BYTES,
+    MAX_PIXELS,
+    VIDEOS,
+    ArrowFrames,
+    find_frames,
+    images_in,
+    open_video,
+    regular,
+    video_times,
+)
 from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 
@@ -37,11 +52,16 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
 Pixels = npt.NDArray[np.uint8]
-MAX_PIXELS = 32_000_000  # of one frame before it is decoded: eight times 4 MP, far below a decompression bomb
+MAX_SIDE = 16_384  # pixels: a picture of 1 x 32M takes three times the memory
+MAX_SCANS = 100  # of a JPEG: ten are usual; 100,000, each a pass over all pixels, fit into 8 MB and take minutes
+MOST_S = 120.0  # to decode up to one frame that is asked for: minutes of full HD without a keyframe, on two cores
 DECODERS = 4  # threads of one open video
 WORTH_A_JUMP = 60  # pictures: decoding fewer costs less than seeking past them
 TRIED_KEYS = 3
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+_KEYFRAMES = "give it keyframes: ffmpeg -i IT -c:v libx264 -g 60 OUT.mp4"
 UNDECODABLE = (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it says of an odd file is no line of ours
 
 
 class FrameSource(Protocol):
@@ -113,7 +133,7 @@ class PixelFrames:
         if cached is not None:
             return cached
         try:
-            pixels = _fit(opened.image(number, fps), self.side)
+            pixels = fit(opened.image(number, fps), self.side)
         except UNDECODABLE as error:
             raise TrainerError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
         if len(self._cache) < self._cache_frames:
@@ -122,7 +142,7 @@ class PixelFrames:
 
     def _opened(self, path: Path) -> _Opened:
         if path not in self._open:
-            self._open[path] = _open(path)
+            self._open[path] = open_file(path)
             if len(self._open) > self._open_files:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
@@ -151,27 +171,36 @@ def open_frames(manifest: dict[str, Any], root: Path | None, side: int) -> Pixel
 
 def decode(text: str, side: int) -> Pixels:
     """uint8 [3, S, S] from a base64 JPEG: centre-cropped, then resized. Raises ValueError, OSError."""
-    return _fit(_read_base64(text), side)
+    return fit(_read_base64(text), side)
 
 
-def _read_base64(text: str) -> Image.Image:
-    return _read_image(io.BytesIO(base64.b64decode(text, validate=True)), "JPEG")
+def _read_base64(text: str | memoryview) -> Image.Image:
+    if len(text) > 4 * MAX_BYTES // 3:
+        raise ValueError(f"{len(text):,} characters, at most {4 * MAX_BYTES // 3:,} are read")
+    return _read_image(base64.b64decode(text, validate=True), "JPEG")
 
 
-def _fit(image: Image.Image, side: int) -> Pixels:
+def fit(image: Image.Image, side: int) -> Pixels:
     square = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def _read_image(file: Any, *formats: str) -> Image.Image:
-    with Image.open(file, formats=formats) as image:
-        _check_size(image.width, image.height)
+def _read_image(content: bytes, *formats: str) -> Image.Image:
+    _check_scans(content)
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        check_size(image.width, image.height)
         return image.convert("RGB")
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded")
+def check_size(width: int, height: int) -> None:
+    """ValueError for a picture that is not to be decoded."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded, {MAX_SIDE} a side")
+
+
+def _check_scans(content: bytes) -> None:
+    if content[:2] == _JPEG and content.count(_SCAN) > MAX_SCANS:
+        raise ValueError(f"a JPEG of {content.count(_SCAN):,} scans, at most {MAX_SCANS} are decoded")
 
 
 # ---- the three kinds of files ------------------------------------------------------------------------
@@ -189,7 +218,7 @@ class _Opened(Protocol):
     def close(self) -> None: ...
 
 
-def _open(path: Path) -> _Opened:
+def open_file(path: Path) -> _Opened:
     """TrainerError where it is not what its name says."""
     try:
         if path.is_dir():
@@ -202,30 +231,19 @@ def _open(path: Path) -> _Opened:
 
 
 class _Arrow:
-    """Memory-mapped: only the rows that are read are ever loaded."""
-
     wrong = "no base64 JPEG"
 
     def __init__(self, path: Path) -> None:
-        try:
-            source = pa.memory_map(str(path))
-            is_file_format = source.read(6) == b"ARROW1"
-            source.seek(0)
-            table = (pa.ipc.open_file if is_file_format else pa.ipc.open_stream)(source).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise TrainerError(f"{path}: not an Arrow IPC file ({error}); get the file again") from None
-        if "frame" not in table.column_names:
-            raise TrainerError(f"{path}: columns {', '.join(table.column_names)}, expected one named frame")
-        self._column: pa.ChunkedArray = table["frame"]
+        self._rows = ArrowFrames(path)
 
     def count(self, fps: float) -> int:
-        return len(self._column)
+        return len(self._rows)
 
     def image(self, number: int, fps: float) -> Image.Image:
-        return _read_base64(self._column[number].as_py())
+        return _read_base64(self._rows.row(number))
 
     def close(self) -> None:
-        del self._column
+        del self._rows
 
 
 class _Images:
@@ -238,7 +256,11 @@ class _Images:
         return len(self._files)
 
     def image(self, number: int, fps: float) -> Image.Image:
-        return _read_image(self._files[number], "JPEG", "PNG")
+        file = self._files[number]
+        size = regular(file).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_BYTES:,} are read")
+        return _read_image(file.read_bytes(), "JPEG", "PNG")
 
     def close(self) -> None:
         self._files = []
@@ -253,6 +275,7 @@ class _Video:
     _shown: VideoFrame | None
     _next: tuple[int, VideoFrame] | None  # decoded, but not yet asked for
     _coming: Iterator[tuple[int, VideoFrame]]
+    _deadline: float  # of time.monotonic, for the frame that is asked for
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -266,12 +289,13 @@ class _Video:
     def image(self, number: int, fps: float) -> Image.Image:
         import av
 
+        self._deadline = time.monotonic() + MOST_S
         try:
             picture = self._picture(self._times.picture(number, fps))
         except (av.FFmpegError, ValueError) as error:
             self._at = len(self._times.pts)  # the decoder is lost: the next call seeks
             raise ValueError(getattr(error, "strerror", None) or str(error)) from None
-        _check_size(picture.width, picture.height)
+        check_size(picture.width, picture.height)
         image = picture.to_image()
         return image.rotate(picture.rotation, expand=True) if picture.rotation else image
 
@@ -309,7 +333,7 @@ class _Video:
         self._container.close()
         self._container, self._stream = open_video(self._path)
         codec = self._stream.codec_context
-        _check_size(codec.width, codec.height)
+        check_size(codec.width, codec.height)
         codec.options = {"max_pixels": str(MAX_PIXELS)}
         codec.thread_type, codec.thread_count = "AUTO", DECODERS
         self._go_on(0)
@@ -320,7 +344,7 @@ class _Video:
 
     def _decoded(self, key: int) -> Iterator[tuple[int, VideoFrame]]:
         """(place in time, picture) from the decoder; those before `key` lack what they are built on."""
-        for picture in self._container.decode(self._stream):
+        for picture in self._pictures():
             if picture.pts is None:
                 raise ValueError("a picture without a time")
             place = int(np.searchsorted(self._times.pts, picture.pts, side="right")) - 1
@@ -329,3 +353,12 @@ class _Video:
             if picture.is_corrupt:
                 raise ValueError(f"picture {place} of the file is damaged")
             yield place, picture
+
+    def _pictures(self) -> Iterator[VideoFrame]:
+        is_jpeg = self._stream.codec_context.name == "mjpeg"
+        for packet in self._container.demux(self._stream):
+            if time.monotonic() > self._deadline:
+                raise ValueError(f"{MOST_S:g} seconds were not enough to decode up to it; {_KEYFRAMES}")
+            if is_jpeg:
+                _check_scans(bytes(packet))
+            yield from packet.decode()

@@ -27,7 +27,23 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.schema import MANIFEST, NOT_SAMPLED, ROLES, SCHEMA_HASH, SCHEMA_VERSION, draws, is_inside
+from pipeline.schema import (
+    CLIPS,
+    FRAMES,
+    MANIFEST,
+    NOT_SAMPLED,
+    POSITIVES,
+    ROLES,
+    SCHEMA_HASH,
+    SCHEMA_VERSION,
+    SEAL,
+    STATES,
+    TRANSITIONS,
+    draws,
+    is_inside,
+    sealed,
+    shard_path,
+)
 from trainer.clips import ClipExample, ClipLabels, LabelRule, Labels, Turn, epoch_labels, onset_rest
 from trainer.disk import sha256
 from trainer.errors import TrainerError
@@ -66,14 +82,29 @@ def read_manifest(data: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest["schema_version"], manifest["schema_hash"])
-        needed = ("path", "table", "split", "part", "clips", "bytes", "sha256")
-        _ = manifest["splits"], [shard[key] for shard in manifest["shards"] for key in needed]
-    except (ValueError, KeyError, TypeError) as error:
+        for shard in manifest["shards"]:
+            _check_entry(shard)
+        _ = [manifest["splits"][shard["split"]] for shard in manifest["shards"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainerError(f"{path}: not a manifest ({error!r}); run preprocess again") from None
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         expected = f"schema {SCHEMA_VERSION} {SCHEMA_HASH}"
         raise TrainerError(f"{path}: schema {found[0]} {found[1]}, expected {expected}; run preprocess again")
+    if sealed(manifest) != manifest:
+        raise TrainerError(f"{path}: damaged or edited ({SEAL} is not that of its content); run preprocess again")
     return dict(manifest)
+
+
+def _check_entry(shard: dict[str, Any]) -> None:
+    """ValueError (KeyError, TypeError) unless this can be a shard's entry in the manifest."""
+    kinds = {"path": str, "table": str, "split": str, "part": int, "clips": int, "bytes": int, "sha256": str}
+    for name, kind in kinds.items():
+        if type(shard[name]) is not kind:
+            raise ValueError(f"a shard's {name} is {shard[name]!r}")
+    if shard["table"] not in ("frames", "clips") or shard["clips"] < 0 or shard["part"] < 0:
+        raise ValueError(f"a shard of table {shard['table']!r}, part {shard['part']}, {shard['clips']} clips")
+    if shard["path"] != shard_path(shard["table"], shard["split"], shard["part"]):
+        raise ValueError(f"{shard['table']} part {shard['part']} of {shard['split']} at {shard['path']!r}")
 
 
 def _verify(data: Path, shard: dict[str, Any]) -> Path:
@@ -132,11 +163,18 @@ class Split:
         if not sum(s["clips"] for s in shards):
             raise TrainerError(_no_such_split(data, split, self.manifest))
         paths = {(s["table"], s["part"]): _verify(data, s) for s in shards}
+        if len(paths) < len(shards):
+            raise TrainerError(f"{data / MANIFEST}: lists a shard of {split} twice; run preprocess again")
         digest = "".join(sorted(f"{s['path']} {s['sha256']}\n" for s in shards))
         self.key = hashlib.sha256(digest.encode()).hexdigest()[:16]
         parts = sorted({s["part"] for s in shards})
         self.groups = [g for part in parts for g in _row_groups(paths, part)]
         self.sizes = [group.num_clips for group in self.groups]
+        if 2 * sum(self.sizes) != sum(s["clips"] for s in shards):
+            told, there = sum(s["clips"] for s in shards if s["table"] == "clips"), sum(self.sizes)
+            raise TrainerError(
+                f"{data / MANIFEST}: {told} clips of {split}, but its shards hold {there}; run preprocess again"
+            )
         self._starts = [0, *accumulate(self.sizes)]  # the first clip of each group
         self._checked: set[int] = set()  # groups whose stored labels proved to be the draw's
         self._forget()
@@ -209,6 +247,8 @@ class Split:
         if number not in self._open:
             while len(self._open) >= WINDOW_GROUPS:
                 self._open.popitem(last=False)
+            if number not in self._checked:
+                _check_rows(self.groups[number], self._starts[number])
             group = _Group(self.groups[number], self._starts[number])
             if number not in self._checked:
                 group.check_draw()
@@ -231,7 +271,7 @@ def _row_groups(paths: dict[tuple[str, int], Path], part: int) -> list[_RowGroup
         frames, clips = paths["frames", part], paths["clips", part]
     except KeyError as missing:
         raise TrainerError(f"{MANIFEST}: part {part} has no {missing.args[0][0]} shard; run preprocess again") from None
-    footer, other = pq.read_metadata(clips), pq.read_metadata(frames)
+    footer, other = _footer(clips, CLIPS), _footer(frames, FRAMES)
     if footer.num_row_groups != other.num_row_groups:
         raise TrainerError(
             f"{frames}: {other.num_row_groups} row groups, expected {footer.num_row_groups} as in {clips}; "
@@ -241,6 +281,99 @@ def _row_groups(paths: dict[tuple[str, int], Path], part: int) -> list[_RowGroup
         _RowGroup(frames, clips, i, footer.row_group(i).num_rows)
         for i in range(footer.num_row_groups)
     ]  # fmt: skip
+
+
+def _footer(path: Path, expected: pa.Schema) -> pq.FileMetaData:
+    """What a shard says of itself; TrainerError where its columns are not the schema's."""
+    try:
+        with pq.ParquetFile(path) as file:
+            found, footer = file.schema_arrow, file.metadata
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+    if not found.equals(expected):
+        wrong = [name for name in expected.names if found.get_all_field_indices(name) != [expected.names.index(name)]]
+        wrong += [field.name for field in found if field not in expected]
+        raise TrainerError(f"{path}: column {(wrong or ['order'])[0]} is not the schema's; run preprocess again")
+    return footer
+
+
+def _unreadable(path: Path, error: Exception) -> TrainerError:
+    return TrainerError(f"{path}: can't be read ({' '.join(str(error).split())}); run preprocess again")
+
+
+# ---- one row group, before it is used ----------------------------------------------------------------
+
+_TURN = "turns.list.element"
+_WORDS = {  # a column of words and those that there are
+    f"{_TURN}.role": ROLES,
+    f"{_TURN}.updates.list.element.transition": tuple(TRANSITIONS),
+    "initial_state.list.element.state": STATES,
+    "positive": POSITIVES,
+}
+_CHECKED = (
+    *("clip_id", "clip", "start_frame", "end_frame", "num_frames", "fps", "neg_rate"),
+    *(f"{_TURN}.start_frame", f"{_TURN}.end_frame", *_WORDS),
+)
+
+
+def _check_rows(where: _RowGroup, first_clip: int) -> None:
+    """TrainerError, naming the file, unless the rows say what rows of shards can say, and frames and clips agree."""
+    clips = _read(where.clips, where.index, _CHECKED, dictionaries=list(_WORDS))
+    frames = _read(where.frames, where.index, ("clip_id", "clip", "frame"), dictionaries=["clip_id"])
+    start, end, size = (_array(clips[name]).astype(np.int64) for name in ("start_frame", "end_frame", "num_frames"))
+    number = first_clip + np.arange(len(start))
+    fps, rate = _array(clips["fps"]), _array(clips["neg_rate"])
+    turns = _flat(clips["turns"])[1]
+    begins, ends = (np.from_dlpack(turns.field(name).fill_null(_NO_FRAME)) for name in ("start_frame", "end_frame"))
+    checks = {
+        "clip is not the clip's place in its split": _array(clips["clip"]) == number,
+        "start_frame, end_frame, num_frames are no range": (start >= 0) & (size > 0) & (size == end - start),
+        "fps is no positive number": np.isfinite(fps) & (fps > 0),
+        "neg_rate is no rate": (rate >= 0) & (rate <= 1),
+    }
+    for what, right in checks.items():
+        if not right.all():
+            raise _wrong(where.clips, where.index, f"{what} (row {int(np.argmin(right))})")
+    if ((begins < 0) != (ends < 0)).any() or (begins < -1).any() or (ends < begins).any():
+        raise _wrong(where.clips, where.index, "a turn's start_frame and end_frame are no range")
+    for name, known in _WORDS.items():
+        if unknown := _words(clips, name) - set(known):
+            raise _wrong(where.clips, where.index, f"{name.rpartition('.')[2]} {sorted(unknown)[0]!r} is not known")
+    if len(frames) != size.sum():
+        raise TrainerError(
+            f"{where.frames} row group {where.index}: {len(frames)} frames, expected {size.sum()} as its clips say; "
+            f"run preprocess again"
+        )
+    owner = np.repeat(np.arange(len(size)), size)
+    at = np.arange(len(frames)) - np.repeat(np.cumsum(size) - size, size) + start[owner]
+    agree = (_array(frames["clip"]) == number[owner]) & (_array(frames["frame"]) == at)
+    if not (agree.all() and _same_ids(frames["clip_id"], clips["clip_id"], owner)):
+        raise _wrong(where.frames, where.index, "clip_id, clip and frame are not those of its clips")
+
+
+def _wrong(path: Path, row_group: int, what: str) -> TrainerError:
+    return TrainerError(f"{path} row group {row_group}: {what}; run preprocess again")
+
+
+def _words(clips: pa.Table, name: str) -> set[str]:
+    """The different texts of a column, nested or not, that was read with dictionaries."""
+    column = clips[name.partition(".")[0]]
+    for part in name.split(".")[1:]:
+        if part == "list":
+            column = _flat(column)[1]
+        elif part != "element":
+            column = column.field(part)
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return {text for chunk in chunks for text in chunk.dictionary.to_pylist()}
+
+
+def _same_ids(of_frames: pa.ChunkedArray, of_clips: pa.ChunkedArray, owner: npt.NDArray[np.int64]) -> bool:
+    """Whether each frame has its clip's id."""
+    found = of_frames.unify_dictionaries().combine_chunks()
+    names = found.dictionary.to_pylist()
+    code = {name: number for number, name in enumerate(names)}
+    expected = np.array([code.get(name, -1) for name in of_clips.to_pylist()], np.int64)
+    return bool((np.from_dlpack(found.indices) == expected[owner]).all())
 
 
 # ---- one row group in memory -------------------------------------------------------------------------
@@ -276,11 +409,6 @@ class _Group:
 
     def _rule(self, clips: pa.Table) -> LabelRule:
         sizes = _array(clips["num_frames"]).astype(np.int64)
-        if sizes.sum() != self.stored.shape[1]:
-            raise TrainerError(
-                f"{self.where.frames} row group {self.where.index}: {self.stored.shape[1]} frames, expected "
-                f"{sizes.sum()} as its clips say; run preprocess again"
-            )
         owner = np.repeat(np.arange(len(sizes)), np.diff(self._turn_at))
         updates = np.bincount(owner[self._turns[:, 0] == ROLES.index("DST_UPDATE")], minlength=len(sizes))
         onset = np.array(clips["positive"].to_pylist()) == "onset"
@@ -388,8 +516,11 @@ def _read(
     path: Path, row_group: int, columns: Sequence[str] = (), dictionaries: Sequence[str] | None = None
 ) -> pa.Table:
     """One row group, whole or some columns; without Arrow's threads, which gain nothing and are a pool per worker."""
-    with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
-        return file.read_row_group(row_group, columns=list(columns) or None, use_threads=False)
+    try:
+        with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
+            return file.read_row_group(row_group, columns=list(columns) or None, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
 
 
 def _array(column: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -153,6 +153,7 @@ def fresh(split: Split, config: TrainConfig) -> Setup:
         "labels": _label_counts(statistics.counts),
         "positive_rates": rates,
         "neg_rate": statistics.neg_rate,
+        "fps": next(split.in_order()).fps,
     }
     return Setup(ProspectModel(vlm, heads, config, tokens.end), tokens, info)
 

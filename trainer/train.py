@@ -37,6 +37,7 @@ from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
+from trainer.disk import naming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.frames import FrameSource
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum, targets
@@ -328,7 +329,7 @@ def train(
     """
     options = options or RunOptions()
     find_logger(options.logger)
-    with join() as world, ExitStack() as held:
+    with naming(run), join() as world, ExitStack() as held:
         split = Split(data, "train")
         held_out, note = _open_eval(data, split, config)
         begun = options_of(config, split, held_out, features)

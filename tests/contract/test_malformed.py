@@ -627,6 +627,21 @@ def test_bad_file_beside_a_good_one_is_named(name: str, tmp_path: Path):
         one_line(ran, "train_bad.json")
 
 
+@pytest.mark.parametrize("first", [b"NaN" + TB, b'"' + TB, b"},{" + TB, b"\0", TB[1:], b"\xff\xfe", b"x"])
+def test_a_first_line_that_begins_like_nothing_costs_no_other_line(first: bytes, tmp_path: Path):
+    ran, out = run(tmp_path, b"\n".join((first, TA, TC)))
+    assert ran.status == 3, ran.err
+    kept_well(out, [A, C])
+    assert [line["clip"] for line in quarantine(out)] == [0]
+
+
+def test_half_a_character_in_a_role_costs_its_clip_alone(tmp_path: Path):
+    ran, out = run(tmp_path, array(TA, TB.replace(b'"role": "', b'"role": "\xb8', 1), TC))
+    assert ran.status == 3, ran.err
+    kept_well(out, [A, C])
+    assert "UTF-8" in quarantine(out)[0]["found"]
+
+
 def test_mixed_conventions_show_the_votes(tmp_path: Path):
     """Half event, half window, in one file: no rule reaches 90%."""
     turns = [

@@ -25,6 +25,7 @@ from pipeline.schema import (
     draws,
     rate_threshold,
     sampling_seed,
+    sealed,
     shard_path,
 )
 from trainer.clips import ClipExample, Turn
@@ -155,7 +156,7 @@ def write_shards(
         "splits": {split: {"clips": len(clips)} for split, clips in splits.items()},
         "shards": shards,
     }
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return out
 
 

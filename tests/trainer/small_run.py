@@ -17,7 +17,6 @@ from trainer.train import train
 CONFIG = TrainConfig(
     steps=10, clips_per_step=3, warmup_steps=2, max_tokens=200, micro_batch_tokens=120, eval_every=4
 )  # three packs a step, four epochs and a bit
-WEIGHTS = ("last/model.safetensors", "last/heads.safetensors", "last/state.safetensors", "best/model.safetensors")
 
 
 def clip(i: int, split: str = "train", **more):
@@ -75,4 +74,5 @@ def curve(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in WEIGHTS}
+    """All files of both checkpoints: weights, optimizer, options, tokenizer."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("[lb]*/*"))}

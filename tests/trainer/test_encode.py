@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -72,7 +75,7 @@ def shards(out, clips, root):
 
 
 def files(out) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if path.name != module.LOCK)
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith(module.LOCK))
 
 
 def live(vlm, root, video, frames, k=1) -> np.ndarray:
@@ -231,6 +234,95 @@ def test_two_runs_do_not_write_into_one_folder(model, data, tmp_path):
     assert encode(data, tmp_path / "out", model).videos == 3
 
 
+@pytest.mark.parametrize("parts", [2, 7])
+def test_the_parts_together_write_what_one_run_writes(model, data, tmp_path, parts):
+    encode(data, tmp_path / "whole", model, batch=3)
+    reports = [encode(data, tmp_path / "parts", model, batch=3, part=(i + 1, parts)) for i in range(parts)]
+    assert sum(report.videos for report in reports) == 3  # none twice, also where parts are left without any
+    assert [report.refused for report in reports] == [[]] * parts
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    for name in files(tmp_path / "whole"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert encode(data, tmp_path / "parts", model).skipped == 3
+
+
+def test_which_part_a_video_falls_to_never_changes():
+    """By SHA-256 of 'v0 2': another rule would leave videos out where an array is run again by another version."""
+    digests = {name: int(hashlib.sha256(f"{name} 2".encode()).hexdigest()[:16], 16) for name in NEEDED}
+    assert [module._share(clip_example([], video=name), 1000) for name in NEEDED] == [
+        digest % 1000 + 1 for digest in digests.values()
+    ]
+
+
+def test_parts_write_into_one_folder_at_once_but_no_part_twice(model, data, tmp_path):
+    out = tmp_path / "out"
+    with module._alone(out, (1, 2)):
+        assert encode(data, out, model, part=(2, 2)).refused == []
+        with pytest.raises(TrainerError, match="out: another run is writing part 1/2; wait for it"):
+            encode(data, out, model, part=(1, 2))
+        with pytest.raises(TrainerError, match="out: another run is writing there; wait for it"):
+            encode(data, out, model)
+        with pytest.raises(TrainerError, match=r"a run of another number of parts \(\.lock-1-of-2\) is writing there"):
+            encode(data, out, model, part=(1, 3))
+    with module._alone(out), pytest.raises(TrainerError, match="another run, without --part, is writing there"):
+        encode(data, out, model, part=(1, 2))
+    encode(data, out, model, part=(1, 3))
+
+
+def test_what_a_killed_part_left_goes_with_its_next_run_and_other_parts_files_stay(model, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shares = {name: module._share(clip_example([], video=name), 4) for name in NEEDED}
+    assert shares == {"v0": 1, "v1": 1, "v2": 3}
+    for name in NEEDED:
+        for left in (".{}.new", ".{}.0123abcd", "..{}.0123abcd.new"):
+            (out / left.format(f"{name}.2fps.safetensors")).write_bytes(b"half")
+    (out / ".mine").write_bytes(b"not ours")
+    encode(data, out, model, part=(1, 4))
+    left = {path.name.strip(".")[:2] for path in out.iterdir() if path.name.startswith((".v", "..v"))}
+    assert left == {"v2"}
+    encode(data, out, model, part=(3, 4))
+    assert files(out) == [".mine", *(f"{name}.2fps.safetensors" for name in NEEDED)]
+
+
+def told(report) -> tuple:
+    """All but where and how long; Pillow names an object's address."""
+    refused = [re.sub("0x[0-9a-f]+", "0x", why) for why in report.refused]
+    return report.videos, report.frames, report.bytes, report.skipped, refused, report.computed, report.probe
+
+
+def test_a_mapper_gets_a_task_per_video_and_the_result_is_the_same(model, root, data, tmp_path):
+    """Each task in a process that knows nothing: what it needs goes through pickle. One is done by two at a time."""
+    (root / "v2" / "0006.png").write_bytes(b"no image")
+    expected = encode(data, tmp_path / "here", model, batch=2)
+    called = []
+
+    def mapper(function, calls):
+        for call in calls:
+            called.append(function.__name__)
+            found = [pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(call))))) for _ in range(2)]
+            assert len({str(told(one)) if isinstance(one, module.EncodeReport) else one for one in found}) == 1
+            yield found[1]
+
+    report = encode(data, tmp_path / "there", model, batch=2, mapper=mapper)
+    assert called == ["_choose_there", *["_do_there"] * 3]
+    assert told(report) == told(expected)
+    assert files(tmp_path / "there") == files(tmp_path / "here") == ["v0.2fps.safetensors", "v1.2fps.safetensors"]
+    for name in files(tmp_path / "here"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def test_a_machine_with_another_tower_is_refused(model, data, tmp_path):
+    def mapper(function, calls):
+        for call in calls:
+            how = dataclasses.replace(call[0], fingerprint="0" * 16)
+            yield function(how, *call[1:])
+
+    with pytest.raises(TrainerError, match=f"model is {model}: another tower on .*; give all machines the same"):
+        encode(data, tmp_path / "out", model, dtype="float32", mapper=mapper)
+    assert files(tmp_path / "out") == []
+
+
 def test_a_run_of_ours_is_a_model(vlm, data, tmp_path):
     vlm.save_pretrained(tmp_path / "run" / "last")
     assert encode(data, tmp_path / "out", str(tmp_path / "run")).videos == 3
@@ -248,6 +340,9 @@ def test_a_run_of_ours_is_a_model(vlm, data, tmp_path):
         ({"dtype": "float16"}, "dtype is 'float16', expected one of auto, float32, bfloat16"),
         ({"store": "int8"}, "store is 'int8', expected one of float16, float32"),
         ({"batch": 0}, "batch is 0, expected above 0"),
+        ({"part": (0, 4)}, "part is 0/4, expected 1/N to N/N"),
+        ({"part": (5, 4)}, "part is 5/4, expected 1/N to N/N"),
+        ({"part": (1, 0)}, "part is 1/0, expected 1/N to N/N"),
         ({"frames_root": "nowhere"}, "nowhere: no such folder.*--frames-root"),
     ],
 )

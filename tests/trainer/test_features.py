@@ -52,14 +52,14 @@ def test_a_window_gets_its_own_rows(tmp_path, stored):
 def test_a_file_is_plain_safetensors_and_says_where_it_comes_from(tmp_path):
     path = write(tmp_path, [0, 1], k=4)
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"features", "frames"}
+        assert set(file.keys()) == {"features", "frames", "checksums"}
         assert file.get_tensor("features").dtype == torch.float16
         assert file.get_tensor("features").shape == (2, 4, 3)
         assert file.get_tensor("frames").tolist() == [0, 1]
         assert file.metadata() == {
             "video_uid": "v", "fps": "2.0", "source": "v.mp4", "source_bytes": "1234", "model": "org/model",
             "revision": "c0ffee", "fingerprint": TOWER, "k": "4", "side": "64", "computed": "float32",
-            "stored": "float16", "layer": "vision", "format": "1",
+            "stored": "float16", "layer": "vision", "format": "2",
         }  # fmt: skip
 
 
@@ -101,6 +101,24 @@ def test_what_is_missing_is_named(tmp_path):
         source.load(clip(), 6, 9)
 
 
+def test_a_changed_number_is_an_error_of_the_frames_that_are_read(tmp_path):
+    path = write(tmp_path, range(6))
+    content = bytearray(path.read_bytes())
+    content[-6 * 4 - 1] ^= 1  # the last byte of frame 5's features; the six checksums follow
+    path.write_bytes(content)
+    source = CachedFeatures(tmp_path, TOWER)
+    assert np.array_equal(source.load(clip(), 0, 5), numbered(range(5)))
+    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: damaged in the frames 4 to 5 .*delete it, run"):
+        source.load(clip(), 4, 6)
+    assert not open_features(path).sound()
+
+
+def test_another_video_s_file_is_refused(tmp_path):
+    write(tmp_path, range(4), video="w").rename(feature_path(tmp_path, "v", 2.0))
+    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: of the video w at 2\.0 fps, expected v at 2\.0"):
+        CachedFeatures(tmp_path, TOWER).load(clip(), 0, 4)
+
+
 def test_a_video_at_two_rates_has_two_files(tmp_path):
     rates = [2.0, float(np.float32(29.97)), float(np.float32(30000 / 1001))]
     assert len({write(tmp_path, range(i + 1), fps=rate) for i, rate in enumerate(rates)}) == 3
@@ -117,7 +135,7 @@ def test_damaged_files_are_named(tmp_path, damage):
             "cut": content[:-2],
             "empty": b"",
             "text": b"hello, this is no safetensors file",
-            "other": content.replace(b'"format": "1"', b'"format": "9"'),
+            "other": content.replace(b'"format": "2"', b'"format": "9"'),
         }[damage]
     )
     with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: .*run prospect-dst encode"):

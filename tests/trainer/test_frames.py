@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
+import os
 import pickle
+import re
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,9 +23,9 @@ from PIL import Image
 from pipeline.frames import count_frames, read_frames
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
-from pipeline.schema import VideoTimes, find_frames, images_in, open_video, video_times
+from pipeline.schema import ArrowFrames, VideoTimes, find_frames, images_in, open_video, video_times
 from trainer.errors import TrainerError
-from trainer.frames import PixelFrames, decode, open_frames
+from trainer.frames import PixelFrames, decode, open_file, open_frames
 
 DRIVE = Path(__file__).parents[3] / "shared" / "real" / "drive.mp4"
 
@@ -53,19 +57,21 @@ def video(
     codec: str = "libx264",
     pts: Sequence[int] | None = None,  # milliseconds
     gop: int = 12,
+    side: int = 64,
+    pix_fmt: str = "yuv420p",
     **options: str,
 ) -> Path:
     """Picture i is grey, `step` * i bright."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = side, side, pix_fmt
         stream.options = {"qp": "1", **options}
         stream.codec_context.gop_size = gop
         base = 1 / Fraction(rate) if pts is None else Fraction(1, 1000)
         stream.codec_context.time_base = base
         for i in range(count):
-            picture = av.VideoFrame.from_ndarray(grey(step * i), "rgb24")
+            picture = av.VideoFrame.from_ndarray(grey(step * i, side, side), "rgb24")
             picture.pts, picture.time_base = (i if pts is None else pts[i]), base
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -488,3 +494,239 @@ def test_the_number_of_open_files_is_bounded(tmp_path):
     source.close()
     assert not source._open
     assert shades(source.load(at(30, "v1"), 5, 6), 11) == [5]
+
+
+# ---- files that mean harm ----------------------------------------------------------------------------
+
+
+def arrow(path: Path, column: pa.Array, **options) -> Path:
+    table = pa.table({"frame": column})
+    with pa.ipc.new_stream(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("offsets", [(0, 2**31 - 1, 1, 2, 12), (0, -(2**30), 1, 2, 12), (0, 9, 4, 2, 12)])
+def test_an_arrow_file_that_lies_about_where_its_rows_are_crashes_nobody(tmp_path, offsets):
+    path = arrow(tmp_path / "v.arrow", pa.array(["aaa", "bbb", "ccc", "ddd"]))
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<5i", 0, 3, 6, 9, 12))
+    content[place : place + 20] = struct.pack("<5i", *offsets)
+    path.write_bytes(content)
+    source = PixelFrames(tmp_path, 64)
+    for row in range(4):
+        with pytest.raises(TrainerError, match=rf"v.arrow frame {row}: no base64 JPEG"):
+            source.load(at(2), row, row + 1)
+    with pytest.raises(ValueError, match=r"bytes .* of 12"):
+        read_frames(path, range(4))
+
+
+def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path):
+    path = tmp_path / "v.arrow"
+    rows = [None, "b", *"cdefghijklmno", None, "p"]
+    table = pa.table({"frame": pa.array(rows, pa.large_string()), "x": list(range(17))})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    found = ArrowFrames(path)
+    assert len(found) == count_frames(path) == 17
+    assert [bytes(found.row(i)).decode() for i in range(1, 15)] == list("bcdefghijklmno")
+    for null in (0, 15):
+        with pytest.raises(ValueError, match="null"):
+            found.row(null)
+
+
+def test_an_arrow_file_that_unpacks_to_any_size_is_refused(tmp_path):
+    path = arrow(tmp_path / "v.arrow", pa.array(["A" * 10_000_000]), compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(TrainerError, match=r"v.arrow: compressed, and small files may unpack to any size"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+    assert count_frames(path) is None
+
+
+@pytest.mark.parametrize("column", [pa.array([1]), pa.nulls(3), pa.array([["x"]]), pa.array([{"bytes": b""}])])
+def test_a_column_of_something_else_is_refused(tmp_path, column):
+    arrow(tmp_path / "v.arrow", column)
+    with pytest.raises(TrainerError, match=r"v.arrow: column frame is of .*, expected string or binary"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+
+
+def test_pictures_of_too_many_bytes_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.frames.MAX_BYTES", 300)
+    (images(tmp_path / "v", ["1.jpg"]) / "1.jpg").write_bytes(b"x" * 301)
+    arrow(tmp_path / "w.arrow", pa.array(["A" * 404]))
+    with pytest.raises(TrainerError, match=r"v frame 0: .*301 bytes, at most 300 are read"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+    with pytest.raises(TrainerError, match=r"w.arrow frame 0: .*404 characters, at most 400 are read"):
+        PixelFrames(tmp_path, 64).load(at(2, "w"), 0, 1)
+
+
+def test_a_picture_may_not_be_endlessly_long(tmp_path):
+    (tmp_path / "v").mkdir()
+    Image.new("L", (16_385, 1)).save(tmp_path / "v" / "1.png")
+    with pytest.raises(TrainerError, match="16385 x 1 pixels"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+
+
+def scans(times: int) -> bytes:
+    """A progressive JPEG whose second scan comes so many times."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    _, second, third = (found.start() for found in list(re.finditer(b"\xff\xda", content))[:3])
+    return content[:second] + content[second:third] * times + content[third:]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(tmp_path):
+    folder = images(tmp_path / "v", ["1.jpg", "2.jpg"])
+    (folder / "1.jpg").write_bytes(scans(20))
+    (folder / "2.jpg").write_bytes(scans(200))
+    source = PixelFrames(tmp_path, 64)
+    assert source.load(at(2), 0, 1).shape == (1, 3, 64, 64)
+    with pytest.raises(TrainerError, match=r"v frame 1: .*a JPEG of 2\d\d scans, at most 100 are decoded"):
+        source.load(at(2), 1, 2)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_in_a_video_too(tmp_path):
+    path = video(tmp_path / "v.avi", 4, codec="mjpeg", pix_fmt="yuvj420p", side=512)
+    with av.open(str(path)) as container:
+        sizes = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\xff\xda", sizes[2][0])
+    end = sizes[2][0] + sizes[2][1]
+    content[place:end] = (b"\xff\xda" * (end - place))[: end - place]
+    path.write_bytes(content)
+    source = PixelFrames(tmp_path, 64)
+    assert len(source.load(at(30), 0, 2)) == 2
+    with pytest.raises(TrainerError, match=r"v.avi frame 2: can't be decoded \(a JPEG of .* scans"):
+        source.load(at(30), 2, 3)
+
+
+@pytest.mark.parametrize("name", ["v/1.jpg", "v.mp4", "v.arrow"])
+def test_pipes_and_devices_do_not_hold_us_up(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_file(tmp_path / name.split("/")[0]).image(0, 2.0)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_file(tmp_path / name.split("/")[0]).image(0, 2.0)
+
+
+def patched(path: Path, box: bytes, offset: int, *numbers: int) -> Path:
+    """The mp4 with 32-bit numbers written `offset` after a box's name."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into(f">{len(numbers)}I", content, content.index(box) + offset, *numbers)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("box", "offset", "numbers", "said"),
+    [
+        (b"stsz", 8, (1, 80_000_000), "80,000,000 pictures and samples of sound"),  # FFmpeg would take 4 GB
+        (b"elst", 8, (5_000_000,), "30 pictures and samples of sound in .* bytes, 5000000 parts"),
+        (b"edts", 0, (0x636D6F76,), "compressed or encrypted"),  # cmov
+    ],
+)
+def test_an_mp4_that_asks_for_a_huge_table_is_refused_before_it_is_opened(tmp_path, box, offset, numbers, said):
+    path = patched(video(tmp_path / "v.mp4", 30, bf="0"), box, offset, *numbers)
+    with pytest.raises(TrainerError, match=f"v.mp4: .*{said}.*; convert it: ffmpeg"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+    assert count_frames(path) is None
+
+
+@pytest.mark.parametrize("length", [(0xFFFFFFFF,), (1, 0x6D6F6F76, 0x7FFFFFFF, 0xFFFFFFFF), (7,), (0,)])
+def test_an_mp4_whose_index_lies_about_its_length_is_refused_or_read(tmp_path, length):
+    path = video(tmp_path / "v.mp4", 30)
+    patched(path, b"moov", -4, *length)
+    assert count_frames(path, 2) in (None, 2)
+
+
+def test_so_is_one_in_fragments(tmp_path):
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"}) as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.gop_size = 5
+        for i in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(8 * i), "rgb24")))
+        container.mux(stream.encode())
+    assert shades(PixelFrames(tmp_path, 64).load(at(30), 0, 20)) == list(range(20))
+    patched(path, b"trun", 8, 80_000_000)
+    with pytest.raises(TrainerError, match=r"80,000,0.. pictures and samples"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+
+
+def test_hours_of_plain_sound_are_no_huge_table(tmp_path):
+    """QuickTime counts each number of uncompressed sound as a sample: an hour has 173 million."""
+    path = tmp_path / "v.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=48000, layout="mono")
+        for i in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(80 * i), "rgb24")))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.int16), "s16", "mono")
+        silence.sample_rate = 48000
+        container.mux(sound.encode(silence))
+        container.mux(stream.encode())
+        container.mux(sound.encode())
+    content = path.read_bytes()
+    heard = [
+        p.start() for p in re.finditer(b"stsz", content) if content[p.start() + 12 : p.start() + 16] == b"\0\0\xbb\x80"
+    ]
+    assert len(heard) == 1  # 48,000
+    patched(path, content[heard[0] - 4 : heard[0] + 12], 16, 173_000_000)
+    assert shades(PixelFrames(tmp_path, 64).load(at(30), 0, 3), 80) == [0, 1, 2]
+
+
+def test_a_video_that_says_it_lasts_for_years_is_refused(tmp_path):
+    path = video(tmp_path / "v.mp4", 3, pts=[0, 100, 300], bf="0")
+    patched(patched(path, b"edts", 0, 0x66726565), b"mdhd", 16, 1000)  # no edit list, a thousand ticks a second
+    patched(path, b"stts", 8, 2, 1, 100, 2, 0x7FFFFFFF)  # the second and the third are shown for 25 days
+    with pytest.raises(TrainerError, match=r"v.mp4: says that it lasts 4.29e\+06 seconds"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+
+
+def test_a_video_whose_codec_nobody_knows_is_refused(tmp_path):
+    path = video(tmp_path / "v.mp4", 2)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(TrainerError, match=r"v.mp4: its pictures are coded as nothing that FFmpeg knows; convert it"):
+        PixelFrames(tmp_path, 64).load(at(2), 0, 1)
+    video(tmp_path / "w.avi", 2, codec="zmbv", pix_fmt="bgr0")
+    with pytest.raises(TrainerError, match=r"w.avi: its pictures are coded as zmbv"):
+        PixelFrames(tmp_path, 64).load(at(2, "w"), 0, 1)
+
+
+def test_a_video_that_changes_its_size_stays_within_bounds(tmp_path, monkeypatch):
+    small, large = (
+        video(tmp_path / f"{side}.mkv", 5, step=40, side=side, bf="0", **{"x264-params": "repeat-headers=1"})
+        for side in (64, 128)
+    )
+    with av.open(str(tmp_path / "v.mkv"), "w") as made, av.open(str(small)) as first, av.open(str(large)) as second:
+        stream = made.add_stream_from_template(first.streams.video[0])
+        for start, part in ((0, first), (6000, second)):
+            for packet in part.demux(video=0):
+                if packet.size:
+                    packet.pts = packet.dts = packet.pts + start
+                    packet.stream = stream
+                    made.mux(packet)
+    source = PixelFrames(tmp_path, 64)
+    assert shades(source.load(at(30), 0, 5), 40) == [0, 1, 2, 3, 4]
+    assert shades(source.load(at(30), 180, 185), 40) == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("trainer.frames.MAX_PIXELS", 100 * 100)
+    with pytest.raises(TrainerError, match=r"v.mkv: 128 x 128 pixels"):
+        PixelFrames(tmp_path, 64).load(at(30), 0, 1)
+
+
+def test_time_to_decode_up_to_a_frame_is_bounded(tmp_path, monkeypatch):
+    path = video(tmp_path / "v.mp4", 200, step=1, gop=1000, **{"x264-params": "scenecut=0"})
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("trainer.frames.time", clock)
+    opened = open_file(path)
+    opened.image(10, 30.0)  # a second for each packet, from here on
+    clock.monotonic = lambda: setattr(clock, "now", clock.now + 1) or clock.now
+    opened.image(60, 30.0)
+    with pytest.raises(ValueError, match="120 seconds were not enough to decode up to it; give it keyframes: ffmpeg"):
+        opened.image(199, 30.0)

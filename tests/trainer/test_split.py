@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, labels_by_hand, positives, turn, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.schema import draws
+from pipeline.schema import draws, sealed
 from trainer import shards
 from trainer.errors import TrainerError
 from trainer.shards import Split
@@ -269,13 +270,95 @@ def test_stored_labels_are_checked_once_per_group(tmp_path, monkeypatch):
     assert sorted(checked) == [0, 1, 2, 3, 4, 5]
 
 
+def reseal(folder: Path) -> None:
+    """Have the manifest agree with whatever lies there now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        content = (folder / shard["path"]).read_bytes()
+        shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+FORGED = {
+    "another clip's frame": ("frames", lambda row: row | {"clip_id": "c1"}, "clip_id, clip and frame are not those"),
+    "frames out of order": ("frames", lambda row: row | {"frame": row["frame"] + 1}, "clip_id, clip and frame are not"),
+    "a frame of no clip": ("frames", lambda row: row | {"clip": 7}, "clip_id, clip and frame are not those"),
+    "a label of 7": ("frames", lambda row: row | {"speaking_label": 7}, "speaking_label is 7, but"),
+    "a wrong place": ("clips", lambda row: row | {"clip": 1}, r"clip is not the clip's place in its split \(row 0\)"),
+    "an end that does not fit": ("clips", lambda row: row | {"end_frame": 99}, "num_frames are no range"),
+    "no frames": ("clips", lambda row: row | {"end_frame": 10, "num_frames": 0}, "num_frames are no range"),
+    "NaN frames a second": ("clips", lambda row: row | {"fps": float("nan")}, "fps is no positive number"),
+    "a rate of 2": ("clips", lambda row: row | {"neg_rate": 2.0}, "neg_rate is no rate"),
+    "an unknown rule": ("clips", lambda row: row | {"positive": "both"}, "positive 'both' is not known"),
+    "a stranger": ("clips", lambda row: row | {"turns": [row["turns"][0] | {"role": "narrator"}]}, "role 'narrator'"),
+    "a turn that ends before": (
+        "clips", lambda row: row | {"turns": [row["turns"][0] | {"end_frame": 3}]}, "are no range"
+    ),
+    "a transition": (
+        "clips",
+        lambda row: row | {"turns": [row["turns"][2] | {"updates": [{"id": "S1", "transition": "fly"}]}]},
+        "transition 'fly' is not known",
+    ),
+    "a state": ("clips", lambda row: row | {"initial_state": [{"id": "S1", "state": "odd"}]}, "state 'odd' is not known"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_rows_under_a_manifest_that_agrees_are_refused_by_the_file(tmp_path, name):
+    table, change, message = FORGED[name]
+    path = write_shards(tmp_path, {"train": clips(3)}) / table / "split=train" / "part-00000.parquet"
+    rows = pq.read_table(path, partitioning=None)
+    first, *rest = rows.to_pylist()
+    pq.write_table(pa.Table.from_pylist([change(first), *rest], schema=rows.schema), path)
+    reseal(tmp_path)
+    with pytest.raises(TrainerError, match=rf"{table}/split=train/part-00000\.parquet.*{message}") as caught:
+        list(Split(tmp_path, "train").in_order(rate=None))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["type", "drop", "null", "order", "no Parquet"])
+def test_columns_that_are_not_the_schema_s_are_refused_by_name(tmp_path, change):
+    path = write_shards(tmp_path, {"train": clips(3)}) / "clips" / "split=train" / "part-00000.parquet"
+    rows = pq.read_table(path, partitioning=None)
+    at = rows.schema.get_field_index("fps")
+    made = {
+        "type": lambda: rows.set_column(at, "fps", rows["fps"].cast(pa.float64())),
+        "drop": lambda: rows.drop_columns(["fps"]),
+        "null": lambda: rows.set_column(at, pa.field("fps", pa.float32()), pa.array([None, 2, 2], pa.float32())),
+        "order": lambda: rows.select([*rows.column_names[:at], *rows.column_names[at + 1 :], "fps"]),
+    }
+    if change == "no Parquet":
+        path.write_bytes(b"PAR1 but no more")
+    else:
+        pq.write_table(made[change](), path)
+    reseal(tmp_path)
+    expected = r"part-00000\.parquet: " + (
+        "can't be read" if change == "no Parquet" else "column fps is not the schema"
+    )
+    with pytest.raises(TrainerError, match=expected):
+        Split(tmp_path, "train")
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path):
+    path = write_shards(tmp_path, {"train": clips(2)}) / "manifest.json"
+    content = path.read_text()
+    path.write_text(content.replace('"clips": 2', '"clips": 3', 1))
+    with pytest.raises(TrainerError, match=r"manifest\.json: damaged or edited \(seal is not that of its content\)"):
+        Split(tmp_path, "train")
+    manifest = json.loads(content)
+    for change in ({"path": "../x"}, {"part": 1.0}, {"table": "labels"}, {"clips": -1}, {"split": "val"}):
+        shards = [manifest["shards"][0] | change, *manifest["shards"][1:]]
+        path.write_text(json.dumps(sealed(manifest | {"shards": shards})))
+        with pytest.raises(TrainerError, match=r"manifest\.json: not a manifest \("):
+            Split(tmp_path, "train")
+    path.write_text(json.dumps(sealed(manifest | {"shards": manifest["shards"] * 2})))
+    with pytest.raises(TrainerError, match=r"manifest\.json: lists a shard of train twice"):
+        Split(tmp_path, "train")
+
+
 def test_frames_that_do_not_add_up_to_the_clips_are_refused(tmp_path):
     path = write_shards(tmp_path, {"train": clips(3)}) / "frames" / "split=train" / "part-00000.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    for shard in manifest["shards"]:
-        content = (tmp_path / shard["path"]).read_bytes()
-        shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    reseal(tmp_path)
     with pytest.raises(TrainerError, match=r"row group 0: 38 frames, expected 39 as its clips say; run preprocess"):
         next(Split(tmp_path, "train").in_order())

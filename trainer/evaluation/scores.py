@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import NOT_SAMPLED
 from trainer.clips import ClipExample
+from trainer.disk import naming, sync
 from trainer.errors import TrainerError
 from trainer.shards import Split
 
@@ -106,7 +107,9 @@ def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: d
     rows = pa.concat_tables([_rows(split, scored, schema) for split, scored in clips] or [schema.empty_table()])
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    pq.write_table(rows.combine_chunks(), new, compression="zstd", row_group_size=ROW_GROUP)
+    with naming(path):
+        pq.write_table(rows.combine_chunks(), new, compression="zstd", row_group_size=ROW_GROUP)
+    sync(new)
     new.rename(path)
 
 

@@ -1,0 +1,361 @@
+"""A real Ray of several processes, started (`ray start`) and connected to once, and the failures of one."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import cluster
+from pipeline import preprocess as module
+from pipeline.cli import main
+from pipeline.errors import InputError
+from pipeline.preprocess import preprocess
+from pipeline.survey import survey
+from pipeline.write import write_part
+
+CONNECTED = cluster._connected
+CLIPS = 40
+PARTS = 4
+
+
+def clip(number: int) -> dict[str, Any]:
+    at = {"start_frame": 10 + number, "end_frame": 12 + number, "time": 5.5 + number / 2}
+    return {
+        "video_uid": f"v{number}",
+        "start_frame_idx": number,
+        "end_frame_idx": number + 40,
+        "dst": [{"id": "S1", "name": "first"}],
+        "conversation": [
+            {"role": "user", "content": f"question {number}", **at},
+            {"role": "DST_UPDATE", "content": "S1->start", **at},
+            {"role": "assistant", "content": f"answer {number}", **at},
+        ],
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four parts of ten clips, of which one is refused."""
+    monkeypatch.setattr(module, "PART_CLIPS", CLIPS // PARTS)
+    clips = [clip(number) for number in range(CLIPS)]
+    clips[17] = {"video_uid": "broken"}
+    path = tmp_path / "train_x.json"
+    path.write_text(json.dumps(clips))
+    return path
+
+
+def snapshot(out: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+# ---- the mappers of one machine ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mapper", [cluster.here, cluster.pool(1), cluster.pool(2)])
+def test_a_mapper_gives_results_in_the_order_of_the_calls(mapper: cluster.Mapper) -> None:
+    assert list(mapper(math.isqrt, [(81,), (1,), (16,)])) == [9, 1, 4]
+    assert list(mapper(math.isqrt, [])) == []
+
+
+def in_the_middle_of_itself(function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
+    """function(*call), and once more from start to end while it has its files open."""
+    where, name = sys.modules[function.__module__], "_read" if function is survey else "_write_groups"
+    original, second = getattr(where, name), []
+
+    def then(*args: Any) -> Any:
+        found = original(*args)
+        if not second:
+            second.append(True)
+            second.append(function(*call))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, then)
+        found = function(*call)
+    assert len(second) == 2
+    return found
+
+
+def test_two_tries_of_one_part_at_a_time_do_not_meet(source: Path, tmp_path: Path) -> None:
+    """A cluster that lost sight of a worker starts another: each part is done by two, interleaved."""
+    preprocess([source], tmp_path / "once")
+
+    def twice(function: Callable[..., Any], calls: cluster.Calls) -> Iterator[Any]:
+        return (in_the_middle_of_itself(function, call) for call in calls)
+
+    preprocess([source], tmp_path / "twice", mapper=twice)
+    assert snapshot(tmp_path / "twice") == snapshot(tmp_path / "once")
+
+
+def test_a_late_try_finds_its_folder_gone_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    late = []
+
+    def mapper(function: Callable[..., Any], calls: cluster.Calls) -> Iterator[Any]:
+        late.extend((function, call) for call in calls)
+        return cluster.here(function, calls)
+
+    out = tmp_path / "out"
+    preprocess([source], out, mapper=mapper)
+    before = snapshot(out)
+    for function, call in late:
+        with pytest.raises(OSError, match=re.escape(".staging-")):
+            function(*call)
+    assert snapshot(out) == before
+
+
+# ---- Ray ---------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of this machine's with two workers, to which this process is connected: that costs seconds."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    needs_ray()
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+        command += ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=100000000"]
+        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ray:
+            wait_for(port, ray)
+            there = f"127.0.0.1:{port}"
+            with cluster._connected(cluster._imported(), there, 0), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cluster, "_connected", lambda *_: contextlib.nullcontext())
+                yield there
+            ray.terminate()
+
+
+def needs_ray() -> None:
+    """Imported as the product does, once for all tests of this process: ray reads its settings then."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    cluster._imported()
+
+
+def wait_for(port: int, ray: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert ray.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
+    raise AssertionError("Ray did not start")
+
+
+def by_value(function: Callable[..., Any]) -> Callable[..., Any]:
+    """This module is not installed where Ray's workers are: its functions travel whole."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return function
+
+
+def dies_once(function: Callable[..., Any], marker: Path, after: bool) -> Callable[..., Any]:
+    """`function`, but the first process that runs it is killed: at once, or when everything is written."""
+    module, name = function.__module__, function.__name__
+
+    def deadly(*call: Any) -> Any:
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return getattr(importlib.import_module(module), name)(*call)  # imported late: it may be torch
+        if after:
+            getattr(importlib.import_module(module), name)(*call)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    return by_value(deadly)
+
+
+@pytest.mark.slow
+def test_preprocess_on_ray_writes_the_same_bytes_also_with_workers_killed(
+    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # paths as a user writes them
+    assert main(["preprocess", source.name, "--out", "here", "--workers", "1"]) == 3
+    monkeypatch.setattr(module, "survey", dies_once(survey, tmp_path / "killed-1", after=False))
+    monkeypatch.setattr(module, "write_part", dies_once(write_part, tmp_path / "killed-2", after=True))
+    assert main(["preprocess", source.name, "--out", "there", "--ray", address]) == 3
+    assert (tmp_path / "killed-1").exists()
+    assert (tmp_path / "killed-2").exists()
+    assert snapshot(tmp_path / "there") == snapshot(tmp_path / "here")
+    assert len(snapshot(tmp_path / "there")) == 2 * PARTS + 3
+
+
+@pytest.mark.slow
+def test_a_part_that_kills_every_worker_is_one_line_and_leaves_the_old_output(
+    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    preprocess([source], out)
+    before = snapshot(out)
+
+    def deadly(plan: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "write_part", by_value(deadly))
+    assert main(["preprocess", str(source), "--out", str(out), "--seed", "1", "--ray", address]) == 1
+    told = capsys.readouterr().err
+    assert "workers were killed 4 times at the same part (out of memory?)" in told
+    assert told.count("\n") == 1
+    assert snapshot(out) == before
+
+
+@pytest.mark.slow
+def test_what_a_task_says_is_one_line_as_it_is_here(
+    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(plan: Any) -> Any:
+        raise InputError("clips.json clip 17: found nothing, expected something; mend it")
+
+    monkeypatch.setattr(module, "write_part", by_value(refuses))
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", address]) == 1
+    assert capsys.readouterr().err == ("prospect-dst: clips.json clip 17: found nothing, expected something; mend it\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_machine_that_sees_other_files_is_named(
+    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_look", by_value(lambda folder, token, inputs: (inputs[0], cluster._versions())))
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", address]) == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"prospect-dst: --ray: node \S+ does not see {source}; put it on a disk .*\n", told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_x.json"]
+
+
+@pytest.mark.slow
+def test_encode_on_ray_writes_the_same_bytes_also_with_a_worker_killed(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = a_model(tmp_path / "model"), videos(tmp_path)
+    command = ["encode", str(data), "--model", model, "--frames-root", str(tmp_path / "frames"), "--batch", "4"]
+    assert main([*command, "--out", str(tmp_path / "here")]) == 3
+    told = capsys.readouterr().err.splitlines()
+    from trainer import encode
+
+    monkeypatch.setattr(encode, "_do_there", dies_once(encode._do_there, tmp_path / "killed", after=False))
+    assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
+    monkeypatch.undo()
+    assert (tmp_path / "killed").exists()
+    assert capsys.readouterr().err.splitlines() == told  # the same refusal
+    assert len(told) == 2
+    assert snapshot(tmp_path / "ray") == snapshot(tmp_path / "here")
+    assert len(snapshot(tmp_path / "ray")) == 3 + 1  # and the lock
+    assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
+    assert "3 videos were there already; skipped" in capsys.readouterr().out
+
+
+def a_model(folder: Path) -> str:
+    torch = pytest.importorskip("torch")
+    from transformers import SmolVLMForConditionalGeneration
+
+    from trainer.model import tiny_config
+
+    torch.manual_seed(0)
+    SmolVLMForConditionalGeneration(tiny_config(64)).save_pretrained(folder)
+    return str(folder)
+
+
+def videos(folder: Path) -> Path:
+    """Four videos of noise, one of which is no Arrow file; shards of a clip of each."""
+    root = folder / "frames"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        write_video(root / f"v{number}.arrow", rng.integers(0, 256, (40 + number, 64, 64, 3), np.uint8))
+    (root / "v3.arrow").write_bytes(b"no Arrow file")
+    path = folder / "train_videos.json"
+    clips = [clip(number) | {"start_frame_idx": 0, "end_frame_idx": 40} for number in range(4)]
+    path.write_text(json.dumps(clips))
+    assert main(["preprocess", str(path), "--out", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    texts = []
+    for frame in frames:
+        held = io.BytesIO()
+        Image.fromarray(frame).save(held, "JPEG")
+        texts.append(base64.b64encode(held.getvalue()).decode())
+    table = pa.table({"frame": texts})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+# ---- no Ray ------------------------------------------------------------------------------------------
+
+
+def test_without_ray_one_line_says_how_to_get_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *more: Any) -> Any:
+        if name == "ray" or name.startswith("ray."):
+            raise ImportError(name)
+        return original(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", "auto"]) == 2
+    told = capsys.readouterr().err
+    assert "--ray: Ray is not installed; pip install 'prospect-dst[ray]'" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_an_address_where_nothing_answers_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    needs_ray()
+    monkeypatch.setattr(cluster, "REACH_S", 1)
+    monkeypatch.setattr(cluster, "_connected", CONNECTED)
+    there = form.format(port=free_port())
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", there]) == 1
+    told = capfd.readouterr().err
+    assert f"--ray {there}: no Ray answers there within 1 s; start one with `ray start --head`" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "host:", ":1", "host:port"])
+def test_an_address_that_is_none_is_bad_usage(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    needs_ray()
+    monkeypatch.setattr(cluster, "_connected", CONNECTED)
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", wrong]) == 2
+    assert f"--ray {wrong}: expected auto, local, host:port or ray://host:port" in capsys.readouterr().err

@@ -1,0 +1,309 @@
+"""`stream`: the numbers of the self-fed evaluation, hours in bounded memory, val's thresholds, mistakes in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from by_hand import clip_example
+from PIL import Image
+from small_run import clip, go
+from test_evaluate import write_splits
+
+from pipeline.cli import main
+from trainer.checkpoint import load_run
+from trainer.context import Live
+from trainer.errors import NotFiniteError, TrainerError
+from trainer.evaluate import evaluate
+from trainer.feed import Seen
+from trainer.frames import PixelFrames
+from trainer.selffed import self_fed
+from trainer.stream import Stream, live_of
+from trainer.task import read_task
+
+SHARED = Path(__file__).parents[3] / "shared" / "real"
+THRESHOLDS = ["--threshold", "speaking=-1,dst_update=-1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_splits(tmp_path_factory.mktemp("stream") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    go(data, data.parent / "run")
+    return data.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, data):
+    evaluate(run, data)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def nobody_types(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
+def streamed(capsys, *args) -> list[dict]:
+    """What `stream --json` prints."""
+    capsys.readouterr()
+    assert main(["stream", *map(str, args), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def frame(number: int, seed: int = 0, side: int = 64) -> Seen:
+    pixels = np.random.default_rng([seed, number]).integers(0, 256, (3, side, side), np.uint8)
+    return Seen(number, number / 2, pixels, Image.new("RGB", (8, 8)), 0)
+
+
+# ---- the same numbers as evaluation --------------------------------------------------------------------
+
+
+def test_a_streamed_clip_has_the_logits_and_texts_of_the_self_fed_evaluation(run, data, capsys):
+    loaded = load_run(run)
+    live = Live({"speaking": -1.0, "dst_update": -1.0})
+    clips = [clip(i, "test") for i in range(3)]
+    frames = PixelFrames(data / "frames-on-disk", 64)
+    scored = list(self_fed(loaded.model, loaded.tokens, iter(clips), frames, loaded.config, live))
+    assert sum(said is not None for one in scored for said in one.said) >= 3
+    for i, one in enumerate(scored):
+        video = data / "frames-on-disk" / f"test-v{i}.arrow"
+        told = streamed(capsys, run, video, "--task", data, "--clip", f"test:{i}", *THRESHOLDS)
+        assert [moment["frame"] for moment in told] == list(range(one.clip.num_frames))
+        for head, logits in one.logits.items():
+            assert np.abs(np.array([moment["logits"][head] for moment in told]) - logits).max() < 1e-4
+        assert [moment["said"] for moment in told] == one.said
+        made = [None if m["updates"] is None else tuple(map(tuple, m["updates"])) for m in told]
+        assert made == one.updates
+        assert [moment["heard"] for moment in told][:3] == [[], ["What now, <image>?"], []]
+
+
+def test_the_model_is_as_before_afterwards(run):
+    loaded = load_run(run)
+    before = loaded.model.vlm.config.text_config._attn_implementation
+    with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream:
+        stream.see(frame(0))
+    assert loaded.model.vlm.config.text_config._attn_implementation == before == "packed_sdpa"
+    assert not torch.is_inference_mode_enabled()
+
+
+# ---- for hours -----------------------------------------------------------------------------------------
+
+
+def test_memory_and_positions_are_bounded_and_the_state_outlives_what_is_forgotten(run, monkeypatch):
+    loaded = load_run(run)
+    loaded.model.vlm.config.text_config.max_position_embeddings = 150
+    task = clip_example([], 0, 1, goal="A toy")
+    live = Live({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=20, most_text=8)
+    texts = iter(["S1->start", "S1->complete, S2->start", *["S9->start"] * 99])
+
+    def write(self, role):
+        ids = self.tokens.encode(next(texts))
+        self._unread.append([self.tokens.marker[role], *ids, self.tokens.end])
+        return ids
+        yield
+
+    monkeypatch.setattr("trainer.context.Context._write", write)
+    with Stream(loaded, task, live) as stream:
+        moments = [stream.see(frame(number)) for number in range(900)]
+        slabs = stream._engine._cache._slabs
+        assert {slab.shape[2] for layer in slabs for slab in layer} == {150}
+        assert len(stream._context._held) < 150
+    assert max(moment.tokens for moment in moments) <= 150
+    assert sum(moment.started_over for moment in moments) > 5
+    assert [moments[i].state for i in (0, 39, 40, 899)] == [
+        {"S1": "in_progress", "S2": "not_started"},
+        {"S1": "in_progress", "S2": "not_started"},
+        {"S1": "completed", "S2": "in_progress"},
+        {"S1": "completed", "S2": "in_progress"},
+    ]
+    assert moments[40].updates == (("S1", "complete"), ("S2", "start"))
+    assert moments[40].dst_text == "S1->complete, S2->start"
+
+
+def test_a_user_who_goes_on_and_on_is_cut_and_seen_to_be(run):
+    loaded = load_run(run)
+    with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": np.inf, "dst_update": np.inf})) as stream:
+        moment = stream.see(frame(0), ["What now? " * 200, "and then?"])
+        assert moment.tokens < loaded.config.max_tokens / 2
+    [heard] = moment.heard
+    assert heard.startswith("What now? What now?")
+    assert heard.endswith("…")
+
+
+def test_scores_that_are_no_numbers_stop_it(run):
+    loaded = load_run(run)
+    torch.nn.init.constant_(loaded.model.heads.speak.bias, torch.nan)
+    with (
+        Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream,
+        pytest.raises(NotFiniteError, match="frame 7: the scores are not finite"),
+    ):
+        stream.see(frame(7))
+
+
+# ---- thresholds ----------------------------------------------------------------------------------------
+
+
+def test_thresholds_and_the_refractory_time_are_those_of_the_evaluation(evaluated):
+    chosen = json.loads((evaluated / "evaluation-test" / "metrics.json").read_text())["thresholds"]["event"]
+    for place in (evaluated, evaluated / "last"):
+        assert live_of(place, {}, None) == Live({"dst_update": np.inf, **chosen}, 2.0)
+    assert live_of(evaluated, {"speaking": 3.0}, 0.5) == Live({"speaking": 3.0, "dst_update": np.inf}, 0.5)
+    mixed = live_of(evaluated, {"dst_update": 4.0}, None)
+    assert mixed.thresholds == {"speaking": chosen["speaking"], "dst_update": 4.0}
+
+
+def test_a_run_without_thresholds_or_with_those_of_another_checkpoint_is_refused(evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated / "last", tmp_path / "run" / "last")
+    with pytest.raises(TrainerError, match=r"was not evaluated, .* run prospect-dst evaluate .* or give --threshold"):
+        live_of(tmp_path / "run", {}, None)
+    shutil.copytree(evaluated / "evaluation-test", tmp_path / "run" / "evaluation-test")
+    assert "speaking" in live_of(tmp_path / "run", {}, None).thresholds
+    metrics = tmp_path / "run" / "evaluation-test" / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"model": "0" * 64}))
+    with pytest.raises(TrainerError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
+        live_of(tmp_path / "run", {}, None)
+    with pytest.raises(TrainerError, match="threshold said=1: expected a logit of one of speaking, dst_update"):
+        live_of(evaluated, {"said": 1.0}, None)
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------
+
+
+def told(tmp_path, content) -> Path:
+    (tmp_path / "task.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return tmp_path / "task.json"
+
+
+def test_a_task_is_told_by_names_by_ids_or_by_a_clip_as_it_is(tmp_path):
+    expected = (("S1", "Boil water"), ("S2", "Pour"))
+    by_names = read_task(told(tmp_path, {"goal": "Tea", "steps": ["Boil water", "Pour"]}), "v", None, 2)
+    assert (by_names.goal, by_names.steps, by_names.initial_state) == ("Tea", expected, ())
+    steps = [{"id": i, "name": name, "start_ts": 0} for i, name in expected]
+    conversation = [
+        {"role": "system", "content": "Help."},
+        {"role": "user", "content": "Hi"},
+        {"role": "system", "content": "No."},
+    ]
+    one = {
+        "id": "a",
+        "inferred_goal": "Tea",
+        "dst": steps,
+        "initial_dst_state": {"S1": "completed"},
+        "conversation": conversation,
+    }
+    for content, name in (([one], None), ([one, one | {"id": "b"}], "a"), ([one | {"id": "b"}, one], "1")):
+        task = read_task(told(tmp_path, content), "v", name, 2)
+        assert (task.goal, task.steps, task.initial_state) == ("Tea", expected, (("S1", "completed"),))
+        assert [(turn.role, turn.text) for turn in task.turns] == [("system", "Help.")]
+
+
+@pytest.mark.parametrize(
+    ("content", "clip", "message"),
+    [
+        ("{", None, "task.json: not JSON"),
+        ([], None, "task.json: 0 clips fit"),
+        ([{"id": "a"}, {"id": "b"}], None, "task.json: 2 clips fit, expected one; name it with --clip, e.g. of a, b"),
+        ([{"id": "a"}], "c", "task.json: 0 clips fit"),
+        ("3", None, "task.json: found 3, expected an object"),
+        ({"steps": "boil"}, None, "steps: found 'boil', expected a list"),
+        ({"steps": [3]}, None, "steps.1: found 3, expected a name, or an id and a name"),
+        ({"steps": [{"id": "S1"}]}, None, "steps.1"),
+        ({"steps": [{"id": "S1", "name": "a"}, {"id": "S1", "name": "b"}]}, None, "steps: an id twice"),
+        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, None, "initial_state: expected an object of its st"),
+        ({"steps": ["a"], "initial_state": {"S1": "done"}}, None, "initial_state"),
+        ({"goal": 3}, None, "goal: found 3, expected text"),
+    ],
+)
+def test_a_task_that_says_something_else_is_the_users_to_mend(tmp_path, content, clip, message):
+    with pytest.raises(TrainerError, match=message):
+        read_task(told(tmp_path, content), "v", clip, 2)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_the_real_clip_is_a_task():
+    task = read_task(SHARED / "prospect_clip.json", "v", None, 2)
+    assert task.goal == "Assembling a Toy Roller with Chassis, Wheels, and Cabin"
+    assert [step for step, _ in task.steps] == ["S1", "S2", "S3", "S4", "S5", "S6"]
+
+
+# ---- from the command line -----------------------------------------------------------------------------
+
+
+def write_video(path: Path, seconds: float = 4.0, fps: int = 30, side: int = 96) -> None:
+    """h264 that gets brighter."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=fps)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for i in range(int(seconds * fps)):
+            picture = np.full((side, side, 3), 2 * i % 256, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        out.mux(stream.encode(None))
+
+
+def test_a_video_at_30_fps_runs_start_to_end_and_is_kept(run, tmp_path, capsys):
+    write_video(tmp_path / "v.mp4")
+    kept = ["--html", tmp_path / "v.html", "--mp4", tmp_path / "out.mp4"]
+    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS, *kept)
+    assert [moment["frame"] for moment in found] == list(range(8))
+    assert [moment["time_s"] for moment in found] == [i / 2 for i in range(8)]
+    assert all(0 < moment["probabilities"]["speaking"] < 1 for moment in found)
+    assert (tmp_path / "v.html").stat().st_size > 1000
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) >= 8
+
+
+def test_the_user_s_lines_are_heard_in_time(run, tmp_path, capsys, monkeypatch):
+    write_video(tmp_path / "v.mp4", seconds=3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n@1.2 and now?\n"))
+    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS)
+    assert [moment["heard"] for moment in found] == [["hello"], [], [], ["and now?"], [], []]
+
+
+def test_without_json_events_are_told_in_words(run, data, capsys):
+    video = data / "frames-on-disk" / "test-v0.arrow"
+    assert main(["stream", str(run), str(video), "--task", str(data), "--clip", "test:0", *THRESHOLDS]) == 0
+    out = capsys.readouterr().out
+    assert "What now, <image>?" in out
+    assert "12 frames" in out
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_the_real_video_runs_start_to_end(run, capsys):
+    found = streamed(
+        capsys, run, SHARED / "drive.mp4", "--task", SHARED / "prospect_clip.json", *THRESHOLDS, "--max-tokens", 600
+    )
+    assert len(found) == 33
+    assert set(found[-1]["state"]) == {"S1", "S2", "S3", "S4", "S5", "S6"}
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "message"),
+    [
+        (lambda folder: (folder / "v.mp4").write_bytes(b"no video" * 999), [], "v.mp4: not a video that can be read"),
+        (lambda folder: (folder / "v.mp4").unlink(), [], "v.mp4: no such file or folder"),
+        (lambda folder: None, ["--task", "nowhere.json"], "nowhere.json: "),
+        (lambda folder: None, ["--task", "."], ".: a folder; say which of its clips is meant: --clip test:0"),
+        (lambda folder: None, ["--fps", "0"], "fps 0, expected more than 0"),
+        (lambda folder: None, ["--refractory-s", "-1"], "refractory_s is -1"),
+    ],
+)
+def test_a_mistake_gives_one_line(run, tmp_path, capsys, monkeypatch, change, args, message):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "v.mp4", seconds=1)
+    change(tmp_path)
+    assert main(["stream", str(run), "v.mp4", *THRESHOLDS, *args]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("prospect-dst: ")
+    assert message in err
+    assert err.count("\n") == 1

@@ -1,0 +1,178 @@
+"""A run lives: it sees one frame after the other, speaks, keeps the state, and hears its user; for hours.
+
+What it reads, when it fires and how its context starts over is `trainer.context`'s, as in the self-fed evaluation: a
+clip streamed with its own user's lines gives the evaluation's numbers. One frame costs one forward pass over its k
+tokens and what was said before it, and each written token another; all memory is that of one context.
+Thresholds are those that `evaluate` chose on val for this very checkpoint, or the user's; never a default.
+
+    k tokens per frame    S side of the model's square input in pixels
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from trainer.checkpoint import LoadedRun, run_hash
+from trainer.clips import ClipExample
+from trainer.config import Settings
+from trainer.context import Coming, Context, Live, room
+from trainer.engine import Engine, streaming
+from trainer.errors import NotFiniteError, TrainerError
+from trainer.evaluation.scores import HEADS, Updates
+from trainer.feed import Seen
+
+USER_SHARE = 0.25  # of the context: what the user says at one frame is cut to it
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What happened at one frame."""
+
+    frame: int  # of the model's, from 0
+    time_s: float  # frame / fps
+    logits: dict[str, float]  # by head: "speaking" and, where the arm has that head, "dst_update"
+    probabilities: dict[str, float]  # likewise, corrected for sampling where that is known
+    heard: tuple[str, ...]  # what the user said before it
+    updates: Updates | None  # (step id, transition) made after it; None: the head did not fire
+    dst_text: str | None  # what the update said, as written; None: nothing was written
+    said: str | None  # what the assistant said after it; None: silent
+    state: dict[str, str]  # step id -> state, after it; {} where the arm keeps none
+    tokens: int  # in the context, afterwards
+    started_over: bool  # the context was full: the prompt was rebuilt before this frame
+    skipped: int  # frames that went by since the one before
+    seconds: float  # from having the frame to having all its texts
+
+
+class Stream:
+    """One run over one video; a context manager. `task`: a clip whose prompt it starts with (`trainer.task`).
+
+    max_tokens: of the context, instead of those that the run was trained with.
+    """
+
+    def __init__(self, run: LoadedRun, task: ClipExample, live: Live, max_tokens: int | None = None) -> None:
+        run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.run, self.task, self.live = run, task, live
+        self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
+        _, capacity = room(run.model, self._config, live)
+        self._engine = Engine(run.model, run.tokens, 1, capacity)
+        self._context = Context(run.model, run.tokens, task, self._config, live)
+        self._open = ExitStack()
+
+    @property
+    def heads(self) -> Sequence[str]:
+        """Those that the arm has."""
+        return self._context.heads
+
+    def see(self, seen: Seen, heard: Sequence[str] = ()) -> Moment:
+        """What the model makes of a frame, before which the user said `heard`. NotFiniteError where it makes nothing.
+
+        What the user says is cut to USER_SHARE of the context, and says so by an ellipsis.
+        """
+        started, restarts = time.perf_counter(), self._context.restarts
+        pixels = torch.from_numpy(seen.pixels)[None].to(self.run.model.device)
+        heard = self._cut(heard)
+        coming = Coming(seen.frame, heard, self.run.model.frame_features(pixels)[0])
+        [found] = self._engine.run(self._context.see([coming]))
+        logits = dict(zip(self.heads, found.logits.tolist(), strict=False))
+        if not all(map(math.isfinite, logits.values())):
+            raise NotFiniteError(f"frame {seen.frame}: the scores are not finite; train anew with a lower --lr")
+        return Moment(
+            frame=seen.frame,
+            time_s=seen.time_s,
+            logits=logits,
+            probabilities={head: self.probability(logit) for head, logit in logits.items()},
+            heard=tuple(heard),
+            updates=found.updates,
+            dst_text=found.dst_text,
+            said=found.said,
+            state=self._context.state if self.run.model.arm.dst_text == "content" else {},
+            tokens=self._context.used,
+            started_over=self._context.restarts > restarts,
+            skipped=seen.skipped,
+            seconds=time.perf_counter() - started,
+        )
+
+    def probability(self, logit: float) -> float:
+        """Of a head's logit, corrected for sampling where that is known (LoadedRun.logit_correction)."""
+        return float(torch.tensor(logit + (self.run.logit_correction or 0.0), dtype=torch.float64).sigmoid())
+
+    def about(self, video: str) -> dict[str, Any]:
+        """What a recording says of its stream."""
+        thresholds = {head: self.live.thresholds.get(head, math.inf) for head in self.heads}
+        return {
+            "video": video,
+            "arm": self.run.config.arm,
+            "fps": self.task.fps,
+            "heads": list(self.heads),
+            "thresholds": thresholds,
+            "threshold_probabilities": {head: self.probability(logit) for head, logit in thresholds.items()},
+            "steps": list(self.task.steps) if self.run.model.arm.dst_text == "content" else [],
+            "goal": self.task.goal,
+        }
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(streaming(self.run.model, self._config))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def _cut(self, heard: Sequence[str]) -> Sequence[str]:
+        tokens, left, kept = self.run.tokens, int(USER_SHARE * self._context.budget), []
+        for text in heard:
+            ids = tokens.encode(text)
+            kept.append(text if len(ids) <= left else tokens.decode(ids[: max(0, left - 4)]) + "…")
+            left -= len(ids)
+            if left <= 0:
+                break
+        return kept
+
+
+# ---- when it fires -------------------------------------------------------------------------------------
+
+
+def thresholds_of(run: Path, run_info_hash: str | None = None) -> tuple[dict[str, float], float]:
+    """(logit by head, refractory time in seconds) that `evaluate` chose on val for the checkpoint in `run`.
+
+    Raises TrainerError where it was not evaluated, or was another checkpoint then.
+    """
+    known = run_info_hash or run_hash(run)
+    folder = run.parent if run.name in ("last", "best") else run
+    stale = None
+    for path in [*sorted(folder.glob("evaluation-*/metrics.json")), *sorted(folder.glob("scores/metrics.json"))]:
+        try:
+            metrics = json.loads(path.read_bytes())
+            chosen = {str(head): float(logit) for head, logit in metrics["thresholds"]["event"].items()}
+            refractory = float(metrics["settings"]["refractory_s"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if metrics.get("model") != known:
+            stale = path
+        elif "speaking" in chosen:
+            return chosen, refractory
+    why = f"{stale} is of another checkpoint" if stale else "was not evaluated, so no threshold was chosen on val"
+    raise TrainerError(f"{run}: {why}; run prospect-dst evaluate {run} DATA, or give --threshold speaking=LOGIT")
+
+
+def live_of(run: Path, given: Mapping[str, float], refractory_s: float | None) -> Live:
+    """When texts are written: by the thresholds `given`, else val's. A head without one never fires."""
+    for head, value in given.items():
+        if head not in HEADS or math.isnan(value):
+            raise TrainerError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
+    if refractory_s is not None:
+        Settings(refractory_s=refractory_s)  # checks it
+    thresholds, rest = dict(given), Settings.refractory_s
+    if "speaking" not in given:
+        chosen, rest = thresholds_of(run)
+        thresholds = chosen | thresholds
+    never = dict.fromkeys(HEADS, math.inf)
+    return Live(never | thresholds, rest if refractory_s is None else refractory_s)

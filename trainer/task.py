@@ -1,0 +1,171 @@
+"""What is being done in a video that nobody has annotated: goal, steps, and the state that they start from.
+
+Told by a small JSON file, by a clip of a conversations file as it is, or by a clip of preprocess's output, which has
+its user's lines, too. All become a clip, as that is what prompts are built from (`trainer.sequence`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.schema import NOT_SAMPLED, STATES
+from trainer.clips import ClipExample, Turn
+from trainer.errors import TrainerError
+from trainer.feed import Seen
+from trainer.sequence import user_texts
+from trainer.shards import Split, read_manifest
+
+MOST_BYTES = 256 << 20  # of a file
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done in a video: a clip whose prompt a stream starts with, and what is known of its frames."""
+
+    clip: ClipExample
+    frames: range | None = None  # absolute; None: all that come
+    lines: Mapping[int, Sequence[str]] = field(default_factory=dict)  # frame -> what the user says before it
+
+    @property
+    def fps(self) -> float:
+        return self.clip.fps
+
+    def cut(self, feed: Iterable[Seen]) -> Iterator[Seen]:
+        """The frames of the feed that are the task's."""
+        for seen in feed:
+            if self.frames is not None and seen.frame >= self.frames.stop:
+                return
+            if self.frames is None or seen.frame in self.frames:
+                yield seen
+
+    def heard(self, frame: int) -> Sequence[str]:
+        """What the clip's user says before a frame."""
+        return self.lines.get(frame, ())
+
+
+def find_task(path: Path | None, clip: str | None, video: str, fps: float) -> Task:
+    """The task that `path` tells: a JSON file, or `clip` of a folder of preprocess, with its frames and its user.
+
+    Raises TrainerError where it tells none.
+    """
+    if path is None or not path.is_dir():
+        return Task(read_task(path, Path(video).name, clip, fps))
+    if clip is None:
+        raise TrainerError(f"{path}: a folder; say which of its clips is meant: --clip test:0")
+    found = clip_of(path, clip)
+    return Task(found, range(found.start_frame, found.end_frame), user_texts(found))
+
+
+def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> ClipExample:
+    """What is being done, as a clip without turns that starts at frame 0: goal, steps, the state that it starts from.
+
+    path: a JSON file with `goal`, `knowledge`, `steps` ([{id, name}], or names), `initial_state` ({id: state}) and
+    `system`, all of them optional, or a clip of a conversations file (of several the one whose id or number is `clip`).
+    None: nothing is known. name: what the task is called in messages. TrainerError where the file says something else.
+    """
+    told = {} if path is None else _read_json(path, clip)
+    steps = tuple(_steps(path, _either(told, "steps", "dst", []) or []))
+    state = _either(told, "initial_state", "initial_dst_state", {}) or {}
+    known = dict(steps)
+    if not isinstance(state, dict) or any(step not in known or of not in STATES for step, of in state.items()):
+        raise TrainerError(
+            f"{path} initial_state: expected an object of its steps' ids with one of {', '.join(STATES)} each"
+        )
+    texts = {key: _either(told, key, f"inferred_{key}", None) for key in ("goal", "knowledge")}
+    system = told.get("system", _system_turns(told.get("conversation")))
+    for key, text in (*texts.items(), ("system", system)):
+        if text is not None and not isinstance(text, str):
+            raise TrainerError(f"{path} {key}: found {text!r:.60}, expected text")
+    turns = [Turn("system", system)] if system else []
+    return _task(name, fps, texts["goal"], texts["knowledge"], steps, tuple(state.items()), turns)
+
+
+def clip_of(data: Path, clip: str) -> ClipExample:
+    """A clip of a folder of preprocess, by its id or number or `split:` and either. TrainerError without one."""
+    splits = dict.fromkeys(shard["split"] for shard in read_manifest(data)["shards"] if shard["clips"])
+    only, _, rest = clip.partition(":")
+    wanted = {only: (rest,)} if only in splits else dict.fromkeys(splits, (clip,))
+    found = [
+        example
+        for split, names in wanted.items()
+        for example in Split(data, split).in_order()
+        if example.clip_id in (*names, clip) or str(example.clip) in names
+    ]
+    if len(found) != 1:
+        which = "no clip" if not found else f"{len(found)} clips"
+        raise TrainerError(f"{data}: {which} {clip!r}; name one like test:0, prospect-dst inspect {data} shows them")
+    return found[0]
+
+
+def _task(
+    name: str,
+    fps: float,
+    goal: str | None,
+    knowledge: str | None,
+    steps: tuple[tuple[str, str], ...],
+    state: tuple[tuple[str, str], ...],
+    turns: Sequence[Turn],
+) -> ClipExample:
+    return ClipExample(
+        clip_id=name, clip=0, video_uid=name, recording_id=name, fps=fps, start_frame=0, num_frames=0,
+        frames_file=None, goal=goal, knowledge=knowledge, steps=steps, initial_state=state, turns=turns,
+        sampling_seed=0, neg_rate=0.0, positive="onset", labels=np.full((2, 0), NOT_SAMPLED, np.int8),
+    )  # fmt: skip
+
+
+def _read_json(path: Path, clip: str | None) -> dict[str, Any]:
+    if path.stat().st_size > MOST_BYTES:
+        raise TrainerError(f"{path}: over {MOST_BYTES >> 20} MB; run preprocess on it, and name one clip of its output")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise TrainerError(f"{path}: not JSON ({error}); expected goal and steps, or a clip") from None
+    several = told if isinstance(told, list) else [told]
+    chosen = [
+        one for number, one in enumerate(several) if clip is None or clip in (str(number), str(_id(one)))
+    ]  # fmt: skip
+    if not all(isinstance(one, dict) for one in several):
+        raise TrainerError(f"{path}: found {told!r:.60}, expected an object with goal and steps, or a list of clips")
+    if len(chosen) != 1:
+        some = ", ".join(str(_id(one) or number) for number, one in enumerate(several[:4]))
+        raise TrainerError(f"{path}: {len(chosen)} clips fit, expected one; name it with --clip, e.g. of {some}")
+    return dict(chosen[0])
+
+
+def _id(told: Any) -> Any:
+    return told.get("id", told.get("video_uid")) if isinstance(told, dict) else None
+
+
+def _either(told: Mapping[str, Any], name: str, other: str, default: Any) -> Any:
+    return told.get(name, told.get(other, default))
+
+
+def _steps(path: Path | None, told: Any) -> Sequence[tuple[str, str]]:
+    """(id, name) of [{id, name}], or of names, which are then S1, S2, ..."""
+    steps: list[tuple[str, str]] = []
+    if not isinstance(told, list):
+        raise TrainerError(f"{path} steps: found {told!r:.60}, expected a list")
+    for number, step in enumerate(told, 1):
+        named = {"id": f"S{number}", "name": step} if isinstance(step, str) else step
+        if not isinstance(named, dict) or not all(isinstance(named.get(key), str) for key in ("id", "name")):
+            raise TrainerError(f"{path} steps.{number}: found {step!r:.60}, expected a name, or an id and a name")
+        steps.append((named["id"], named["name"]))
+    if len(dict(steps)) < len(steps):
+        raise TrainerError(f"{path} steps: an id twice, expected one of its own for each")
+    return steps
+
+
+def _system_turns(conversation: Any) -> str | None:
+    """What leads a conversation."""
+    leading = []
+    for turn in conversation if isinstance(conversation, list) else []:
+        if not isinstance(turn, dict) or turn.get("role") != "system" or not isinstance(turn.get("content"), str):
+            break
+        leading.append(turn["content"])
+    return "\n".join(leading) or None
