@@ -321,6 +321,10 @@ def evaluate(
     console().print(render_evaluation(found))
     if found.folder is not None:
         typer.echo(f"wrote {plain(found.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
+    if scores is None:
+        typer.echo(
+            f"next: prospect-dst stream {plain(places[0])} VIDEO --task {plain(places[1])} --clip {plain(split)}:0"
+        )
     return 0
 
 
@@ -438,6 +442,9 @@ def stream(
 
     loaded = load_run(run)
     live = live_of(run, _numbers("--threshold", threshold or [], "speaking=0.5"), refractory_s)
+    named = [path.absolute() for path in (Path(video), html, mp4) if path is not None]
+    if len(set(named)) < len(named):
+        raise UsageError("VIDEO, --html and --mp4 name the same file twice")
     about_task = find_task(task, clip, video, loaded.info.get("fps", 2.0) if fps is None else fps)
     with contextlib.ExitStack() as open_now:
         feed = open_now.enter_context(open_feed(video, about_task.fps, loaded.model.side, realtime, source_fps))

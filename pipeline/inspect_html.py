@@ -8,12 +8,9 @@ with the script's own hash lets nothing else run. Labels are run-length coded, a
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,6 +23,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.inspect import summarise
+from pipeline.page import coded, policy
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
 from pipeline.shards import verify
 from pipeline.summary import Split, Summary, all_hazards, drops_by_reason
@@ -58,20 +56,15 @@ def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[
 
 def fill(template: str, data: Mapping[str, Any]) -> str:
     """The template with its title, content policy and data; `<`, `>` and `&` of the data become \\uXXXX."""
-    coded = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&":
-        coded = coded.replace(sign, f"\\u{ord(sign):04x}")
-    policy = f"default-src 'none'; script-src {_hash(template, 'script')}; style-src {_hash(template, 'style')}"
     title = html.escape(f"{data['folder']} - labels")
-    for mark, text in (("POLICY", policy), ("TITLE", title), ("DATA", coded)):  # data last: it may hold marks
+    for mark, text in (
+        ("POLICY", policy(template)),
+        ("TITLE", title),
+        ("DATA", coded(data)),
+    ):  # data last: it may hold marks
         before, after = template.split("{{" + mark + "}}", 1)
         template = before + text + after
     return template
-
-
-def _hash(template: str, tag: str) -> str:
-    body = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
 
 
 def page_data(folder: Path, manifest: Mapping[str, Any], summary: Summary, max_clips: int) -> dict[str, Any]:

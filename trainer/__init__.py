@@ -1,16 +1,19 @@
 """A lean torch trainer: streams prospect-dst shards into SmolVLM with two direct decision heads.
 
-    arms        variants compared   pack        windows -> one row      train       train, fit, train_step
-    config      every knob          attention   within each window      start       new, or resumed
-    clips       a clip, its labels  vision      frames -> features      parallel    one rank or many
-    shards      clips from Parquet  encode      features once, for all  checkpoint  a run on disk
-    frames      pixels, 3 sources   model       SmolVLM + two heads     score       at every frame, teacher-forced
-    features    ... and a fourth    losses      sums and counts         selffed     frame by frame, on its own texts
-    tokenizer   ids and markers     errors      what the user can mend  evaluate    a run -> scores -> metrics
-    sequence    clip -> tokens      disk        digests, syncs          benchmark   all arms, what differs, how surely
+    arms        variants compared   attention   within each window      checkpoint  a run on disk
+    config      every knob          vision      frames -> features      score       at every frame, teacher-forced
+    clips       a clip, its labels  encode      features once, for all  cache       keys and values of many contexts
+    shards      clips from Parquet  model       SmolVLM + two heads     engine      many live runs, one forward pass
+    frames      pixels, 3 sources   losses      sums and counts         context     what a live run has read, and says
+    features    ... and a fourth    train       train, fit, train_step  selffed     clips on the model's own texts
+    tokenizer   ids and markers     start       new, or resumed         stream      a video, live; feed, task: its input
+    sequence    clip -> tokens      parallel    one rank or many        evaluate    a run -> scores -> metrics
+    pack        windows -> one row  errors      what the user can mend  benchmark   all arms, what differs, how surely
     metrics     seen while it runs  curves      the picture of a run    evaluation  from scores alone, without torch
+    disk        digests, syncs
 
-Imports point one way: benchmark -> evaluate, train -> start, score -> checkpoint -> model -> pack -> sequence -> clips.
+Imports point one way: benchmark -> evaluate, train -> start, score -> checkpoint -> model -> pack -> sequence -> clips;
+evaluate -> selffed -> context -> engine -> cache, model.
 Of `pipeline` only `schema` is imported. Training is teacher-forced: texts in the context are the reference's.
 """
 

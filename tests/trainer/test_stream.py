@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from by_hand import clip_example
+from by_hand import NoisyFrames, clip_example, turn
 from PIL import Image
 from small_run import clip, go
 from test_evaluate import write_splits
@@ -85,6 +86,27 @@ def test_a_streamed_clip_has_the_logits_and_texts_of_the_self_fed_evaluation(run
         made = [None if m["updates"] is None else tuple(map(tuple, m["updates"])) for m in told]
         assert made == one.updates
         assert [moment["heard"] for moment in told][:3] == [[], ["What now, <image>?"], []]
+
+
+def test_across_rebuilt_contexts_too(run):
+    loaded = load_run(run)
+    loaded = replace(loaded, config=replace(loaded.config, max_tokens=60))
+    example = clip_example([turn("user", "What now, <image>?", 104, 105)], 100, 90, goal="A toy")
+    live = Live({"speaking": -0.5, "dst_update": -0.5}, most_text=4)
+    frames = NoisyFrames()
+    [scored] = self_fed(loaded.model, loaded.tokens, iter([example]), frames, loaded.config, live)
+    with Stream(loaded, example, live) as stream:
+        moments = [
+            stream.see(
+                Seen(n, n / 2, frames.load(example, n, n + 1)[0], Image.new("RGB", (8, 8)), 0),
+                ["What now, <image>?"] if n == 104 else [],
+            )
+            for n in range(100, 190)
+        ]
+    assert sum(moment.started_over for moment in moments) > 1
+    assert [moment.said for moment in moments] == scored.said
+    for head, logits in scored.logits.items():
+        assert np.abs(np.array([moment.logits[head] for moment in moments]) - logits).max() < 1e-4
 
 
 def test_the_model_is_as_before_afterwards(run):
@@ -261,6 +283,15 @@ def test_a_video_at_30_fps_runs_start_to_end_and_is_kept(run, tmp_path, capsys):
     assert (tmp_path / "v.html").stat().st_size > 1000
     with av.open(str(tmp_path / "out.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) >= 8
+
+
+def test_a_recording_never_replaces_the_video(run, tmp_path, capsys):
+    write_video(tmp_path / "v.mp4", seconds=1)
+    before = (tmp_path / "v.mp4").read_bytes()
+    video = str(tmp_path / "v.mp4")
+    assert main(["stream", str(run), video, *THRESHOLDS, "--mp4", video]) == 2
+    assert "name the same file twice" in capsys.readouterr().err
+    assert (tmp_path / "v.mp4").read_bytes() == before
 
 
 def test_the_user_s_lines_are_heard_in_time(run, tmp_path, capsys, monkeypatch):
