@@ -447,7 +447,8 @@ def stream(
         raise UsageError("VIDEO, --html and --mp4 name the same file twice")
     about_task = find_task(task, clip, video, loaded.info.get("fps", 2.0) if fps is None else fps)
     with contextlib.ExitStack() as open_now:
-        feed = open_now.enter_context(open_feed(video, about_task.fps, loaded.model.side, realtime, source_fps))
+        side, first = loaded.model.side, about_task.first
+        feed = open_now.enter_context(open_feed(video, about_task.fps, side, realtime, source_fps, first))
         stream = open_now.enter_context(Stream(loaded, about_task.clip, live, max_tokens))
         about: Any = stream.about(feed.name) | {"run": str(run)}
         sinks = [recording.json_lines(sys.stdout) if json else recording.terminal(console(), about)]

@@ -70,6 +70,7 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
         "encode",
         "train",
         "benchmark",
+        "stream",
     ]
     small = {
         "synth": ["--train", "2", "--val", "1", "--test", "1"],

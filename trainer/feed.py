@@ -78,26 +78,29 @@ class Feed:
         self._close()
 
 
-def open_feed(where: str, fps: float, side: int, realtime: bool = False, source_fps: float | None = None) -> Feed:
+def open_feed(
+    where: str, fps: float, side: int, realtime: bool = False, source_fps: float | None = None, first: int = 0
+) -> Feed:
     """Frames of `where` at `fps`: a video file, a folder of images, an .arrow file, or a camera's number ("0"; a
     folder of that name is "./0").
 
     source_fps: at which a folder's images or an Arrow file's rows were taken; without it each is a frame. Frame i is
     the last image taken by i/fps seconds. realtime: give no frame of a file before its time, and skip those that the
-    caller is too slow for. TrainerError, one line, where it can't be read or is none of these.
+    caller is too slow for. first: the frame that a file is read from. TrainerError, one line, where it can't be read
+    or is none of these.
     """
     for name, rate in (("fps", fps), ("source fps", source_fps)):
         if rate is not None and not 0 < rate <= MAX_FPS:
             raise TrainerError(f"{where}: {name} {rate:g}, expected more than 0 and at most {MAX_FPS:g}")
     if where.isascii() and where.isdigit():
         return _camera_feed(int(where), fps, side)
-    return _file_feed(Path(where), fps, side, realtime, source_fps)
+    return _file_feed(Path(where), fps, side, realtime, source_fps, first)
 
 
 # ---- files -------------------------------------------------------------------------------------------
 
 
-def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: float | None) -> Feed:
+def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: float | None, first: int) -> Feed:
     if not os.path.exists(path):
         raise TrainerError(f"{path}: no such file or folder; expected a video, a folder of images or a camera's number")
     if path.is_file() and path.suffix.lower() not in (".arrow", *VIDEOS):
@@ -115,9 +118,14 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
         raise TrainerError(f"{path}: holds no frame; expected images (.jpg, .png), an .arrow file or a video")
     times = None if is_video else _evenly(images, source_fps or fps)
     count = opened.count(fps) if times is None else times.count(fps)
+    if first >= count:
+        opened.close()
+        raise TrainerError(
+            f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is it the clip's video?"
+        )
 
     def frames() -> Iterator[Seen]:
-        for number, skipped in _numbers(count, fps, realtime):
+        for number, skipped in _numbers(count, fps, realtime, first):
             try:
                 image = opened.image(number if times is None else times.picture(number, fps), fps)
             except UNDECODABLE as error:
@@ -137,12 +145,12 @@ def _seen(image: Image.Image, number: int, fps: float, side: int, skipped: int) 
     return Seen(number, number / fps, pixels, image, skipped)
 
 
-def _numbers(count: int | None, fps: float, realtime: bool) -> Iterator[tuple[int, int]]:
-    """(frame, skipped before it) up to `count`; in real time each when it is due."""
-    start, last = time.monotonic(), -1
+def _numbers(count: int | None, fps: float, realtime: bool, first: int = 0) -> Iterator[tuple[int, int]]:
+    """(frame, skipped before it) from `first` up to `count`; in real time each when it is due."""
+    start, last = time.monotonic() - first / fps, first - 1
     while count is None or last + 1 < count:
         number = last + 1
-        if realtime and number:
+        if realtime and number > first:
             early = number / fps - (time.monotonic() - start)
             if early > 0:
                 time.sleep(early)

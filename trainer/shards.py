@@ -344,10 +344,10 @@ def _check_rows(where: _RowGroup, first_clip: int) -> None:
             f"{where.frames} row group {where.index}: {len(frames)} frames, expected {size.sum()} as its clips say; "
             f"run preprocess again"
         )
-    owner = np.repeat(np.arange(len(size)), size)
-    at = np.arange(len(frames)) - np.repeat(np.cumsum(size) - size, size) + start[owner]
-    agree = (_array(frames["clip"]) == number[owner]) & (_array(frames["frame"]) == at)
-    if not (agree.all() and _same_ids(frames["clip_id"], clips["clip_id"], owner)):
+    first = np.arange(len(frames), dtype=np.int32) - _array(frames["frame"])  # the same at all frames of a clip
+    agree = (_array(frames["clip"]) == np.repeat(number.astype(np.int32), size)).all()
+    agree &= (first == np.repeat((np.cumsum(size) - size - start).astype(np.int32), size)).all()
+    if not (agree and _same_ids(frames["clip_id"], clips["clip_id"], size)):
         raise _wrong(where.frames, where.index, "clip_id, clip and frame are not those of its clips")
 
 
@@ -367,13 +367,13 @@ def _words(clips: pa.Table, name: str) -> set[str]:
     return {text for chunk in chunks for text in chunk.dictionary.to_pylist()}
 
 
-def _same_ids(of_frames: pa.ChunkedArray, of_clips: pa.ChunkedArray, owner: npt.NDArray[np.int64]) -> bool:
-    """Whether each frame has its clip's id."""
+def _same_ids(of_frames: pa.ChunkedArray, of_clips: pa.ChunkedArray, size: npt.NDArray[np.int64]) -> bool:
+    """Whether each frame has its clip's id; `size`: frames of each clip."""
     found = of_frames.unify_dictionaries().combine_chunks()
     names = found.dictionary.to_pylist()
     code = {name: number for number, name in enumerate(names)}
-    expected = np.array([code.get(name, -1) for name in of_clips.to_pylist()], np.int64)
-    return bool((np.from_dlpack(found.indices) == expected[owner]).all())
+    expected = np.array([code.get(name, -1) for name in of_clips.to_pylist()], np.int32)
+    return bool((np.from_dlpack(found.indices) == np.repeat(expected, size)).all())
 
 
 # ---- one row group in memory -------------------------------------------------------------------------

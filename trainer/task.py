@@ -36,13 +36,17 @@ class Task:
     def fps(self) -> float:
         return self.clip.fps
 
+    @property
+    def first(self) -> int:
+        """The frame that it starts at."""
+        return self.frames.start if self.frames else 0
+
     def cut(self, feed: Iterable[Seen]) -> Iterator[Seen]:
         """The frames of the feed that are the task's."""
         for seen in feed:
             if self.frames is not None and seen.frame >= self.frames.stop:
                 return
-            if self.frames is None or seen.frame in self.frames:
-                yield seen
+            yield seen
 
     def heard(self, frame: int) -> Sequence[str]:
         """What the clip's user says before a frame."""

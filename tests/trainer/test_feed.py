@@ -88,17 +88,29 @@ def test_rows_of_an_arrow_file_are_frames(tmp_path):
     assert numbers(seen(path, 1, source_fps=2), 10) == [0, 2, 4]
 
 
+def test_a_file_is_read_from_the_frame_that_is_asked_for(tmp_path):
+    video(tmp_path / "v.mp4", 31, 10, step=6)
+    whole = seen(tmp_path / "v.mp4")
+    with open_feed(str(tmp_path / "v.mp4"), 2, 64, first=4) as frames:
+        found = list(frames)
+    assert [(one.frame, one.time_s, one.skipped) for one in found] == [(4, 2.0, 0), (5, 2.5, 0), (6, 3.0, 0)]
+    assert all(np.array_equal(one.pixels, whole[one.frame].pixels) for one in found)
+    with pytest.raises(TrainerError, match="v.mp4: 7 frames at 2 fps, expected more than 7; is it the clip's video"):
+        open_feed(str(tmp_path / "v.mp4"), 2, 64, first=7)
+
+
 def test_people_see_the_whole_picture_and_the_model_its_middle(tmp_path):
     (tmp_path / "v").mkdir()
     wide = grey(0, 900, 1800)
-    wide[:, 450:1350] = 255
+    wide[:, 450:1350] = np.random.default_rng(0).integers(200, 256, (900, 900, 3))
     Image.fromarray(wide).save(tmp_path / "v" / "0.png")
     (one,) = seen(tmp_path / "v")
     assert one.image.size == (640, 320)
     assert one.image.mode == "RGB"
     assert one.image.getpixel((10, 160)) == (0, 0, 0)
     assert one.pixels.shape == (3, 64, 64)
-    assert one.pixels[..., 2:-2].min() == 255
+    assert one.pixels[..., 2:-2].min() > 200
+    assert np.array_equal(one.pixels, PixelFrames(tmp_path, 64).load(at(2), 0, 1)[0])  # not of the smaller one
 
 
 def test_frames_before_a_damaged_picture_are_given_then_one_line(tmp_path):
@@ -251,7 +263,7 @@ def test_the_camera_is_let_go(monkeypatch):
         camera.show(10)
         next(iter(frames))
         threading.Timer(0.05, camera.show, [20]).start()
-    assert camera.closed.wait(20)
+    assert camera.closed.wait(5)  # it would wait 20 for the next picture
 
 
 @pytest.mark.parametrize(
