@@ -38,14 +38,13 @@ LOOK_S: Final = 5  # until a new file must be seen on another machine
 STORE_BYTES: Final = 256 << 20  # of a Ray started here; what it can't hold goes to its folder
 SAME: Final = ("prospect-dst", "numpy", "pyarrow", "msgspec", "pillow", "av", "torch", "transformers")
 
-# Before ray is imported: no reports to its makers, no `uv run` per worker, no endless tries after out-of-memory, no
-# warnings of its C++ half amid our lines.
+# Before ray is imported: no reports to its makers, no `uv run` per worker, no endless tries after out-of-memory, and
+# no warning about GPUs that are not asked for.
 _SETTINGS: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_task_oom_retries": str(RETRIES),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 

@@ -121,7 +121,7 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
     if first >= count:
         opened.close()
         raise TrainerError(
-            f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is it the clip's video?"
+            f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is this its video?"
         )
 
     def frames() -> Iterator[Seen]:

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import typer
 
 from pipeline import cluster
 from pipeline import preprocess as module
-from pipeline.cli import main
+from pipeline.cli import app, main
 from pipeline.errors import InputError
 from pipeline.preprocess import preprocess
 from pipeline.survey import survey
@@ -144,7 +145,7 @@ def address() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
         command += ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=100000000"]
-        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats"]
+        command += [f"--temp-dir={folder}", "--disable-usage-stats"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ray:
             wait_for(port, ray)
             there = f"127.0.0.1:{port}"
@@ -219,7 +220,9 @@ def test_a_part_that_kills_every_worker_is_one_line_and_leaves_the_old_output(
     before = snapshot(out)
 
     def deadly(plan: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if plan.part == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_part(plan)
 
     monkeypatch.setattr(module, "write_part", by_value(deadly))
     assert main(["preprocess", str(source), "--out", str(out), "--seed", "1", "--ray", address]) == 1
@@ -263,6 +266,7 @@ def test_encode_on_ray_writes_the_same_bytes_also_with_a_worker_killed(
     told = capsys.readouterr().err.splitlines()
     from trainer import encode
 
+    monkeypatch.setattr(cluster, "AHEAD", 1)  # one process after the other, as each imports torch
     monkeypatch.setattr(encode, "_do_there", dies_once(encode._do_there, tmp_path / "killed", after=False))
     assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
     monkeypatch.undo()
@@ -359,3 +363,24 @@ def test_an_address_that_is_none_is_bad_usage(
     monkeypatch.setattr(cluster, "_connected", CONNECTED)
     assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", wrong]) == 2
     assert f"--ray {wrong}: expected auto, local, host:port or ray://host:port" in capsys.readouterr().err
+
+
+# ---- recipes -----------------------------------------------------------------------------------------
+
+RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_is_bash_and_its_commands_have_their_options(recipe: Path) -> None:
+    subprocess.run(["bash", "-n", recipe], check=True)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = recipe.read_text().replace("\\\n", " ").splitlines()
+    used = [match for line in lines if (match := re.search(r"(?:prospect-dst|pipeline\.cli) (\w+) (.*)", line))]
+    assert used
+    for match in used:
+        known = {option for parameter in commands[match[1]].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z0-9-]+", match[2])) <= known
+
+
+def test_there_are_recipes_for_an_array_for_ray_and_for_training() -> None:
+    assert [recipe.name for recipe in RECIPES] == ["encode-array.sbatch", "ray.sbatch", "train.sbatch"]

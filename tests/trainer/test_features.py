@@ -113,6 +113,18 @@ def test_a_changed_number_is_an_error_of_the_frames_that_are_read(tmp_path):
     assert not open_features(path).sound()
 
 
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    def blocks():
+        yield numbered(range(2))
+        raise OSError(28, "No space left on device")  # as write() says it: without a name
+
+    path = feature_path(tmp_path, "v", 2.0)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_features(path, about(), np.arange(4, dtype=np.int32), 3, blocks())
+    assert caught.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_video_s_file_is_refused(tmp_path):
     write(tmp_path, range(4), video="w").rename(feature_path(tmp_path, "v", 2.0))
     with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: of the video w at 2\.0 fps, expected v at 2\.0"):

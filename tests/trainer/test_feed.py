@@ -95,7 +95,7 @@ def test_a_file_is_read_from_the_frame_that_is_asked_for(tmp_path):
         found = list(frames)
     assert [(one.frame, one.time_s, one.skipped) for one in found] == [(4, 2.0, 0), (5, 2.5, 0), (6, 3.0, 0)]
     assert all(np.array_equal(one.pixels, whole[one.frame].pixels) for one in found)
-    with pytest.raises(TrainerError, match="v.mp4: 7 frames at 2 fps, expected more than 7; is it the clip's video"):
+    with pytest.raises(TrainerError, match=r"v.mp4: 7 frames at 2 fps, expected more than 7"):
         open_feed(str(tmp_path / "v.mp4"), 2, 64, first=7)
 
 

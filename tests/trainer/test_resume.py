@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from small_run import CONFIG, clip, curve, go, go_until, weights, write_data
 
+import trainer.checkpoint
+import trainer.model
 import trainer.train
 from trainer.checkpoint import load_run, recover
 from trainer.errors import TrainerError
@@ -177,6 +180,23 @@ def test_a_damaged_checkpoint_is_refused_by_the_file(data, cut, name):
     path.write_bytes(content)
     with pytest.raises(TrainerError, match=rf"last/{name}: damaged \(\d+ bytes of \d+, SHA-256 differs\)"):
         go(data, cut, resume=True)
+
+
+@pytest.mark.parametrize(("function", "named"), [("save_file", "heads.safetensors"), (None, ".new")])
+def test_a_full_disk_names_the_checkpoint_and_leaves_the_old_one(data, cut, monkeypatch, function, named):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    before = weights(cut)
+    with monkeypatch.context() as patch:
+        if function:
+            patch.setattr(trainer.checkpoint, function, full)
+        else:
+            patch.setattr(trainer.model.SmolVLMForConditionalGeneration, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            go(data, cut, resume=True)
+    assert str(caught.value.filename).endswith(named)
+    assert weights(cut) == before
 
 
 def test_a_missing_state_is_refused(data, cut):

@@ -299,7 +299,7 @@ FORGED = {
         lambda row: row | {"turns": [row["turns"][2] | {"updates": [{"id": "S1", "transition": "fly"}]}]},
         "transition 'fly' is not known",
     ),
-    "a state": ("clips", lambda row: row | {"initial_state": [{"id": "S1", "state": "odd"}]}, "state 'odd' is not known"),
+    "a state": ("clips", lambda row: row | {"initial_state": [{"id": "S1", "state": "odd"}]}, "state 'odd' is not"),
 }  # fmt: skip
 
 
