@@ -10,7 +10,9 @@ import contextlib
 import functools
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,9 +169,11 @@ def encode(
     from pipeline.terminal import plain
     from trainer.encode import TOLERANCE
     from trainer.encode import encode as run
+    from trainer.shards import read_manifest
 
     share = _share(part)
-    needed = [data, *([frames_root] if frames_root else []), *([Path(model)] if Path(model).exists() else [])]
+    root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
+    needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
     with _cluster(ray, out, needed, gpu=True) as mapper:
         report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper)
     if not report.videos and not report.skipped:
@@ -442,10 +446,10 @@ def stream(
 
     loaded = load_run(run)
     live = live_of(run, _numbers("--threshold", threshold or [], "speaking=0.5"), refractory_s)
-    named = [path.absolute() for path in (Path(video), html, mp4) if path is not None]
+    named = [path.resolve() for path in (Path(video), html, mp4) if path is not None]
     if len(set(named)) < len(named):
         raise UsageError("VIDEO, --html and --mp4 name the same file twice")
-    about_task = find_task(task, clip, video, loaded.info.get("fps", 2.0) if fps is None else fps)
+    about_task = find_task(task, clip, video, fps, trained=loaded.info.get("fps", 2.0))
     with contextlib.ExitStack() as open_now:
         side, first = loaded.model.side, about_task.first
         feed = open_now.enter_context(open_feed(video, about_task.fps, side, realtime, source_fps, first))
@@ -457,16 +461,18 @@ def stream(
         for sink in sinks:
             open_now.enter_context(sink)
         listener = Listener(sys.stdin)
+        ended = open_now.enter_context(_ended_by_signals())
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
+            listener.wait()  # for a script; before the first frame, which a clock may give
             for seen in about_task.cut(feed):
-                said = [*about_task.heard(seen.frame), *listener.heard(seen.time_s)]
+                said = [*about_task.heard(seen), *listener.heard(seen.time_s)]
                 moment = asdict(stream.see(seen, said))
                 for sink in sinks:
                     sink.show(moment, seen.image)
     for path in (html, mp4):
         if path is not None and path.exists():
             typer.echo(f"wrote {plain(path)} ({path.stat().st_size / 1e6:,.1f} MB)", err=json)
-    return 0
+    return ended[0] if ended else 0
 
 
 @app.command()
@@ -515,6 +521,23 @@ def _numbers(
 def _names(given: list[str]) -> list[str]:
     """The items of a repeatable option, split at commas."""
     return [item.strip() for item in ",".join(given).split(",") if item.strip()]
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP stop what is done as Ctrl-C does; the list gets the exit status that they ask for."""
+    statuses: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        statuses.append(128 + number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield statuses
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _share(part: str) -> tuple[int, int]:

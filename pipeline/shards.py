@@ -204,6 +204,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
         raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
+    if SEAL not in manifest:
+        raise InputError(f"{plain(path)}: written by an older version; {redo}")
     if sealed(manifest) != manifest:
         raise InputError(f"{plain(path)}: damaged or edited (its {SEAL} is not that of its content); {redo}")
     return manifest

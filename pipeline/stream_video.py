@@ -45,8 +45,12 @@ class VideoSink(Closing):
 
     def __enter__(self) -> Self:
         self.draft.touch()  # a folder without permission is the system's own error
-        self.container = av.open(str(self.draft), "w", format="mp4")
-        self.stream = _stream(self.container, self.rate)
+        try:
+            self.container = av.open(str(self.draft), "w", format="mp4")
+            self.stream = _stream(self.container, self.rate)
+        except BaseException:
+            self.draft.unlink()
+            raise
         return self
 
     def show(self, moment: Moment, image: Image.Image) -> None:

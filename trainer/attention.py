@@ -4,7 +4,7 @@
 mask tensor, 5e-7 from attending to each alone (a prototype, float32). The library's own packing is off by default and
 fails silently (sequences see each other: logits off by 4e-2, gradients by 99%), and a dense mask costs 2 to 4 times the
 time.
-It is for training and scoring; with a key-value cache use plain `sdpa`.
+It is for training and scoring; what reads on from keys and values that it kept is `trainer.cache`.
 
     L tokens of the row    W windows    H heads    D head width
 """

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "slot_sdpa"
-SHORT = 16  # new tokens: contexts with so few attend together, padded to the most that one has
+SHORT = 16  # new tokens: contexts with no more may attend together, padded to the most that one of them has
+ALONE = 16  # what a call for one context costs, in new tokens of those together
 FIRST = 256  # tokens that a slot is made for
 
 
@@ -75,11 +76,12 @@ class Cache:
         """
         self._make_room(max(row.start + row.length for row in rows))
         positions = torch.cat([torch.arange(row.start, row.start + row.length) for row in rows])
-        short = [row for row in rows if row.length <= SHORT]
+        widest = _widest([row.length for row in rows])
+        short = [row for row in rows if row.length <= widest]
         if len(short) < 2:
             return Reading(self._slabs, rows, self._on(positions), rows, None)
-        alone = [row for row in rows if row.length > SHORT]
-        return Reading(self._slabs, rows, self._on(positions), alone, self._together(short))
+        alone = [row for row in rows if row.length > widest]
+        return Reading(self._slabs, rows, self._on(positions), alone, self._together(_without_gaps(short)))
 
     def _make_room(self, needed: int) -> None:
         if needed > self.capacity:
@@ -89,7 +91,7 @@ class Cache:
         more = min(self.capacity, max(FIRST, 2 * self._room, needed)) - self._room
         self._room += more
         for layer, (keys, values) in enumerate(self._slabs):
-            # by zeros: what is masked is still multiplied by 0, which arbitrary bits need not survive
+            # by zeros: what is masked is still multiplied by 0, which NaN survives; so may no NaN be read
             self._slabs[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
 
     def _together(self, rows: Sequence[Row]) -> _Together:
@@ -112,6 +114,22 @@ class Cache:
 
     def _on(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=True)
+
+
+def _widest(lengths: Sequence[int]) -> int:
+    """New tokens of the longest context that attends with others: where padding and calls for one cost least."""
+
+    def cost(widest: int) -> int:
+        return sum(widest if length <= widest else ALONE + length for length in lengths)
+
+    return min((length for length in {*lengths} if length <= SHORT), key=cost, default=0)
+
+
+def _without_gaps(rows: Sequence[Row]) -> Sequence[Row]:
+    """Contexts that read nothing in between, where few are missing: a slice of a slab needs no copy."""
+    given = {row.slot: row for row in rows}
+    slots = range(rows[0].slot, rows[-1].slot + 1)
+    return [given.get(slot, Row(slot, 0, 0, 0)) for slot in slots] if len(slots) < 2 * len(rows) else rows
 
 
 def bytes_per_token(vlm: Any, dtype: torch.dtype) -> int:

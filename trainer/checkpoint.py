@@ -33,7 +33,7 @@ from trainer.arms import find_arm
 from trainer.config import TrainConfig
 from trainer.disk import naming, sha256, sync
 from trainer.errors import TrainerError
-from trainer.model import DecisionHeads, ProspectModel, load_model, plain_weights
+from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, plain_weights
 from trainer.parallel import World, shard_like, whole
 from trainer.tokenizer import Tokens, load_tokens
 
@@ -105,7 +105,7 @@ def save_checkpoint(
             _save_tokens(tokens, new)
             (new / CARD).write_text(model_card(config, info), encoding="utf-8")
             content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
-            (new / RUN_INFO).write_text(json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
+            (new / RUN_INFO).write_text(json.dumps(content | {"sha256": seal(content)}, indent=1) + "\n")
         sync(new / RUN_INFO)
         sync(new)
         _move_into_place(new, folder)
@@ -170,7 +170,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _seal(content: dict[str, Any]) -> str:
+def seal(content: dict[str, Any]) -> str:
     """SHA-256 of run.json's content: the other files' are in it, so it vouches for all of the checkpoint."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -288,6 +288,13 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
         torch.cuda.set_rng_state(state["rng/cuda"])
 
 
+def verify_model(name: str) -> None:
+    """TrainerError where `name` is a run or a checkpoint of ours with a damaged file; another model says nothing."""
+    folder = Path(model_folder(name))
+    if (folder / RUN_INFO).is_file():
+        _verify(folder, read_info(folder)["files"], to_train=False)
+
+
 def read_info(folder: Path) -> dict[str, Any]:
     """What run.json says, its config and files still as JSON."""
     path = folder / RUN_INFO
@@ -301,7 +308,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
     if found != FORMAT:
         raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
-    if _seal(info) != sealed:
+    if seal(info) != sealed:
         raise TrainerError(f"{path}: damaged or edited (SHA-256 differs); train again, or get the file again")
     del info["format"]
     return dict(info)

@@ -69,6 +69,7 @@ class Context:
     """One stream: what the model has read of `task`, whose prompt it starts with, and its last frames by themselves,
     from which the end is read again when the room is full."""
 
+    room: int  # tokens beside the prompt, whose length no state changes
     _read: int  # tokens
     _unread: list[Part]
 
@@ -78,7 +79,7 @@ class Context:
         self.arm, self.tokens, self.task, self.live = model.arm, tokens, task, live
         self.k = model.tokens_per_frame
         self.heads = HEADS if self.arm.dst_head else HEADS[:1]  # those that the arm has, by row of the logits
-        self.budget, _ = room(model, config, live)
+        self.budget, _ = lengths(model, config, live)
         self.restarts = -1  # how often it was full
         self._last = {role: -np.inf for role, head in HEAD_OF.items() if head in self.heads}  # frame it fired at
         self._state = state_before(task, task.start_frame)  # before the oldest frame of the context
@@ -198,13 +199,13 @@ class Context:
         """Forget all but the last frames, as many as a training window would repeat before one that costs `cost`."""
         state = self._state if self.arm.state else None
         prompt = len(prompt_ids(self.task, self.tokens, state))
-        room = self.budget - prompt
-        if room < max(cost, 1):
+        self.room = self.budget - prompt
+        if self.room < max(cost, 1):
             raise TrainerError(
                 f"clip {self.task.clip_id}: its prompt and a frame with what the user says take "
                 f"{prompt + cost} tokens, but max_tokens leaves {self.budget}; raise --max-tokens"
             )
-        left, kept = to_repeat(room, cost), len(self._held)
+        left, kept = to_repeat(self.room, cost), len(self._held)
         while kept and (left := left - self._held[kept - 1].block.cost(self.k)) >= 0:
             kept -= 1
         forgotten, self._held = self._held[:kept], self._held[kept:]
@@ -227,7 +228,7 @@ class _Held:
         return list(self.block.parts(self.frame))
 
 
-def room(model: ProspectModel, config: TrainConfig, live: Live) -> tuple[int, int]:
+def lengths(model: ProspectModel, config: TrainConfig, live: Live) -> tuple[int, int]:
     """(tokens of a context up to its last frame, and with the texts that may follow)."""
     texts = len(REPLIES) * (live.most_text + 2)
     budget = min(config.max_tokens, model.vlm.config.text_config.max_position_embeddings - texts)

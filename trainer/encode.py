@@ -42,6 +42,7 @@ from transformers import SmolVLMForConditionalGeneration
 
 from pipeline.schema import images_in
 from trainer import vision
+from trainer.checkpoint import verify_model
 from trainer.clips import ClipExample
 from trainer.config import RANDOM_MODELS
 from trainer.errors import TrainerError
@@ -284,6 +285,7 @@ def _load(name: str, k: int) -> SmolVLMForConditionalGeneration:
         raise TrainerError(
             f"model is {name}: its tower knows nothing before it is trained; name a run, or a real model"
         )
+    verify_model(name)
     vlm = load_model(name, vocabulary=0)
     if k > vision.most_tokens(vlm):
         raise TrainerError(

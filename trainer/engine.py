@@ -30,8 +30,8 @@ from trainer.config import TrainConfig
 from trainer.model import ProspectModel
 from trainer.tokenizer import Tokens
 
-MOST_SLOTS = 32
-MOST_BYTES = 4 << 30  # of keys and values together, where several clips run at once
+MOST_SLOTS = 64
+MOST_BYTES = 2 << 30  # of keys and values together, where several clips run at once
 Floats = npt.NDArray[np.float32]
 Part = Sequence[int] | Tensor  # ids, or a frame's features [k, H]
 Result = TypeVar("Result")

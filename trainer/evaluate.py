@@ -101,7 +101,7 @@ def run_live(
     """
     live = Live({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    scored = self_fed(run.model, run.tokens, iter(clips), frames, run.config, live)
+    scored = self_fed(run.model, run.tokens, clips, frames, run.config, live)
     found = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
     ]

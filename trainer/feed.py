@@ -35,7 +35,7 @@ from trainer.errors import TrainerError
 from trainer.frames import UNDECODABLE, Pixels, check_size, fit, open_file
 
 SHOWN = 640  # pixels, the longest side of `Seen.image`: enough to look at, 1.2 MB
-MAX_FPS = 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 FIRST_PICTURE_S = 10.0  # that a camera may take to wake up
 STALLED_S = 5.0  # without a new picture: a camera that was pulled out may say nothing
 LINE = 1000  # characters of a user's line that are kept
@@ -58,11 +58,8 @@ class Feed:
     """Frames in order, to be iterated once; a context manager. TrainerError while iterating for a frame that can't be
     had: those before it have been given."""
 
-    def __init__(
-        self, name: str, fps: float, length_s: float | None, frames: Iterator[Seen], close: Callable[[], None]
-    ):
+    def __init__(self, name: str, fps: float, frames: Iterator[Seen], close: Callable[[], None]):
         self.name, self.fps, self._frames, self._close = name, fps, frames, close
-        self.length_s = length_s  # seconds; None: as long as the camera runs
 
     def __iter__(self) -> Iterator[Seen]:
         return self._frames
@@ -90,8 +87,8 @@ def open_feed(
     or is none of these.
     """
     for name, rate in (("fps", fps), ("source fps", source_fps)):
-        if rate is not None and not 0 < rate <= MAX_FPS:
-            raise TrainerError(f"{where}: {name} {rate:g}, expected more than 0 and at most {MAX_FPS:g}")
+        if rate is not None and not MIN_FPS <= rate <= MAX_FPS:
+            raise TrainerError(f"{where}: {name} {rate:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
     if where.isascii() and where.isdigit():
         return _camera_feed(int(where), fps, side)
     return _file_feed(Path(where), fps, side, realtime, source_fps, first)
@@ -120,9 +117,7 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
     count = opened.count(fps) if times is None else times.count(fps)
     if first >= count:
         opened.close()
-        raise TrainerError(
-            f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is this its video?"
-        )
+        raise TrainerError(f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is this its video?")
 
     def frames() -> Iterator[Seen]:
         for number, skipped in _numbers(count, fps, realtime, first):
@@ -132,7 +127,7 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
                 raise TrainerError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
             yield _seen(image, number, fps, side, skipped)
 
-    return Feed(str(path), fps, count / fps, frames(), opened.close)
+    return Feed(str(path), fps, frames(), opened.close)
 
 
 def _evenly(images: int, source_fps: float) -> VideoTimes:
@@ -173,7 +168,7 @@ def _camera_feed(index: int, fps: float, side: int) -> Feed:
         for number, skipped in _numbers(None, fps, realtime=True):
             yield _seen(newest.image(), number, fps, side, skipped)
 
-    return Feed(newest.name, fps, None, frames(), newest.close)
+    return Feed(newest.name, fps, frames(), newest.close)
 
 
 def _open_camera(index: int) -> Any:
@@ -271,15 +266,18 @@ class Listener:
         if stream is not None:
             threading.Thread(target=self._read, args=(stream,), name="listener", daemon=True).start()
 
-    def heard(self, time_s: float, final: bool = False) -> list[str]:
-        """The lines to be heard before the frame at `time_s`, in order: by time, then as they were said. final:
-        after the last frame, all that is left, also what was meant for later."""
+    def wait(self) -> None:
+        """Until a script is read, or what is there proves to be none."""
         with self._changed:
-            known = self._changed.wait_for(self._all_known, self._patience)
-            if not known:
+            if not self._changed.wait_for(self._all_known, self._patience):
                 self._patience = 0.0  # somebody is there: wait no more
+
+    def heard(self, time_s: float) -> list[str]:
+        """The lines to be heard before the frame at `time_s`, in order: by time, then as they were said."""
+        self.wait()
+        with self._changed:
             due = []
-            while self._lines and (final or self._lines[0][0] <= time_s):
+            while self._lines and self._lines[0][0] <= time_s:
                 due.append(heapq.heappop(self._lines)[2])
             self._changed.notify_all()
         return due

@@ -8,7 +8,7 @@ user would get. It is what `stream` does (`trainer.context`), over many clips at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.clips import ClipExample
 from trainer.config import TrainConfig
-from trainer.context import Coming, Context, Happened, Live, room
+from trainer.context import Coming, Context, Happened, Live, lengths
 from trainer.engine import Engine, Steps, slots_for, streaming
 from trainer.errors import NotFiniteError
 from trainer.evaluation.scores import ScoredClip
@@ -34,7 +34,7 @@ Script = Callable[[ClipExample, int], Mapping[str, str]]  # clip, absolute frame
 def self_fed(
     model: ProspectModel,
     tokens: Tokens,
-    clips: Iterator[ClipExample],
+    clips: Sequence[ClipExample],
     frames: FrameSource,
     config: TrainConfig,
     live: Live,
@@ -45,13 +45,14 @@ def self_fed(
 
     Probabilities are left out: the correction for sampling is the caller's. `script` replaces the thresholds and the
     writing: what each role says after a frame (absolute) of a clip, by role; the arm still decides what enters the
-    context. `slots`: clips at once (None: as many as memory allows). The model is as before whenever a clip is given
-    out, and afterwards.
+    context. `slots`: clips at once, at most (None: as many as memory allows). The model is as before whenever a clip is
+    given out, and afterwards.
 
     Raises TrainerError where the prompt and one frame exceed the budget, NotFiniteError where a logit is.
     """
-    _, capacity = room(model, config, live)
-    engine = Engine(model, tokens, slots or slots_for(model, capacity), capacity)
+    _, capacity = lengths(model, config, live)
+    most = min(len(clips), slots or slots_for(model, capacity))
+    engine = Engine(model, tokens, most, capacity)
     scored = engine.run_all(_run(Context(model, tokens, clip, config, live), model, frames, script) for clip in clips)
     while True:
         with streaming(model, config):

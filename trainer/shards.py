@@ -90,6 +90,8 @@ def read_manifest(data: Path) -> dict[str, Any]:
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         expected = f"schema {SCHEMA_VERSION} {SCHEMA_HASH}"
         raise TrainerError(f"{path}: schema {found[0]} {found[1]}, expected {expected}; run preprocess again")
+    if SEAL not in manifest:
+        raise TrainerError(f"{path}: written by an older version; run preprocess again")
     if sealed(manifest) != manifest:
         raise TrainerError(f"{path}: damaged or edited ({SEAL} is not that of its content); run preprocess again")
     return dict(manifest)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.arms import find_arm
-from trainer.checkpoint import load_run, recover
+from trainer.checkpoint import load_run, recover, seal, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.disk import sync
 from trainer.errors import TrainerError
@@ -24,7 +24,7 @@ from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
 from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
-START = "options.json"
+START, SEAL = "options.json", "sha256"
 SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
 
 
@@ -70,7 +70,7 @@ def write_start(run: Path, begun: dict[str, Any], held: ExitStack) -> None:
     held.close()
     lock(run, held)
     new = run / f".{START}.new"
-    new.write_text(json.dumps(begun, indent=1) + "\n")
+    new.write_text(json.dumps(begun | {SEAL: seal(begun)}, indent=1) + "\n")
     sync(new)
     new.rename(run / START)
     sync(run)
@@ -97,6 +97,8 @@ def read_start(run: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         hint = "damaged, or written by another version; train again into a new folder"
         raise TrainerError(f"{path}: not a run's options ({error!r}): {hint}") from None
+    if begun.pop(SEAL, None) != seal(begun):
+        raise TrainerError(f"{path}: damaged or edited (SHA-256 differs): get the file again, or train anew")
     return dict(begun)
 
 
@@ -137,6 +139,7 @@ class Setup:
 def fresh(split: Split, config: TrainConfig) -> Setup:
     """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
     known = config.model not in RANDOM_MODELS
+    verify_model(config.model)
     tokens = load_tokens(model_folder(config.model)) if known else train_tiny_tokens(split.texts())
     statistics = split.statistics()
     rates = statistics.positive_rates()

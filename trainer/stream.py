@@ -1,9 +1,10 @@
 """A run lives: it sees one frame after the other, speaks, keeps the state, and hears its user; for hours.
 
 What it reads, when it fires and how its context starts over is `trainer.context`'s, as in the self-fed evaluation: a
-clip streamed with its own user's lines gives the evaluation's numbers. One frame costs one forward pass over its k
-tokens and what was said before it, and each written token another; all memory is that of one context.
-Thresholds are those that `evaluate` chose on val for this very checkpoint, or the user's; never a default.
+clip streamed with its own user's lines gives the evaluation's numbers (unless a line is too long for its context). One
+frame costs one forward pass over its k tokens and what was said before it, and each written token another; all memory
+is that of one context. Thresholds are those that `evaluate` chose on val for this very checkpoint, or the user's;
+never a default.
 
     k tokens per frame    S side of the model's square input in pixels
 """
@@ -24,13 +25,13 @@ import torch
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.clips import ClipExample
 from trainer.config import Settings
-from trainer.context import Coming, Context, Live, room
+from trainer.context import Coming, Context, Live, lengths
 from trainer.engine import Engine, streaming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluation.scores import HEADS, Updates
 from trainer.feed import Seen
 
-USER_SHARE = 0.25  # of the context: what the user says at one frame is cut to it
+USER_SHARE = 0.25  # of the context beside its prompt: what the user says at one frame is cut to it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Stream:
         run.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.run, self.task, self.live = run, task, live
         self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
-        _, capacity = room(run.model, self._config, live)
+        _, capacity = lengths(run.model, self._config, live)
         self._engine = Engine(run.model, run.tokens, 1, capacity)
         self._context = Context(run.model, run.tokens, task, self._config, live)
         self._open = ExitStack()
@@ -75,7 +76,7 @@ class Stream:
     def see(self, seen: Seen, heard: Sequence[str] = ()) -> Moment:
         """What the model makes of a frame, before which the user said `heard`. NotFiniteError where it makes nothing.
 
-        What the user says is cut to USER_SHARE of the context, and says so by an ellipsis.
+        What the user says is cut to USER_SHARE of the context's room, and then ends in an ellipsis.
         """
         started, restarts = time.perf_counter(), self._context.restarts
         pixels = torch.from_numpy(seen.pixels)[None].to(self.run.model.device)
@@ -127,7 +128,7 @@ class Stream:
         self._open.close()
 
     def _cut(self, heard: Sequence[str]) -> Sequence[str]:
-        tokens, left, kept = self.run.tokens, int(USER_SHARE * self._context.budget), []
+        tokens, left, kept = self.run.tokens, int(USER_SHARE * self._context.room), []
         for text in heard:
             ids = tokens.encode(text)
             kept.append(text if len(ids) <= left else tokens.decode(ids[: max(0, left - 4)]) + "…")
@@ -140,15 +141,14 @@ class Stream:
 # ---- when it fires -------------------------------------------------------------------------------------
 
 
-def thresholds_of(run: Path, run_info_hash: str | None = None) -> tuple[dict[str, float], float]:
+def thresholds_of(run: Path) -> tuple[dict[str, float], float]:
     """(logit by head, refractory time in seconds) that `evaluate` chose on val for the checkpoint in `run`.
 
     Raises TrainerError where it was not evaluated, or was another checkpoint then.
     """
-    known = run_info_hash or run_hash(run)
-    folder = run.parent if run.name in ("last", "best") else run
-    stale = None
-    for path in [*sorted(folder.glob("evaluation-*/metrics.json")), *sorted(folder.glob("scores/metrics.json"))]:
+    known, stale = run_hash(run), None
+    found = (path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json")))
+    for path in [*found, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
         try:
             metrics = json.loads(path.read_bytes())
             chosen = {str(head): float(logit) for head, logit in metrics["thresholds"]["event"].items()}
@@ -164,15 +164,17 @@ def thresholds_of(run: Path, run_info_hash: str | None = None) -> tuple[dict[str
 
 
 def live_of(run: Path, given: Mapping[str, float], refractory_s: float | None) -> Live:
-    """When texts are written: by the thresholds `given`, else val's. A head without one never fires."""
+    """When texts are written: by val's thresholds, those that are `given` instead. A head without one never fires."""
     for head, value in given.items():
         if head not in HEADS or math.isnan(value):
             raise TrainerError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
     if refractory_s is not None:
         Settings(refractory_s=refractory_s)  # checks it
-    thresholds, rest = dict(given), Settings.refractory_s
-    if "speaking" not in given:
+    try:
         chosen, rest = thresholds_of(run)
-        thresholds = chosen | thresholds
+    except TrainerError:
+        if "speaking" not in given:
+            raise
+        chosen, rest = {}, Settings.refractory_s
     never = dict.fromkeys(HEADS, math.inf)
-    return Live(never | thresholds, rest if refractory_s is None else refractory_s)
+    return Live(never | chosen | dict(given), rest if refractory_s is None else refractory_s)

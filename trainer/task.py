@@ -7,7 +7,7 @@ its user's lines, too. All become a clip, as that is what prompts are built from
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.schema import NOT_SAMPLED, STATES
 from trainer.clips import ClipExample, Turn
 from trainer.errors import TrainerError
-from trainer.feed import Seen
+from trainer.feed import Feed, Seen
 from trainer.sequence import user_texts
 from trainer.shards import Split, read_manifest
 
@@ -41,28 +41,40 @@ class Task:
         """The frame that it starts at."""
         return self.frames.start if self.frames else 0
 
-    def cut(self, feed: Iterable[Seen]) -> Iterator[Seen]:
-        """The frames of the feed that are the task's."""
+    def cut(self, feed: Feed) -> Iterator[Seen]:
+        """The frames of the feed that are the task's; TrainerError at the end where the feed is shorter."""
+        last = None if self.frames is None else self.frames.stop - 1
+        number = -1
         for seen in feed:
-            if self.frames is not None and seen.frame >= self.frames.stop:
+            number = seen.frame
+            if last is None or number <= last:
+                yield seen
+            if last is not None and number >= last:
                 return
-            yield seen
+        if last is not None:
+            raise TrainerError(f"{feed.name}: ends at frame {number}, but its clip at {last}; get the whole file")
 
-    def heard(self, frame: int) -> Sequence[str]:
-        """What the clip's user says before a frame."""
-        return self.lines.get(frame, ())
+    def heard(self, seen: Seen) -> Sequence[str]:
+        """What the clip's user says before a frame, and before those that were skipped for it."""
+        return [text for n in range(seen.frame - seen.skipped, seen.frame + 1) for text in self.lines.get(n, ())]
 
 
-def find_task(path: Path | None, clip: str | None, video: str, fps: float) -> Task:
+def find_task(path: Path | None, clip: str | None, video: str, fps: float | None, trained: float) -> Task:
     """The task that `path` tells: a JSON file, or `clip` of a folder of preprocess, with its frames and its user.
 
-    Raises TrainerError where it tells none.
+    fps: that the user asks for; None: as `trained`, or as the clip has it. TrainerError where it tells none.
     """
+    if clip is not None and path is None:
+        raise TrainerError(f"clip {clip!r}: of what? name its file or folder with --task")
     if path is None or not path.is_dir():
-        return Task(read_task(path, Path(video).name, clip, fps))
+        return Task(read_task(path, Path(video).name, clip, trained if fps is None else fps))
     if clip is None:
         raise TrainerError(f"{path}: a folder; say which of its clips is meant: --clip test:0")
     found = clip_of(path, clip)
+    if fps not in (None, found.fps):
+        raise TrainerError(f"clip {found.clip_id}: has {found.fps:g} frames/s, not {fps:g}; leave --fps out")
+    if video.isascii() and video.isdigit():
+        raise TrainerError(f"camera {video}: a clip of {path} is a part of a video; name a JSON file with --task")
     return Task(found, range(found.start_frame, found.end_frame), user_texts(found))
 
 
@@ -126,20 +138,30 @@ def _task(
 def _read_json(path: Path, clip: str | None) -> dict[str, Any]:
     if path.stat().st_size > MOST_BYTES:
         raise TrainerError(f"{path}: over {MOST_BYTES >> 20} MB; run preprocess on it, and name one clip of its output")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        told = json.loads(path.read_text(encoding="utf-8-sig"))
+        several = _clips(text)
+        json.dumps(several, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise TrainerError(f"{path}: not JSON ({error}); expected goal and steps, or a clip") from None
-    several = told if isinstance(told, list) else [told]
+        raise TrainerError(f"{path}: not JSON ({error}); expected goal and steps, or clips") from None
+    if not all(isinstance(one, dict) for one in several):
+        raise TrainerError(f"{path}: found {text!r:.60}, expected an object with goal and steps, or a list of clips")
     chosen = [
         one for number, one in enumerate(several) if clip is None or clip in (str(number), str(_id(one)))
     ]  # fmt: skip
-    if not all(isinstance(one, dict) for one in several):
-        raise TrainerError(f"{path}: found {told!r:.60}, expected an object with goal and steps, or a list of clips")
     if len(chosen) != 1:
         some = ", ".join(str(_id(one) or number) for number, one in enumerate(several[:4]))
         raise TrainerError(f"{path}: {len(chosen)} clips fit, expected one; name it with --clip, e.g. of {some}")
     return dict(chosen[0])
+
+
+def _clips(text: str) -> list[Any]:
+    """Of a JSON array, an object, or one object per line."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return told if isinstance(told, list) else [told]
 
 
 def _id(told: Any) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 from fractions import Fraction
@@ -52,7 +53,6 @@ def test_a_video_streams_the_frames_that_training_reads(tmp_path, ending, rate, 
     source = PixelFrames(tmp_path, 48)
     count = source.count(at(fps))
     with open_feed(str(tmp_path / f"v.{ending}"), fps, 48) as frames:
-        assert frames.length_s == pytest.approx(61 / float(rate), abs=1 / fps)
         found = list(frames)
     assert [one.frame for one in found] == list(range(count))
     assert [one.time_s for one in found] == [i / fps for i in range(count)]
@@ -169,7 +169,7 @@ def _sound(path: Path) -> Path:
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9])
 def test_rates_that_make_no_sense_are_refused(tmp_path, fps):
     folder = images(tmp_path / "v", ["1.png"])
-    with pytest.raises(TrainerError, match=r"v: fps .*, expected more than 0 and at most 1000"):
+    with pytest.raises(TrainerError, match=r"v: fps .*, expected 0.01 to 1000"):
         open_feed(str(folder), fps, 64)
     with pytest.raises(TrainerError, match="v: source fps"):
         open_feed(str(folder), 2, 64, source_fps=fps)
@@ -241,7 +241,7 @@ def _until_read(camera_feed, shade: int) -> None:
 def test_a_camera_gives_its_newest_picture_at_each_tick(monkeypatch):
     camera, clock = Camera(monkeypatch), Clock(monkeypatch)
     with open_feed("0", 2, 64) as frames:
-        assert (frames.name, frames.length_s, frames.fps) == ("camera 0", None, 2)
+        assert (frames.name, frames.fps) == ("camera 0", 2)
         camera.show(10)
         coming = iter(frames)
         found = [next(coming)]
@@ -311,7 +311,7 @@ def test_a_camera_that_is_not_there_is_told_in_one_line(monkeypatch):
 
 def heard(text: str, times=(0.0, 0.5, 1.0)) -> list[list[str]]:
     listener = Listener(io.StringIO(text))
-    return [listener.heard(time) for time in times] + [listener.heard(times[-1], final=True)]
+    return [listener.heard(time) for time in times] + [listener.heard(math.inf)]
 
 
 def test_nobody_talks():

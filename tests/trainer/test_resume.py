@@ -20,7 +20,9 @@ import trainer.checkpoint
 import trainer.model
 import trainer.train
 from trainer.checkpoint import load_run, recover
+from trainer.encode import _load as load_tower
 from trainer.errors import TrainerError
+from trainer.start import start_config
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,27 @@ def test_a_full_disk_names_the_checkpoint_and_leaves_the_old_one(data, cut, monk
             go(data, cut, resume=True)
     assert str(caught.value.filename).endswith(named)
     assert weights(cut) == before
+
+
+def test_an_edited_option_is_refused_not_trained_on(data, cut):
+    path = cut / "options.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.003'))
+    with pytest.raises(TrainerError, match=r"options\.json: damaged or edited \(SHA-256 differs\)"):
+        start_config(cut, {}, (), resume=True)
+
+
+def test_a_run_with_a_damaged_file_is_no_model_to_start_from(data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "base")
+    path = tmp_path / "base" / "last" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for start in (
+        lambda: go(data, tmp_path / "run", model=str(tmp_path / "base")),
+        lambda: load_tower(str(path.parent), 1),
+    ):
+        with pytest.raises(TrainerError, match=r"last/model\.safetensors: damaged .*SHA-256 differs"):
+            start()
 
 
 def test_a_missing_state_is_refused(data, cut):

@@ -45,7 +45,7 @@ def tiny(tokens: Tokens, arm: str, k: int = 1, **more) -> tuple[ProspectModel, T
 
 def run(model_and_config, tokens: Tokens, *clips: ClipExample, live: Live = NEVER, script=None, slots=None):
     model, config = model_and_config
-    return list(self_fed(model, tokens, iter(clips), FRAMES, config, live, script, slots))
+    return list(self_fed(model, tokens, clips, FRAMES, config, live, script, slots))
 
 
 TURNS = (
@@ -513,7 +513,7 @@ def test_the_model_is_as_before_whenever_a_clip_is_given_out(tokens):
     model, config = tiny(tokens, "speak+dst")
     clip = example(frames=6)
     with unchanged(model, clip, tokens, config):
-        passes = self_fed(model, tokens, iter([clip, clip]), FRAMES, config, NEVER)
+        passes = self_fed(model, tokens, [clip, clip], FRAMES, config, NEVER)
         next(passes)
 
 

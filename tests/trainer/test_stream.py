@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from by_hand import NoisyFrames, clip_example, turn
+from by_hand import NoisyFrames, clip_example, turn, write_frames, write_shards
 from PIL import Image
 from small_run import clip, go
 from test_evaluate import write_splits
@@ -26,7 +28,7 @@ from trainer.feed import Seen
 from trainer.frames import PixelFrames
 from trainer.selffed import self_fed
 from trainer.stream import Stream, live_of
-from trainer.task import read_task
+from trainer.task import Task, find_task, read_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "real"
 THRESHOLDS = ["--threshold", "speaking=-1,dst_update=-1"]
@@ -74,7 +76,7 @@ def test_a_streamed_clip_has_the_logits_and_texts_of_the_self_fed_evaluation(run
     live = Live({"speaking": -1.0, "dst_update": -1.0})
     clips = [clip(i, "test") for i in range(3)]
     frames = PixelFrames(data / "frames-on-disk", 64)
-    scored = list(self_fed(loaded.model, loaded.tokens, iter(clips), frames, loaded.config, live))
+    scored = list(self_fed(loaded.model, loaded.tokens, clips, frames, loaded.config, live))
     assert sum(said is not None for one in scored for said in one.said) >= 3
     for i, one in enumerate(scored):
         video = data / "frames-on-disk" / f"test-v{i}.arrow"
@@ -94,7 +96,7 @@ def test_across_rebuilt_contexts_too(run):
     example = clip_example([turn("user", "What now, <image>?", 104, 105)], 100, 90, goal="A toy")
     live = Live({"speaking": -0.5, "dst_update": -0.5}, most_text=4)
     frames = NoisyFrames()
-    [scored] = self_fed(loaded.model, loaded.tokens, iter([example]), frames, loaded.config, live)
+    [scored] = self_fed(loaded.model, loaded.tokens, [example], frames, loaded.config, live)
     with Stream(loaded, example, live) as stream:
         moments = [
             stream.see(
@@ -107,6 +109,36 @@ def test_across_rebuilt_contexts_too(run):
     assert [moment.said for moment in moments] == scored.said
     for head, logits in scored.logits.items():
         assert np.abs(np.array([moment.logits[head] for moment in moments]) - logits).max() < 1e-4
+
+
+def test_a_part_of_a_video_is_streamed_with_its_own_user(run, tmp_path, capsys):
+    turns = [turn("user", "What now?", 8, 9), turn("user", "And then?", 30, 31)]
+    example = clip_example(turns, 5, 12, clip_id="part", video="v")
+    data = write_shards(tmp_path / "data", {"test": [example]}, frames_root=tmp_path)
+    shades = [np.full((64, 64, 3), 8 * i, np.uint8) for i in range(30)]
+    write_frames(tmp_path / "v.arrow", shades)
+    found = streamed(capsys, run, tmp_path / "v.arrow", "--task", data, "--clip", "part", *THRESHOLDS)
+    assert [moment["frame"] for moment in found] == list(range(5, 17))
+    assert [moment["frame"] for moment in found if moment["heard"]] == [8]
+    write_frames(tmp_path / "v.arrow", shades[:10])
+    assert (
+        main(["stream", str(run), str(tmp_path / "v.arrow"), "--task", str(data), "--clip", "part", *THRESHOLDS]) == 1
+    )
+    assert "v.arrow: ends at frame 9, but its clip at 16; get the whole file" in capsys.readouterr().err
+
+
+def test_lines_of_skipped_frames_are_heard_too():
+    task = Task(clip_example([]), range(9), {1: ["a"], 2: ["b"], 4: ["c"]})
+    assert task.heard(replace(frame(3), skipped=2)) == ["a", "b"]
+    assert task.heard(frame(4)) == ["c"]
+
+
+def test_a_probability_makes_up_for_the_sampling(run):
+    loaded = load_run(run)
+    stream = Stream(
+        replace(loaded, info=loaded.info | {"neg_rate": 0.5}), read_task(None, "v", None, 2), Live({"speaking": 0.0})
+    )
+    assert stream.probability(0.0) == pytest.approx(1 / 3)  # odds 1 among one half of the silence: 1 to 2 in truth
 
 
 def test_the_model_is_as_before_afterwards(run):
@@ -179,7 +211,8 @@ def test_thresholds_and_the_refractory_time_are_those_of_the_evaluation(evaluate
     chosen = json.loads((evaluated / "evaluation-test" / "metrics.json").read_text())["thresholds"]["event"]
     for place in (evaluated, evaluated / "last"):
         assert live_of(place, {}, None) == Live({"dst_update": np.inf, **chosen}, 2.0)
-    assert live_of(evaluated, {"speaking": 3.0}, 0.5) == Live({"speaking": 3.0, "dst_update": np.inf}, 0.5)
+    mixed = live_of(evaluated, {"speaking": 3.0}, 0.5)
+    assert (mixed.thresholds, mixed.refractory_s) == (chosen | {"speaking": 3.0}, 0.5)
     mixed = live_of(evaluated, {"dst_update": 4.0}, None)
     assert mixed.thresholds == {"speaking": chosen["speaking"], "dst_update": 4.0}
 
@@ -194,6 +227,7 @@ def test_a_run_without_thresholds_or_with_those_of_another_checkpoint_is_refused
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"model": "0" * 64}))
     with pytest.raises(TrainerError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
         live_of(tmp_path / "run", {}, None)
+    assert live_of(tmp_path / "run", {"speaking": 3.0}, None) == Live({"speaking": 3.0, "dst_update": np.inf}, 2.0)
     with pytest.raises(TrainerError, match="threshold said=1: expected a logit of one of speaking, dst_update"):
         live_of(evaluated, {"said": 1.0}, None)
 
@@ -236,7 +270,7 @@ def test_a_task_is_told_by_names_by_ids_or_by_a_clip_as_it_is(tmp_path):
         ([], None, "task.json: 0 clips fit"),
         ([{"id": "a"}, {"id": "b"}], None, "task.json: 2 clips fit, expected one; name it with --clip, e.g. of a, b"),
         ([{"id": "a"}], "c", "task.json: 0 clips fit"),
-        ("3", None, "task.json: found 3, expected an object"),
+        ("3", None, "task.json: found '3', expected an object"),
         ({"steps": "boil"}, None, "steps: found 'boil', expected a list"),
         ({"steps": [3]}, None, "steps.1: found 3, expected a name, or an id and a name"),
         ({"steps": [{"id": "S1"}]}, None, "steps.1"),
@@ -249,6 +283,23 @@ def test_a_task_is_told_by_names_by_ids_or_by_a_clip_as_it_is(tmp_path):
 def test_a_task_that_says_something_else_is_the_users_to_mend(tmp_path, content, clip, message):
     with pytest.raises(TrainerError, match=message):
         read_task(told(tmp_path, content), "v", clip, 2)
+
+
+def test_a_line_per_clip_is_read_and_text_that_is_none_is_refused(tmp_path):
+    lines = "\n".join(json.dumps({"id": i, "inferred_goal": f"Tea {i}"}) for i in "ab")
+    assert read_task(told(tmp_path, lines), "v", "b", 2).goal == "Tea b"
+    with pytest.raises(TrainerError, match=r"task.json: not JSON"):
+        read_task(told(tmp_path, '{"goal": "\\ud800"}'), "v", None, 2)
+
+
+def test_what_does_not_go_together_is_refused(data):
+    for path, name, video, fps, message in (
+        (None, "a", "v.mp4", None, "clip 'a': of what"),
+        (data, "test:0", "v.mp4", 4.0, "has 2 frames/s, not 4; leave --fps out"),
+        (data, "test:0", "0", None, "camera 0: a clip of .* is a part of a video"),
+    ):
+        with pytest.raises(TrainerError, match=message):
+            find_task(path, name, video, fps, 2.0)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -288,10 +339,32 @@ def test_a_video_at_30_fps_runs_start_to_end_and_is_kept(run, tmp_path, capsys):
 def test_a_recording_never_replaces_the_video(run, tmp_path, capsys):
     write_video(tmp_path / "v.mp4", seconds=1)
     before = (tmp_path / "v.mp4").read_bytes()
-    video = str(tmp_path / "v.mp4")
-    assert main(["stream", str(run), video, *THRESHOLDS, "--mp4", video]) == 2
-    assert "name the same file twice" in capsys.readouterr().err
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "v.mp4")
+    (tmp_path / "sub").mkdir()
+    for video, kept in (("v.mp4", "v.mp4"), ("v.mp4", "sub/../v.mp4"), ("link.mp4", "v.mp4")):
+        assert main(["stream", str(run), f"{tmp_path}/{video}", *THRESHOLDS, "--mp4", f"{tmp_path}/{kept}"]) == 2
+        assert "name the same file twice" in capsys.readouterr().err
     assert (tmp_path / "v.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stream_that_is_stopped_keeps_its_recording(run, data, tmp_path, monkeypatch, number, status):
+    see = Stream.see
+
+    def stopped(self, seen, heard=()):
+        if seen.frame == 3:
+            os.kill(os.getpid(), number)
+        return see(self, seen, heard)
+
+    monkeypatch.setattr(Stream, "see", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    video = data / "frames-on-disk" / "test-v0.arrow"
+    args = ["--html", tmp_path / "kept.html", "--mp4", tmp_path / "kept.mp4", *THRESHOLDS]
+    assert main(["stream", str(run), str(video), *map(str, args)]) == status
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html", "kept.mp4"]
+    with av.open(str(tmp_path / "kept.mp4")) as kept:
+        assert sum(1 for _ in kept.decode(video=0)) == 3
 
 
 def test_the_user_s_lines_are_heard_in_time(run, tmp_path, capsys, monkeypatch):
@@ -325,7 +398,7 @@ def test_the_real_video_runs_start_to_end(run, capsys):
         (lambda folder: (folder / "v.mp4").unlink(), [], "v.mp4: no such file or folder"),
         (lambda folder: None, ["--task", "nowhere.json"], "nowhere.json: "),
         (lambda folder: None, ["--task", "."], ".: a folder; say which of its clips is meant: --clip test:0"),
-        (lambda folder: None, ["--fps", "0"], "fps 0, expected more than 0"),
+        (lambda folder: None, ["--fps", "0"], "fps 0, expected 0.01 to 1000"),
         (lambda folder: None, ["--refractory-s", "-1"], "refractory_s is -1"),
     ],
 )
