@@ -40,7 +40,7 @@ from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
 from trainer.clips import DST, SPEAK
 from trainer.config import RunOptions, Settings, TrainConfig
-from trainer.disk import naming, sync, write_json
+from trainer.disk import SEAL, naming, seal, sync, write_json
 from trainer.errors import TrainerError
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.folder import read_benchmark
@@ -232,6 +232,8 @@ def is_done(job: Job, held: Held, learned: Split) -> bool:
     eval_split = held.all.get(plan.config.eval_split)
     now = options_of(job.config, learned, eval_split, plan.features) if eval_split else begun
     metrics = _metrics(job)
+    if not metrics:
+        return False
     modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]
     return bool(
         metrics.get("model") == run_hash(job.run)
@@ -305,7 +307,12 @@ def _settle(places: Any, threads: int, owner: int) -> None:
 
 
 def _metrics(job: Job) -> dict[str, Any]:
-    return dict(json.loads((job.run / "scores" / METRICS_FILE).read_bytes()))
+    """What evaluate wrote of the run; {} where it is damaged: then it is to be evaluated again."""
+    try:
+        metrics = dict(json.loads((job.run / "scores" / METRICS_FILE).read_bytes()))
+    except (ValueError, TypeError):
+        return {}
+    return metrics if metrics.pop(SEAL, None) == seal(metrics) else {}
 
 
 # ---- what they show ----------------------------------------------------------------------------------

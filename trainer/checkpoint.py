@@ -14,7 +14,6 @@ float rounding, as adding the adapters in rounds once; a resume adds them up as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
-from trainer.disk import naming, sha256, sync
+from trainer.disk import naming, seal, sha256, sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, plain_weights
 from trainer.parallel import World, shard_like, whole
@@ -168,11 +167,6 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
         sync(path)
         found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
-
-
-def seal(content: dict[str, Any]) -> str:
-    """SHA-256 of run.json's content: the other files' are in it, so it vouches for all of the checkpoint."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _beside(folder: Path, kind: str) -> Path:
@@ -316,7 +310,9 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
-    return str(json.loads((_folder(run) / RUN_INFO).read_bytes())["sha256"])
+    folder = _folder(run)
+    read_info(folder)  # refuses a damaged one
+    return str(json.loads((folder / RUN_INFO).read_bytes())["sha256"])
 
 
 def _folder(run: Path) -> Path:

@@ -136,15 +136,18 @@ class Context:
     def _fitting(self, coming: Sequence[Coming]) -> list[_Held]:
         """Those of the frames that fit, at least the first: for that one the context starts over."""
         fitting: list[_Held] = []
+        left = self.budget - self.used
         for new in coming:
             heard = utterance("user", new.heard, self.tokens) if new.heard else []
             held = _Held(Block(heard), new.features)
             cost = held.block.cost(self.k)
-            if self.used + sum(other.block.cost(self.k) for other in fitting) + cost > self.budget:
+            if cost > left:
                 if fitting:
                     break
                 self._start_over(cost)
+                left = self.budget - self.used
             fitting.append(held)
+            left -= cost
         return fitting
 
     def _answer(self, texts: Mapping[str, str | None]) -> Steps[tuple[str | None, str | None, Updates | None]]:

@@ -26,6 +26,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+SEAL = "sha256"  # where a JSON file has its own
+
+
+def seal(content: dict[str, Any]) -> str:
+    """SHA-256 of what a JSON file says: who compares it trusts no file that was damaged or edited since."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Have an OSError name the file that is written: write() on a full disk knows none, nor does Arrow."""

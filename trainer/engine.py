@@ -150,7 +150,8 @@ def slots_for(model: ProspectModel, capacity: int) -> int:
 def streaming(model: ProspectModel, config: TrainConfig) -> Iterator[None]:
     """Attention that remembers, instead of the packed one; nothing is trained or compiled. As before afterwards."""
     training = model.training
-    model.eval()
+    if training:  # walking over all modules takes longer than a frame does
+        model.eval()
     use_slots(model.vlm)
     try:
         with ExitStack() as stack:
@@ -161,7 +162,8 @@ def streaming(model: ProspectModel, config: TrainConfig) -> Iterator[None]:
             yield
     finally:
         use_packed(model.vlm)
-        model.train(training)
+        if training:
+            model.train()
 
 
 def _dtype(model: ProspectModel) -> torch.dtype:

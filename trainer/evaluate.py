@@ -22,7 +22,7 @@ import torch
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.clips import DST, SPEAK
 from trainer.context import Live
-from trainer.disk import write_json
+from trainer.disk import SEAL, seal, write_json
 from trainer.evaluation.measure import Settings, Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.evaluation.verdict import (
@@ -79,6 +79,7 @@ def evaluate(
         of_modes[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
         write_scores(folder / f"{SELF_FED}.parquet", {split: of_modes[SELF_FED]}, about | {"mode": SELF_FED})
     metrics = all_metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
+    metrics |= {SEAL: seal(metrics)}
     write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, tuple(notes), folder)
 

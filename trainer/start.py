@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.arms import find_arm
-from trainer.checkpoint import load_run, recover, seal, verify_model
+from trainer.checkpoint import load_run, recover, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
-from trainer.disk import sync
+from trainer.disk import SEAL, seal, sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
 from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
-START, SEAL = "options.json", "sha256"
+START = "options.json"
 SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
 
 

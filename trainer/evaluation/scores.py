@@ -10,7 +10,6 @@ is placed by (clip, frame), never by its order: 600,000 rows in 0.4 s, five time
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +25,11 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import NOT_SAMPLED
 from trainer.clips import ClipExample
-from trainer.disk import naming, sync
+from trainer.disk import SEAL, naming, seal, sync
 from trainer.errors import TrainerError
 from trainer.shards import Split
 
 HEADS: Final = ("speaking", "dst_update")  # by row of a clip's labels: SPEAK, DST
-SEAL: Final = "sha256"
 INFO: Final = b"prospect-dst"  # the key of the file's metadata that holds `info`, as JSON
 ROW_GROUP: Final = 1 << 20
 SAME_ORDER: Final = 1e-6  # a probability may fall by this much as its logit rises: float32 sigmoids do
@@ -107,7 +105,7 @@ def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: d
     ]  # fmt: skip
     schema = pa.schema([*SCORES, *live])
     rows = pa.concat_tables([_rows(split, scored, schema) for split, scored in clips] or [schema.empty_table()])
-    told = {**info, SEAL: _seal(info)}
+    told = {**info, SEAL: seal(info)}
     rows = rows.replace_schema_metadata({INFO: json.dumps(told, sort_keys=True, allow_nan=False)})
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
@@ -116,11 +114,6 @@ def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: d
         pq.write_table(table, new, compression="zstd", row_group_size=ROW_GROUP, write_page_checksum=True)
     sync(new)
     new.rename(path)
-
-
-def _seal(info: Mapping[str, Any]) -> str:
-    """SHA-256 of what the file says of itself; its pages have checksums of their own."""
-    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def _rows(split: str, scored: ScoredClip, schema: pa.Schema) -> pa.Table:
@@ -161,7 +154,7 @@ def read_info(path: Path) -> dict[str, Any]:
         stored = about.get(b"ARROW:schema")  # the columns once more, by whoever wrote them with Arrow
         as_written = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored))).names if stored else names
         info = dict(json.loads(about.get(INFO, b"{}")))
-    if as_written != names or (info and info.pop(SEAL, None) != _seal(info)):
+    if as_written != names or (info and info.pop(SEAL, None) != seal(info)):
         raise TrainerError(f"{path}: damaged (its footer contradicts itself); score again, or get the file again")
     return info
 
