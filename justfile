@@ -35,6 +35,10 @@ bench-trainer *ARGS:
 bench-loader *ARGS:
     uv run --group bench python benchmarks/loader/run.py {{ARGS}}
 
+# clips at once against one at a time, frames a second live, eight hours (half an hour; measurements stay in WORK)
+bench-stream WORK *ARGS:
+    uv run python benchmarks/stream/run.py --work {{WORK}} {{ARGS}}
+
 # a run killed twenty times at random moments, resumed each time: the same bits
 kill:
     PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames
+from PIL import Image
 from small_run import CONFIG, clip, curve, go, go_until, write_data
 
-from trainer.checkpoint import load_run
+from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
+from trainer.context import Live
+from trainer.feed import Seen
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.pack import make_pack
+from trainer.selffed import self_fed
 from trainer.sequence import build_windows
-from trainer.tokenizer import train_tiny_tokens
+from trainer.stream import Stream
+from trainer.tokenizer import Tokens, train_tiny_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,11 +26,15 @@ pytestmark = [
 ]
 
 
-def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():
+def small(config: TrainConfig) -> tuple[ProspectModel, Tokens]:
     tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
     heads = DecisionHeads(128)
     torch.nn.init.normal_(heads.speak.weight)
-    model = ProspectModel(load_model("tiny", len(tokens)), heads, TrainConfig()).eval()
+    return ProspectModel(load_model("tiny", len(tokens)), heads, config).eval(), tokens
+
+
+def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():
+    model, tokens = small(TrainConfig())
     windows = [w for i in range(4) for w in build_windows(clip(i), tokens, 1, 200)]
     expected = torch.cat([model(make_pack([w], NoisyFrames())).decisions for w in windows], 1)
     found = model.cuda()(make_pack(windows, NoisyFrames()).to(torch.device("cuda"))).decisions
@@ -40,3 +50,40 @@ def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
     go_until(5, data, tmp_path / "cut", monkeypatch, **more)
     assert go(data, tmp_path / "cut", resume=True, **more).resumed_from == 4
     assert curve(tmp_path / "cut")[-2]["loss"] == pytest.approx(curve(tmp_path / "run")[-2]["loss"], rel=1e-2)
+
+
+def test_clips_at_once_on_the_gpu_have_the_cpu_s_logits_also_where_contexts_start_over():
+    config = TrainConfig(max_tokens=62)  # a prompt takes 45, the rest of a clip more than 17
+    model, tokens = small(config)
+    never = Live({"speaking": np.inf, "dst_update": np.inf})
+
+    def says(clip, frame):
+        return {"DST_UPDATE": "S1->complete"} if frame == 4 else {"assistant": "Well done."} if frame == 7 else {}
+
+    def logits() -> np.ndarray:
+        clips = [clip(i) for i in range(6)]
+        scored = self_fed(model, tokens, clips, NoisyFrames(), config, never, says)
+        return np.concatenate([np.stack([one.logits["speaking"], one.logits["dst_update"]]) for one in scored], 1)
+
+    expected = logits()
+    model.cuda()
+    assert np.abs(logits() - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_stream_on_the_gpu_takes_no_more_memory_with_time(bf16):
+    config = TrainConfig(max_tokens=300, bf16=bf16)
+    model, tokens = small(config)
+    run = LoadedRun(model, tokens, config, {"neg_rate": 1.0})
+    live = Live({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=10, most_text=8)
+    frames = np.random.default_rng(0).integers(0, 256, (16, 3, 64, 64), np.uint8)
+    held, restarts = [], 0
+    with Stream(run, clip(0), live) as stream:
+        for number in range(1500):
+            seen = Seen(number, number / 2, frames[number % 16], Image.new("RGB", (8, 8)), 0)
+            restarts += stream.see(seen).started_over
+            if number % 500 == 499:
+                torch.cuda.synchronize()
+                held.append(torch.cuda.memory_reserved())
+    assert restarts >= 6
+    assert held[0] == held[1] == held[2]

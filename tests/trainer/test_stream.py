@@ -141,11 +141,15 @@ def test_a_probability_makes_up_for_the_sampling(run):
     assert stream.probability(0.0) == pytest.approx(1 / 3)  # odds 1 among one half of the silence: 1 to 2 in truth
 
 
-def test_the_model_is_as_before_afterwards(run):
+def test_the_model_is_as_before_afterwards(run, monkeypatch):
     loaded = load_run(run)
     before = loaded.model.vlm.config.text_config._attn_implementation
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    threads: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
     with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream:
         stream.see(frame(0))
+    assert threads == [1, 3]
     assert loaded.model.vlm.config.text_config._attn_implementation == before == "packed_sdpa"
     assert not torch.is_inference_mode_enabled()
 
