@@ -26,6 +26,7 @@ from trainer.checkpoint import LoadedRun, run_hash
 from trainer.clips import ClipExample
 from trainer.config import Settings
 from trainer.context import Coming, Context, Live, lengths
+from trainer.disk import SEAL, seal
 from trainer.engine import Engine, streaming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluation.scores import HEADS, Updates
@@ -146,21 +147,23 @@ def thresholds_of(run: Path) -> tuple[dict[str, float], float]:
 
     Raises TrainerError where it was not evaluated, or was another checkpoint then.
     """
-    known, stale = run_hash(run), None
+    known, wrong = run_hash(run), "was not evaluated, so no threshold was chosen on val"
     found = (path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json")))
     for path in [*found, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
         try:
             metrics = json.loads(path.read_bytes())
+            intact = metrics.pop(SEAL, None) == seal(metrics)
             chosen = {str(head): float(logit) for head, logit in metrics["thresholds"]["event"].items()}
             refractory = float(metrics["settings"]["refractory_s"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if metrics.get("model") != known:
-            stale = path
+        if not intact:
+            wrong = f"{path} is damaged, edited or of an older version"
+        elif metrics.get("model") != known:
+            wrong = f"{path} is of another checkpoint"
         elif "speaking" in chosen:
             return chosen, refractory
-    why = f"{stale} is of another checkpoint" if stale else "was not evaluated, so no threshold was chosen on val"
-    raise TrainerError(f"{run}: {why}; run prospect-dst evaluate {run} DATA, or give --threshold speaking=LOGIT")
+    raise TrainerError(f"{run}: {wrong}; run prospect-dst evaluate {run} DATA, or give --threshold speaking=LOGIT")
 
 
 def live_of(run: Path, given: Mapping[str, float], refractory_s: float | None) -> Live:

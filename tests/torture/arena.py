@@ -268,9 +268,11 @@ class Arena:
         sys.stdout.flush()
         sys.stderr.flush()
         began = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process has its own handler
         pid = os.fork()
         if not pid:
             self._child(function, out, err, dict(env or {}), prepare)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             if proceed is not None:
                 proceed()
@@ -297,6 +299,7 @@ class Arena:
             os.setsid()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for path, handle in ((os.devnull, 0), (out, 1), (err, 2)):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), handle)
             sys.stdin, sys.stdout, sys.stderr = (
