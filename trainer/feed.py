@@ -326,7 +326,8 @@ def _chunks(stream: TextIO) -> Iterator[str]:
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError, AttributeError):
-        yield from iter(lambda: stream.read(io.DEFAULT_BUFFER_SIZE), "")
+        with suppress(OSError, ValueError):  # one that can't be read, or was closed
+            yield from iter(lambda: stream.read(io.DEFAULT_BUFFER_SIZE), "")
         return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with suppress(OSError):  # a terminal that went away

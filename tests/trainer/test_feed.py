@@ -380,3 +380,11 @@ def test_a_file_is_a_script(tmp_path):
     path.write_text("hello\n" * 3)
     with path.open() as stream:
         assert Listener(stream).heard(0.0) == ["hello"] * 3
+
+
+def test_a_stream_that_cannot_be_read_is_nobody():
+    class Refuses(io.StringIO):
+        def read(self, size: int | None = -1) -> str:
+            raise OSError("no")
+
+    assert Listener(Refuses()).heard(0.0) == []
