@@ -446,9 +446,9 @@ def stream(
 
     loaded = load_run(run)
     live = live_of(run, _numbers("--threshold", threshold or [], "speaking=0.5"), refractory_s)
-    named = [path.resolve() for path in (Path(video), html, mp4) if path is not None]
-    if len(set(named)) < len(named):
-        raise UsageError("VIDEO, --html and --mp4 name the same file twice")
+    html, mp4 = _recordings(html, mp4, Path(video), task)
+    if json and sys.stdout is None:
+        raise UsageError("--json: stdout is closed")
     about_task = find_task(task, clip, video, fps, trained=loaded.info.get("fps", 2.0))
     with contextlib.ExitStack() as open_now:
         side, first = loaded.model.side, about_task.first
@@ -521,6 +521,20 @@ def _numbers(
 def _names(given: list[str]) -> list[str]:
     """The items of a repeatable option, split at commas."""
     return [item.strip() for item in ",".join(given).split(",") if item.strip()]
+
+
+def _recordings(html: Path | None, mp4: Path | None, video: Path, task: Path | None) -> tuple[Path | None, Path | None]:
+    """Both, links followed; UsageError where one would replace what is read, each other, or no file at all."""
+    kept = [path.resolve() for path in (html, mp4) if path is not None]
+    read = [path.resolve() for path in (video, task) if path is not None]
+    if len({*kept, *read}) < len({*read}) + len(kept):
+        raise UsageError("VIDEO, --task, --html and --mp4 name the same file twice")
+    for path in kept:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{path}: no regular file, expected the name of one to write")
+        if video.is_dir() and path.parent == video.resolve():
+            raise UsageError(f"{path}: among the images that are read, expected another folder")
+    return html and html.resolve(), mp4 and mp4.resolve()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ SHOWN = 640  # pixels, the longest side of `Seen.image`: enough to look at, 1.2 
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 FIRST_PICTURE_S = 10.0  # that a camera may take to wake up
 STALLED_S = 5.0  # without a new picture: a camera that was pulled out may say nothing
+CUT_OFF = 0.9  # of the seconds that a video announces: one with fewer has lost its end
 LINE = 1000  # characters of a user's line that are kept
 WAITING = 1000  # lines that are read ahead
 SCRIPT_S = 5.0  # that a pipe has to end, to be taken for a script
@@ -115,6 +116,7 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
         raise TrainerError(f"{path}: holds no frame; expected images (.jpg, .png), an .arrow file or a video")
     times = None if is_video else _evenly(images, source_fps or fps)
     count = opened.count(fps) if times is None else times.count(fps)
+    announced = getattr(opened, "announced_s", 0.0)
     if first >= count:
         opened.close()
         raise TrainerError(f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is this its video?")
@@ -126,6 +128,8 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
             except UNDECODABLE as error:
                 raise TrainerError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
             yield _seen(image, number, fps, side, skipped)
+        if announced > 1 and count / fps < CUT_OFF * announced:
+            raise TrainerError(f"{path}: ends after {count / fps:g} of {announced:g} seconds; get the whole file")
 
     return Feed(str(path), fps, frames(), opened.close)
 

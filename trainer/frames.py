@@ -286,6 +286,14 @@ class _Video:
     def count(self, fps: float) -> int:
         return self._times.count(fps)
 
+    @property
+    def announced_s(self) -> float:
+        """Seconds of pictures that the file's header speaks of; 0 where it does not."""
+        stream, container = self._stream, self._container
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+        return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+
     def image(self, number: int, fps: float) -> Image.Image:
         import av
 

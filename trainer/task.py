@@ -136,6 +136,8 @@ def _task(
 
 
 def _read_json(path: Path, clip: str | None) -> dict[str, Any]:
+    if not path.is_file():
+        raise TrainerError(f"{path}: no such file, or none to be read; expected JSON with goal and steps, or clips")
     if path.stat().st_size > MOST_BYTES:
         raise TrainerError(f"{path}: over {MOST_BYTES >> 20} MB; run preprocess on it, and name one clip of its output")
     text = path.read_text(encoding="utf-8-sig", errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -322,9 +323,9 @@ def test_the_real_clip_is_a_task():
 # ---- from the command line -----------------------------------------------------------------------------
 
 
-def write_video(path: Path, seconds: float = 4.0, fps: int = 30, side: int = 96) -> None:
+def write_video(path: Path, seconds: float = 4.0, fps: int = 30, side: int = 96, options=None) -> None:
     """h264 that gets brighter."""
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=options or {}) as out:
         stream = out.add_stream("libx264", rate=fps)
         stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"
@@ -355,6 +356,32 @@ def test_a_recording_never_replaces_the_video(run, tmp_path, capsys):
         assert main(["stream", str(run), f"{tmp_path}/{video}", *THRESHOLDS, "--mp4", f"{tmp_path}/{kept}"]) == 2
         assert "name the same file twice" in capsys.readouterr().err
     assert (tmp_path / "v.mp4").read_bytes() == before
+
+
+def test_a_recording_replaces_nothing_that_is_read_and_no_device(run, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "0.png")
+    os.mkfifo(tmp_path / "pipe.html")
+    task = told(tmp_path, {"goal": "Tea"})
+    for more, message in (
+        (["--task", task, "--html", task], "name the same file twice"),
+        (["--html", tmp_path / "images" / "0.png"], "among the images that are read"),
+        (["--html", tmp_path / "pipe.html"], "no regular file"),
+    ):
+        assert main(["stream", str(run), str(tmp_path / "images"), *THRESHOLDS, *map(str, more)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["stream", str(run), str(tmp_path / "images"), *THRESHOLDS, "--task", str(tmp_path / "pipe.html")]) == 1
+    assert "no such file, or none to be read" in capsys.readouterr().err
+
+
+def test_a_video_that_lost_its_end_says_so_after_what_is_there(run, tmp_path, capsys):
+    write_video(tmp_path / "v.mp4", seconds=8, options={"movflags": "faststart"})
+    content = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(content[: len(content) * 2 // 3])
+    assert main(["stream", str(run), str(tmp_path / "v.mp4"), *THRESHOLDS, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert 4 <= len(out.splitlines()) < 14
+    assert re.search(r"v.mp4: ends after [\d.]+ of 8 seconds; get the whole file", err)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
