@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pipeline.frames import count_frames
-from pipeline.schema import find_frames
+from pipeline.media import count_frames, find_frames
 from pipeline.terminal import percent, plain
 
 IMPLAUSIBLE_RATE: Final = 0.5  # positive share of a head's frames: probably read in the wrong convention

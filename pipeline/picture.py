@@ -20,8 +20,7 @@ import polars as pl
 from rich.text import Text
 
 from pipeline.errors import InputError
-from pipeline.frames import read_frames
-from pipeline.schema import find_frames
+from pipeline.media import find_frames, read_frames
 from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 from pipeline.timeline import ClipView, find_clip

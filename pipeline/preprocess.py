@@ -30,10 +30,10 @@ import numpy as np
 from pipeline import hazards, labels
 from pipeline.cluster import Mapper, pool
 from pipeline.errors import InputError, UsageError
-from pipeline.frames import count_frames
+from pipeline.media import IMAGES, VIDEOS, count_frames, find_frames
 from pipeline.options import Options
 from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
-from pipeline.schema import IMAGES, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, VIDEOS, find_frames, shard_path
+from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
 from pipeline.summary import label_hazards, summary_of
 from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
-from pipeline.schema import images_in
+from pipeline.media import images_in
 from trainer import vision
 from trainer.checkpoint import verify_model
 from trainer.clips import ClipExample

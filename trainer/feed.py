@@ -30,7 +30,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 from PIL import Image
 
-from pipeline.schema import VIDEOS, VideoTimes
+from pipeline.media import VIDEOS, VideoTimes
 from trainer.errors import TrainerError
 from trainer.frames import UNDECODABLE, Pixels, check_size, fit, open_file
 

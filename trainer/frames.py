@@ -33,8 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from pipeline.schema import (
-    MANIFEST,
+from pipeline.media import (
     MAX_BYTES,
     MAX_PIXELS,
     VIDEOS,
@@ -45,6 +44,7 @@ from pipeline.schema import (
     regular,
     video_times,
 )
+from pipeline.schema import MANIFEST
 from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 

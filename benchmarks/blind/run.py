@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.frames import count_frames
+from pipeline.media import count_frames
 from pipeline.synth import write_frames
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate

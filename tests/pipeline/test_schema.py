@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.schema import (
-    CLIPS,
-    FRAMES,
-    draw_expr,
-    draws,
-    find_frames,
-    is_inside,
-    rate_threshold,
-    sampling_seed,
-)
+from pipeline.media import find_frames
+from pipeline.schema import CLIPS, FRAMES, draw_expr, draws, is_inside, rate_threshold, sampling_seed
 
 U64 = st.integers(0, 2**64 - 1)
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from pipeline import synth as module
-from pipeline.schema import find_frames
+from pipeline.media import find_frames
 from pipeline.synth import SynthConfig, SynthReport, plan_recording, synth
 
 SMALL = SynthConfig(recordings={"train": 3, "val": 1, "test": 1}, difficulty=0, seed=5)

@@ -20,10 +20,18 @@ import pytest
 from by_hand import clip_example, jpeg, write_frames
 from PIL import Image
 
-from pipeline.frames import count_frames, read_frames
+from pipeline.media import (
+    ArrowFrames,
+    VideoTimes,
+    count_frames,
+    find_frames,
+    images_in,
+    open_video,
+    read_frames,
+    video_times,
+)
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
-from pipeline.schema import ArrowFrames, VideoTimes, find_frames, images_in, open_video, video_times
 from trainer.errors import TrainerError
 from trainer.frames import PixelFrames, decode, open_file, open_frames
 
