@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pipeline.media import count_frames, find_frames
 from pipeline.terminal import percent, plain
@@ -86,11 +86,21 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
         yield _hazard("recording in several splits", "+".join(where), text)
 
 
-def of_frames(root: Path, videos: Mapping[tuple[str, str, str | None, float], int]) -> Iterator[Hazard]:
-    """Annotations against the frames below `root`; videos: (split, video_uid, frames_file, fps) -> last frame + 1."""
+class Video(NamedTuple):
+    """What the frames of a split's video are looked up by."""
+
+    split: str
+    uid: str
+    frames_file: str | None
+    dataset: str
+    fps: float
+
+
+def of_frames(root: Path, videos: Mapping[Video, int]) -> Iterator[Hazard]:
+    """Annotations against the frames below `root`; videos: each with its last annotated frame + 1."""
     problems: dict[tuple[str, str], list[str]] = {}
-    for (split, uid, frames_file, fps), end in videos.items():
-        path = find_frames(root, uid, frames_file)
+    for (split, uid, frames_file, dataset, fps), end in videos.items():
+        path = find_frames(root, uid, frames_file, dataset)
         there = count_frames(path, fps) if path else None
         if path is None:
             problems.setdefault(("frames missing", split), []).append(uid)

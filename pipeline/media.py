@@ -32,28 +32,62 @@ VIDEOS: Final = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 IMAGES: Final = (".jpg", ".jpeg", ".png")
 
 
-def find_frames(root: Path, video_uid: str, frames_file: str | None) -> Path | None:
+_ENDINGS: Final = (".arrow", *(ending for video in VIDEOS for ending in (video, video.upper())))
+_GENERIC: Final = ("data", "processed_data", "frames")  # folders that tell nothing about which video it is
+
+
+def find_frames(root: Path, video_uid: str, frames_file: str | None, dataset: str | None = None) -> Path | None:
     """The Arrow file, the video file or the folder of images with a video's frames below `root`, or None.
 
-    Tried in order: root/frames_file; then, as .arrow, as one of VIDEOS (.mp4, .MP4) and as a folder that holds an
-    image, its bare name and video_uid in root and root/frames, each with and without the prefix before 'nusar-'
-    (in the public data the two names differ by it).
+    Tried in order: root/frames_file; then the folders root/dataset, root/dataset/frames, root, root/frames. In each it
+    may go by its video_uid or by its frames_file (without leading folders that are generic or the dataset's own), with
+    or without the dataset's name as a prefix, and be a .arrow file, one of VIDEOS (.mp4, .MP4) or a folder that holds
+    an image. Other folders of frames_file are never left out: P01/rgb.mp4 and P02/rgb.mp4 are different videos.
     """
     if frames_file and is_inside(frames_file) and _holds_frames(root / frames_file):
         return root / frames_file
-    stems = [_stem(frames_file), video_uid] if frames_file else [video_uid]
-    stems += [stem[stem.index("nusar-") :] for stem in stems if "nusar-" in stem]
-    stems = [stem for stem in dict.fromkeys(stems) if is_inside(stem)]
-    endings = [".arrow", *(ending for video in VIDEOS for ending in (video, video.upper()))]
-    tried = [folder / f"{stem}{end}" for end in endings for stem in stems for folder in (root, root / "frames")]
-    folders = [folder / stem for stem in stems for folder in (root, root / "frames")]
-    found = (path for path in tried if path.is_file())
-    return next(found, None) or next((path for path in folders if _holds_frames(path)), None)
+    dataset = dataset if dataset and dataset != "unknown" and is_inside(dataset) else None
+    names = _names(video_uid, frames_file, dataset)
+    for base in [root / dataset, root] if dataset else [root]:
+        folders = [f"{folder}{os.sep}" for folder in (base, base / "frames") if folder.is_dir()]
+        files = (f"{folder}{name}{end}" for end in _ENDINGS for name in names for folder in folders)
+        images = (f"{folder}{name}" for name in names for folder in folders)
+        found = next(filter(os.path.isfile, files), None)
+        found = found or next((path for path in images if os.path.isdir(path) and _holds_frames(Path(path))), None)
+        if found:
+            return Path(found)
+    return None
 
 
-def _stem(frames_file: str) -> str:
-    path = Path(frames_file)
-    return path.stem if path.suffix.lower() in (".arrow", *VIDEOS) else path.name
+def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list[str]:
+    """What a video may be called below a folder of frames, without ending: its names, each with and without a prefix.
+
+    The prefix is the dataset's name, with or without its number ('assembly101', 'assembly'), or all before 'nusar-':
+    in Assembly101's public data 'disassembly_nusar-X' and 'nusar-X' are one video.
+    """
+    given = [video_uid, _without_ending(frames_file)] if frames_file else [video_uid]
+    words = dict.fromkeys(w for w in (dataset, (dataset or "").rstrip("0123456789")) if w)
+    prefixes = [word + sign for word in words for sign in "_-"]
+    names = []
+    for path in dict.fromkeys([*given, *(_specific(path, dataset) for path in given)]):
+        folder, name = os.path.split(path)
+        bare = [name.removeprefix(prefix) for prefix in prefixes]
+        bare += [name[name.index("nusar-") :]] if "nusar-" in name else []
+        names += [os.path.join(folder, one) for one in [name, *bare, *(prefix + name for prefix in prefixes)] if one]
+    return [name for name in dict.fromkeys(names) if is_inside(name)]
+
+
+def _without_ending(frames_file: str) -> str:
+    stem, ending = os.path.splitext(frames_file)
+    return stem if ending.lower() in (".arrow", *VIDEOS) else frames_file
+
+
+def _specific(path: str, dataset: str | None) -> str:
+    """The path without its leading folders that tell nothing about which video of the dataset it is."""
+    parts = path.split("/")
+    while len(parts) > 1 and (parts[0] in _GENERIC or parts[0] == dataset):
+        del parts[0]
+    return "/".join(parts)
 
 
 def _holds_frames(path: Path) -> bool:

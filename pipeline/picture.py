@@ -114,7 +114,7 @@ def _x(scored: Scored, frame: float) -> float:
 
 def _thumbnails(scored: Scored, root: Path | None, size: float) -> Iterator[str]:
     row = scored.view.row
-    path = find_frames(root, row["video_uid"], row["frames_file"]) if root else None
+    path = find_frames(root, row["video_uid"], row["frames_file"], row["dataset"]) if root else None
     if path is None:
         return
     which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], _MOST_THUMBNAILS)).round().astype(int)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -165,10 +166,17 @@ def _key(sources: list[Source], options: Options) -> str:
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
-    """Name and size of every file that may hold frames."""
-    endings = (".arrow", *VIDEOS, *IMAGES)
-    found = (path for path in root.rglob("*.*") if path.suffix.lower() in endings)
-    return sorted((str(path.relative_to(root)), path.stat().st_size) for path in found)
+    """Name and size of every file that may hold frames; links are followed, those that lead nowhere left out."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = [os.path.join(folder, name) for name in names if name.lower().endswith((".arrow", *VIDEOS, *IMAGES))]
+        found += [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths if os.path.exists(path)]
+    return sorted(found)
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -238,12 +246,14 @@ class _Run:
     def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
         """The data's hazards; notes each split's number of recordings on the way."""
         recordings: dict[str, set[str]] = {}
-        videos: dict[tuple[str, str, str | None, float], int] = {}
+        videos: dict[hazards.Video, int] = {}
         for part in parts:
             split, known = part.source.split, part.survey
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
-                video = (split, known.video_uids[i], known.frames_files[i], float(known.fps[i]))
+                video = hazards.Video(
+                    split, known.video_uids[i], known.frames_files[i], known.datasets[i], float(known.fps[i])
+                )
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)
@@ -425,7 +435,8 @@ def _pad(parts: list[_Part], options: Options) -> None:
 
 
 def _frames_there(root: str | None, known: Survey, i: int) -> int | None:
-    path = find_frames(Path(root), known.video_uids[i], known.frames_files[i]) if root else None
+    names = (known.video_uids[i], known.frames_files[i], known.datasets[i])
+    path = find_frames(Path(root), *names) if root else None
     return count_frames(path, float(known.fps[i])) if path else None
 
 

@@ -86,6 +86,7 @@ class Survey:
     video_uids: list[str]
     recording_ids: list[str]
     frames_files: list[str | None]
+    datasets: list[str]
     place: np.ndarray  # [C] of the clip in its task
     fps: np.ndarray  # [C]
     given: np.ndarray  # int64 [C, 2] bounds as given
@@ -123,6 +124,7 @@ def survey(task: Task, recording: str) -> Survey:
         recording_ids=[name for group in groups for name in group[2]],
         video_uids=[one.video_uid for one in about],
         frames_files=[one.frames_file for one in about],
+        datasets=[one.dataset for one in about],
         place=np.array([place for group in groups for place in group[0]], np.int64),
         fps=fps,
         given=given,
@@ -149,13 +151,15 @@ def _no_gc() -> Iterator[None]:
 class _About(NamedTuple):
     video_uid: str
     frames_file: str | None
+    dataset: str
     proassist: bool
     fps_assumed: bool
 
     @classmethod
     def of(cls, checked: Checked) -> _About:
         clip = checked.clip
-        return cls(clip.video_uid, clip.frames_file, checked.schema == "proassist", not checked.fps_given)
+        names = (clip.video_uid, clip.frames_file, clip.dataset or "unknown")
+        return cls(*names, checked.schema == "proassist", not checked.fps_given)
 
 
 def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Checked]]:

@@ -69,6 +69,7 @@ class ClipExample:
     neg_rate: float
     positive: str  # 'span' or 'onset'
     labels: Labels
+    dataset: str = "unknown"
 
     @property
     def end_frame(self) -> int:

@@ -158,7 +158,7 @@ def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, 
 
 @dataclass
 class _Video:
-    clips: dict[str | None, ClipExample] = field(default_factory=dict)  # one for each frames_file it goes by
+    clips: dict[tuple[str | None, str], ClipExample] = field(default_factory=dict)  # by frames_file and dataset
     ranges: list[tuple[int, int]] = field(default_factory=list)
     there: int = 0  # frames that its file has
 
@@ -191,8 +191,9 @@ def _videos(data: Path, part: tuple[int, int]) -> list[_Video]:
             if _share(clip, part[1]) != part[0]:
                 continue
             video = found.setdefault((clip.video_uid, clip.fps), _Video())
-            if clip.frames_file not in video.clips:  # without what would keep its whole row group in memory
-                video.clips[clip.frames_file] = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))
+            names = (clip.frames_file, clip.dataset)
+            if names not in video.clips:  # without what would keep its whole row group in memory
+                video.clips[names] = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))
             video.ranges.append((clip.start_frame, clip.end_frame))
     return list(found.values())
 

@@ -104,7 +104,7 @@ class PixelFrames:
 
     def find(self, clip: ClipExample) -> Path:
         """The file or folder with the frames of the clip's video; TrainerError where there is none."""
-        video = (clip.video_uid, clip.frames_file)
+        video = (clip.video_uid, clip.frames_file, clip.dataset)
         if video not in self._paths:
             path = find_frames(self.root, *video)
             if path is None:
@@ -150,7 +150,7 @@ class PixelFrames:
 
     def _forget(self) -> None:
         self._cache: dict[tuple[Path, int, float], Pixels] = {}
-        self._paths: dict[tuple[str, str | None], Path] = {}
+        self._paths: dict[tuple[str, str | None, str], Path] = {}
         self._open = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -387,7 +387,7 @@ _NUMBERS = (
 )
 _SAME = (  # what a ClipExample takes over as it is
     *("clip_id", "clip", "video_uid", "recording_id", "fps", "start_frame", "num_frames", "frames_file"),
-    *("goal", "knowledge", "sampling_seed", "neg_rate", "positive"),
+    *("goal", "knowledge", "sampling_seed", "neg_rate", "positive", "dataset"),
 )
 # -1 in Arrow: `pa.scalar` imports pandas where it is installed, and so does `to_numpy`: a third of a second
 _NO_FRAME = pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, -1, np.int32))])[0]

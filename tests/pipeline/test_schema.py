@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.media import find_frames
 from pipeline.schema import CLIPS, FRAMES, draw_expr, draws, is_inside, rate_threshold, sampling_seed
 
 U64 = st.integers(0, 2**64 - 1)
@@ -100,12 +99,3 @@ def test_every_column_says_what_it_means():
 )
 def test_paths_from_a_file_never_climb_out(path, inside):
     assert is_inside(path) is inside
-
-
-def test_frames_are_found_under_their_other_name(tmp_path):
-    (tmp_path / "frames").mkdir()
-    file = tmp_path / "frames" / "nusar-1__view.arrow"
-    file.touch()
-    assert find_frames(tmp_path, "assembly_nusar-1__view", "data/frames/assembly_nusar-1__view.arrow") == file
-    assert find_frames(tmp_path, "assembly_nusar-2__view", None) is None
-    assert find_frames(tmp_path / "frames", "x", "../frames/nusar-1__view.arrow") == file  # by its bare name only
