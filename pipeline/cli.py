@@ -286,7 +286,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="split to measure on; thresholds are chosen on val")] = "test",
     out: Annotated[Path | None, typer.Option(help="folder for the results; default: RUN/evaluation-SPLIT")] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="measure this Parquet of scores instead, ours or another model's")
+        Path | None,
+        typer.Option(
+            help="measure this Parquet of scores instead, ours or another model's; with --chunks also a submission"
+        ),
     ] = None,
     threshold: Annotated[
         list[str] | None, typer.Option(help="with --scores: logits speaking=0.5,dst_update=0, instead of val's best")
@@ -300,19 +303,35 @@ def evaluate(
     sentence_encoder: Annotated[
         Path | None, typer.Option(help="a sentence-transformers folder: match what is said by meaning, too")
     ] = None,
+    chunks: Annotated[
+        Path | None, typer.Option(help="sessions of EgoProactive (JSON Lines), for its metrics per chunk")
+    ] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="with --chunks: write the answers to this file, as EgoProactive takes them")
+    ] = None,
 ) -> int:
     """How well does it know when to speak: frame by frame, event by event, on its own texts; the state it keeps."""
     from pipeline.results import render_evaluation
     from pipeline.terminal import console, plain
 
     settings, places = Settings(early_s, late_s, refractory_s), places or []
-    if scores is None:
+    if submission is not None and chunks is None:
+        raise UsageError("--submission needs --chunks: the sessions that it answers")
+    if scores is not None and scores.suffix == ".jsonl":
+        if chunks is None or places or threshold or submission:
+            raise UsageError(f"{scores}: to score a submission takes --scores and --chunks alone, and perhaps --out")
+        from trainer.evaluation.verdict import evaluate_submission
+
+        found = evaluate_submission(scores, chunks, out)
+    elif scores is None:
         if len(places) != 2:
             raise UsageError(f"evaluate {' '.join(map(plain, places))}: expected RUN DATA, or DATA with --scores FILE")
         from trainer.evaluate import evaluate as of_run
 
         run, data = places
-        found = of_run(run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder)
+        found = of_run(
+            run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder, chunks, submission
+        )
     else:
         unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed or None}
         if wrong := [name for name, value in unused.items() if value is not None]:
@@ -321,7 +340,7 @@ def evaluate(
 
         given = _numbers("--threshold", threshold or [], "speaking=0.5")
         where = places[-1] if places else None
-        found = evaluate_scores(scores, where, split, out, settings, given, sentence_encoder)
+        found = evaluate_scores(scores, where, split, out, settings, given, sentence_encoder, chunks, submission)
     console().print(render_evaluation(found))
     if found.folder is not None:
         typer.echo(f"wrote {plain(found.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))

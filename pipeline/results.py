@@ -38,11 +38,20 @@ _ROWS: Final = (  # title, path in one mode's metrics, how it is said, path of w
     ("transition F1", ("state", "transitions", "f1"), ".3f", None),
 )  # fmt: skip
 
+_CHUNK_METRICS: Final = ("precision", "recall", "f1")
+MOST_TASKS: Final = 10  # in the printed table; metrics.json has all
+
 
 def render_evaluation(evaluation: Evaluation) -> Any:
     """One column per mode, one row per metric that is defined; then what the numbers are of."""
     metrics = evaluation.metrics
+    by_chunk = {
+        name: found["chunks"] for name, found in metrics.items() if isinstance(found, dict) and found.get("chunks")
+    }
+    tables = _chunk_tables(by_chunk) if by_chunk else []
     modes = [name for name, found in metrics.items() if isinstance(found, dict) and "cells" in found]
+    if not modes:
+        return Group(*tables, *evaluation.notes)
     table = _table(f"on {plain(evaluation.split)}", *modes, "to compare with")
     title: str | None = None
     for name, path, how, other in _ROWS:
@@ -58,7 +67,35 @@ def render_evaluation(evaluation: Evaluation) -> Any:
             compared = next((value for value in known if value is not None), None)
             beside = "" if compared is None or other is None else f"{other[1]} {compared:.3f}"
             table.add_row(f"  {name}", *(_say(value, how) for value in found), beside)
-    return Group(table, *(f"[dim]{line}[/]" for line in _about(metrics[modes[0]], metrics)), *evaluation.notes)
+    lines = [f"[dim]{line}[/]" for line in _about(metrics[modes[0]], metrics)]
+    return Group(table, *lines, *tables, *evaluation.notes)
+
+
+def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
+    """EgoProactive's metrics: one column per mode, over all chunks, then macro F1 of the tasks with most chunks."""
+    first = next(iter(by_mode.values()))
+    whole, tasks = _table("by chunk", *map(plain, by_mode)), _table("macro F1 by task", *map(plain, by_mode), "chunks")
+    for name in ("macro_f1", "gmean_f1", *(f"{k}_{m}" for k in ("interrupt", "silent") for m in _CHUNK_METRICS)):
+        title = name.replace("_f1", " F1").replace("_", " ").replace("gmean", "G-mean")
+        whole.add_row(title, *(_with_interval(found["overall"], name) for found in by_mode.values()))
+    largest = sorted(first["per_task"], key=lambda task: (-first["per_task"][task]["support"], task))[:MOST_TASKS]
+    for task in largest:
+        own = [found["per_task"][task] for found in by_mode.values()]
+        tasks.add_row(plain(task), *(_with_interval(found, "macro_f1") for found in own), f"{own[0]['support']:,}")
+    overall, skipped = first["overall"], first["skipped_chunks"]
+    without = f", {skipped:,} without a prediction skipped" if skipped else ""
+    line = (
+        f"[dim]{first['total_sessions']:,} sessions, {overall['support']:,} chunks{without}; "
+        f"{overall['recordings']:,} recordings, drawn again for the 95% intervals; {len(largest)} of "
+        f"{len(first['per_task']):,} tasks shown[/]"
+    )
+    return [whole, tasks, line]
+
+
+def _with_interval(found: dict[str, Any], name: str) -> str:
+    interval = found["intervals"][name]
+    beside = "" if interval is None else f" \\[{interval[0]:.4f}, {interval[1]:.4f}]"
+    return f"{found[name]:.4f}{beside}"
 
 
 def _about(report: dict[str, Any], metrics: dict[str, Any]) -> list[str]:

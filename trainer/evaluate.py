@@ -23,6 +23,7 @@ from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.clips import DST, SPEAK
 from trainer.context import Live
 from trainer.disk import SEAL, seal, write_json
+from trainer.evaluation.chunks import match_clips, read_sessions
 from trainer.evaluation.measure import Settings, Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.evaluation.verdict import (
@@ -30,6 +31,7 @@ from trainer.evaluation.verdict import (
     SELF_FED,
     TEACHER_FORCED,
     Evaluation,
+    add_chunks,
     all_metrics,
     hold,
     pick_thresholds,
@@ -51,14 +53,20 @@ def evaluate(
     settings: Settings | None = None,
     live: bool = True,
     encoder: Path | None = None,
+    chunks: Path | None = None,
+    submission: Path | None = None,
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
     features: what `encode` wrote with this run's vision tower, instead of frames. live: also self-fed. encoder: a
-    local sentence-transformers folder, to match what was said by meaning, in ProAssist's own window.
+    local sentence-transformers folder, to match what was said by meaning, in ProAssist's own window. chunks: a sessions
+    file of EgoProactive's, for its metrics; submission: a file for the answers in its format, self-fed if `live`.
     """
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
+    sessions = None if chunks is None else read_sessions(chunks)
+    if sessions:
+        match_clips(sessions, list(held.test.in_order()))  # what does not fit is refused before anything is scored
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
     folder = out or run / f"evaluation-{split}"
@@ -79,6 +87,8 @@ def evaluate(
         of_modes[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
         write_scores(folder / f"{SELF_FED}.parquet", {split: of_modes[SELF_FED]}, about | {"mode": SELF_FED})
     metrics = all_metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
+    if sessions is not None:
+        notes += add_chunks(metrics, of_modes, sessions, thresholds, settings, submission)
     metrics |= {SEAL: seal(metrics)}
     write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, tuple(notes), folder)

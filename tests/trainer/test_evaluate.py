@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -17,7 +18,7 @@ from small_run import clip, go, write_data
 from pipeline.cli import main
 from trainer.errors import TrainerError
 from trainer.evaluate import evaluate
-from trainer.evaluation.verdict import evaluate_scores
+from trainer.evaluation.verdict import evaluate_scores, evaluate_submission
 
 MODES = ("teacher-forced", "self-fed")
 
@@ -161,6 +162,42 @@ def test_scores_that_name_no_shards_ask_for_them(data, tmp_path):
     path = strangers(data, tmp_path / "x.parquet", float)
     with pytest.raises(TrainerError, match="does not say which shards it is of; name them: evaluate DATA --scores"):
         evaluate_scores(path)
+
+
+def sessions_of(clips, path):
+    """EgoProactive's file of the clips: a chunk for every stretch of equal labels."""
+    rows = []
+    for c in clips:
+        speaking = (c.labels[0] == 1).astype(int)
+        edges = [0, *(np.flatnonzero(np.diff(speaking)) + 1).tolist(), c.num_frames]
+        intervals = [[(c.start_frame + edge) / c.fps for edge in pair] for pair in itertools.pairwise(edges)]
+        answers = ["$interrupt$text" if speaking[edge] else "$silent$" for edge in edges[:-1]]
+        rows.append({"video_path": f"{c.video_uid}.mp4", "video_intervals": intervals, "answers": answers})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, sum(len(row["answers"]) for row in rows)
+
+
+def test_a_run_is_measured_by_chunks_in_both_modes(found, run, data, tmp_path, capsys):
+    """The submission holds the answers of the free-running pass; each file alone gives the same numbers."""
+    sessions, number = sessions_of([clip(i, "test") for i in range(6)], tmp_path / "sessions.jsonl")
+    submission, out = tmp_path / "submission.jsonl", tmp_path / "out"
+    options = ["--chunks", str(sessions), "--submission", str(submission)]
+    assert main(["evaluate", str(run), str(data), "--out", str(out), *options]) == 0
+    assert "macro F1" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    for mode in MODES:
+        report = metrics[mode].pop("chunks")
+        assert report["overall"]["support"] == number
+        assert evaluate_scores(out / f"{mode}.parquet", chunks=sessions).metrics[mode]["chunks"] == report
+    assert metrics_alone(metrics) == metrics_alone(found.metrics)
+    assert evaluate_submission(submission, sessions).metrics["submission"]["chunks"] == report
+
+
+def test_sessions_of_other_data_are_refused_before_anything_is_scored(run, data, tmp_path):
+    sessions, _ = sessions_of([clip(i, "train") for i in range(2)], tmp_path / "sessions.jsonl")
+    with pytest.raises(TrainerError, match="the split has no clip of video"):
+        evaluate(run, data, out=tmp_path / "out", chunks=sessions)
+    assert not (tmp_path / "out").exists()
 
 
 def test_batch_options_change_no_metric(tmp_path):

@@ -66,16 +66,20 @@ def is_live(scored: ScoredClip, head: str) -> bool:
     return (scored.said if head == "speaking" else scored.updates) is not None
 
 
-def predictions(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Floats:
-    """float64 [P], ascending: seconds of the frames at which the model spoke, or its score makes an event."""
+def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Ints:
+    """int64 [P], ascending: the absolute frames at which the model spoke, or its score makes an event."""
     clip = scored.clip
     did = scored.said if head == "speaking" else scored.updates
     if did is not None:
-        at = np.flatnonzero([what is not None for what in did])
-    else:
-        assert threshold is not None
-        at = spaced(np.flatnonzero(fires(scored.logits[head], threshold)), refractory_frames(clip.fps, refractory_s))
-    return (at + clip.start_frame) / clip.fps
+        return np.flatnonzero([what is not None for what in did]) + clip.start_frame
+    assert threshold is not None
+    hot = np.flatnonzero(fires(scored.logits[head], threshold))
+    return spaced(hot, refractory_frames(clip.fps, refractory_s)) + clip.start_frame
+
+
+def predictions(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Floats:
+    """float64 [P], ascending: `predicted_frames` in seconds."""
+    return predicted_frames(scored, head, threshold, refractory_s) / scored.clip.fps
 
 
 def refractory_frames(fps: float, refractory_s: float) -> int:

@@ -17,6 +17,14 @@ import pyarrow.parquet as pq
 from trainer.config import Settings
 from trainer.disk import write_json
 from trainer.errors import TrainerError
+from trainer.evaluation.chunks import (
+    Session,
+    read_sessions,
+    read_submission,
+    report_chunks,
+    report_clips,
+    write_submission,
+)
 from trainer.evaluation.measure import Thresholds, choose_thresholds, measure
 from trainer.evaluation.scores import HEADS, ScoredClip, read_info, read_scores
 from trainer.shards import Split
@@ -55,11 +63,14 @@ def evaluate_scores(
     settings: Settings | None = None,
     given: Mapping[str, float] | None = None,
     encoder: Path | None = None,
+    chunks: Path | None = None,
+    submission: Path | None = None,
 ) -> Evaluation:
     """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
 
     Thresholds are `given` (logits by head), chosen on the file's own `val` rows, or, of a live file, those that it says
     it ran with; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
+    chunks: a sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format.
     """
     settings, info = settings or Settings(), read_info(path)
     held = hold(_shards(path, data, info), split)
@@ -74,6 +85,8 @@ def evaluate_scores(
     else:
         thresholds, notes = pick_thresholds(scored, held, settings)
     metrics = all_metrics({mode: scored[split]}, thresholds, settings, encoder)
+    if chunks is not None:
+        notes += add_chunks(metrics, {mode: scored[split]}, read_sessions(chunks), thresholds, settings, submission)
     metrics |= {
         "file": str(path),
         "split": split,
@@ -127,6 +140,37 @@ def all_metrics(
             if all(clip.said is not None for clip in clips):
                 found[mode]["dialogue"] = dialogue_metrics(clips, by_meaning, EARLY_S, LATE_S)
     return {"settings": asdict(settings)} | found
+
+
+def add_chunks(
+    metrics: dict[str, Any],
+    of_modes: Mapping[str, Sequence[ScoredClip]],
+    sessions: Sequence[Session],
+    thresholds: Thresholds,
+    settings: Settings,
+    submission: Path | None = None,
+) -> list[str]:
+    """Adds EgoProactive's metrics to each mode's, as `chunks`, and writes the last mode's answers to `submission`.
+
+    Returns what it could not do, and why. Raises TrainerError where a session has no clip.
+    """
+    answers: list[list[str]] = []
+    for mode, clips in of_modes.items():
+        at = thresholds.event.get("speaking")
+        metrics[mode]["chunks"], answers = report_clips(sessions, clips, at, settings.refractory_s)
+    if submission is not None and answers:
+        write_submission(submission, sessions, answers)
+    return [] if answers or not sessions else ["no chunk metrics and no submission: no threshold for speaking"]
+
+
+def evaluate_submission(path: Path, chunks: Path, out: Path | None = None) -> Evaluation:
+    """EgoProactive's metrics of a submission (predictions in its format) against the sessions file `chunks`."""
+    sessions = read_sessions(chunks)
+    report = report_chunks(sessions, read_submission(path, sessions))
+    metrics = {"submission": {"chunks": report}, "file": str(path), "sessions": str(chunks)}
+    if out is not None:
+        write_json(out / METRICS_FILE, metrics)
+    return Evaluation(chunks.stem, metrics, (), out)
 
 
 def _shards(path: Path, data: Path | None, info: Mapping[str, Any]) -> Path:

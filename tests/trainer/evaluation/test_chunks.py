@@ -1,0 +1,436 @@
+"""EgoProactive's metrics: the official scorer's numbers, from scored clips and from submissions."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from by_hand import clip_example, turn, write_shards
+from scored import clip_of
+
+from pipeline.cli import main
+from trainer.errors import TrainerError
+from trainer.evaluation.chunks import (
+    Session,
+    answers_of,
+    chunk_frames,
+    chunk_rates,
+    is_interrupt,
+    match_clips,
+    read_sessions,
+    read_submission,
+    report_chunks,
+    report_clips,
+    write_submission,
+)
+
+# Three made-up sessions. At 2 fps the chunks of aa01 are frames 0..3, 21..36, 37..52, 85..100, 152..167, 168..183,
+# those of aa02 0..15, 16..31, 32..46 and those of aa03 1..16, 17..32.
+SESSIONS = [
+    {
+        "video_path": "aa01.mp4",
+        "video_intervals": [[0.0, 2.0], [10.4, 18.4], [18.4, 26.4], [42.4, 50.4], [75.9, 83.9], [83.9, 91.9]],
+        "query": "How do I pot a cactus?",
+        "task": "Potting a cactus",
+        "answers": ["$interrupt$Gravel first.", "$interrupt$ Now soil.", "$silent$", "$silent$", "$interrupt$Press.",
+                    "$silent$"],
+    },
+    {
+        "video_path": "aa02.mp4",
+        "video_intervals": [[0.0, 8.0], [8.0, 16.0], [16.0, 23.5]],
+        "query": "Help me fix the tyre.",
+        "task": "Patching a tyre",
+        "answers": ["$interrupt$Lever it off.", "$silent$", "$silent$"],
+    },
+    {
+        "video_path": "aa03.mp4",
+        "video_intervals": [[0.25, 8.25], [8.25, 16.25]],
+        "query": "Tee aufgießen",
+        "task": "Making tea",
+        "answers": ["$interrupt$Wasser kochen.", "$interrupt$Jetzt aufgießen."],
+    },
+]  # fmt: skip
+INTERRUPTS = {"aa01": ((0, 4), (21, 37), (152, 168)), "aa02": ((0, 16),), "aa03": ((1, 17), (17, 33))}
+FRAMES = {"aa01": 184, "aa02": 47, "aa03": 33}
+REFRACTORY_S = 1.0
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sessions(tmp_path):
+    return read_sessions(write_lines(tmp_path / "sessions.jsonl", SESSIONS))
+
+
+def turns_of(uid):
+    query = next(s["query"] for s in SESSIONS if s["video_path"] == f"{uid}.mp4")
+    return [turn("user", query), *(turn("assistant", "!", start, end) for start, end in INTERRUPTS[uid])]
+
+
+def scored(uid, speaking=None, said=None):
+    """The clip of a session: high scores at the frames `speaking`, or live, with the texts `said` by frame."""
+    scores = None if speaking is None else [float(i in speaking) for i in range(FRAMES[uid])]
+    clip = clip_of(turns_of(uid), frames=FRAMES[uid], name=uid, recording=uid, speaking=scores or [0.0] * FRAMES[uid])
+    if said is not None:
+        clip = type(clip)(clip.clip, clip.logits, {}, said=[said.get(i) for i in range(FRAMES[uid])])
+    return clip
+
+
+def answers(session, clip):
+    return answers_of(session, clip, 0.5, REFRACTORY_S)
+
+
+# ---- the numbers -------------------------------------------------------------------------------------
+
+
+def rounded(**counts):
+    rates = chunk_rates([counts[name] for name in ("tp", "fp", "tn", "fn")])
+    return [round(float(rates[name]), 4) for name in ("interrupt_f1", "silent_f1", "macro_f1", "gmean_f1")]
+
+
+def test_the_scorer_s_hand_cases():
+    assert rounded(tp=7, fp=3, tn=5, fn=3) == [0.7, 0.625, 0.6625, 0.6614]
+    assert rounded(tp=9, fp=1, tn=1, fn=1) == [0.9, 0.5, 0.7, 0.6708]
+
+
+def test_undefined_is_zero():
+    assert rounded(tp=10, fp=0, tn=0, fn=0) == [1.0, 0.0, 0.5, 0.0]
+    assert rounded(tp=0, fp=5, tn=0, fn=5) == [0.0, 0.0, 0.0, 0.0]
+    assert rounded(tp=0, fp=0, tn=0, fn=0) == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("$interrupt$Add salt.", True),
+        ("$interrupt$", True),
+        (" \n\t$interrupt$ Add salt.", True),
+        ("$silent$", False),
+        ("\n$silent$", False),
+        ("", False),
+        ("Sure, $interrupt$ hi", False),
+        ("$Interrupt$ hi", False),
+        ("$interrupt hi", False),
+    ],
+)
+def test_what_is_an_interrupt(answer, expected):
+    assert is_interrupt(answer) == expected
+
+
+def test_counts_are_pooled_and_also_given_by_task(sessions):
+    predicted = [
+        ["$interrupt$", "$silent$", "$silent$", "$interrupt$", "$interrupt$", "$silent$"],  # tp 2, fn 1, tn 2, fp 1
+        ["$interrupt$", "$silent$", "$silent$"],  # tp 1, tn 2
+        ["$interrupt$", "sorry"],  # tp 1, fn 1
+    ]
+    report = report_chunks(sessions, predicted)
+    overall = report["overall"]
+    assert [overall[name] for name in ("tp", "fp", "tn", "fn", "support")] == [4, 1, 4, 2, 11]
+    assert [overall[f"interrupt_{name}"] for name in ("precision", "recall", "f1")] == [0.8, 0.6667, 0.7273]
+    assert [overall[f"silent_{name}"] for name in ("precision", "recall", "f1")] == [0.6667, 0.8, 0.7273]
+    assert (overall["macro_f1"], overall["gmean_f1"]) == (0.7273, 0.7273)
+    by_task = report["per_task"]
+    assert {task: found["support"] for task, found in by_task.items()} == {
+        "Making tea": 2,
+        "Patching a tyre": 3,
+        "Potting a cactus": 6,
+    }
+    assert by_task["Making tea"]["interrupt_f1"] == 0.6667
+    assert by_task["Making tea"]["macro_f1"] == 0.3333
+    assert (report["total_sessions"], report["skipped_chunks"]) == (3, 0)
+
+
+def test_missing_predictions_are_skipped_and_counted(sessions):
+    predicted = [["$interrupt$"] * 2, [], ["$interrupt$"] * 3]
+    report = report_chunks(sessions, predicted)
+    assert report["skipped_chunks"] == 4 + 3 + 1
+    assert report["overall"]["support"] == 4
+    assert report["overall"]["interrupt_f1"] == 1.0
+
+
+def test_intervals_hold_the_value_and_need_two_recordings(sessions):
+    predicted = [["$interrupt$"] * 6, ["$interrupt$", "$silent$", "$silent$"], ["$interrupt$", "$silent$"]]
+    report = report_chunks(sessions, predicted)
+    overall = report["overall"]
+    assert set(overall["intervals"]) == {
+        "macro_f1", "gmean_f1", "interrupt_precision", "interrupt_recall", "interrupt_f1",
+        "silent_precision", "silent_recall", "silent_f1",
+    }  # fmt: skip
+    for name, (low, high) in overall["intervals"].items():
+        assert 0 <= low <= overall[name] <= high <= 1
+        assert low < high
+    assert set(report["per_task"]["Making tea"]["intervals"].values()) == {None}
+    together = report_chunks(sessions, predicted, ["take 1", "take 1", "take 1"])
+    assert together["overall"]["recordings"] == 1
+    assert together["overall"]["intervals"]["macro_f1"] is None
+
+
+def official(gold, predicted):
+    """The published scorer's arithmetic, written anew, one chunk at a time."""
+
+    def metrics(c):
+        def f1(hits, alarms, misses):
+            p = hits / (hits + alarms) if hits + alarms else 0.0
+            r = hits / (hits + misses) if hits + misses else 0.0
+            return p, r, 2 * p * r / (p + r) if p + r else 0.0
+
+        one, other = f1(c["tp"], c["fp"], c["fn"]), f1(c["tn"], c["fn"], c["fp"])
+        found = {"macro_f1": (one[2] + other[2]) / 2, "gmean_f1": math.sqrt(one[2] * other[2])}
+        for name, values in (("interrupt", one), ("silent", other)):
+            found |= dict(zip((f"{name}_precision", f"{name}_recall", f"{name}_f1"), values, strict=True))
+        return {name: round(value, 4) for name, value in found.items()} | c | {"support": sum(c.values())}
+
+    tasks, skipped = {}, 0
+    for session, line in zip(gold, predicted, strict=True):
+        counts = tasks.setdefault(session["task"], dict.fromkeys(("tp", "fp", "tn", "fn"), 0))
+        skipped += abs(len(session["answers"]) - len(line["answers"]))
+        for truth, guess in zip(session["answers"], line["answers"], strict=False):
+            truth, guess = (text.lstrip().startswith("$interrupt$") for text in (truth, guess))
+            counts["tp" if truth and guess else "fp" if guess else "fn" if truth else "tn"] += 1
+    total = {name: sum(c[name] for c in tasks.values()) for name in ("tp", "fp", "tn", "fn")}
+    return metrics(total), {task: metrics(c) for task, c in tasks.items()}, skipped
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_submissions_get_the_official_numbers(cases):
+    rng = random.Random(0)
+    texts = ["$silent$", "$interrupt$", "$interrupt$x", " $interrupt$ y", "\n$silent$", "", "no", "a $interrupt$"]
+    for _ in range(cases):
+        gold = [
+            {"video_path": f"{i}.mp4", "task": rng.choice("ABC"), "answers": rng.choices(texts, k=rng.randrange(6))}
+            for i in range(rng.randrange(1, 5))
+        ]
+        guess = [{"answers": rng.choices(texts, k=max(0, len(s["answers"]) - rng.randrange(2)))} for s in gold]
+        sessions = [Session("", s["video_path"], s["task"], None, (), tuple(s["answers"])) for s in gold]
+        report = report_chunks(sessions, [line["answers"] for line in guess], draws=0)
+        overall, per_task, skipped = official(gold, guess)
+        assert {name: report["overall"][name] for name in overall} == overall
+        assert {t: {name: found[name] for name in overall} for t, found in report["per_task"].items()} == per_task
+        assert report["skipped_chunks"] == skipped
+
+
+# ---- sessions and clips ------------------------------------------------------------------------------
+
+
+def test_the_frames_of_a_chunk(sessions):
+    assert chunk_frames(sessions[0], 2.0).tolist() == [[0, 4], [21, 37], [37, 53], [85, 101], [152, 168], [168, 184]]
+    assert chunk_frames(sessions[2], 2.0).tolist() == [[1, 17], [17, 33]]
+
+
+def test_an_event_belongs_to_the_chunk_whose_frames_hold_it(sessions):
+    def told(*frames):
+        return "".join("I" if is_interrupt(a) else "." for a in answers(sessions[0], scored("aa01", set(frames))))
+
+    assert told() == "......"
+    assert told(3) == "I....."
+    assert told(4, 20) == "......"  # between chunks
+    assert told(21) == ".I...."
+    assert told(36) == ".I...."
+    assert told(37) == "..I..."
+    assert told(183) == ".....I"
+    assert told(36, 37) == ".I...."  # 37 falls to the refractory time
+    assert told(36, 38) == ".II..."
+
+
+def test_a_live_clip_answers_with_what_it_said(sessions):
+    clip = scored("aa01", said={0: "Gravel.", 10: "nobody asked", 21: "Soil.", 30: " And more. ", 60: "?", 152: ""})
+    assert answers_of(sessions[0], clip, None, REFRACTORY_S) == [
+        "$interrupt$Gravel.",
+        "$interrupt$Soil. And more.",
+        "$silent$",
+        "$silent$",
+        "$interrupt$",
+        "$silent$",
+    ]
+
+
+def test_chunks_after_the_clip_s_end_have_no_answer(sessions):
+    clip = clip_of(turns_of("aa01"), frames=100, name="aa01", recording="aa01", speaking=[0.0] * 100)
+    assert answers(sessions[0], clip) == ["$silent$"] * 4
+    report, _ = report_clips(sessions[:1], [clip], 0.5, REFRACTORY_S)
+    assert (report["skipped_chunks"], report["overall"]["support"]) == (2, 4)
+
+
+def test_speaking_at_the_interrupts_alone_is_perfect(sessions):
+    """Clips in another order, and one that no session asks for."""
+    clips = [scored(uid, {start for start, _ in INTERRUPTS[uid]}) for uid in ("aa03", "aa02", "aa01")]
+    other = clip_of([], name="zz", recording="zz", speaking=[1.0] * 120)
+    report, _ = report_clips(sessions, [*clips, other], 0.5, REFRACTORY_S)
+    overall = report["overall"]
+    assert [overall[name] for name in ("tp", "fp", "tn", "fn")] == [6, 0, 5, 0]
+    assert (overall["macro_f1"], overall["gmean_f1"], overall["recordings"]) == (1.0, 1.0, 3)
+    assert overall["intervals"]["macro_f1"] == [1.0, 1.0]
+
+
+def test_without_a_threshold_only_live_clips_are_counted(sessions):
+    assert report_clips(sessions[:1], [scored("aa01")], None, REFRACTORY_S) == (None, [])
+    report, _ = report_clips(sessions[:1], [scored("aa01", said={0: "x"})], None, REFRACTORY_S)
+    assert report["overall"]["tp"] == 1
+
+
+def test_sessions_of_one_video_find_their_clips(tmp_path):
+    """Told apart by their interrupts, else by the query, else by their order."""
+    second = {**SESSIONS[1], "answers": ["$silent$", "$interrupt$x", "$silent$"]}
+    third = {**SESSIONS[1], "query": "Another question"}
+    sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [SESSIONS[1], second, third, third]))
+    clips = [
+        clip_example([turn("user", query), turn("assistant", "!", start, start + 16)], 0, 47, clip_id=f"c{i}", clip=i,
+                     video="aa02", rate=1.0)
+        for i, (query, start) in enumerate(
+            [("Another question", 0), ("Another question", 0), ("Help me fix the tyre.", 0), ("?", 16)]
+        )
+    ]  # fmt: skip
+    assert [clip.clip_id for clip in match_clips(sessions, clips[::-1])] == ["c2", "c3", "c0", "c1"]
+
+
+def test_a_session_without_its_clip_is_named(sessions):
+    with pytest.raises(
+        TrainerError, match=r"sessions.jsonl line 2 \(aa02.mp4\): the split has no clip of video 'aa02'; "
+    ):
+        match_clips(sessions, [scored("aa01").clip, scored("aa03").clip])
+    silent = clip_example([], 0, 47, clip_id="aa02", video="aa02", rate=1.0)
+    with pytest.raises(TrainerError, match="aa02' whose speaking labels are its interrupt chunks"):
+        match_clips(sessions, [scored("aa01").clip, silent, scored("aa03").clip])
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": "$silent$"}, r"line 2 \(aa02.mp4\): answers is '\$silent\$', expected a list"),
+        ({"answers": [1, 2, 3]}, "answers is .1, 2, 3., expected a list"),
+        ({"video_intervals": [[0, 8], [8, None]]}, r"video_intervals holds \[8, None\], expected \[start, end\]"),
+        ({"video_intervals": [[8, 0]]}, "video_intervals holds"),
+        ({"video_path": 3}, "line 2: video_path is 3, expected the name of a video"),
+    ],
+)
+def test_a_malformed_session_is_named(tmp_path, change, message):
+    path = write_lines(tmp_path / "s.jsonl", [SESSIONS[0], {**SESSIONS[1], **change}])
+    with pytest.raises(TrainerError, match=message):
+        read_sessions(path)
+
+
+def test_what_is_no_json_lines_is_refused(tmp_path):
+    (tmp_path / "s.jsonl").write_text('\n{"answers": []}\n[1]\n')
+    with pytest.raises(TrainerError, match=r"s.jsonl line 3: '\[1\]', expected a JSON object"):
+        read_sessions(tmp_path / "s.jsonl")
+    with pytest.raises(TrainerError, match=r"none\.jsonl: No such file"):
+        read_sessions(tmp_path / "none.jsonl")
+
+
+def test_a_session_needs_as_many_answers_as_chunks(tmp_path):
+    sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [{**SESSIONS[1], "answers": ["$silent$"]}]))
+    with pytest.raises(TrainerError, match="3 video_intervals, 1 answers, expected one of each per chunk"):
+        match_clips(sessions, [scored("aa02").clip])
+
+
+def test_a_submission_is_read_back_as_written(tmp_path, sessions):
+    predicted = [["$silent$"] * 6, ["$interrupt$\u2028 über\n"], []]
+    write_submission(tmp_path / "out" / "p.jsonl", sessions, predicted)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "p.jsonl").read_text().splitlines()]
+    assert rows[1] == {"video_path": "aa02.mp4", "answers": ["$interrupt$\u2028 über\n"]}
+    assert read_submission(tmp_path / "out" / "p.jsonl", sessions) == [tuple(p) for p in predicted]
+
+
+def test_a_submission_has_a_line_for_each_session_in_order(tmp_path, sessions):
+    lines = [{"video_path": s["video_path"], "answers": []} for s in SESSIONS]
+    with pytest.raises(TrainerError, match="2 lines, expected one for each of the 3 sessions, in order"):
+        read_submission(write_lines(tmp_path / "p.jsonl", lines[:2]), sessions)
+    with pytest.raises(TrainerError, match=r"line 1: video_path is 'aa03.mp4', expected 'aa01.mp4' as in"):
+        read_submission(write_lines(tmp_path / "p.jsonl", lines[::-1]), sessions)
+    assert read_submission(write_lines(tmp_path / "p.jsonl", [{}, {"answers": ["x"]}, {}]), sessions) == [
+        (),
+        ("x",),
+        (),
+    ]
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(shards with the sessions' clips in test, their sessions file)"""
+    clips = [scored(uid).clip for uid in FRAMES]
+    data = write_shards(
+        tmp_path / "data", {"test": [type(c)(**{**c.__dict__, "clip": i}) for i, c in enumerate(clips)]}
+    )
+    return data, write_lines(tmp_path / "sessions.jsonl", SESSIONS)
+
+
+def write_parquet(path, speaking=None, said=None):
+    """Anybody's scores of the three clips: by clip the frames of high scores, or the texts said by frame."""
+    rows = [(uid, frame) for uid, frames in FRAMES.items() for frame in range(frames)]
+    columns = {"clip_id": [uid for uid, _ in rows], "frame": [frame for _, frame in rows]}
+    columns["speaking_logit"] = [float(speaking is not None and frame in speaking[uid]) for uid, frame in rows]
+    if said is not None:
+        columns["said"] = pa.array([said[uid].get(frame) for uid, frame in rows], pa.string())
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def run(*arguments):
+    return main(["evaluate", *map(str, arguments)])
+
+
+def test_scores_to_submission_to_the_same_numbers(files, tmp_path, capsys):
+    """One interrupt missed, one silent chunk spoken in."""
+    data, sessions = files
+    scores = write_parquet(tmp_path / "x.parquet", {"aa01": {0, 21, 37}, "aa02": {0}, "aa03": {1, 17}})
+    submission = tmp_path / "submission.jsonl"
+    options = ["--chunks", sessions, "--threshold", "speaking=0.5", "--out", tmp_path / "a", "--submission", submission]
+    assert run(data, "--scores", scores, *options) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "a/metrics.json").read_text())["scores"]["chunks"]
+    assert [found["overall"][name] for name in ("tp", "fp", "tn", "fn")] == [5, 1, 4, 1]
+    assert found["overall"]["macro_f1"] == 0.8167  # 0.8333 and 0.8
+    assert found["overall"]["gmean_f1"] == 0.8165
+    low, high = found["overall"]["intervals"]["macro_f1"]
+    assert f"0.8167 [{low:.4f}, {high:.4f}]" in printed
+    assert "3 sessions, 11 chunks" in printed
+    assert [json.loads(line) for line in submission.read_text().splitlines()] == [
+        {"video_path": "aa01.mp4", "answers": ["$interrupt$"] * 3 + ["$silent$"] * 3},
+        {"video_path": "aa02.mp4", "answers": ["$interrupt$", "$silent$", "$silent$"]},
+        {"video_path": "aa03.mp4", "answers": ["$interrupt$", "$interrupt$"]},
+    ]
+    assert run("--scores", submission, "--chunks", sessions, "--out", tmp_path / "b") == 0
+    assert "0.8167" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b/metrics.json").read_text())["submission"]["chunks"] == found
+
+
+def test_texts_of_a_live_run_reach_the_submission(files, tmp_path):
+    data, sessions = files
+    said = {"aa01": {0: "Gravel.", 21: "Soil.", 152: "Press."}, "aa02": {3: "Lever."}, "aa03": {1: "A", 20: "B"}}
+    scores = write_parquet(tmp_path / "x.parquet", said=said)
+    submission = tmp_path / "submission.jsonl"
+    options = ["--chunks", sessions, "--submission", submission, "--out", tmp_path / "out"]
+    assert run(data, "--scores", scores, *options) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["scores"]["chunks"]["overall"]["macro_f1"] == 1.0
+    assert json.loads(submission.read_text().splitlines()[2])["answers"] == ["$interrupt$A", "$interrupt$B"]
+
+
+def test_without_a_threshold_it_says_so(files, tmp_path, capsys):
+    data, sessions = files
+    scores = write_parquet(tmp_path / "x.parquet")
+    assert run(data, "--scores", scores, "--chunks", sessions, "--submission", tmp_path / "p.jsonl") == 0
+    assert "no chunk metrics and no submission: no threshold for speaking" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_options_that_do_not_go_together_are_refused(files, tmp_path, capsys):
+    data, sessions = files
+    scores, submission = write_parquet(tmp_path / "x.parquet"), write_lines(tmp_path / "p.jsonl", [])
+    assert run(data, "--scores", scores, "--submission", tmp_path / "p.jsonl") == 2
+    assert "--submission needs --chunks" in capsys.readouterr().err
+    assert run("--scores", submission) == 2
+    assert "takes --scores and --chunks alone" in capsys.readouterr().err
+    assert run(data, "--scores", submission, "--chunks", sessions) == 2
