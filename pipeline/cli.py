@@ -66,6 +66,7 @@ def preprocess(
     ray: Annotated[str | None, typer.Option(help=RAY_HELP)] = None,
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
+    from pipeline.card import CARD, is_ours
     from pipeline.options import ASSEMBLY101, Options
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary, summary_of
@@ -89,6 +90,8 @@ def preprocess(
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
         console().print(render_summary(summary_of(manifest), manifest))
+    if not is_ours(out / CARD):
+        typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} refused: each has a line in {plain(out)}/quarantine.jsonl", err=True)
     return int(manifest["status"])

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 
 from pipeline import hazards, labels
+from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
 from pipeline.errors import InputError, UsageError
 from pipeline.media import IMAGES, VIDEOS, count_frames, find_frames
@@ -69,7 +70,7 @@ def preprocess(
     key = _key(sources, options)
     with locked(out):
         before = read_manifest(out)
-        if before and before.get("key") == key and intact(out):
+        if before and before.get("key") == key and (out / CARD).exists() and intact(out):
             return before, True
         with staging(out) as folder:
             manifest = _Run(sources, options, folder, mapper or pool(workers), progress).manifest(key)

@@ -24,6 +24,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import card
 from pipeline.errors import InputError
 from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, SEAL, is_inside, sealed
 from pipeline.terminal import plain
@@ -114,17 +115,20 @@ def _explain(error: OSError, out: Path) -> InputError:
 
 
 def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Swap the staged tables into `out`; the manifest goes first when leaving and comes last.
+    """Swap the staged tables, the manifest and the dataset card into `out`; the manifest leaves first and comes last.
 
-    What fails, or is interrupted, on the way is undone: the old output is back.
+    What fails, or is interrupted, on the way is undone: the old output is back. A README.md that is not ours stays.
     """
     (staged / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
+    readme = out / card.CARD
+    ours = (*_OURS, card.CARD) if card.is_ours(readme) or not os.path.lexists(readme) else _OURS
+    card.write(staged / card.CARD, manifest)
     for path in staged.rglob("*"):
         _sync(path)
     old = staged / "old"
     old.mkdir()
-    leaving = [(out / name, old / name) for name in (MANIFEST, *_OURS) if (out / name).exists()]
-    coming = [(staged / name, out / name) for name in (*_OURS, MANIFEST) if (staged / name).exists()]
+    leaving = [(out / name, old / name) for name in (MANIFEST, *ours) if (out / name).exists()]
+    coming = [(staged / name, out / name) for name in (*ours, MANIFEST) if (staged / name).exists()]
     moved: list[tuple[Path, Path]] = []
     try:
         for source, target in leaving + coming:
