@@ -33,7 +33,7 @@ IMAGES: Final = (".jpg", ".jpeg", ".png")
 
 
 _ENDINGS: Final = (".arrow", *(ending for video in VIDEOS for ending in (video, video.upper())))
-_GENERIC: Final = ("data", "processed_data", "frames")  # folders that tell nothing about which video it is
+_GENERIC: Final = ("data", "processed_data", "frames", "videos")  # folders that tell nothing about which video it is
 
 
 def find_frames(root: Path, video_uid: str, frames_file: str | None, dataset: str | None = None) -> Path | None:

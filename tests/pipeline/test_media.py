@@ -73,6 +73,8 @@ def test_frames_file_may_begin_with_folders_that_the_root_already_stands_for(tmp
     for root in ("", "processed_data", "processed_data/wtag", "processed_data/wtag/frames"):
         named = "processed_data/wtag/frames/sub/T1.mp4"  # converted since
         assert find_frames(tmp_path / root, "video 1", named, "wtag") == file
+    file = touch(tmp_path / "frames" / "T2.arrow")  # made of that video
+    assert find_frames(tmp_path, "wtag/videos/T2", "wtag/videos/T2.mp4", "wtag") == file
 
 
 def test_each_data_set_below_one_root_has_its_own_frames(tmp_path):
