@@ -250,7 +250,12 @@ def train(
     eval_every: Annotated[int, typer.Option(help="steps between; 0: at the end")] = TrainConfig.eval_every,
     seed: Annotated[int, typer.Option(help="of weights and order")] = TrainConfig.seed,
     workers: Annotated[
-        int, typer.Option(help="processes that read two steps ahead each, frames included; 0: none. Changes no result")
+        int | None,
+        typer.Option(
+            help="processes that read two steps ahead each, frames included; default: none on a CPU, one per core but "
+            "one, at most 8, on a GPU. Changes no result",
+            show_default=False,
+        ),
     ] = RunOptions.workers,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = RunOptions.save_every,
     fsdp: Annotated[bool, typer.Option(help="under torchrun: shard the model, not copy it")] = RunOptions.fsdp,

@@ -49,10 +49,11 @@ from trainer.evaluation.report import headline, write_report
 from trainer.evaluation.scores import read_scores
 from trainer.evaluation.statistics import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
 from trainer.evaluation.verdict import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, Held, hold
+from trainer.loader import end_with
 from trainer.metrics import read_metrics
 from trainer.shards import Split
 from trainer.start import SOURCES, lock, options_of, read_start
-from trainer.train import end_with, train
+from trainer.train import train
 
 PAIRS: Final = (  # of interest, the question first; those whose arms were trained are compared
     ("speak+dst", "speak"),

@@ -127,7 +127,7 @@ class TrainConfig:
 class RunOptions:
     """How a run is carried out. Never changes what comes out of it, so a resume may choose anew."""
 
-    workers: int = 0  # processes that read and tokenise ahead; 0: the training process itself
+    workers: int | None = None  # processes that make packs ahead; 0: the training process; None: loader.default_workers
     save_every: int = 100  # steps between checkpoints in RUN/last; 0: only after the last step
     fsdp: bool = False  # several ranks: shard weights and optimizer instead of copying them
     logger: str | None = None  # 'wandb' or 'trackio', beside metrics.jsonl and TensorBoard
@@ -135,7 +135,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("workers", "save_every"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or above")
+            _require((getattr(self, name) or 0) >= 0, f"{name} is {getattr(self, name)}, expected 0 or above")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,13 @@ class Pack:
         """With its frames in memory: what a loader's worker sends."""
         return replace(self, frames=Loaded(self.frames()))
 
+    def pin_memory(self) -> Pack:
+        """In pinned memory, frames included: what a DataLoader calls."""
+        moved: dict[str, Any] = {
+            name: value.pin_memory() for name, value in self.__dict__.items() if isinstance(value, Tensor)
+        }
+        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:

@@ -17,21 +17,15 @@ stopped.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import resource
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
@@ -40,15 +34,16 @@ from trainer.curves import draw
 from trainer.disk import naming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.frames import FrameSource
+from trainer.loader import StepData, default_workers, step_packs
 from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum, targets
 from trainer.metrics import Metrics, find_logger, open_metrics
 from trainer.model import ProspectModel, part_of
-from trainer.pack import Pack, pack_windows, windows_of
-from trainer.parallel import World, join, share, synced, unwrapped
+from trainer.pack import Pack
+from trainer.parallel import World, join, synced, unwrapped
 from trainer.score import EvalReport, open_source, report, score_split
 from trainer.shards import Split
 from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
-from trainer.tokenizer import Tokens
+from trainer.transfer import Transfer, uploaded
 
 ALONE = World()
 
@@ -202,90 +197,6 @@ def schedule(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-@dataclass
-class StepData(Dataset[list[Pack]]):
-    """Item i: this rank's packs of optimizer step i. Each is a pure function of i, so any worker may make it."""
-
-    split: Split
-    tokens: Tokens
-    frames: FrameSource
-    config: TrainConfig
-    rank: int = 0
-    size: int = 1
-
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def __getitem__(self, step: int) -> list[Pack]:
-        n = self.config.clips_per_step
-        clips = [self.split.at(self.config.seed, i) for i in range(step * n, (step + 1) * n)]
-        windows = windows_of(share(clips, self.rank, self.size), self.tokens, self.config)
-        return pack_windows(windows, self.frames, self.config.micro_batch_tokens)
-
-
-@dataclass
-class _Ahead(Dataset[list[Pack] | TrainerError]):
-    """Items of `data` with their frames, for a worker. An error is handed over as it is: raised there, it would come
-    with the worker's traceback for a message."""
-
-    data: StepData
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, step: int) -> list[Pack] | TrainerError:
-        try:
-            return [pack.loaded() for pack in self.data[step]]
-        except TrainerError as error:
-            return error
-
-
-def step_packs(data: StepData, first: int, workers: int) -> Iterator[list[Pack]]:
-    """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`."""
-    steps = range(first, len(data))
-    if not workers:
-        yield from (data[step] for step in steps)
-        return
-    _allow_files()
-    processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
-    processes.set_forkserver_preload(["trainer.train"])
-    ahead = DataLoader(
-        _Ahead(data),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        multiprocessing_context=processes,
-        worker_init_fn=partial(end_with, os.getpid()),
-        generator=torch.Generator(),  # its own: the global one's state is the run's
-    )
-    for packs in ahead:
-        if isinstance(packs, TrainerError):
-            raise packs
-        yield packs
-
-
-def end_with(owner: int, worker: int = 0) -> None:
-    """In a worker: end soon after the process that it works for, also where that was killed. (Torch's own watch looks
-    at the parent, which is the fork server, and that ends with its last child.)"""
-
-    def watch() -> None:
-        while True:
-            time.sleep(1)
-            try:
-                os.kill(owner, 0)
-            except OSError:
-                os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _allow_files() -> None:
-    """Raise the limit on open files as far as it may be: every tensor that a worker sends is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -414,7 +325,9 @@ class _Session:
         began = time.monotonic()
         setup, world = self.setup, self.world
         data = StepData(split, setup.tokens, self.frames, self.config, world.rank, world.size)
-        steps = step_packs(data, setup.done, self.options.workers)
+        workers = default_workers(world.device) if self.options.workers is None else self.options.workers
+        transfer = Transfer(world.device)
+        steps = uploaded(step_packs(data, setup.done, workers, pin=transfer.overlaps), transfer)
         blank = setup.model.blank_pack(setup.tokens.image, cached)
         try:
             fit(self.model, self.optimizer, steps, self.config, self.after_step, setup.done, world, blank)

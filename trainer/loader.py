@@ -1,0 +1,185 @@
+"""The packs of each optimizer step, made by this process or ahead of it by workers.
+
+What step i reads is a pure function of i, so any worker may make it and none changes a result. A worker sends packs
+with their frames through shared memory. From pixels a step is gigabytes (786 KB a frame at 512 x 512), so the bytes
+loaded and not yet used are bounded by what /dev/shm had free: workers wait, instead of dying of a bus error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.config import TrainConfig
+from trainer.errors import TrainerError
+from trainer.frames import FrameSource
+from trainer.pack import Pack, pack_windows, windows_of
+from trainer.parallel import share
+from trainer.shards import Split
+from trainer.tokenizer import Tokens
+
+SHARED_MEMORY = Path("/dev/shm")
+MOST_WORKERS = 8  # by default on a GPU
+
+
+@dataclass
+class StepData(Dataset[list[Pack]]):
+    """Item i: this rank's packs of optimizer step i. Each is a pure function of i, so any worker may make it."""
+
+    split: Split
+    tokens: Tokens
+    frames: FrameSource
+    config: TrainConfig
+    rank: int = 0
+    size: int = 1
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> list[Pack]:
+        n = self.config.clips_per_step
+        clips = [self.split.at(self.config.seed, i) for i in range(step * n, (step + 1) * n)]
+        windows = windows_of(share(clips, self.rank, self.size), self.tokens, self.config)
+        return pack_windows(windows, self.frames, self.config.micro_batch_tokens)
+
+
+def default_workers(device: torch.device) -> int:
+    """None on a CPU, whose cores train; on a GPU one per core of this rank but one, at most MOST_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // _local_ranks() - 1)) if device.type == "cuda" else 0
+
+
+def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Iterator[list[Pack]]:
+    """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`.
+
+    pin: what workers made comes in pinned memory. Raises what making a step raises.
+    """
+    steps = range(first, len(data))
+    if not workers:
+        yield from (data[step] for step in steps)
+        return
+    _allow_files()
+    processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
+    processes.set_forkserver_preload(["trainer.loader"])
+    flight = InFlight(processes, first, _shared_memory_limit())
+    ahead = DataLoader(
+        _Ahead(data, flight),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin,
+        multiprocessing_context=processes,
+        worker_init_fn=partial(end_with, os.getpid()),
+        generator=torch.Generator(),  # its own: the global one's state is the run's
+    )
+    for step, made in zip(steps, ahead, strict=True):
+        if isinstance(made, TrainerError):
+            raise made
+        packs, size = made
+        yield packs
+        flight.used(step, size)
+
+
+@dataclass
+class _Ahead(Dataset[tuple[list[Pack], int] | TrainerError]):
+    """Items of `data` with their frames, and the bytes of those, for a worker. An error is handed over as it is: raised
+    there, it would come with the worker's traceback for a message."""
+
+    data: StepData
+    flight: InFlight
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, step: int) -> tuple[list[Pack], int] | TrainerError:
+        try:
+            packs = self.data[step]
+            first = [pack.loaded() for pack in packs[:1]]  # says how large a frame is
+            size = first[0].frames()[0].nbytes * sum(pack.labels.shape[1] for pack in packs) if packs else 0
+            self.flight.wait(step, size)
+            return [*first, *(pack.loaded() for pack in packs[1:])], size
+        except TrainerError as error:
+            return error
+
+
+class InFlight:
+    """Bytes that workers have loaded and training has not used yet: at most `limit` (None: any), so that shared memory
+    suffices. The step that is due next may exceed it, if there is room: all others wait for it."""
+
+    def __init__(self, processes: BaseContext, first: int, limit: int | None) -> None:
+        self.limit = limit
+        self._changed = processes.Condition()
+        self._bytes, self._due = (processes.Value("q", value, lock=False) for value in (0, first))
+
+    def wait(self, step: int, size: int) -> None:
+        """In a worker: until `size` bytes more may be loaded. TrainerError where they will never fit."""
+        if self.limit is None:
+            return
+        limit = self.limit
+        with self._changed:
+            self._changed.wait_for(lambda: step <= self._due.value or self._bytes.value + size <= limit)
+            free = _free_shared_memory()
+            if free is not None and size > free:
+                raise TrainerError(
+                    f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has {free / 1e6:,.0f} MB "
+                    f"free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
+                )
+            self._bytes.value += size
+
+    def used(self, step: int, size: int) -> None:
+        """In the training process: the packs of this step have left shared memory, and the next step is due."""
+        with self._changed:
+            self._bytes.value -= size
+            self._due.value = step + 1
+            self._changed.notify_all()
+
+
+def _shared_memory_limit() -> int | None:
+    """Half of what is free now, shared by this machine's ranks: the due step and what else runs here need some, too."""
+    free = _free_shared_memory()
+    return None if free is None else free // 2 // _local_ranks()
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None where the system has no /dev/shm."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    found = os.statvfs(SHARED_MEMORY)
+    return found.f_bavail * found.f_frsize
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def end_with(owner: int, worker: int = 0) -> None:
+    """In a worker: end soon after the process that it works for, also where that was killed. (Torch's own watch looks
+    at the parent, which is the fork server, and that ends with its last child.)"""
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(owner, 0)
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _allow_files() -> None:
+    """Raise the limit on open files as far as it may be: every tensor that a worker sends is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
