@@ -3,8 +3,8 @@
 A card eats a known number of tokens a second (256M at 25% of an H100: 283,000), so this says how many workers feed it.
 Clips are `benchmarks/preprocess/generate.py`'s (258 to 1,200 frames, 28 to 164 turns), the tokenizer is tiny's, a
 feature file per video is noise; all of it lies in memory (`--work`, /dev/shm by default), as a warm page cache would.
-CPU seconds of one process and one thread; the last column is what one worker of the DataLoader hands over a second of
-wall time, of which sending costs a part and in which other work on the machine counts.
+CPU seconds of one process and one thread; the last column is those of a DataLoader worker and the process that gets its
+packs, through shared memory, together.
 
     uv run python benchmarks/loader/feed.py            # one minute, 1.5 GB below --work; prints a table
 
@@ -14,6 +14,7 @@ wall time, of which sending costs a part and in which other work on the machine 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from trainer.loader import StepData, step_packs  # noqa: E402
 from trainer.shards import Split  # noqa: E402
 from trainer.tokenizer import train_tiny_tokens  # noqa: E402
 
+MARK = "PROSPECT_DST_FEED"
 SIDES = {"no frames": 0, "connector's features, D = 576": 576, "the tower's features, D = 12,288": 12_288}
 
 
@@ -81,15 +83,30 @@ def in_process(data: StepData, steps: int) -> tuple[float, float, float]:
 
 
 def from_worker(data: StepData, steps: int) -> float:
-    """tokens / s from one worker, from the fourth step on."""
-    tokens = 0
+    """tokens / CPU-s of a worker and this process together: making packs, sending and receiving them. (Two steps' work
+    falls before the count begins.)"""
     coming: Iterator[Any] = step_packs(data, 0, 1)
+    tokens = 0
     with closing(coming):
-        for step, packs in enumerate(coming):
-            if step == 3:
-                tokens, began = 0, time.monotonic()
-            tokens += sum(pack.num_tokens for pack in packs)
-    return tokens / (time.monotonic() - began)
+        for step in range(steps + 1):
+            packs = next(coming)
+            if step == 0:
+                began = cpu_seconds()
+            else:
+                tokens += sum(pack.num_tokens for pack in packs)
+        return tokens / (cpu_seconds() - began)
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has started, also through the fork server: they have its environment."""
+    ticks, mark = 0, f"{MARK}={os.getpid()}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes() or folder.name == str(os.getpid()):
+                ticks += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
+        except OSError:  # it has ended
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -100,12 +117,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/dev/shm"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ[MARK] = str(os.getpid())
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         split = Split(shards(work, options.clips), "train")
         tokens = train_tiny_tokens(split.texts())
-        config = TrainConfig(steps=options.steps + 4, warmup_steps=0, micro_batch_tokens=16_384, max_tokens=8192)
-        print("| frames | tokens / CPU-s | frames / CPU-s | tokens that are frames | tokens / s of one worker |")
+        config = TrainConfig(steps=options.steps + 3, warmup_steps=0, micro_batch_tokens=16_384, max_tokens=8192)
+        print("| frames | tokens / CPU-s | frames / CPU-s | tokens that are frames | tokens / CPU-s through a worker |")
         print("|---|---:|---:|---:|---:|")
         for name, width in SIDES.items():
             source = features(work / f"features-{width}", split, width) if width else NoFrames()
