@@ -162,6 +162,10 @@ def encode(
         str, typer.Option(help="to compute in: float32, bfloat16, or auto: bfloat16 on a GPU where it is close")
     ] = "auto",
     store: Annotated[str, typer.Option(help="to keep: float16 or float32")] = "float16",
+    keep: Annotated[
+        str,
+        typer.Option(help="vision: the connector can still learn; connector: its output, 21 times smaller at 256M"),
+    ] = "vision",
     batch: Annotated[int, typer.Option(help="frames in one pass of the tower")] = 32,
     part: Annotated[
         str, typer.Option(help="3/16: the third of 16 shares of the videos; all may write into one --out at once")
@@ -178,7 +182,9 @@ def encode(
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
     needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
     with _cluster(ray, out, needed, gpu=True) as mapper:
-        report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper)
+        report = run(
+            data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper, keep=keep
+        )
     if not report.videos and not report.skipped:
         typer.echo(f"no video falls to part {part}")
     for reason in report.refused:
@@ -196,7 +202,8 @@ def encode(
     if report.refused:
         typer.echo(f"refused in all: {len(report.refused)}; mend them and run again, the rest is kept", err=True)
     k = "" if tokens_per_frame == TrainConfig.tokens_per_frame else f" --tokens-per-frame {tokens_per_frame}"
-    then = f"train {data} --run RUN --model {model} --features {out} --freeze vision{k}"
+    frozen = "vision,connector" if keep == "connector" else "vision"
+    then = f"train {data} --run RUN --model {model} --features {out} --freeze {frozen}{k}"
     typer.echo(f"next: prospect-dst {plain(then)}")
     return report.status
 

@@ -46,10 +46,11 @@ from trainer.checkpoint import verify_model
 from trainer.clips import ClipExample
 from trainer.config import RANDOM_MODELS
 from trainer.errors import TrainerError
-from trainer.features import STORED, Features, Provenance, feature_path, open_features, write_features
+from trainer.features import LAYERS, STORED, Features, Provenance, feature_path, open_features, write_features
 from trainer.frames import PixelFrames, Pixels, open_frames
 from trainer.model import load_model
 from trainer.shards import Split, read_manifest
+from trainer.transfer import Transfer, pinned
 
 DTYPES = ("auto", "float32", "bfloat16")
 TOLERANCE = 2e-2  # of bfloat16: length of the difference over length of float32's vector, of the worst token
@@ -101,26 +102,29 @@ def encode(
     progress: bool = True,
     part: tuple[int, int] = (1, 1),
     mapper: Mapper | None = None,
+    keep: str = "vision",
 ) -> EncodeReport:
     """Write the features of all videos of all splits of `data` into the folder `out`, k tokens per frame.
 
     `model`: a folder, a hub name or a run of ours. `dtype`: auto, float32 or bfloat16, to compute in; `store`:
-    float16 or float32. `progress`: a bar on stderr where that is a terminal. `part` (i, n): only the i-th of n shares
-    of the videos, i from 1; runs of other parts may write into `out` at the same time. `mapper` runs the tower in
-    other processes, a task per video; None: here. A video whose frames are missing, short or damaged is refused, the
-    rest is done; TrainerError where nothing is left, or an option is wrong.
+    float16 or float32. `keep`: "vision", the features before the connector, which can go on learning, or "connector",
+    those after it: smaller (21 times at 256M), for training that freezes it. `progress`: a bar on stderr where that is
+    a terminal. `part` (i, n): only the i-th of n shares of the videos, i from 1; runs of other parts may write into
+    `out` at the same time. `mapper` runs the tower in other processes, a task per video; None: here. A video whose
+    frames are missing, short or damaged is refused, the rest is done; TrainerError where nothing is left, or an option
+    is wrong.
     """
-    _check_options(k, dtype, store, batch, part)
+    _check_options(k, dtype, store, batch, part, keep)
     videos = _videos(data, part)
-    vlm = _load(model, k)
+    vlm = _load(model, k, keep)
     root = open_frames(read_manifest(data), frames_root, vision.side(vlm)).root
     source = PixelFrames(root, vision.side(vlm), cache_bytes=0)
     found, refused = _find(videos, source)
     if mapper is None or dtype == "float32":
-        computed, probe = _choose(vlm, k, dtype, found, source)
+        computed, probe = _choose(vlm, k, keep, dtype, found, source)
     else:
-        ((computed, probe),) = mapper(_choose_there, [(model, k, dtype, found[:PROBED_VIDEOS], source)])
-    eye = _Eye(vlm, k, store, computed, probe)
+        ((computed, probe),) = mapper(_choose_there, [(model, k, keep, dtype, found[:PROBED_VIDEOS], source)])
+    eye = _Eye(vlm, k, keep, store, computed, probe)
     report = EncodeReport(out, eye.computed, eye.probe, refused=refused)
     started = time.monotonic()
     with _alone(out, part):
@@ -132,7 +136,7 @@ def encode(
             if mapper is None:
                 _do(jobs, eye, source, batch, tick, report)
             else:
-                how = _How(model, k, store, eye.computed, eye.fingerprint, source, batch)
+                how = _How(model, k, keep, store, eye.computed, eye.fingerprint, source, batch)
                 _have_done(mapper, jobs, how, tick, report)
     report.seconds = time.monotonic() - started
     if report.refused and not report.videos and not report.skipped:
@@ -140,13 +144,15 @@ def encode(
     return report
 
 
-def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int]) -> None:
+def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int], keep: str) -> None:
     if k < 1 or math.isqrt(k) ** 2 != k:
         raise TrainerError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
     if dtype not in DTYPES:
         raise TrainerError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if store not in STORED:
         raise TrainerError(f"store is {store!r}, expected one of {', '.join(STORED)}")
+    if keep not in LAYERS:
+        raise TrainerError(f"keep is {keep!r}, expected one of {', '.join(LAYERS)}")
     if batch < 1:
         raise TrainerError(f"batch is {batch}, expected above 0")
     if not 1 <= part[0] <= part[1]:
@@ -234,7 +240,7 @@ def _plan(video: _Video, path: Path, out: Path, model: str, eye: _Eye) -> _Job |
     clip, frames = video.clip, video.frames
     about = Provenance(
         clip.video_uid, clip.fps, path.name, _bytes(path), model, eye.revision, eye.fingerprint, eye.k, eye.side,
-        eye.computed, eye.store,
+        eye.computed, eye.store, eye.keep,
     )  # fmt: skip
     target = feature_path(out, clip.video_uid, clip.fps)
     before = _frames_of_same(target, about)
@@ -258,6 +264,8 @@ def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | No
         file = open_features(path)
     except TrainerError:
         return None
+    if (layer := file.about.get("layer")) != about.layer:
+        raise TrainerError(f"{path}: features of the layer {layer}, and kept; choose another --out, or --keep {layer}")
     if file.about.get("fingerprint") != about.fingerprint:
         raise TrainerError(
             f"{path}: made by another vision tower ({file.about.get('model')}), and kept; choose another --out"
@@ -280,8 +288,8 @@ def _bytes(path: Path) -> int:
 # ---- seeing ------------------------------------------------------------------------------------------
 
 
-def _load(name: str, k: int) -> SmolVLMForConditionalGeneration:
-    """The model of that name without its text half, its tower on the device."""
+def _load(name: str, k: int, keep: str) -> SmolVLMForConditionalGeneration:
+    """The model of that name without its text half, its tower and connector on the device."""
     if name in RANDOM_MODELS:
         raise TrainerError(
             f"model is {name}: its tower knows nothing before it is trained; name a run, or a real model"
@@ -292,8 +300,13 @@ def _load(name: str, k: int) -> SmolVLMForConditionalGeneration:
         raise TrainerError(
             f"tokens_per_frame is {k}, but {name} has {vision.most_tokens(vlm)}; lower --tokens-per-frame"
         )
+    if keep == "connector" and vision.width(vlm, keep) >= vision.width(vlm):
+        raise TrainerError(
+            f"keep is connector, but {name} has {vision.width(vlm, keep)} values after it and {vision.width(vlm)} "
+            f"before; use --keep vision"
+        )
     vlm.model.text_model = vlm.lm_head = None
-    vlm.model.vision_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return vlm.eval()
 
 
@@ -301,53 +314,63 @@ class _Eye:
     """The tower, and how it is used."""
 
     def __init__(
-        self, vlm: SmolVLMForConditionalGeneration, k: int, store: str, computed: str, probe: float | None
+        self, vlm: SmolVLMForConditionalGeneration, k: int, keep: str, store: str, computed: str, probe: float | None
     ) -> None:
-        self.vlm, self.k, self.store, self.computed, self.probe = vlm, k, store, computed, probe
-        self.side, self.width, self.fingerprint = vision.side(vlm), vision.width(vlm), vision.fingerprint(vlm)
+        self.vlm, self.k, self.keep, self.store, self.computed, self.probe = vlm, k, keep, store, computed, probe
+        self.side, self.width = vision.side(vlm), vision.width(vlm, keep)
+        self.fingerprint = vision.fingerprint(vlm, keep)
         self.revision = str(getattr(vlm.config, "_commit_hash", None) or "")
+        self.transfer = Transfer(_device(vlm))
 
-    def features(self, blocks: Iterator[Pixels], what: str) -> Iterator[Features]:
-        """[n, k, D] of each block, a block late: a GPU is given the next one before the last one is fetched."""
-        before: Tensor | None = None
+    def features(self, blocks: Iterator[Tensor], what: str) -> Iterator[Features]:
+        """[n, k, D] of each block, a block late: a GPU is given the next one before the last one is fetched, and
+        copies both ways while it computes."""
+        before: Callable[[], Tensor] | None = None
         for block in blocks:
-            now = _see(self.vlm, block, self.k, self.computed).to(getattr(torch, self.store))
+            [pixels] = self.transfer.up([block])()
+            seen = _see(self.vlm, pixels, self.k, self.keep, self.computed)
+            now = self.transfer.down(seen.to(getattr(torch, self.store)))
             if before is not None:
-                yield self._fetched(before, what)
+                yield self._checked(before(), what)
             before = now
         if before is not None:
-            yield self._fetched(before, what)
+            yield self._checked(before(), what)
 
-    def _fetched(self, features: Tensor, what: str) -> Features:
-        fetched: Features = features.cpu().numpy()
+    def _checked(self, features: Tensor, what: str) -> Features:
+        fetched: Features = features.numpy()
         if not np.isfinite(fetched).all():
             mend = "use --store float32" if self.store == "float16" else "use another --model"
             raise TrainerError(f"{what}: features that are too large for {self.store}, or no numbers; {mend}")
         return fetched
 
 
-def _see(vlm: SmolVLMForConditionalGeneration, pixels: Pixels, k: int, computed: str) -> Tensor:
-    """[n, k, D], on the device."""
-    device = next(vlm.model.vision_model.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=computed == "bfloat16"):
-        return vision.look(vlm, torch.from_numpy(pixels).to(device), k, chunk=len(pixels))
+def _device(vlm: SmolVLMForConditionalGeneration) -> torch.device:
+    return next(vlm.model.vision_model.parameters()).device
+
+
+def _see(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int, keep: str, computed: str) -> Tensor:
+    """[n, k, D] of pixels [n, 3, S, S] on the device, there."""
+    bf16 = computed == "bfloat16"
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+        features = vision.look(vlm, pixels, k, chunk=len(pixels))
+        return vision.project(vlm, features) if keep == "connector" else features
 
 
 def _choose(
     vlm: SmolVLMForConditionalGeneration,
     k: int,
+    keep: str,
     dtype: str,
     found: Sequence[tuple[_Video, Path]],
     source: PixelFrames,
 ) -> tuple[str, float | None]:
     """The type to compute in, and bfloat16's error where that was asked for or could be faster (on a GPU)."""
-    device = next(vlm.model.vision_model.parameters()).device
-    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
+    if dtype == "float32" or (dtype == "auto" and _device(vlm).type != "cuda"):
         return "float32", None
     pixels = _sample(found, source)
     if pixels is None:
         return "float32", None
-    error = bfloat16_error(vlm, pixels, k)
+    error = bfloat16_error(vlm, pixels, k, keep)
     if error <= TOLERANCE:
         return "bfloat16", error
     if dtype == "bfloat16":
@@ -358,9 +381,10 @@ def _choose(
     return "float32", error
 
 
-def bfloat16_error(vlm: SmolVLMForConditionalGeneration, pixels: Pixels, k: int) -> float:
+def bfloat16_error(vlm: SmolVLMForConditionalGeneration, pixels: Pixels, k: int, keep: str = "vision") -> float:
     """How far bfloat16 features of these frames [n, 3, S, S] are from float32's, as TOLERANCE counts it."""
-    exact, rough = (_see(vlm, pixels, k, computed).double() for computed in ("float32", "bfloat16"))
+    there = torch.from_numpy(pixels).to(_device(vlm))
+    exact, rough = (_see(vlm, there, k, keep, computed).double() for computed in ("float32", "bfloat16"))
     return float(((rough - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
@@ -387,7 +411,7 @@ def _do(
     tick: Callable[[int], None],
     report: EncodeReport,
 ) -> None:
-    with closing(_ahead(jobs, source, batch)) as coming:
+    with closing(_ahead(jobs, source, batch, pin=eye.transfer.overlaps)) as coming:
         for job, pixels in coming:
             _write(job, eye, pixels, tick, report)
 
@@ -398,6 +422,7 @@ class _How:
 
     model: str
     k: int
+    keep: str
     store: str
     computed: str
     fingerprint: str
@@ -416,8 +441,8 @@ def _have_done(
 
 def _do_there(how: _How, out: Path, job: _Job) -> EncodeReport:
     """In another process: one video."""
-    vlm = _kept(how.model, how.k)
-    eye = _Eye(vlm, how.k, how.store, how.computed, None)
+    vlm = _kept(how.model, how.k, how.keep)
+    eye = _Eye(vlm, how.k, how.keep, how.store, how.computed, None)
     if eye.fingerprint != how.fingerprint:
         raise TrainerError(f"model is {how.model}: another tower on {os.uname().nodename}; give all machines the same")
     report = EncodeReport(out, how.computed)
@@ -426,24 +451,24 @@ def _do_there(how: _How, out: Path, job: _Job) -> EncodeReport:
 
 
 def _choose_there(
-    model: str, k: int, dtype: str, found: Sequence[tuple[_Video, Path]], source: PixelFrames
+    model: str, k: int, keep: str, dtype: str, found: Sequence[tuple[_Video, Path]], source: PixelFrames
 ) -> tuple[str, float | None]:
     """In another process, whose device may be another."""
-    return _choose(_kept(model, k), k, dtype, found, source)
+    return _choose(_kept(model, k, keep), k, keep, dtype, found, source)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(model: str, k: int) -> SmolVLMForConditionalGeneration:
+def _kept(model: str, k: int, keep: str) -> SmolVLMForConditionalGeneration:
     """The model, loaded once by a process that has one of its machine's cores to itself, and perhaps a GPU."""
     torch.set_num_threads(1)
-    return _load(model, k)
+    return _load(model, k, keep)
 
 
 class _Refused(Exception):
     """A video whose frames can't be read; its text is a TrainerError's."""
 
 
-def _write(job: _Job, eye: _Eye, pixels: Iterator[Pixels], tick: Callable[[int], None], report: EncodeReport) -> None:
+def _write(job: _Job, eye: _Eye, pixels: Iterator[Tensor], tick: Callable[[int], None], report: EncodeReport) -> None:
     def counted() -> Iterator[Features]:
         for features in eye.features(pixels, f"video {job.about.video_uid}"):
             tick(len(features))
@@ -466,19 +491,22 @@ def _passes(job: _Job, batch: int) -> list[npt.NDArray[np.int32]]:
     return np.split(job.frames, range(batch, len(job.frames), batch))
 
 
-def _ahead(jobs: Sequence[_Job], source: PixelFrames, batch: int) -> Generator[tuple[_Job, Iterator[Pixels]]]:
-    """Each job with the pixels of its passes, which READERS threads decode 2 * READERS passes ahead.
+def _ahead(
+    jobs: Sequence[_Job], source: PixelFrames, batch: int, pin: bool
+) -> Generator[tuple[_Job, Iterator[Tensor]]]:
+    """Each job with the pixels of its passes, which READERS threads decode 2 * READERS passes ahead; pinned, if `pin`.
 
     The pixels of a video raise _Refused where it can't be read on.
     """
     mine = threading.local()  # each thread has its own files open
 
-    def read(clip: ClipExample, frames: npt.NDArray[np.int32]) -> Pixels:
+    def read(clip: ClipExample, frames: npt.NDArray[np.int32]) -> Tensor:
         if not hasattr(mine, "source"):
             mine.source = PixelFrames(source.root, source.side, cache_bytes=0, open_files=1)
-        return _pixels(mine.source, clip, frames)
+        pixels = torch.from_numpy(_pixels(mine.source, clip, frames))
+        return pinned(pixels) if pin else pixels
 
-    def pixels(job: _Job) -> Iterator[Pixels]:
+    def pixels(job: _Job) -> Iterator[Tensor]:
         while ahead and ahead[0][0] is job:
             future = take()
             try:
@@ -486,7 +514,7 @@ def _ahead(jobs: Sequence[_Job], source: PixelFrames, batch: int) -> Generator[t
             except TrainerError as error:
                 raise _Refused(str(error)) from None
 
-    def take() -> Future[Pixels]:
+    def take() -> Future[Tensor]:
         ahead.extend(islice(started, 1))
         return ahead.popleft()[1]
 

@@ -1,12 +1,12 @@
 """The vision tower's features on disk: one safetensors file per video, written by `encode`, read instead of pixels.
 
 What is kept is what `vision.look` gives: before the connector, which can go on learning. That costs 24 KB a frame
-at 256M (k = 1, float16), where the connector's output would be 1 KB; 256M's pixels are 786 KB and its tower
-takes seconds of a CPU core. Files are memory-mapped; a window reads its own rows and nothing else.
+at 256M (k = 1, float16); 256M's pixels are 786 KB and its tower takes seconds of a CPU core. The layer "connector"
+is kept for a connector that does not learn: 1 KB. Files are memory-mapped; a window reads its own rows, nothing else.
 
-A file names the tower that made it (a fingerprint of its weights): features of another one are refused, not
-trained on. It is written beside its place and renamed: whatever lies there is whole. A checksum per frame is compared
-when the frame is read: a byte that changed since is an error, not another number.
+A file names the weights that made it (a fingerprint of the tower's, and the connector's): features of other ones are
+refused, not trained on. It is written beside its place and renamed: whatever lies there is whole. A checksum per frame
+is compared when the frame is read: a byte that changed since is an error, not another number.
 
     F frames asked for    N frames of a file    k tokens per frame    D length of a feature
 """
@@ -34,6 +34,7 @@ from trainer.errors import TrainerError
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 FORMAT = "2"
+LAYERS = ("vision", "connector")  # before the connector, after it
 STORED = {"float16": "F16", "float32": "F32"}  # numpy's name, safetensors' name
 OPEN_FILES = 64
 
@@ -48,12 +49,12 @@ class Provenance:
     source_bytes: int
     model: str  # as it was given
     revision: str  # the hub's commit, where there is one
-    fingerprint: str  # of the tower's weights
+    fingerprint: str  # of the weights that the layer is made by
     k: int
     side: int  # of the square frames, pixels
     computed: str  # float32 or bfloat16
     stored: str  # float16 or float32
-    layer: str = "vision"  # the tower's last hidden state, pixel-shuffled, pooled to k; before the connector
+    layer: str = "vision"  # the tower's last hidden state, pixel-shuffled, pooled to k; or "connector": its output
     format: str = FORMAT
 
     def header(self) -> dict[str, str]:
@@ -153,17 +154,25 @@ def open_features(path: Path) -> FeatureFile:
     return FeatureFile(about, frames, features, checksums)
 
 
+def kept_layer(folder: Path) -> str:
+    """The layer whose features are in the folder, by the first file there; "vision" where there is none."""
+    if not folder.is_dir():
+        raise TrainerError(f"{folder}: no such folder, expected features; run prospect-dst encode --out {folder}")
+    first = next(folder.rglob("[!.]*.safetensors"), None)
+    return "vision" if first is None else open_features(first).about.get("layer", "vision")
+
+
 class CachedFeatures:
-    """A FrameSource of what `encode` wrote into `folder` with the tower of that fingerprint (`vision.fingerprint`).
+    """A FrameSource of what `encode` wrote into `folder`: that layer, by weights of that `vision.fingerprint`.
 
     k may be smaller than the files', where their square grid divides into k's: pooling again is exact.
     May be pickled; open files stay behind.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, k: int = 1) -> None:
+    def __init__(self, folder: Path, fingerprint: str, k: int = 1, layer: str = "vision") -> None:
         if not folder.is_dir():
             raise TrainerError(f"{folder}: no such folder, expected features; run prospect-dst encode --out {folder}")
-        self.folder, self.fingerprint, self.k = folder, fingerprint, k
+        self.folder, self.fingerprint, self.k, self.layer = folder, fingerprint, k, layer
         self._open: OrderedDict[Path, FeatureFile] = OrderedDict()
 
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
@@ -215,9 +224,15 @@ class CachedFeatures:
                 f"{path}: of the video {told[0]} at {told[1]} fps, expected {asked[0]} at {asked[1]}; "
                 f"delete it, run prospect-dst encode"
             )
-        if about.get("fingerprint") != self.fingerprint:
+        if about.get("layer") != self.layer:
             raise TrainerError(
-                f"{path}: made by the vision tower {about.get('fingerprint')} ({about.get('model')}), but this "
+                f"{path}: features of the layer {about.get('layer')}, but others in this folder of {self.layer}; "
+                f"delete one kind, run prospect-dst encode"
+            )
+        if about.get("fingerprint") != self.fingerprint:
+            what = "vision tower" if self.layer == "vision" else "vision tower and connector"
+            raise TrainerError(
+                f"{path}: made by the {what} {about.get('fingerprint')} ({about.get('model')}), but this "
                 f"model's is {self.fingerprint}; run prospect-dst encode again with this model"
             )
         if k < self.k or math.isqrt(k) % math.isqrt(self.k):

@@ -147,11 +147,13 @@ class ProspectModel(nn.Module):
         return out.last_hidden_state[0]
 
     def frame_features(self, frames: Tensor) -> Tensor:
-        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them, [N, k, D]."""
+        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector
+        [N, k, H]."""
         if frames.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.looks):
                 frames = vision.look(self.vlm, frames, self.tokens_per_frame)
-        features = vision.project(self.vlm, frames.float())
+        projected = frames.shape[-1] != vision.width(self.vlm)  # `encode` keeps nothing else of another width
+        features = frames.float() if projected else vision.project(self.vlm, frames.float())
         assert features.shape == (len(frames), self.tokens_per_frame, self.hidden)
         return features
 

@@ -26,7 +26,7 @@ from trainer.checkpoint import LoadedRun
 from trainer.clips import DST, SPEAK, ClipExample
 from trainer.config import TrainConfig
 from trainer.errors import NotFiniteError
-from trainer.features import CachedFeatures
+from trainer.features import CachedFeatures, kept_layer
 from trainer.frames import FrameSource, open_frames
 from trainer.losses import lm_sum
 from trainer.model import ProspectModel
@@ -95,7 +95,8 @@ def open_source(
     if features is None:
         source = open_frames(splits[0].manifest, frames_root, model.side)
     else:
-        source = CachedFeatures(features, fingerprint(model.vlm), model.tokens_per_frame)
+        layer = kept_layer(features)
+        source = CachedFeatures(features, fingerprint(model.vlm, layer), model.tokens_per_frame, layer)
     for split in splits:
         for clip in split.in_order(rate=None):
             source.check(clip)

@@ -20,6 +20,7 @@ from trainer.checkpoint import load_run, recover, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.disk import SEAL, seal, sync
 from trainer.errors import TrainerError
+from trainer.features import kept_layer
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
 from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
@@ -32,14 +33,20 @@ SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside
 
 
 def options_of(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
-    """The content of options.json. TrainerError where cached features' tower is to learn."""
+    """The content of options.json. TrainerError where what cached features were made by is to learn."""
     if features is not None and "vision" not in config.freeze:
         raise TrainerError(f"{features}: features are of a tower that does not learn; add --freeze vision")
+    after_connector = features is not None and kept_layer(features) == "connector"
+    if after_connector and "connector" not in config.freeze:
+        raise TrainerError(
+            f"{features}: features are of a connector that does not learn; add --freeze vision,connector, or run "
+            f"prospect-dst encode --keep vision into another folder"
+        )
     return {
         "config": config.to_json(),
         "train data": split.key,
         "evaluation data": held_out.key if held_out else None,
-        "frames": "pixels" if features is None else "features",
+        "frames": "pixels" if features is None else "connector's features" if after_connector else "features",
     }
 
 

@@ -5,7 +5,8 @@
 
 The connector has no bias and no activation, so pooling before it gives the same numbers as after it (to float
 rounding) at 1/64 of its cost for k = 1, and what is cached still lets the connector learn. The price is size:
-D is 12,288 values a token at 256M (24 KB in float16) where the connector's output has 576.
+D is 12,288 values a token at 256M (24 KB in float16) where the connector's output has 576: where it is frozen, too,
+`encode --keep connector` keeps that.
 The tower is called directly: the model's own image path drops frames that are exactly zero after normalisation.
 It takes float32 pixels, also under autocast: in bfloat16 transformers 5.17 gives patches wrong positions.
 
@@ -32,8 +33,10 @@ def side(vlm: SmolVLMForConditionalGeneration) -> int:
     return int(vlm.config.vision_config.image_size)
 
 
-def width(vlm: SmolVLMForConditionalGeneration) -> int:
-    """D: length of one feature vector."""
+def width(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> int:
+    """D: length of one feature vector; H after the layer "connector"."""
+    if layer == "connector":
+        return int(vlm.config.text_config.hidden_size)
     return int(vlm.config.vision_config.hidden_size) * int(vlm.config.scale_factor) ** 2
 
 
@@ -64,10 +67,12 @@ def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
     return int(grid // scale) ** 2
 
 
-def fingerprint(vlm: SmolVLMForConditionalGeneration) -> str:
-    """16 hex digits of the tower's weights: features are of this tower, whatever folder it was loaded from."""
+def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> str:
+    """16 hex digits of the tower's weights, and for the layer "connector" of the connector's: features are of these,
+    whatever folder they were loaded from."""
     digest = hashlib.sha256()
-    for name, value in sorted(vlm.model.vision_model.state_dict().items()):
+    parts = [vlm.model.vision_model, *([vlm.model.connector] if layer == "connector" else [])]
+    for name, value in (item for part in parts for item in sorted(part.state_dict().items())):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -49,6 +49,31 @@ def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
     assert main(scores) == 0
 
 
+def test_train_and_evaluate_on_the_connector_s_features(data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", *FEW) == 0
+    model, features = str(tmp_path / "run" / "last"), str(tmp_path / "features")
+    encode = ["encode", str(data), "--model", model, "--out", features, "--keep", "connector", "--store", "float32"]
+    assert main(encode) == 0
+    assert f"--features {features} --freeze vision,connector" in capsys.readouterr().out
+    again = ("--model", model, *FEW)
+    assert train(data, tmp_path / "cached", *again, "--freeze", "vision", "--features", features) == 1
+    assert "features are of a connector that does not learn; add --freeze vision,connector" in capsys.readouterr().err
+    assert not (tmp_path / "cached").exists()
+    for run, more in (("live", ()), ("cached", ("--features", features))):
+        assert train(data, tmp_path / run, *again, "--freeze", "vision,connector", *more) == 0
+        assert main(["evaluate", str(tmp_path / run), str(data), "--split", "val", *more]) == 0  # self-fed, too
+    live, cached = ([line["loss"] for line in curve(tmp_path / r) if "loss" in line] for r in ("live", "cached"))
+    assert cached == pytest.approx(live, rel=1e-4)
+    capsys.readouterr()
+    assert train(data, tmp_path / "cached", "--resume") == 1
+    assert "frames: pixels, the run has connector's features" in capsys.readouterr().err
+    learns = ("--freeze", "vision", "--features", tmp_path / "before")
+    assert main(["encode", str(data), "--model", model, "--out", str(tmp_path / "before")]) == 0
+    assert train(data, tmp_path / "learned", *again, *learns) == 0
+    assert main(["evaluate", str(tmp_path / "learned"), str(data), "--split", "val", "--features", features]) == 1
+    assert "made by the vision tower and connector" in capsys.readouterr().err
+
+
 def test_features_of_a_tower_that_learns_are_refused(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", *FEW, "--features", tmp_path) == 1
     assert "features are of a tower that does not learn; add --freeze vision" in capsys.readouterr().err

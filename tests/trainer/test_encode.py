@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import pickle
@@ -339,6 +340,8 @@ def test_a_run_of_ours_is_a_model(vlm, data, tmp_path):
         ({"k": 25}, "tokens_per_frame is 25, but .* has 16"),
         ({"dtype": "float16"}, "dtype is 'float16', expected one of auto, float32, bfloat16"),
         ({"store": "int8"}, "store is 'int8', expected one of float16, float32"),
+        ({"keep": "text"}, "keep is 'text', expected one of vision, connector"),
+        ({"keep": "connector"}, "keep is connector, but .* has 128 values after it and 64 before; use --keep vision"),
         ({"batch": 0}, "batch is 0, expected above 0"),
         ({"part": (0, 4)}, "part is 0/4, expected 1/N to N/N"),
         ({"part": (5, 4)}, "part is 5/4, expected 1/N to N/N"),
@@ -353,3 +356,68 @@ def test_wrong_options_are_named_before_anything_is_done(model, data, tmp_path, 
     with pytest.raises(TrainerError, match=message):
         encode(data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+# ---- after the connector -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A model with 4 tokens a frame of 256 values before the connector and 128 after it, and its folder."""
+    torch.manual_seed(0)
+    config = tiny_config(64)
+    config.scale_factor = 2
+    vlm, folder = SmolVLMForConditionalGeneration(config).eval(), tmp_path_factory.mktemp("narrow")
+    vlm.save_pretrained(folder)
+    return vlm, str(folder)
+
+
+@pytest.mark.parametrize(("store", "tolerance"), [("float16", 1e-3), ("float32", 1e-6)])
+def test_the_connector_s_output_can_be_kept_instead(narrow, root, data, tmp_path, store, tolerance):
+    vlm, model = narrow
+    assert encode(data, tmp_path / "out", model, 4, store=store, keep="connector").videos == 3
+    about = open_features(tmp_path / "out" / "v0.2fps.safetensors").about
+    assert (about["layer"], about["fingerprint"]) == ("connector", vision.fingerprint(vlm, "connector"))
+    for k in (4, 1):
+        source = CachedFeatures(tmp_path / "out", vision.fingerprint(vlm, "connector"), k, "connector")
+        found = source.load(clip_example([], video="v1"), 2, 5)
+        with torch.inference_mode():
+            expected = vision.project(vlm, torch.from_numpy(live(vlm, root, "v1", range(2, 5), k))).numpy()
+        assert found.shape == (3, k, 128)
+        assert apart(found, expected) < 2 * tolerance
+    assert encode(data, tmp_path / "out", model, 4, store=store, keep="connector").skipped == 3
+
+
+def test_two_layers_do_not_share_a_folder(narrow, data, tmp_path):
+    _, model = narrow
+    encode(data, tmp_path / "out", model, keep="connector")
+    with pytest.raises(TrainerError, match=r"features of the layer connector, and kept; choose another --out, or --ke"):
+        encode(data, tmp_path / "out", model)
+    encode(data, tmp_path / "all", model)
+    (tmp_path / "all" / "v0.2fps.safetensors").replace(tmp_path / "out" / "v0.2fps.safetensors")
+    source = CachedFeatures(tmp_path / "out", vision.fingerprint(narrow[0], "connector"), layer="connector")
+    with pytest.raises(TrainerError, match=r"v0.*features of the layer vision, but others in this folder of connector"):
+        source.load(clip_example([], video="v0"), 0, 1)
+
+
+def test_another_connector_s_features_are_refused(narrow, data, tmp_path):
+    vlm, model = narrow
+    encode(data, tmp_path / "out", model, keep="connector")
+    was = vision.fingerprint(vlm), vision.fingerprint(vlm, "connector")
+    learned = copy.deepcopy(vlm)
+    with torch.no_grad():
+        learned.model.connector.modality_projection.proj.weight.add_(1e-3)
+    assert vision.fingerprint(learned) == was[0]
+    assert vision.fingerprint(learned, "connector") != was[1]
+    source = CachedFeatures(tmp_path / "out", vision.fingerprint(learned, "connector"), layer="connector")
+    with pytest.raises(TrainerError, match=rf"made by the vision tower and connector {was[1]} .*encode again"):
+        source.load(clip_example([], video="v1"), 0, 1)
+
+
+def test_a_mapper_keeps_the_connector_s_output_too(narrow, data, tmp_path):
+    _, model = narrow
+    encode(data, tmp_path / "here", model, keep="connector")
+    calls = lambda function, calls: (function(*pickle.loads(pickle.dumps(call))) for call in calls)  # noqa: E731
+    encode(data, tmp_path / "there", model, keep="connector", mapper=calls)
+    for name in files(tmp_path / "here"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
