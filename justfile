@@ -39,6 +39,10 @@ bench-loader *ARGS:
 bench-stream WORK *ARGS:
     uv run python benchmarks/stream/run.py --work {{WORK}} {{ARGS}}
 
+# what the GPU benchmark runs, on tiny models and a CPU (a minute); on a GPU: benchmarks/gpu/README.md
+bench-gpu-smoke:
+    SMOKE=1 PYTHON="uv run --quiet python" bash benchmarks/gpu/gpu_run.sh
+
 # a run killed twenty times at random moments, resumed each time: the same bits
 kill:
     PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200

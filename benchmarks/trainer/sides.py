@@ -33,12 +33,11 @@ from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from trainer import vision
-from trainer.losses import combine
 from trainer.model import DecisionHeads, ProspectModel
 from trainer.pack import make_pack, pack_windows
 from trainer.parallel import World
 from trainer.sequence import Window
-from trainer.train import count_terms, make_optimizer, sum_terms, train_step
+from trainer.train import make_optimizer, train_step
 
 
 class Clock:
@@ -194,41 +193,21 @@ def hf(case: Case, clock: Clock, grouped: bool) -> dict[str, float]:
 
 def check(case: Case) -> dict[str, float]:
     """Loss and gradient norm of each side's model on the first measured batch, from the same weights."""
-    found = {}
-    for side in ("ours", "hf"):
-        vlm, heads = build(case)
-        windows, frames = windows_of(case, grouped=True)[case.clips : case.clips + 8], CachedNoise(vlm)
-        loss, model = (_our_loss if side == "ours" else _hf_loss)(case, vlm, heads, windows, frames)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        found |= {f"{side}_loss": float(loss), f"{side}_norm": float(norm)}
-    return found
+    windows = windows_of(case, grouped=True)[case.clips : case.clips + AS_IT_COMES]
+    vlm, heads = build(case)
+    frames, config = CachedNoise(vlm), case.train_config()
+    model, world = ProspectModel(vlm, heads, config).train(), World(device=torch.device(case.device))
+    unmoved = torch.optim.SGD(model.parameters(), lr=0.0)
+    ours = train_step(model, unmoved, [make_pack(windows, frames)], config, world)
+    del model, vlm, heads, unmoved
 
-
-def _our_loss(
-    case: Case,
-    vlm: SmolVLMForConditionalGeneration,
-    heads: DecisionHeads,
-    windows: Sequence[Window],
-    frames: CachedNoise,
-) -> tuple[Tensor, nn.Module]:
-    config = case.train_config()
-    model, pack = ProspectModel(vlm, heads, config).train(), make_pack(windows, frames).to(torch.device(case.device))
-    loss, _ = combine(sum_terms(model, pack, config), count_terms(pack, config), config)
-    return loss, model
-
-
-def _hf_loss(
-    case: Case,
-    vlm: SmolVLMForConditionalGeneration,
-    heads: DecisionHeads,
-    windows: Sequence[Window],
-    frames: CachedNoise,
-) -> tuple[Tensor, nn.Module]:
-    model = Padded(vlm, heads).train()
+    padded = Padded(*build(case)).train()
     batch = {name: value.to(case.device) for name, value in Collate(frames)(windows).items()}
     with torch.autocast(case.device, torch.bfloat16, enabled=case.bf16):
-        return model(**batch)["loss"], model
+        loss = padded(**batch)["loss"]
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in padded.parameters() if p.grad is not None])
+    return {"ours_loss": ours.loss, "ours_norm": ours.grad_norm, "hf_loss": float(loss), "hf_norm": float(norm)}
 
 
 def main(side: str, case: Case) -> dict[str, float]:

@@ -1,0 +1,454 @@
+"""What the GPU benchmark measures, a function per part; `say` keeps and prints a row as soon as it is known.
+
+Seconds are the clock's, between two synchronisations of the card. Shares are model FLOP/s (what is counted:
+`benchmarks/trainer/limits.py`) of the bf16 matmul rate measured in the same process. Models have the released
+sizes and random weights, sequences the lengths of `benchmarks/trainer/shared.py`; a smoke run takes tiny ones of both.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import limits
+import numpy as np
+import sides
+import torch
+from shared import CachedNoise, Case, build, make_window, pool_lengths
+
+import trainer.attention
+import trainer.engine
+from trainer import vision
+from trainer.checkpoint import LoadedRun, load_run, load_state, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.context import Coming, Context, Live, lengths
+from trainer.encode import _Eye, bfloat16_error
+from trainer.engine import Engine, streaming
+from trainer.model import ProspectModel
+from trainer.pack import Pack, make_pack, pack_windows
+from trainer.parallel import World
+from trainer.sequence import Window
+from trainer.tokenizer import Tokens, train_tiny_tokens
+from trainer.train import make_optimizer, train_step
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = bool(os.environ.get("SMOKE"))
+SCRATCH = Path(os.environ.get("SCRATCH", "/tmp/gpu-benchmark"))
+ROWS = Path(os.environ.get("OUT", ".")) / "rows.jsonl"
+PACKAGES = ("torch", "transformers", "triton", "numpy", "accelerate", "tokenizers", "pyarrow", "msgspec")
+VOCABULARY = 512 if SMOKE else 49280  # the latter: of the released models
+NEVER = Live({"speaking": np.inf, "dst_update": np.inf}, most_text=16)
+
+
+def say(part: str, name: str, **values: Any) -> None:
+    """A row: kept in ROWS, printed."""
+    row = {"part": part, "name": name, **values}
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row, default=float) + "\n")
+    shown = (f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
+    print(f"{part} | {name} | {' '.join(shown)}", flush=True)
+
+
+@lru_cache
+def device() -> str:
+    """Only ever called in a part's own process: the one that starts them must not touch CUDA."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
+
+
+def memory_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if device() == "cuda" else 0.0
+
+
+def clear() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if device() == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---- env, tests ------------------------------------------------------------------------------------------
+
+
+def env() -> None:
+    cuda = device() == "cuda"
+    torch.ones(8, device=device()).sum().item()  # raises where a fork has lost the driver
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if _has(name)}
+    path = ROOT / ".gpu" / "commit"
+    card = torch.cuda.get_device_name() if cuda else "no GPU"
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda else 0.0
+    say(
+        "env", "machine", device=device(), card=card, card_gb=memory, cores=os.cpu_count(), smoke=SMOKE,
+        python=platform.python_version(), cuda=str(torch.version.cuda), cudnn=str(torch.backends.cudnn.version()),
+        commit=path.read_text().strip() if path.exists() else "unknown", at=time.strftime("%Y-%m-%d"), **found,
+    )  # fmt: skip
+    if cuda:
+        query = "name,driver_version,clocks.sm,clocks.mem,power.draw"
+        subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], check=False)
+    say("env", "bf16 matmul", tflops=limits.matmul_rate(device()) / 1e12)
+
+
+def _has(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def tests() -> None:
+    """The tests marked gpu, as a user runs them."""
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    workers = ["-n", "4"] if device() == "cuda" else []
+    options = ["-m", "gpu", "-rfE", "-p", "no:cacheprovider", "--timeout", "100", "--durations", "5", *workers]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        lines = []
+        for line in run.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", "".join(lines[-3:]))}
+    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    ran = {"which_failed": failed} if counts.keys() & {"passed", "failed", "error"} else {}
+    say("tests", "marked gpu", **counts, **ran)
+    if run.returncode not in (0, 5):
+        raise RuntimeError(f"pytest ended with {run.returncode}")
+
+
+# ---- parity ----------------------------------------------------------------------------------------------
+
+
+def parity() -> None:
+    """Packed against unpacked, in both precisions; the same step twice; a run that is stopped and resumed."""
+    vlm, heads = build(case_of("256M"))
+    frames = CachedNoise(vlm)
+    windows = [
+        make_window(i, n, VOCABULARY) for i, n in enumerate([61, 48, 100] if SMOKE else [300, 48, 900, 61, 220, 129])
+    ]
+    exact = None
+    for kind in ("float32", "bf16"):
+        config = TrainConfig(freeze=("vision",), bf16=kind == "bf16")
+        model = ProspectModel(vlm, heads, config).train()
+        packed, again, alone = (
+            _gradients(model, [make_pack(group, frames) for group in groups], config)
+            for groups in ([windows], [windows], [[window] for window in windows])
+        )
+        exact = exact or alone
+        apart, noise = _apart(packed, alone), _apart(alone, exact)  # bf16 is allowed its own distance from float32
+        most = (1e-3, 1e-3) if kind == "float32" else (2 * noise[0], 2 * noise[1])
+        say(
+            "parity", f"packed against unpacked, {kind}", logits_apart=apart[0], gradient_apart=apart[1],
+            logits_off_float32=noise[0], gradient_off_float32=noise[1], ok=apart[0] <= most[0] and apart[1] <= most[1],
+            same_bits_twice=all(map(torch.equal, packed[1], again[1])),
+        )  # fmt: skip
+    del exact, packed, again, alone, model, vlm, heads
+    clear()
+    _resume()
+
+
+Gradients = tuple[torch.Tensor, list[torch.Tensor]]  # logits [2, N], a gradient per parameter
+
+
+def _gradients(model: ProspectModel, packs: Sequence[Pack], config: TrainConfig) -> Gradients:
+    """Of one step's loss over all `packs` together."""
+    train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), packs, replace(config, grad_clip=1e9), world())
+    with torch.no_grad():
+        logits = [model(pack.to(torch.device(device()))).decisions for pack in packs]
+    return torch.cat(logits, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _apart(one: Gradients, other: Gradients) -> tuple[float, float]:
+    """(largest difference of logits, of gradients in relation to their norm)."""
+    squares = [((a - b).square().sum(), b.square().sum()) for a, b in zip(one[1], other[1], strict=True)]
+    difference, norm = (torch.stack(column).sum().sqrt() for column in zip(*squares, strict=True))
+    return float((one[0] - other[0]).abs().max()), float(difference / norm)
+
+
+def _resume() -> None:
+    """Four steps, the last two of them once more from a checkpoint."""
+    config = replace(_config(), clips_per_step=4, micro_batch_tokens=1024, warmup_steps=0)
+    vlm, heads = build(case_of("256M"))
+    model, tokens = ProspectModel(vlm, heads, config).train(), some_tokens()
+    optimizer, frames = make_optimizer(model, config), CachedNoise(vlm)
+    data = [pack_windows([make_window(4 * s + i, 150, VOCABULARY) for i in range(4)], frames, 1024) for s in range(4)]
+    labels = {head: {"negative": 1, "positive": 1, "not_sampled": 0} for head in ("speaking", "dst_update")}
+    info = {"step": 2, "best": -1.0, "data_key": "", "labels": labels, "neg_rate": 0.5, "fps": 2.0}
+    losses = []
+    for step, packs in enumerate(data):
+        if step == 2:
+            save_checkpoint(SCRATCH / "resume" / "last", model, tokens, config, info, optimizer)
+        losses.append(train_step(model, optimizer, packs, config, world()).loss)
+    resumed = load_run(SCRATCH / "resume", to_train=True).model.to(device()).train()
+    optimizer = make_optimizer(resumed, config)
+    load_state(SCRATCH / "resume" / "last", resumed, optimizer)
+    again = [train_step(resumed, optimizer, packs, config, world()).loss for packs in data[2:]]
+    kept = dict(resumed.named_parameters())
+    apart = max(float((kept[name] - p).abs().max()) for name, p in model.named_parameters())
+    off = max(abs(a - b) / b for a, b in zip(again, losses[2:], strict=True))
+    say("parity", "resumed after 2 of 4 steps", loss_off=off, weights_apart=apart, same_bits=apart == 0, ok=off < 1e-2)
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+CASES = {  # sequences a step and tokens a pack as in benchmarks/trainer
+    "256M": Case("256M", 49280, bf16=True, device="cuda", steps=20, clips=64, batch=32, budget=16384),
+    "2.2B": Case("2.2B", 49280, bf16=True, device="cuda", steps=6, clips=32, batch=8, budget=8192),
+}
+SIZES = ("256M",) if SMOKE else ("256M", "2.2B")
+WARM = 2  # steps that are not counted
+
+
+def case_of(size: str) -> Case:
+    # a CPU without matrix units for bf16 is a hundred times slower in it
+    if SMOKE:
+        return Case("tiny", VOCABULARY, bf16=False, device=device(), steps=1, clips=4, batch=2, budget=512)
+    return replace(CASES[size], device=device())
+
+
+def world() -> World:
+    return World(device=torch.device(device()))
+
+
+def _config(**more: Any) -> TrainConfig:
+    return TrainConfig(freeze=("vision",), bf16=not SMOKE, lr=1e-4, **more)
+
+
+def attention(loop: bool) -> AbstractContextManager[Any]:
+    """With `loop`: attention window by window, also where one launch would do for all of them."""
+    never = lambda value: False  # noqa: E731
+    return patch.object(trainer.attention, "takes_varlen", never, create=True) if loop else nullcontext()
+
+
+def steps(size: str) -> None:
+    """A training step by what attends, and at 256M by the size of a pack."""
+    part, ceiling = f"step-{size}", limits.matmul_rate(device())
+    say(part, "bf16 matmul", tflops=ceiling / 1e12)
+    case = case_of(size)
+    runs = [("varlen", case.budget), ("varlen, compile", case.budget), ("loop", case.budget)]
+    if size == "256M":
+        runs.append(("varlen", 4096))
+    if SMOKE:
+        torch.compiler.set_stance("force_eager")  # compiling for a CPU takes a minute and says nothing of a GPU
+    for kind, budget in runs:
+        try:
+            clear()
+            with attention(loop=kind == "loop"):
+                say(
+                    part,
+                    f"{kind}, packs of {budget}",
+                    **_step(replace(case, budget=budget), "compile" in kind, ceiling),
+                )
+        except Exception as error:
+            say(part, f"{kind}, packs of {budget}", error=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _step(case: Case, compiles: bool, ceiling: float) -> dict[str, Any]:
+    vlm, heads = build(case)
+    config = replace(case.train_config(), compile=compiles)
+    model, frames = ProspectModel(vlm, heads, config).train(), CachedNoise(vlm)
+    optimizer, number = make_optimizer(model, config), min(case.steps, 5)
+    data = [_windows(step, case) for step in range(WARM + number + 1)]
+    packs = [[pack.loaded() for pack in pack_windows(windows, frames, case.budget)] for windows in data]
+    took, loss = [], 0.0
+
+    def step(which: int) -> None:
+        nonlocal loss
+        loss = train_step(model, optimizer, packs[which], config, world()).loss
+
+    took = [seconds_of(lambda i=i: step(i)) for i in range(WARM + number)]
+    measured = range(WARM, WARM + number)
+    rates = sorted(sum(len(w.input_ids) for w in data[i]) / took[i] for i in measured)
+    used = statistics.median(limits.step_flop(vlm, data[i]) / took[i] / ceiling for i in measured)
+    found = {
+        "tokens_per_s": statistics.median(rates), "used": used, "slowest": rates[0], "fastest": rates[-1],
+        "packs": len(packs[-1]), "ms": 1e3 * statistics.median(took[WARM:]), "first_s": took[0],
+    }  # fmt: skip
+    found |= launches(lambda: step(WARM + number))
+    if "kernel_ms" in found:
+        found["card_busy"] = found["kernel_ms"] / found["ms"]
+    return found | {"peak_gb": memory_gb(), "loss": loss}
+
+
+def _windows(step: int, case: Case) -> list[Window]:
+    found = pool_lengths()
+    return [make_window(i, found[i], case.vocabulary) for i in range(step * case.clips, (step + 1) * case.clips)]
+
+
+def launches(call: Callable[[], Any]) -> dict[str, Any]:
+    """Of one call: kernels, what the host launched and waited for, milliseconds in kernels; on a CPU the operators."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device() == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        call()
+        wait()
+    events = seen.events()
+    if not cuda:
+        return {"operators": sum(event.name.startswith("aten::") for event in events)}
+    host = Counter(event.name for event in events if event.device_type == DeviceType.CPU)
+    kernels = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    return {
+        "launches": sum(n for name, n in host.items() if "Launch" in name),
+        "waits": sum(host[name] for name in waits),
+        "kernel_ms": sum(kernels) / 1e3,
+    }
+
+
+def hf() -> None:
+    """Ours and the HF Trainer's length-grouped batches, on the same sequences."""
+    case = case_of("256M")
+    say("hf", "one batch, both models", **sides.check(case))
+    rates = {}
+    for side in ("ours", "hf-grouped"):
+        clear()
+        clock = sides.Clock(case)
+        counted = sides.ours(case, clock) if side == "ours" else sides.hf(case, clock, grouped=True)
+        rates[side] = counted["tokens"] / clock.found["wall_s"]
+        real = counted["tokens"] / counted["computed"]
+        memory = clock.found.get("memory_mb", 0.0) / 1e3
+        say("hf", side, tokens_per_s=rates[side], real_share=real, gb_over_base=memory)
+    say("hf", "ratio", ours_is_faster_by=rates["ours"] / rates["hf-grouped"])
+
+
+# ---- the tower -------------------------------------------------------------------------------------------
+
+
+def encode() -> None:
+    """The vision tower as `encode` runs it, from pixels in the host's memory to features there."""
+    ceiling = limits.matmul_rate(device())
+    for size in SIZES:
+        clear()
+        _encode(size, ceiling)
+
+
+def _encode(size: str, ceiling: float) -> None:
+    vlm, _ = build(case_of(size))
+    vlm.model.text_model = vlm.lm_head = None
+    vlm.eval()
+    side, count = vision.side(vlm), 2 if SMOKE else 30
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 2 if SMOKE else 32, 3, side, side), np.uint8)
+    eye = _Eye(vlm, 1, "float16", "bfloat16", None)
+    ready = torch.from_numpy(blocks[0]).to(device())
+
+    def whole() -> None:
+        for _ in eye.features((blocks[i % len(blocks)] for i in range(count)), "the benchmark"):
+            pass
+
+    def look() -> None:
+        with torch.inference_mode(), torch.autocast(device(), torch.bfloat16):
+            for _ in range(count):
+                vision.look(vlm, ready, 1)
+
+    look()
+    error = bfloat16_error(vlm, blocks[0][:8], 1)
+    for name, call in (("as encode does", whole), ("pixels on the card", look)):
+        took = seconds_of(call)
+        used = limits.look_flop(vlm) * count * len(ready) / took / ceiling
+        rate = count * len(ready) / took
+        say("encode", f"{size}, {name}", frames_per_s=rate, used=used, bf16_off_by=error, peak_gb=memory_gb())
+
+
+# ---- live ------------------------------------------------------------------------------------------------
+
+
+def live() -> None:
+    """Decisions/s of one stream with ready features, its context half full; then memory over many contexts."""
+    for size in SIZES:
+        clear()
+        vlm, heads = build(case_of(size))
+        config = _config(max_tokens=300 if SMOKE else 2048)
+        run = LoadedRun(ProspectModel(vlm, heads, config).eval(), some_tokens(), config, {"neg_rate": 1.0})
+        for kind in ("graph", "plain"):
+            with patch.object(trainer.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else (), create=True):
+                _live(f"{size}, {kind}", Camera(run))
+        if size == "256M":
+            _flat(run)
+        del run, vlm, heads
+
+
+def _live(name: str, stream: Camera) -> None:
+    with streaming(stream.model, stream.config):
+        stream.see(stream.config.max_tokens // 2)
+        took = stream.see(20 if SMOKE else 300)
+        rate, found = len(took) / sum(took), launches(lambda: stream.see(1))
+    ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
+    say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, **found)
+
+
+def _flat(run: LoadedRun) -> None:
+    """The card's memory each time that the context has started over."""
+    stream, held = Camera(run), []
+    with streaming(run.model, run.config):
+        while len(held) < (3 if SMOKE else 5):
+            before = stream.context.restarts
+            while stream.context.restarts == before:
+                stream.see(16)
+            wait()
+            held.append(torch.cuda.memory_reserved() / 1e6 if device() == "cuda" else 0.0)
+    say("live", "256M, memory reserved by context", mb=held, frames=stream.number, growth_mb=held[-1] - held[0])
+
+
+class Camera:
+    """One stream whose frames are ready features; nothing is ever said."""
+
+    def __init__(self, run: LoadedRun) -> None:
+        _, capacity = lengths(run.model, run.config, NEVER)
+        self.model, self.config, self.number = run.model, run.config, 0
+        self.features = run.model.frame_features(torch.from_numpy(CachedNoise(run.model.vlm).table).to(device()))
+        self.engine = Engine(run.model, run.tokens, 1, capacity)
+        task = make_window(0, 600, VOCABULARY).clip
+        self.context = Context(run.model, run.tokens, task, run.config, NEVER)
+
+    def see(self, frames: int) -> list[float]:
+        """Seconds of each frame, until its logits are on the host."""
+        took = []
+        for _ in range(frames):
+            coming = Coming(self.number, (), self.features[self.number % len(self.features)])
+            began = time.perf_counter()
+            self.engine.run(self.context.see([coming]))
+            took.append(time.perf_counter() - began)
+            self.number += 1
+        return took
+
+
+def some_tokens() -> Tokens:
+    return train_tiny_tokens(["Put the base down.", "Attach the wheel.", "S1->complete", "What now?"] * 3)
+
+
+# ---- from conversations to an answer -----------------------------------------------------------------------
+
+
+def e2e() -> None:
+    import e2e as whole
+
+    whole.go(SCRATCH / "e2e", case_of("256M"), SMOKE, say)
