@@ -2,16 +2,21 @@
 
 The context holds the reference's texts, which flatters (a DST text, whatever it says, announces that speech is near):
 `trainer.selffed` does without, `trainer.evaluate` gives both. Every frame is supervised here, whatever rate the shards
-were written with. Each window has a forward pass to itself, so no score depends on what else is scored, on no
-digit; packs would save a fifth of the time at tiny size.
+were written with.
 
-    F frames of a clip
+On a CPU each window has a forward pass to itself, so no score depends on what else is scored, on no digit; packs would
+save a fifth of the time at tiny size. On a GPU, where a window alone takes as many launches as a pack, windows are
+packed as in training: a logit moves by what rounding does in passes of other shapes (float32: under 1e-3 in
+tests/trainer/test_score.py; bfloat16 has 8 bits: some 1e-2. Neither was run on a GPU so far).
+
+    F frames of a clip    N frames of a pass    W windows of a pass
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +40,10 @@ from trainer.parallel import World
 from trainer.sequence import Window
 from trainer.shards import Split
 from trainer.tokenizer import Tokens
+from trainer.transfer import Transfer, upload
 from trainer.vision import fingerprint
+
+_WindowScores = tuple[npt.NDArray[np.float32], float, int]  # logits of its own frames, text loss, text tokens
 
 
 class ClipScores(NamedTuple):
@@ -130,24 +138,79 @@ def score_clips(
     clips: Iterator[ClipExample],
     frames: FrameSource,
     config: TrainConfig,
+    budget: int | None = None,
 ) -> Iterator[ClipScores]:
-    """Each clip's scores, in the order of `clips`; `config` gives k and the token budget of a window."""
+    """Each clip's scores, in the order of `clips`; `config` gives k and the token budget of a window.
+
+    budget: tokens of a forward pass, 0 for one window alone; None: 0 on a CPU, `config.micro_batch_tokens` on a GPU.
+    """
+    if budget is None:
+        budget = config.micro_batch_tokens if model.device.type == "cuda" else 0
     training = model.training
     model.eval()
-    for clip in clips:
-        windows = windows_of([clip], tokens, config)
-        logits, losses, counts = zip(*(_score(model, window, frames) for window in windows), strict=True)
+    waiting: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
+
+    def windows() -> Iterator[Window]:
+        for clip in clips:
+            found = windows_of([clip], tokens, config)
+            waiting.append((clip, len(found)))
+            yield from found
+
+    scored = _scored(model, windows(), frames, budget)
+    for first in scored:
+        clip, count = waiting.popleft()
+        logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
         yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
     model.train(training)
 
 
+def _scored(
+    model: ProspectModel, windows: Iterator[Window], frames: FrameSource, budget: int
+) -> Iterator[_WindowScores]:
+    """Of each window, in order, a pass late: a GPU is given the next one before the last one's scores are fetched."""
+    transfer = Transfer(model.device)
+    before: Callable[[], list[_WindowScores]] | None = None
+    for group in _passes(windows, budget):
+        now = _score(model, group, frames, transfer)
+        if before is not None:
+            yield from before()
+        before = now
+    if before is not None:
+        yield from before()
+
+
+def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:
+    """The windows in order, as many together as `budget` tokens hold, at least one."""
+    held: list[Window] = []
+    room = budget
+    for window in windows:
+        if held and len(window.input_ids) > room:
+            yield held
+            held, room = [], budget
+        held.append(window)
+        room -= len(window.input_ids)
+    if held:
+        yield held
+
+
 @torch.inference_mode()
-def _score(model: ProspectModel, window: Window, frames: FrameSource) -> tuple[npt.NDArray[np.float32], float, int]:
-    """(logits of its own frames, text loss, text tokens) of a window."""
-    pack = make_pack([window], frames).to(model.device)
+def _score(
+    model: ProspectModel, windows: Sequence[Window], frames: FrameSource, transfer: Transfer
+) -> Callable[[], list[_WindowScores]]:
+    """One pass over some windows; what it gives has their scores."""
+    pack = upload(make_pack(windows, frames), transfer)()
     scores = model(pack)
-    logits = scores.decisions.cpu().numpy()[:, window.context :]
-    return logits, float(lm_sum(scores.text, pack.lm_targets)), len(pack.lm_targets)
+    lm_tokens = [len(window.lm_positions) for window in windows]
+    texts = zip(scores.text.split(lm_tokens), pack.lm_targets.split(lm_tokens), strict=True)
+    decisions = transfer.down(scores.decisions)  # [2, N]
+    losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
+
+    def fetched() -> list[_WindowScores]:
+        logits = np.split(decisions().numpy(), np.cumsum([w.labels.shape[1] for w in windows])[:-1], axis=1)
+        found = zip(windows, logits, losses().tolist(), lm_tokens, strict=True)
+        return [(logit[:, window.context :], loss, count) for window, logit, loss, count in found]
+
+    return fetched
 
 
 def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:

@@ -1,0 +1,84 @@
+"""Teacher-forced scores: one window a pass on a CPU, packs on a GPU, the same scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from by_hand import NoisyFrames
+from small_run import clip
+
+from trainer.config import TrainConfig
+from trainer.losses import lm_sum
+from trainer.model import DecisionHeads, ProspectModel, load_model
+from trainer.pack import make_pack
+from trainer.score import _passes, score_clips
+from trainer.sequence import build_windows
+from trainer.tokenizer import train_tiny_tokens
+
+CONFIG = TrainConfig(max_tokens=62, micro_batch_tokens=200)  # several windows a clip, several windows a pack
+CLIPS = [clip(i) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
+
+
+@pytest.fixture(scope="module")
+def model(tokens):
+    heads = DecisionHeads(128)
+    torch.nn.init.normal_(heads.speak.weight, std=0.1)  # logits of about 1
+    return ProspectModel(load_model("tiny", len(tokens)), heads, CONFIG)
+
+
+def scores(model, tokens, budget=None):
+    return list(score_clips(model, tokens, iter(CLIPS), NoisyFrames(), CONFIG, budget))
+
+
+@torch.inference_mode()
+def test_on_a_cpu_a_clip_has_the_digits_of_its_windows_alone(model, tokens):
+    model.train()
+    found = scores(model, tokens)
+    assert model.training
+    model.eval()
+    assert [one.clip.clip_id for one in found] == [clip.clip_id for clip in CLIPS]
+    for one in found:
+        windows = build_windows(one.clip, tokens, 1, 62)
+        assert len(windows) > 1
+        packs = [make_pack([window], NoisyFrames()) for window in windows]
+        logits = [model(p).decisions.numpy()[:, w.context :] for p, w in zip(packs, windows, strict=True)]
+        assert np.array_equal(one.logits, np.concatenate(logits, 1))
+        assert one.lm_loss == sum(float(lm_sum(model(pack).text, pack.lm_targets)) for pack in packs)
+        assert one.lm_tokens == sum(len(window.lm_positions) for window in windows)
+
+
+@pytest.mark.parametrize("budget", [1, 130, 200, 100_000])
+def test_packs_give_the_scores_of_windows_alone(model, tokens, budget):
+    for one, alone in zip(scores(model, tokens, budget), scores(model, tokens), strict=True):
+        assert np.abs(one.logits - alone.logits).max() < 1e-5
+        assert one.lm_loss == pytest.approx(alone.lm_loss, rel=1e-5)
+        assert (one.clip.clip_id, one.lm_tokens) == (alone.clip.clip_id, alone.lm_tokens)
+
+
+def test_windows_share_a_pass_in_order_as_far_as_the_budget_goes(tokens):
+    windows = [window for clip in CLIPS for window in build_windows(clip, tokens, 1, 62)]
+    assert all(45 < len(window.input_ids) <= 62 for window in windows)
+    for budget, each in ((0, 1), (61, 1), (62 * 3, 3)):
+        groups = list(_passes(iter(windows), budget))
+        assert [window for group in groups for window in group] == windows
+        assert {len(group) for group in groups[:-1]} == {each}
+    assert list(_passes(iter([]), 100)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_packs_on_a_gpu_give_the_cpu_s_scores(model, tokens):
+    expected = scores(model, tokens)
+    model.cuda()
+    try:
+        for one, alone in zip(scores(model, tokens), expected, strict=True):
+            assert np.abs(one.logits - alone.logits).max() < 1e-3
+            assert one.lm_loss == pytest.approx(alone.lm_loss, rel=1e-3)
+    finally:
+        model.cpu()
