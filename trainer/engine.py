@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from trainer.attention import use_packed
-from trainer.cache import Cache, Row, bytes_per_token, use_slots
+from trainer.cache import Cache, Row, bytes_per_token, download, upload, use_slots
 from trainer.config import TrainConfig
+from trainer.graph import FixedPass
 from trainer.model import ProspectModel
 from trainer.tokenizer import Tokens
 
 MOST_SLOTS = 64
-MOST_BYTES = 2 << 30  # of keys and values together, where several clips run at once
+MOST_BYTES = 2 << 30  # of keys and values together, where several clips run at once on a CPU
+SHARE = 0.5  # on a GPU: of the memory that is free
+GRAPHED = ("cuda",)  # devices on which a single stream's short reads are one graph
 SMALL = 512  # hidden width below which threads of a CPU wait longer than they work (tiny: 1 is 3 times as fast as 2)
 Floats = npt.NDArray[np.float32]
 Part = Sequence[int] | Tensor  # ids, or a frame's features [k, H]
@@ -50,6 +53,10 @@ class Read:
     after: int
     ends: Sequence[int] | None
 
+    def __len__(self) -> int:
+        """Tokens to be read."""
+        return sum(map(len, self.parts))
+
 
 Steps = Generator[Read, Any, Result]  # yields wishes, is sent the answers, returns its result
 
@@ -62,6 +69,8 @@ class Engine:
         self._cache = Cache(model.vlm, slots, capacity, _dtype(model))
         self._slots = range(slots)
         self._unwritten = _unwritten(tokens, model.vlm.lm_head.weight)
+        graphed = slots == 1 and model.device.type in GRAPHED
+        self._fixed = FixedPass(model, self._cache, self._unwritten) if graphed else None
 
     def run(self, steps: Steps[Result]) -> Result:
         """The result of one alone; what the one before it read may be read on."""
@@ -94,57 +103,76 @@ class Engine:
                 go_on(slot, number, steps, answer)
 
     def _answers(self, wishes: Mapping[int, Read]) -> dict[int, Floats | int]:
+        if self._fixed is not None and (answer := self._fixed_answer(wishes[0])) is not None:
+            return {0: answer}
         slots = sorted(wishes)
-        hidden, firsts = self._read([(slot, wishes[slot]) for slot in slots])
-        answers: dict[int, Floats | int] = {}
-        looking = {slot: ends for slot in slots if (ends := wishes[slot].ends) is not None}
-        if looking:
-            at = [firsts[slot] + end - 1 for slot, ends in looking.items() for end in ends]
-            logits = self.model.decisions(self._at(hidden, at)).T.cpu().numpy()
-            split = np.split(logits, np.cumsum([len(ends) for ends in looking.values()])[:-1])
-            answers |= zip(looking, split, strict=True)
-        writers = [slot for slot in slots if wishes[slot].ends is None]
-        if writers:
-            at = [firsts[slot] + sum(map(len, wishes[slot].parts)) - 1 for slot in writers]
-            following = self.model.vlm.lm_head(self._at(hidden, at)) + self._unwritten
-            answers |= zip(writers, following.argmax(-1).tolist(), strict=True)
-        return answers
+        lengths = [len(wishes[slot]) for slot in slots]
+        offsets = [sum(lengths[:i]) for i in range(len(slots))]
+        rows = [Row(s, wishes[s].after, length, at) for s, length, at in zip(slots, lengths, offsets, strict=True)]
+        looking = {row: ends for row in rows if (ends := wishes[row.slot].ends) is not None}
+        writing = [row for row in rows if row not in looking]
+        looks = [row.offset + end - 1 for row, ends in looking.items() for end in ends]
+        lasts = [row.offset + row.length - 1 for row in writing]
+        hidden, looks_, lasts_ = self._read(rows, [part for s in slots for part in wishes[s].parts], looks, lasts)
+        found: list[Tensor] = []
+        if looks:
+            found.append(self.model.decisions(_at(hidden, looks, looks_)).T.flatten())
+        if lasts:
+            following = self.model.vlm.lm_head(_at(hidden, lasts, lasts_)) + self._unwritten
+            found.append(following.argmax(-1).float())  # ids are below 2**24
+        host = download(torch.cat(found))
+        logits, written = host[: 2 * len(looks)].reshape(-1, 2), host[2 * len(looks) :]
+        split = np.split(logits, np.cumsum([len(ends) for ends in looking.values()])[:-1])
+        answers: dict[int, Floats | int] = {row.slot: own for row, own in zip(looking, split, strict=False)}
+        return answers | {row.slot: int(token) for row, token in zip(writing, written, strict=True)}
 
-    def _read(self, wishes: Sequence[tuple[int, Read]]) -> tuple[Tensor, dict[int, int]]:
-        """([L, H], slot -> which of the L is its first): the hidden states of all that is read."""
+    def _fixed_answer(self, wish: Read) -> Floats | int | None:
+        """None where it has to be read otherwise: it is too long, or no graph can be made."""
+        assert self._fixed is not None
+        if not self._fixed.works or len(wish) > self._fixed.width:
+            return None
+        found = self._fixed.read(wish.parts, wish.after)
+        if found is None or wish.ends is None:
+            return found and found[1]
+        return found[0][:, [end - 1 for end in wish.ends]].T
+
+    def _read(
+        self, rows: Sequence[Row], parts: Sequence[Part], looks: list[int], lasts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(the hidden states of all that is read [L, H]; `looks` and `lasts` on the device)."""
         ids: list[int] = []
-        frames: list[Tensor] = []
         places: list[int] = []  # of the frames' tokens
-        rows: list[Row] = []
-        for slot, wish in wishes:
-            first = len(ids)
-            for part in wish.parts:
-                if isinstance(part, Tensor):
-                    places += range(len(ids), len(ids) + len(part))
-                    frames.append(part)
-                    ids += [0] * len(part)
-                else:
-                    ids += part
-            rows.append(Row(slot, wish.after, len(ids) - first, first))
+        for part in parts:
+            if isinstance(part, Tensor):
+                places += range(len(ids), len(ids) + len(part))
+                ids += [0] * len(part)
+            else:
+                ids += part
         reading = self._cache.plan(rows)
-        embedded = self.model.body.embed_tokens(self._on(ids))  # [L, H]
-        if frames:
-            embedded = embedded.index_copy(0, self._on(places), torch.cat(frames).to(embedded.dtype))
+        given = (np.array(column, np.int64) for column in (ids, places, looks, lasts))
+        ids_, places_, looks_, lasts_ = upload(self.model.device, *given)
+        embedded = self.model.body.embed_tokens(ids_)  # [L, H]
+        if places:
+            frames = torch.cat([part for part in parts if isinstance(part, Tensor)])
+            embedded = embedded.index_copy(0, places_, frames.to(embedded.dtype))
         out = self.model.body(
             inputs_embeds=embedded[None], position_ids=reading.positions[None], use_cache=False, reading=reading
         )
-        return out.last_hidden_state[0], {row.slot: row.offset for row in rows}
+        return out.last_hidden_state[0], looks_, lasts_
 
-    def _at(self, hidden: Tensor, places: list[int]) -> Tensor:
-        return hidden if places == list(range(len(hidden))) else hidden[self._on(places)]
 
-    def _on(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.model.device)
+def _at(hidden: Tensor, places: list[int], on_device: Tensor) -> Tensor:
+    return hidden if places == list(range(len(hidden))) else hidden[on_device]
 
 
 def slots_for(model: ProspectModel, capacity: int) -> int:
-    """How many contexts to run at once: at most MOST_SLOTS, in MOST_BYTES."""
-    return max(1, min(MOST_SLOTS, MOST_BYTES // (capacity * bytes_per_token(model.vlm, _dtype(model)))))
+    """How many contexts to run at once: at most MOST_SLOTS, in MOST_BYTES, or a SHARE of what is free on a GPU."""
+    most = MOST_BYTES
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, unused
+        most = int(SHARE * (free + kept))
+    return max(1, min(MOST_SLOTS, most // (capacity * bytes_per_token(model.vlm, _dtype(model)))))
 
 
 @contextmanager

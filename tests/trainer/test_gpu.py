@@ -30,7 +30,7 @@ def small(config: TrainConfig) -> tuple[ProspectModel, Tokens]:
     tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
     heads = DecisionHeads(128)
     torch.nn.init.normal_(heads.speak.weight)
-    return ProspectModel(load_model("tiny", len(tokens)), heads, config).eval(), tokens
+    return ProspectModel(load_model("tiny", len(tokens)), heads, config, tokens.end).eval(), tokens
 
 
 def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():
@@ -68,6 +68,30 @@ def test_clips_at_once_on_the_gpu_have_the_cpu_s_logits_also_where_contexts_star
     expected = logits()
     model.cuda()
     assert np.abs(logits() - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize(("bf16", "most"), [(False, 1e-3), (True, 0.1)])
+@pytest.mark.parametrize("arm", ["speak+dst", "lm-eos"])
+def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, recwarn, arm, bf16, most):
+    config = TrainConfig(max_tokens=90, bf16=bf16, arm=arm)
+    model, tokens = small(config)
+    model.cuda()
+    never = Live({"speaking": np.inf, "dst_update": np.inf})
+
+    def says(clip, frame):
+        return {"assistant": None} if frame % 5 == 4 else {}  # the model's own words
+
+    def scored():
+        return next(iter(self_fed(model, tokens, [clip(0)], NoisyFrames(), config, never, says)))
+
+    monkeypatch.setattr("trainer.engine.GRAPHED", ())
+    expected = scored()
+    monkeypatch.setattr("trainer.engine.GRAPHED", ("cuda",))
+    found = scored()
+    assert not recwarn.list  # a graph could be made
+    assert np.abs(found.logits["speaking"] - expected.logits["speaking"]).max() < most
+    if not bf16:
+        assert found.said == expected.said
 
 
 @pytest.mark.parametrize("bf16", [False, True])
