@@ -38,6 +38,7 @@ from trainer.pack import make_pack, pack_windows
 from trainer.parallel import World
 from trainer.sequence import Window
 from trainer.train import make_optimizer, train_step
+from trainer.transfer import Transfer, uploaded
 
 
 class Clock:
@@ -78,10 +79,11 @@ def ours(case: Case, clock: Clock) -> dict[str, float]:
     model, world = ProspectModel(vlm, heads, config).train(), World(device=torch.device(case.device))
     clock.base()
     optimizer = make_optimizer(model, config)
-    for step in range(1 + case.steps):
+    by_step = (windows[at : at + case.clips] for at in range(0, len(windows), case.clips))
+    packed = (pack_windows(one, frames, case.budget) for one in by_step)
+    for step, packs in enumerate(uploaded(packed, Transfer(world.device))):
         if step == 1:
             clock.start()
-        packs = pack_windows(windows[step * case.clips : (step + 1) * case.clips], frames, case.budget)
         train_step(model, optimizer, packs, config, world)
     clock.stop()
     real = sum(len(w.input_ids) for w in windows[case.clips :])
