@@ -41,7 +41,8 @@ app = typer.Typer(
 @app.command()
 def preprocess(
     inputs: Annotated[
-        list[Path], typer.Argument(help="JSON / JSON Lines files, or folders of {split}_*.json", readable=False)
+        list[Path],
+        typer.Argument(help="JSON / JSON Lines files, folders of them; names tell the split", readable=False),
     ],
     out: Annotated[Path, typer.Option(help="output folder; replaced whole, or left as it was")],
     positive: Annotated[str, typer.Option(help="span: every frame of an event; onset: its first alone")] = "span",
@@ -51,7 +52,12 @@ def preprocess(
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling draws")] = 0,
     pad_s: Annotated[float, typer.Option(help="widen each clip by so many seconds on both sides")] = 0.0,
-    split: Annotated[str | None, typer.Option(help="split of all inputs, instead of the file names'")] = None,
+    split: Annotated[str | None, typer.Option(help="split of inputs whose names tell none")] = None,
+    force_split: Annotated[bool, typer.Option(help="--split also where a file's name tells another")] = False,
+    fps: Annotated[float | None, typer.Option(help="frames a second of clips that do not say; default: 2")] = None,
+    bounds: Annotated[
+        str, typer.Option(help="of clips: given, turns, or auto: given, unless a file's span its DST updates alone")
+    ] = "auto",
     workers: Annotated[int, typer.Option(help="processes; 0: one per core. Never changes a byte", min=0)] = 0,
     frames_root: Annotated[
         Path | None, typer.Option(help="check annotations against the frames below this folder")
@@ -78,6 +84,9 @@ def preprocess(
         neg_rate=_rates(neg_rate or []),
         pad_s=pad_s,
         split=split,
+        force_split=force_split,
+        fps=fps,
+        bounds=bounds,
         frame_convention=frame_convention,
         recording_regex=ASSEMBLY101 if recording_regex is None else recording_regex,
         frames_root=None if frames_root is None else str(frames_root),

@@ -17,6 +17,8 @@ from pipeline.terminal import percent, plain
 IMPLAUSIBLE_RATE: Final = 0.5  # positive share of a head's frames: probably read in the wrong convention
 MOST_CLIPS: Final = 0.5  # share of clips that begin on an event: a position shortcut
 COINCIDE: Final = 0.8  # of one head's positives also positive for the other: comparisons mean little
+FIXED_PERIOD: Final = 0.8  # share of the gaps between events that have one length
+FEW_GAPS: Final = 20  # fewer say nothing of a period
 NAMED: Final = 3  # examples in a hazard's text
 
 Hazard = dict[str, str]  # name, split, text
@@ -29,6 +31,11 @@ class HeadCounts:
     clips: int
     frames: int
     positives: int
+    usual_gap: tuple[float, int, int] = (
+        0.0,
+        0,
+        0,
+    )  # `usual_gap` of the events' quiet gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,12 @@ class LabelCounts:
     first: int
     both: int
     heads: Mapping[str, HeadCounts]  # speaking, DST
+
+
+def usual_gap(gaps: Mapping[float, int]) -> tuple[float, int, int]:
+    """(the most frequent quiet gap between events in seconds, how often, of how many); (0.0, 0, 0) without any."""
+    seconds, count = max(gaps.items(), key=lambda item: (item[1], -item[0]), default=(0.0, 0))
+    return seconds, count, sum(gaps.values())
 
 
 def of_labels(split: str, counts: LabelCounts) -> Iterator[Hazard]:
@@ -56,6 +69,13 @@ def of_labels(split: str, counts: LabelCounts) -> Iterator[Hazard]:
                 "(inspect --clip), then perhaps set --frame-convention"
             )
             yield _hazard("implausible positive rate", split, text)
+        seconds, count, gaps = head.usual_gap
+        if gaps >= FEW_GAPS and count >= FIXED_PERIOD * gaps:
+            text = (
+                f"{count:,} of {gaps:,} gaps between {name} events last {seconds:g} s: a model can learn the period "
+                "instead; compare with a metronome"
+            )
+            yield _hazard("events at a fixed period", split, text)
     if counts.first > MOST_CLIPS * counts.clips:
         text = (
             f"{counts.first:,} of {counts.clips:,} clips begin on an event: a model can learn the position instead; "
@@ -69,6 +89,49 @@ def of_labels(split: str, counts: LabelCounts) -> Iterator[Hazard]:
             "speak-only, DST-only and both apart"
         )
         yield _hazard("heads coincide", split, text)
+
+
+@dataclass
+class ContextCounts:
+    """One split: what the texts around a decision tell of it."""
+
+    decisions: int = 0  # of files with a dialog history
+    given_away: int = 0  # of those, told by the history's growth
+    verbatim: int = 0  # of those, in sessions where the added text is the answer itself
+    spoken: int = 0  # assistant turns
+    echoed: int = 0  # of those, whose text stands in an earlier user turn
+    given_states: int = 0  # clips with an initial state
+    wrong_states: int = 0  # of those, contradicted by the replay or by the clip's own updates
+    clips: int = 0
+    wrong_system: int = 0  # clips whose system turn tells a state that the clip's own updates contradict
+
+
+def of_context(split: str, counts: ContextCounts) -> Iterator[Hazard]:
+    """Context leak audit: texts that tell a label before the decision is made."""
+    if counts.verbatim or counts.given_away > counts.decisions / 2:
+        text = (
+            f"{counts.given_away:,} of {counts.decisions:,} speaking decisions are told by the file's `dialog`, which "
+            "grows exactly after an interrupt: it is not read here; do not show a model later entries or their number"
+        )
+        yield _hazard("dialog history tells the answers", split, text)
+    if counts.echoed:
+        text = (
+            f"{counts.echoed:,} of {counts.spoken:,} assistant turns stand word for word in an earlier user turn: "
+            "a model can read when and what to say"
+        )
+        yield _hazard("user turns tell the answers", split, text)
+    if counts.wrong_states:
+        text = (
+            f"{counts.wrong_states:,} of {counts.given_states:,} given initial states contradict the updates of the "
+            "conversation's earlier clips or the clip's own: the replayed state was taken"
+        )
+        yield _hazard("initial state contradicts the updates", split, text)
+    if counts.wrong_system:
+        text = (
+            f"{counts.wrong_system:,} of {counts.clips:,} clips have a system turn that tells a state which their own "
+            "updates contradict: system turns are not put into prompts"
+        )
+        yield _hazard("system turn tells a wrong state", split, text)
 
 
 def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:

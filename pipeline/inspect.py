@@ -74,10 +74,13 @@ def _per_clip(folder: Path, split: str) -> pl.DataFrame:
         *[frames.min().alias(name) for name, frames in onsets.items()],
     )  # fmt: skip
     first = {f"{head}_first": (pl.col(f"{head}_onset") == pl.col("start")).fill_null(False) for head in HEADS}
-    steps = _scan(folder, "clips", split).select("clip", steps=pl.col("steps").list.len())
-    # A clip without DST is -100 throughout for that head: it says nothing, rather than "never".
-    says = {"speaking_says": pl.lit(True), "DST_says": (pl.col("steps") > 0) | (pl.col("DST_supervised") > 0)}
-    return per_clip.join(steps, on="clip").with_columns(**first, **says).collect(engine="streaming")
+    nobody = pl.col("unlabelled").list.eval(pl.element().struct["end_frame"] - pl.element().struct["start_frame"])
+    about = _scan(folder, "clips", split).select("clip", steps=pl.col("steps").list.len(), unlabelled=nobody.list.sum())
+    # A clip without DST, or that nobody annotated, is -100 throughout: it says nothing, rather than "never".
+    annotated = pl.col("frames") - pl.col("unlabelled")
+    dst = (annotated > 0) & ((pl.col("steps") > 0) | (pl.col("DST_supervised") > 0))
+    says = {"speaking_says": annotated > 0, "DST_says": dst, "annotated": annotated}
+    return per_clip.join(about, on="clip").with_columns(**first, **says).collect(engine="streaming")
 
 
 def _split(folder: Path, name: str) -> Split:
@@ -103,15 +106,17 @@ def _split(folder: Path, name: str) -> Split:
 def _head(folder: Path, split: str, head: str, per_clip: pl.DataFrame) -> Head:
     says = per_clip.filter(f"{head}_says")
     own = {"speaking": "speak_only", "DST": "dst_only"}[head]
+    gaps = _gaps(folder, split, HEADS[head])
     return Head(
         **says.select(
             positives=(pl.col(own) + pl.col("both")).sum(),
-            frames=pl.col("frames").sum(),
+            frames=pl.col("annotated").sum(),
             supervised=pl.col(f"{head}_supervised").sum(),
             clips=pl.len(),
             first=pl.col(f"{head}_first").sum(),
         ).row(0, named=True),
-        gaps=_gaps(folder, split, HEADS[head]),
+        gaps=gaps,
+        usual_gap=hazards.usual_gap(gaps),
     )
 
 

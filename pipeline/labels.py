@@ -41,12 +41,13 @@ def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.n
     """Half-open absolute ranges ([T], [T]) of the events whose source fields are `start`, `end`.
 
     event: as they are. window: end is inclusive. lead-in: the range is the silence before; the event is its
-    last frame, end - 1, also where the range is empty because two turns share a time.
+    last frame, end - 1 (at least 0), also where the range is empty because two turns share a time.
     """
     if convention == "window":
         return start, end + 1
     if convention == "lead-in":
-        return end - 1, end
+        event = np.maximum(end - 1, 0)
+        return event, event + 1
     return start, end
 
 
@@ -130,11 +131,14 @@ def label_head(positive: np.ndarray, rest: np.ndarray, other: np.ndarray, drawn:
     return labels
 
 
-def label_frames(heads: Sequence[Events], drawn: np.ndarray, tracked: np.ndarray, positive: str) -> np.ndarray:
+def label_frames(
+    heads: Sequence[Events], drawn: np.ndarray, tracked: np.ndarray, unlabelled: np.ndarray, positive: str
+) -> np.ndarray:
     """int8 [2, F]: speaking and DST-update labels of one or many clips, laid end to end.
 
     heads: the events of each head; drawn, tracked: bool [F], whether the frame's draw is below the rate, and
-    whether its clip says anything about the second head (else that is -100); positive: `span` or `onset`.
+    whether its clip says anything about the second head (else that is -100); unlabelled [U, 2]: ranges of the flat
+    frames that nobody annotated (-100 for both heads); positive: `span` or `onset`.
     """
     positives, rests = [], []
     for start, end, bounds, first in heads:
@@ -146,6 +150,8 @@ def label_frames(heads: Sequence[Events], drawn: np.ndarray, tracked: np.ndarray
         rests.append(spanned & ~hits)
     labels = np.stack([label_head(positives[h], rests[h], positives[1 - h], drawn) for h in (0, 1)])
     labels[1, ~tracked] = NOT_SAMPLED
+    if len(unlabelled):
+        labels[:, mark(unlabelled, len(drawn))] = NOT_SAMPLED
     return labels
 
 

@@ -26,6 +26,9 @@ class Options:
     neg_rate: dict[str, float] = field(default_factory=dict)
     pad_s: float = 0.0
     split: str | None = None
+    force_split: bool = False  # also where a file's name tells another
+    fps: float | None = None  # of clips that do not say; None: 2
+    bounds: str = "auto"  # of clips: auto (by a vote of the file), given, or turns
     frame_convention: str | None = None
     recording_regex: str = ASSEMBLY101
     frames_root: str | None = None
@@ -36,6 +39,9 @@ class Options:
         _one_of("--on-error", self.on_error, ("quarantine", "fail"))
         if self.frame_convention is not None:
             _one_of("--frame-convention", self.frame_convention, CONVENTIONS)
+        _one_of("--bounds", self.bounds, ("auto", "given", "turns"))
+        if self.fps is not None and not 1e-6 <= self.fps <= 1e6:
+            raise UsageError(f"--fps {self.fps}: expected a positive number of frames a second")
         for split, rate in self.neg_rate.items():
             if not 0 <= rate <= 1:
                 raise UsageError(f"--neg-rate {split}={rate}: expected a rate between 0 and 1")

@@ -15,12 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -28,22 +27,24 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from pipeline import hazards, labels
+from pipeline import hazards
 from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
+from pipeline.decide import Part, Source, decide, part_of
 from pipeline.errors import InputError, UsageError
-from pipeline.media import IMAGES, VIDEOS, count_frames, find_frames
+from pipeline.inputs import find_inputs, split_of
+from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options
-from pipeline.read import MAX_FRAME, MAX_FRAMES, ClipError, Index, Refusal, check_size, index, refuse
+from pipeline.readers.clip import Refusal, refuse
+from pipeline.readers.index import Index, index
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
 from pipeline.summary import label_hazards, summary_of
-from pipeline.survey import NOT_GIVEN, Survey, Task, cut, survey
+from pipeline.survey import Task, cut, survey
 from pipeline.write import Plan, Written, merged, write_part
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
-_SPLIT = re.compile(r"(train|val|test)(?![a-z0-9])")
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
@@ -62,7 +63,8 @@ def preprocess(
     Raises InputError (nothing usable, cannot write, --on-error fail) and UsageError (no split to be told).
     """
     options = options or Options()
-    sources = [_source(path, options) for path in _expand(inputs, options)]
+    files, skipped = find_inputs(inputs, options)
+    sources = [_source(path, options) for path in files]
     _check_rates(options, {source.split for source in sources})
     for number, source in enumerate(sources):
         progress("hashing", number, len(sources))
@@ -74,6 +76,7 @@ def preprocess(
             return before, True
         with staging(out) as folder:
             manifest = _Run(sources, options, folder, mapper or pool(workers), progress).manifest(key)
+            manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
             commit(folder, out, manifest)
     return manifest, False
 
@@ -88,74 +91,13 @@ def _check_rates(options: Options, splits: set[str]) -> None:
 # ---- inputs ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Source:
-    """One input file and what pass 1 learns of it."""
-
-    path: Path
-    split: str
-    bytes: int
-    mtime_ns: int
-    sha256: str = ""
-    form: str = "unreadable"
-    clips: int = 0
-    schemas: Counter[str] = field(default_factory=Counter)
-    convention: str = "event"
-    votes: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))
-    fps_assumed: int = 0
-    refused: list[Refusal] = field(default_factory=list)
-
-    def refuse(self, refusal: Refusal) -> None:
-        refusal.split = self.split
-        self.refused.append(refusal)
-
-    def summary(self) -> dict[str, Any]:
-        """This file's entry in the manifest."""
-        total, lead_in, event, window = (int(v) for v in self.votes)
-        return {
-            "path": str(self.path),
-            "split": self.split,
-            "sha256": self.sha256,
-            "bytes": self.bytes,
-            "form": self.form,
-            "clips": self.clips,
-            "quarantined": len(self.refused),
-            "schemas": {name: count for name, count in sorted(self.schemas.items()) if count},
-            "frame_convention": self.convention,
-            "votes": {"turns": total, "lead-in": lead_in, "event": event, "window": window},
-            "turns_not_fitting": total - labels.fitting(self.convention, self.votes),
-            "fps_assumed": self.fps_assumed,
-        }
-
-
-def _expand(inputs: list[Path], options: Options) -> Iterator[Path]:
-    """Files as they are; a folder stands for the JSON files in it whose names tell a split."""
-    for path in inputs:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl") and p.is_file())
-        found = [p for p in found if options.split or _SPLIT.match(p.name)]
-        if not found:
-            raise InputError(
-                f"{path}: found a folder without train_*.json, val_*.json or test_*.json; name the files themselves"
-            )
-        yield from found
-
-
 def _source(path: Path, options: Options) -> Source:
-    match = _SPLIT.match(path.name)
-    split = options.split or (match[1] if match else None)
     try:
         stat = path.stat()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path}: cannot be read: {why}; check the path") from None
-    if split is None:
-        raise UsageError(
-            f"{path}: the file name tells no split (expected train_..., val_... or test_...); give --split"
-        )
-    return Source(path, split, stat.st_size, stat.st_mtime_ns)
+    return Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns)
 
 
 def _key(sources: list[Source], options: Options) -> str:
@@ -183,24 +125,6 @@ def _listing(root: Path) -> list[tuple[str, int]]:
 # ---- a run -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Part:
-    """One part between the passes: C clips, which of them are kept, and their bounds."""
-
-    source: Source
-    task: Task
-    survey: Survey
-    keep: np.ndarray  # bool [C]
-    bounds: np.ndarray  # int64 [C, 2]; -1 where neither given nor seen
-
-    def refuse(self, i: int, error: ClipError) -> None:
-        """Drop clip `i` of the part."""
-        place = self.survey.place[i]
-        number, (start, end) = int(self.task.numbers[place]), self.task.spans[place].tolist()
-        self.keep[i] = False
-        self.source.refuse(refuse(self.task.file, number, error, (start, end), self.survey.clip_ids[i]))
-
-
 class _Run:
     """Two passes and the decisions between them."""
 
@@ -217,8 +141,8 @@ class _Run:
         owners, tasks = self._tasks()
         surveys = self._map(survey, [(task, self.options.recording_regex) for task in tasks], "reading")
         self._check_unchanged()
-        parts = [_part(*known) for known in zip(owners, tasks, surveys, strict=True)]
-        self._decide(parts)
+        parts = [part_of(*known) for known in zip(owners, tasks, surveys, strict=True)]
+        self.context = decide(self.sources, parts, self.options)
         plans = self._number(parts)
         refused = self._refused(plans)
         written = self._map(write_part, [(plan,) for plan in plans], "writing")
@@ -228,7 +152,7 @@ class _Run:
             manifest["quarantine_sha256"] = _write_quarantine(self.staging / QUARANTINE, refused)
         return manifest
 
-    def _told(self, key: str, parts: list[_Part], written: list[Written], refused: list[Refusal]) -> dict[str, Any]:
+    def _told(self, key: str, parts: list[Part], written: list[Written], refused: list[Refusal]) -> dict[str, Any]:
         splits = merged(written)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -244,7 +168,7 @@ class _Run:
             "shards": [shard for part in written for shard in part.shards],
         }
 
-    def _hazards(self, parts: list[_Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
+    def _hazards(self, parts: list[Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
         """The data's hazards; notes each split's number of recordings on the way."""
         recordings: dict[str, set[str]] = {}
         videos: dict[hazards.Video, int] = {}
@@ -252,14 +176,14 @@ class _Run:
             split, known = part.source.split, part.survey
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
-                video = hazards.Video(
-                    split, known.video_uids[i], known.frames_files[i], known.datasets[i], float(known.fps[i])
-                )
+                head = known.heads[i]
+                video = hazards.Video(split, head.video_uid, head.frames_file, head.dataset or "unknown", float(known.fps[i]))
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)
         by_name = {split.name: split for split in summary_of({"splits": splits}).splits}
         found = [hazard for name in splits for hazard in label_hazards(by_name[name])]
+        found += [hazard for name, counts in self.context.items() for hazard in hazards.of_context(name, counts)]
         found += hazards.of_recordings(recordings)
         if self.options.frames_root:
             found += hazards.of_frames(Path(self.options.frames_root), videos)
@@ -284,7 +208,7 @@ class _Run:
             for start, end in cut(found.spans, PART_CLIPS, PART_BYTES):
                 spool = self.spool / f"{number}-{start}.arrow"
                 owners.append(source)
-                tasks.append(Task(str(source.path), found.spans[start:end], found.numbers[start:end], str(spool)))
+                tasks.append(Task(str(source.path), found.spans[start:end], start, str(spool), self.options.fps))
         return owners, tasks
 
     def _index(self, source: Source) -> Index | None:
@@ -308,18 +232,7 @@ class _Run:
             if (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
                 raise InputError(f"{source.path}: changed while it was read; run again once it is complete")
 
-    def _decide(self, parts: list[_Part]) -> None:
-        """Unique ids, each file's frame convention, every clip's bounds: all that needs the whole input."""
-        _refuse_duplicates(parts)
-        for source in self.sources:
-            mine = [part for part in parts if part.source is source]
-            _decide_convention(source, mine, self.options.frame_convention)
-            for part in mine:
-                _decide_bounds(part)
-        if self.options.pad_s:
-            _pad(parts, self.options)
-
-    def _number(self, parts: list[_Part]) -> list[Plan]:
+    def _number(self, parts: list[Part]) -> list[Plan]:
         """A plan for each part with clips left; parts and clips numbered from 0 in each split."""
         plans = []
         clips: Counter[str] = Counter()
@@ -333,7 +246,7 @@ class _Run:
             if not numbers[split]:
                 self._make_folders(split)
             where = (part.task.spool, staging, split, numbers[split])
-            plans.append(Plan(*where, convention, part.keep, part.bounds, clips[split], self.options))
+            plans.append(Plan(*where, convention, part.keep, part.bounds, clips[split], self.options, part.states))
             numbers[split] += 1
             clips[split] += kept
         return plans
@@ -352,93 +265,6 @@ class _Run:
             first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
             raise InputError(f"{names}: found no usable clip, expected at least one{first}")
         return refused
-
-
-def _part(source: Source, task: Task, found: Survey) -> _Part:
-    for refusal in found.refused:
-        source.refuse(refusal)
-    source.fps_assumed += found.fps_assumed
-    return _Part(source, task, found, np.ones(len(found.clip_ids), bool), found.given.copy())
-
-
-def _refuse_duplicates(parts: list[_Part]) -> None:
-    """Of clips with one id in one split, the first is kept."""
-    taken: dict[str, set[str]] = {}
-    for part in parts:
-        names = taken.setdefault(part.source.split, set())
-        for i, name in enumerate(part.survey.clip_ids):
-            if name in names:
-                part.refuse(i, ClipError("clip_id", f"{name!r} a second time", "an id of its own"))
-            names.add(name)
-
-
-def _decide_convention(source: Source, parts: list[_Part], given: str | None) -> None:
-    """Let the file's valid clips vote on how start_frame and end_frame are meant."""
-    for part in parts:
-        source.votes += part.survey.votes[part.keep & _may_be_valid(part)].sum(axis=0)
-        source.schemas["proassist"] += int(part.survey.proassist[part.keep].sum())
-        source.schemas["prospect"] += int((~part.survey.proassist[part.keep]).sum())
-    decided = given or labels.decide(source.votes)
-    if decided is None:
-        total, lead_in, event, window = source.votes.tolist()
-        raise InputError(
-            f"{source.path}: found no frame convention that 90% of its {total} timed turns follow (votes: "
-            f"lead-in {lead_in}, event {event}, window {window}); say which it is with --frame-convention"
-        )
-    source.convention = decided
-    if set(source.schemas) and not source.schemas["prospect"]:
-        source.convention = "lead-in"  # how ProAssist's `frames` turns are read
-
-
-def _may_be_valid(part: _Part) -> np.ndarray:
-    """bool [C]: clips whose bounds are right in one convention at least (`window` adds a frame at the end)."""
-    bounds = np.where(part.survey.given == NOT_GIVEN, part.survey.seen, part.survey.given)
-    sizes = bounds[:, 1] - bounds[:, 0]
-    return (sizes + (part.survey.given[:, 1] == NOT_GIVEN) > 0) & (sizes <= MAX_FRAMES)
-
-
-def _decide_bounds(part: _Part) -> None:
-    """Infer missing bounds from the turns, in the convention's terms; refuse empty and absurd clips."""
-    inclusive = (part.source.convention == "window") & ~part.survey.proassist
-    seen = part.survey.seen + np.stack([np.zeros_like(inclusive), inclusive], axis=1)
-    part.bounds = np.where(part.survey.given == NOT_GIVEN, seen, part.survey.given)
-    sizes = part.bounds[:, 1] - part.bounds[:, 0]
-    for i in np.flatnonzero(
-        part.keep & ((sizes <= 0) | (sizes > MAX_FRAMES) | (part.bounds[:, 1] > MAX_FRAME))
-    ).tolist():
-        try:
-            check_size(*part.bounds[i].tolist())
-        except ClipError as error:
-            part.refuse(i, error)
-
-
-def _pad(parts: list[_Part], options: Options) -> None:
-    """Widen clips by pad_s on both sides, up to frame 0, their neighbours, and the frames on disk if known.
-
-    A neighbour is a clip of the same video that lies wholly before or after, in any split.
-    """
-    videos: dict[str, list[tuple[_Part, int]]] = {}
-    for part in parts:
-        for i in np.flatnonzero(part.keep).tolist():
-            videos.setdefault(part.survey.video_uids[i], []).append((part, i))
-    for members in videos.values():
-        spans = np.array([part.bounds[i] for part, i in members])
-        starts, ends = np.sort(spans[:, 0]), np.sort(spans[:, 1])
-        first, i = members[0]
-        there = _frames_there(options.frames_root, first.survey, i)
-        for (part, i), (start, end) in zip(members, spans.tolist(), strict=True):
-            pad = int(min(options.pad_s * part.survey.fps[i] + labels.FLOOR_TOLERANCE, MAX_FRAMES))
-            before, after = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
-            least = int(ends[before - 1]) if before else 0
-            most = int(starts[after]) if after < len(starts) else end + pad
-            most = most if there is None else max(end, min(most, there))
-            part.bounds[i] = (max(least, start - pad), min(most, end + pad, MAX_FRAME))
-
-
-def _frames_there(root: str | None, known: Survey, i: int) -> int | None:
-    names = (known.video_uids[i], known.frames_files[i], known.datasets[i])
-    path = find_frames(Path(root), *names) if root else None
-    return count_frames(path, float(known.fps[i])) if path else None
 
 
 def _write_quarantine(path: Path, refused: list[Refusal]) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import polars as pl
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 NOT_SAMPLED: Final = -100  # label of a frame that carries no loss
 MANIFEST: Final = "manifest.json"
 QUARANTINE: Final = "quarantine.jsonl"
@@ -101,11 +101,20 @@ CLIPS: Final = pa.schema(
         _field(
             "initial_state",
             _list(_field("id", pa.string(), "step id"), _field("state", pa.string(), "e.g. in_progress")),
-            "state before the clip's first turn, as the source says; a step left out is not started",
+            "state before the clip's first turn, replayed over the conversation's earlier clips where there are any, "
+            "else as the source says; a step left out is not started",
         ),
         _field("turns", _TURN, "the conversation, in the source's order"),
         _field("sampling_seed", pa.uint64(), "seed of the clip's draws: a pure function of (--seed, clip_id)"),
         _field("neg_rate", pa.float64(), "probability that a frame positive for neither head is supervised"),
+        _field(
+            "unlabelled",
+            _list(
+                _field("start_frame", pa.int32(), "first frame (absolute)"),
+                _field("end_frame", pa.int32(), "one past the last"),
+            ),
+            "ranges of frames that nobody annotated: -100 for both heads, in every epoch",
+        ),
         _field("positive", pa.string(), "span: every frame of an event is positive; onset: its first alone"),
         _field("frame_convention", pa.string(), "how the source's start_frame/end_frame were read"),
         _field("n_speaking", pa.int32(), "frames with speaking_label 1"),

@@ -33,6 +33,7 @@ class Head:
     clips: int
     first: int  # clips whose first frame is positive
     gaps: dict[float, int]  # quiet seconds between two events of a clip -> how often
+    usual_gap: tuple[float, int, int] = (0.0, 0, 0)  # the most frequent of them, how often, of how many
 
     @property
     def before(self) -> float:
@@ -96,7 +97,15 @@ def summary_of(manifest: Mapping[str, Any]) -> Summary:
         heads = {}
         for head, key in (("speaking", "speaking"), ("DST", "dst_update")):
             frames, supervised = told[f"{key}_frames"], told[f"{key}_supervised"]
-            heads[head] = Head(told[f"{key}_positive"], frames, supervised, told[f"{key}_clips"], 0, {})
+            heads[head] = Head(
+                told[f"{key}_positive"],
+                frames,
+                supervised,
+                told[f"{key}_clips"],
+                0,
+                {},
+                tuple(told[f"{key}_usual_gap"]),
+            )
         both = told["both_positive"]
         only = [head.positives - both for head in heads.values()]
         splits.append(
@@ -129,7 +138,7 @@ def split_order(name: str) -> tuple[int, str]:
 
 def label_hazards(split: Split) -> list[hazards.Hazard]:
     """What the split's label counts warn of."""
-    heads = {n: hazards.HeadCounts(h.clips, h.frames, h.positives) for n, h in split.heads.items()}
+    heads = {n: hazards.HeadCounts(h.clips, h.frames, h.positives, h.usual_gap) for n, h in split.heads.items()}
     counts = hazards.LabelCounts(split.clips, split.first, split.both, heads)
     return list(hazards.of_labels(split.name, counts))
 
@@ -193,13 +202,28 @@ def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[st
 def _input_lines(manifest: Mapping[str, Any]) -> Iterator[Text]:
     """Per input file: what was found, and what was assumed."""
     for source in manifest.get("inputs") or []:
-        facts = [f"{source['clips']:,} clip{'' if source['clips'] == 1 else 's'}"] if "clips" in source else []
-        facts += [f"{source['frame_convention']} convention"] if source.get("frame_convention") else []
-        if source.get("turns_not_fitting"):
-            facts.append(f"{source['turns_not_fitting']:,} of {source['votes']['turns']:,} turns do not fit it")
-        facts += [f"fps absent in {source['fps_assumed']:,} clips, 2 assumed"] if source.get("fps_assumed") else []
-        facts += [f"{source['quarantined']:,} quarantined"] if source.get("quarantined") else []
-        yield Text(f"{plain(Path(str(source.get('path', '?'))).name)}: {plain(', '.join(facts))}", style="dim")
+        yield Text(f"{plain(Path(str(source.get('path', '?'))).name)}: {plain(', '.join(_facts(source)))}", style="dim")
+    for skipped in manifest.get("skipped") or []:
+        yield Text(f"{plain(Path(skipped['path']).name)}: left out, {plain(skipped['why'])}", style="dim")
+
+
+def _facts(source: Mapping[str, Any]) -> Iterator[str]:
+    if "clips" in source:
+        schemas = source.get("schemas") or {}
+        of = f" of {' and '.join(schemas)}" if schemas else ""
+        yield f"{source['clips']:,} {source.get('split', '')} clip{'' if source['clips'] == 1 else 's'}{of}"
+    if source.get("frame_convention"):
+        yield f"{source['frame_convention']} convention"
+    if source.get("turns_not_fitting"):
+        yield f"{source['turns_not_fitting']:,} of {source['votes']['turns']:,} turns do not fit it"
+    if source.get("bounds_widened"):
+        yield f"bounds of {source['bounds_widened']:,} clips widened to their turns (DST updates alone given)"
+    if source.get("fps_assumed"):
+        yield f"fps absent in {source['fps_assumed']:,} clips, 2 assumed"
+    for name, count in (source.get("ignored_fields") or {}).items():
+        yield f"{name} ignored in {count:,} clips (not text)"
+    if source.get("quarantined"):
+        yield f"{source['quarantined']:,} quarantined"
 
 
 def _hazard_lines(hazards: Iterable[Mapping[str, str]]) -> Iterator[Text]:

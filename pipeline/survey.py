@@ -15,7 +15,7 @@ import operator
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, NamedTuple
@@ -25,13 +25,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import labels
-from pipeline.read import MAX_CLIP_BYTES, Checked, ClipError, Metadata, Refusal, decode, refuse
-from pipeline.schema import ROLES
+from pipeline import labels, state
+from pipeline.readers import decode
+from pipeline.readers.clip import Clip, ClipError, Refusal, refuse
+from pipeline.readers.index import MAX_CLIP_BYTES
+from pipeline.schema import ROLES, STATES
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
 NOT_GIVEN: Final = -1  # a bound that the source leaves out
+ECHO_CHARACTERS: Final = 20  # shorter texts ("yes") are repeated by chance
 
 _UPDATES = pa.list_(pa.struct([("id", pa.string()), ("transition", pa.string())]))
 _SPOOL_TURN = pa.struct(
@@ -45,6 +48,7 @@ _SPOOL_TURN = pa.struct(
     ]
 )
 _PAIRS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
+_RANGES = pa.list_(pa.struct([("start", pa.int64()), ("end", pa.int64())]))
 SPOOL: Final = pa.schema(
     [
         ("clip_id", pa.string()),
@@ -59,7 +63,8 @@ SPOOL: Final = pa.schema(
         ("steps", _PAIRS),
         ("initial_state", _PAIRS),
         ("neg_rate", pa.float64()),
-        ("proassist", pa.bool_()),
+        ("unlabelled", _RANGES),
+        ("convention", pa.string()),  # null: as in the rest of the file
         ("summaries", pa.int32()),
         ("turns", pa.list_(_SPOOL_TURN)),
     ]
@@ -70,12 +75,13 @@ _SYSTEM, _ASSISTANT, _DST = (ROLES.index(role) for role in ("system", "assistant
 
 @dataclass(frozen=True)
 class Task:
-    """A part of one file: where its clips lie, and their numbers in the file."""
+    """A part of one file: where its clips lie, and the first one's number in the file."""
 
     file: str
     spans: np.ndarray  # int64 [C, 2] bytes
-    numbers: np.ndarray  # int64 [C]
+    first: int
     spool: str
+    fps: float | None  # of --fps
 
 
 @dataclass
@@ -83,18 +89,42 @@ class Survey:
     """What pass 1 keeps in memory of a part's C clips; bounds are -1 where not given."""
 
     clip_ids: list[str]
-    video_uids: list[str]
     recording_ids: list[str]
+<<<<<<< HEAD
     frames_files: list[str | None]
     datasets: list[str]
+=======
+    heads: list[Head]
+>>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
     place: np.ndarray  # [C] of the clip in its task
     fps: np.ndarray  # [C]
     given: np.ndarray  # int64 [C, 2] bounds as given
     seen: np.ndarray  # int64 [C, 2] first start and last end of the non-system turns with frames
+    dst_seen: np.ndarray  # int64 [C, 2] the same of the DST_UPDATE turns alone
     votes: np.ndarray  # int64 [C, 4]
-    proassist: np.ndarray  # bool [C]
-    fps_assumed: int
+    placed: np.ndarray  # bool [C] whether the reader gave the turns their frames: the file's convention is not theirs
+    spoken: int  # assistant turns with text
+    echoed: int  # those whose text a user turn holds
     refused: list[Refusal]
+
+
+class Head(NamedTuple):
+    """What later decisions need of one clip, beside its numbers."""
+
+    schema: str
+    convention: str | None
+    video_uid: str
+    dataset: str | None
+    user: str | None
+    clip_idx: int | None
+    tracked: bool  # whether the clip says anything about the dialog state
+    frames_file: str | None
+    given: Mapping[str, str] | None  # initial state
+    contradicted: bool  # whether the given state makes one of the clip's own updates impossible
+    system_contradicted: bool  # the same of the states that its system turns tell
+    fps_given: bool
+    ignored: list[str]
+    given_away: tuple[int, int, bool]
 
 
 def survey(task: Task, recording: str) -> Survey:
@@ -111,29 +141,70 @@ def survey(task: Task, recording: str) -> Survey:
             places, clips = _read(task, file.fileno(), range(first, last), refused)
             turns = _Turns(clips)
             ids = _names(clips, turns)
-            recordings = [recording_id(clip.clip.video_uid, pattern) for clip in clips]
+            recordings = [recording_id(clip.video_uid, pattern) for clip in clips]
             spool.write_batch(
                 pa.RecordBatch.from_arrays([*_clip_columns(clips, ids, recordings), turns.column()], schema=SPOOL)
             )
-            groups.append((places, ids, recordings, [_About.of(clip) for clip in clips], turns.numbers()))
+            groups.append((places, ids, recordings, list(map(_head, clips)), turns.numbers(), turns.echoes()))
     os.rename(new, task.spool)
-    about = [one for group in groups for one in group[3]]
-    fps, given, seen, votes = (np.concatenate(column) for column in zip(*[g[4] for g in groups], strict=True))
+    fps, given, seen, dst_seen, votes = (np.concatenate(c) for c in zip(*[g[4] for g in groups], strict=True))
     return Survey(
         clip_ids=[name for group in groups for name in group[1]],
         recording_ids=[name for group in groups for name in group[2]],
+<<<<<<< HEAD
         video_uids=[one.video_uid for one in about],
         frames_files=[one.frames_file for one in about],
         datasets=[one.dataset for one in about],
+=======
+        heads=[head for group in groups for head in group[3]],
+>>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
         place=np.array([place for group in groups for place in group[0]], np.int64),
         fps=fps,
         given=given,
         seen=seen,
+        dst_seen=dst_seen,
         votes=votes,
-        proassist=np.array([one.proassist for one in about], bool),
-        fps_assumed=sum(one.fps_assumed for one in about),
+        placed=np.array([head.convention is not None for group in groups for head in group[3]], bool),
+        echoed=sum(group[5][0] for group in groups),
+        spoken=sum(group[5][1] for group in groups),
         refused=refused,
     )
+
+
+def _head(clip: Clip) -> Head:
+    given, told = clip.initial_state, _told_states(clip)
+    updates = _updates(clip) if given or told else []
+    return Head(
+        schema=clip.schema,
+        convention=clip.convention,
+        video_uid=clip.video_uid,
+        dataset=clip.dataset,
+        user=clip.user,
+        clip_idx=clip.clip_idx,
+        tracked=bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
+        frames_file=clip.frames_file,
+        given=given,
+        contradicted=bool(given) and state.contradicts(given or {}, updates),
+        system_contradicted=bool(told) and state.contradicts(told, updates),
+        fps_given=clip.fps_given,
+        ignored=clip.ignored,
+        given_away=clip.given_away,
+    )
+
+
+def _updates(clip: Clip) -> list[tuple[str, str]]:
+    """(step id, transition) of the clip's DST_UPDATE turns, in order."""
+    contents = (content for role, content in zip(clip.turns[0], clip.turns[1], strict=True) if role == "DST_UPDATE")
+    return list(map(_UPDATE, chain.from_iterable(contents)))
+
+
+_TOLD_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
+
+
+def _told_states(clip: Clip) -> dict[str, str]:
+    """The step states that system turns tell, as in 'Step S1: completed'."""
+    texts = [content for role, content in zip(clip.turns[0], clip.turns[1], strict=True) if role == "system"]
+    return dict(_TOLD_STATE.findall("\n".join(texts)))
 
 
 @contextlib.contextmanager
@@ -148,6 +219,7 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
+<<<<<<< HEAD
 class _About(NamedTuple):
     video_uid: str
     frames_file: str | None
@@ -163,16 +235,19 @@ class _About(NamedTuple):
 
 
 def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Checked]]:
+=======
+def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Clip]]:
+>>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
     """Places (in the task) and checked clips of some of its spans; the others go to `refused`."""
     places, clips = [], []
     for i in which:
         start, end = task.spans[i].tolist()
         raw = os.pread(handle, end - start, start) if end - start <= MAX_CLIP_BYTES else b""
         try:
-            clips.append(decode(raw, end - start))
+            clips.append(decode(raw, end - start, task.fps))
             places.append(i)
         except ClipError as error:
-            refused.append(refuse(task.file, int(task.numbers[i]), error, (start, end), _id_of(raw)))
+            refused.append(refuse(task.file, task.first + i, error, (start, end), _id_of(raw)))
     return places, clips
 
 
@@ -213,11 +288,11 @@ _UPDATE = operator.attrgetter("id", "transition")
 class _Turns:
     """All turns of a group's C clips as flat arrays [T]."""
 
-    def __init__(self, clips: list[Checked]) -> None:
-        columns = [list(chain.from_iterable(part)) for part in zip(*[clip.columns for clip in clips], strict=True)]
+    def __init__(self, clips: list[Clip]) -> None:
+        columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
         roles, content, time, start, end = columns or [[]] * 5
         self.clips = clips
-        self.offsets = _offsets([len(clip.columns[0]) for clip in clips])
+        self.offsets = _offsets([len(clip.turns[0]) for clip in clips])
         self.owner = np.repeat(np.arange(len(clips)), np.diff(self.offsets))
         self.role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
         self.start = pa.array(start, pa.int64()).fill_null(labels.NO_FRAMES[0]).to_numpy()
@@ -238,20 +313,39 @@ class _Turns:
         struct = pa.StructArray.from_arrays(columns, fields=list(_SPOOL_TURN))
         return pa.ListArray.from_arrays(pa.array(self.offsets), struct)
 
-    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """fps [C], given bounds [C, 2], seen bounds [C, 2], votes [C, 4]."""
+    def numbers(self) -> tuple[np.ndarray, ...]:
+        """fps [C], given bounds [C, 2], seen bounds [C, 2], those of DST turns [C, 2], votes [C, 4]."""
         clips = self.clips
         fps = np.array([clip.fps for clip in clips], np.float64)
-        bounds = [(NOT_GIVEN if b is None else b) for clip in clips for b in (clip.start, clip.end)]
+        bounds = [(NOT_GIVEN if b is None else b) for clip in clips for b in (clip.start_frame, clip.end_frame)]
         given = np.array(bounds, np.int64).reshape(-1, 2)
         framed = (self.role != _SYSTEM) & (self.end != labels.NO_FRAMES[1])
-        seen = _seen(self.owner[framed], self.start[framed], self.end[framed], len(clips))
+        seen, dst_seen = (
+            _seen(self.owner[which], self.start[which], self.end[which], len(clips))
+            for which in (framed, framed & (self.role == _DST))
+        )
         voting = framed & self.time.is_valid().to_numpy(zero_copy_only=False)
-        voting &= ~np.array([clip.schema == "proassist" for clip in clips], bool)[self.owner]
+        voting &= ~np.array([clip.convention is not None for clip in clips], bool)[self.owner]
         owner = self.owner[voting]
         frame = labels.event_frame(self.time.fill_null(0.0).to_numpy()[voting], fps[owner])
-        first = np.where(given[:, 0] == NOT_GIVEN, seen[:, 0], given[:, 0])
-        return fps, given, seen, labels.vote(owner, self.start[voting], self.end[voting], frame, first, len(clips))
+        dst_alone = (given == dst_seen).all(axis=1) | absent(given, seen, dst_seen)  # bounds that may leave turns out
+        first = np.where(dst_alone | (given[:, 0] == NOT_GIVEN), seen[:, 0], given[:, 0])
+        votes = labels.vote(owner, self.start[voting], self.end[voting], frame, first, len(clips))
+        return fps, given, seen, dst_seen, votes
+
+    def echoes(self) -> tuple[int, int]:
+        """(assistant turns whose whole text stands in an earlier user turn of their clip, assistant turns)."""
+        found = spoken = 0
+        for clip in self.clips:
+            said = list(zip(clip.turns[0], clip.turns[1], strict=True))
+            heard = "\n".join([text for role, text in said if role == "user"])
+            for place, (role, text) in enumerate(said):
+                if role != "assistant":
+                    continue
+                spoken += 1
+                if len(text) >= ECHO_CHARACTERS and text in heard:
+                    found += any(text in earlier for role, earlier in said[:place] if role == "user")
+        return found, spoken
 
     def digests(self) -> list[str]:
         """8 hex digits per clip of what is said in it and when: roles, times, frames and texts."""
@@ -264,7 +358,7 @@ class _Turns:
         for clip, begin, stop in zip(self.clips, self.offsets, self.offsets[1:], strict=False):
             sha = hashlib.sha256(numbers[begin:stop].tobytes())
             sha.update(text[ends[begin] : ends[stop]])
-            sha.update(f"{clip.start} {clip.end}".encode())
+            sha.update(f"{clip.start_frame} {clip.end_frame}".encode())
             found.append(sha.hexdigest()[:8])
         return found
 
@@ -276,13 +370,13 @@ def _written(updates: pa.ListArray) -> pa.StringArray:
     return pc.binary_join(pa.ListArray.from_arrays(updates.offsets, each), ", ")
 
 
-def _names(clips: list[Checked], turns: _Turns) -> list[str]:
+def _names(clips: list[Clip], turns: _Turns) -> list[str]:
     """clip_id of each clip: its own `id`, else its video, number, user and a digest of its conversation.
 
     A pure function of the clip, so that other clips never rename it; two conversations over one video differ
     in the digest, a true duplicate does not.
     """
-    given = [clip.clip.id for clip in clips]
+    given = [clip.id for clip in clips]
     digests = turns.digests() if None in given else given
     return [
         _built_name(clip, str(digest)) if name is None else str(name)
@@ -290,13 +384,8 @@ def _names(clips: list[Checked], turns: _Turns) -> list[str]:
     ]
 
 
-def _built_name(checked: Checked, digest: str) -> str:
-    clip = checked.clip
-    parts = (clip.video_uid, checked.clip_idx, clip.metadata.user_id if clip.metadata else None, digest)
-    return "_".join(str(part) for part in parts if part is not None)
-
-
-_NOTHING: Final[list[Any]] = []
+def _built_name(clip: Clip, digest: str) -> str:
+    return "_".join(str(part) for part in (clip.video_uid, clip.clip_idx, clip.user, digest) if part is not None)
 
 
 def _offsets(lengths: list[int] | np.ndarray) -> np.ndarray:
@@ -310,36 +399,70 @@ def _list_of(offsets: np.ndarray, type_: pa.DataType, first: list[Any], second: 
     return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type_)
 
 
-def _clip_columns(clips: list[Checked], ids: list[str], recordings: list[str]) -> list[pa.Array]:
-    sources = [clip.clip for clip in clips]
-    about = [clip.metadata or _NO_METADATA for clip in sources]
-    steps = [[(step.id, step.name or "") for step in clip.dst or _NOTHING] for clip in sources]
-    states = [list((clip.initial_dst_state or {}).items()) for clip in sources]
+def _clip_columns(clips: list[Clip], ids: list[str], recordings: list[str]) -> list[pa.Array]:
     text = pa.string()
+    ranges = [bounds for clip in clips for bounds in clip.unlabelled]
+    struct = pa.StructArray.from_arrays(
+        [pa.array([bounds[i] for bounds in ranges], pa.int64()) for i in (0, 1)], fields=list(_RANGES.value_type)
+    )
+    offsets = _offsets([len(clip.unlabelled) for clip in clips])
     return [
         pa.array(ids, text),
-        pa.array([clip.video_uid for clip in sources], text),
+        pa.array([clip.video_uid for clip in clips], text),
         pa.array(recordings, text),
-        pa.array([clip.dataset or "unknown" for clip in sources], text),
+        pa.array([clip.dataset or "unknown" for clip in clips], text),
         pa.array([clip.clip_idx or 0 for clip in clips], pa.int32()),
         pa.array([clip.fps for clip in clips], pa.float64()),
-        pa.array([clip.frames_file for clip in sources], text),
-        pa.array([c.inferred_goal or m.task_goal for c, m in zip(sources, about, strict=True)], text),
-        pa.array([c.inferred_knowledge or m.knowledge for c, m in zip(sources, about, strict=True)], text),
-        _pairs(steps),
-        _pairs(states),
-        pa.array([clip.neg_frame_sampling_rate for clip in sources], pa.float64()),
-        pa.array([clip.schema == "proassist" for clip in clips], pa.bool_()),
+        pa.array([clip.frames_file for clip in clips], text),
+        pa.array([clip.goal for clip in clips], text),
+        pa.array([clip.knowledge for clip in clips], text),
+        _pairs([clip.steps for clip in clips]),
+        _pairs([list((clip.initial_state or {}).items()) for clip in clips]),
+        pa.array([clip.neg_rate for clip in clips], pa.float64()),
+        pa.ListArray.from_arrays(pa.array(offsets), struct, type=_RANGES),
+        pa.array([clip.convention for clip in clips], text),
         pa.array([clip.summaries for clip in clips], pa.int32()),
     ]
 
 
-_NO_METADATA: Final = Metadata()
-
-
-def _pairs(rows: list[list[tuple[str, str]]]) -> pa.ListArray:
+def _pairs(rows: Sequence[Sequence[tuple[str, str]]]) -> pa.ListArray:
     flat = [pair for row in rows for pair in row]
     return _list_of(_offsets([len(row) for row in rows]), _PAIRS, [k for k, _ in flat], [v for _, v in flat])
+
+
+def absent(given: np.ndarray, seen: np.ndarray, dst_seen: np.ndarray) -> np.ndarray:
+    """bool [C]: clips without DST updates that are said to span 0..0, as generators do: no bounds at all."""
+    return (given == 0).all(axis=1) & (dst_seen[:, 1] == NOT_GIVEN) & (seen[:, 1] > 0)
+
+
+class SpooledTurns(NamedTuple):
+    """Turns [T] of some spooled clips without their texts; frames in the source's convention."""
+
+    owner: np.ndarray  # [T] index into the clips asked for
+    role: np.ndarray  # [T] code in ROLES
+    start: np.ndarray  # int64 [T]
+    end: np.ndarray  # int64 [T]
+    updates: list[list[dict[str, str]]]  # [T] {id, transition}
+
+
+def spooled_turns(spool: str, clips: np.ndarray) -> Iterator[SpooledTurns]:
+    """The turns of the (ascending) clips [C] of a part, batch by batch; `owner` counts on through them."""
+    first = done = 0
+    with pa.memory_map(spool) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            rows = clips[(clips >= first) & (clips < first + batch.num_rows)] - first
+            first += batch.num_rows
+            if not len(rows):
+                continue
+            lists = batch.column("turns").take(pa.array(rows))
+            offsets = lists.offsets.to_numpy()
+            turns = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
+            role, start, end = (turns.field(name).to_numpy() for name in ("role", "start", "end"))
+            owner = done + np.repeat(np.arange(len(rows)), np.diff(offsets))
+            done += len(rows)
+            yield SpooledTurns(owner, role, start, end, turns.field("updates").to_pylist())
 
 
 def _seen(owner: np.ndarray, start: np.ndarray, end: np.ndarray, clips: int) -> np.ndarray:

@@ -19,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import labels
+from pipeline.hazards import usual_gap
 from pipeline.options import Options
 from pipeline.schema import CLIPS, NOT_SAMPLED, ROLES, draws, rate_threshold, sampling_seed, shard_path
 from pipeline.shards import TableWriter, sha256
+from pipeline.state import NOT_STARTED
 
 GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
 _ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
 _ROLES: Final = pa.array(ROLES)
+HEADS: Final = ("speaking", "dst_update")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Plan:
     bounds: np.ndarray  # int64 [C, 2]
     first_clip: int
     options: Options
+    states: dict[int, dict[str, str]]  # clip of the part (before `keep`) -> its replayed initial state
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Written:
     shards: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, Counter[float]] = field(default_factory=lambda: {head: Counter() for head in HEADS})
     seconds: float = 0.0
 
 
@@ -79,8 +84,8 @@ def write_part(plan: Plan) -> Written:
 def _write_groups(plan: Plan, writers: dict[str, TableWriter], done: Written) -> int:
     """Write and count the part's groups; returns the number of clips."""
     clip = plan.first_clip
-    for batch, bounds in _groups(plan):
-        group = _Group(batch, bounds, clip, plan)
+    for batch, bounds, states in _groups(plan):
+        group = _Group(batch, bounds, clip, plan, states)
         writers["frames"].write(group.frames_batch(writers["frames"].batch_schema))
         writers["clips"].write(group.clips_batch())
         group.count(done)
@@ -95,10 +100,13 @@ def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
         total = splits.setdefault(part.split, Written(part.split))
         total.counts.update(part.counts)
         total.drops.update(part.drops)
+        for head, gaps in part.gaps.items():
+            total.gaps[head].update(gaps)
         total.seconds += part.seconds
     return {
         split: {
             **total.counts,
+            **{f"{head}_usual_gap": usual_gap(gaps) for head, gaps in total.gaps.items()},
             "hours": round(total.seconds / 3600, 4),
             "drops": {reason: count for reason, count in sorted(total.drops.items()) if count},
         }
@@ -122,8 +130,8 @@ def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str,
     }
 
 
-def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-    """The kept clips of each spooled batch with their bounds, cut where they hold too many frames."""
+def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, dict[int, dict[str, str]]]]:
+    """The kept clips of each spooled batch, their bounds and replayed states, cut where they hold too many frames."""
     first = 0
     with pa.memory_map(plan.spool) as source:
         reader = pa.ipc.open_file(source)
@@ -131,11 +139,13 @@ def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
             batch = reader.get_batch(number)
             keep = plan.keep[first : first + batch.num_rows]
             bounds = plan.bounds[first : first + batch.num_rows][keep]
+            places = (first + np.flatnonzero(keep)).tolist()
             first += batch.num_rows
             if not keep.all():
                 batch = batch.filter(pa.array(keep))
             for begin, end in _cut(bounds):
-                yield batch.slice(begin, end - begin), bounds[begin:end]
+                states = {i: plan.states[place] for i, place in enumerate(places[begin:end]) if place in plan.states}
+                yield batch.slice(begin, end - begin), bounds[begin:end], states
 
 
 def _cut(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -152,8 +162,15 @@ def _cut(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
 class _Group:
     """One row group: the clips' turns as flat arrays, their labels as one flat array over all frames."""
 
-    def __init__(self, batch: pa.RecordBatch, bounds: np.ndarray, first_clip: int, plan: Plan) -> None:
-        self.batch, self.bounds, self.plan = batch, bounds, plan
+    def __init__(
+        self,
+        batch: pa.RecordBatch,
+        bounds: np.ndarray,
+        first_clip: int,
+        plan: Plan,
+        states: dict[int, dict[str, str]],
+    ) -> None:
+        self.batch, self.bounds, self.plan, self.states = batch, bounds, plan, states
         self.number = np.arange(first_clip, first_clip + batch.num_rows, dtype=np.int32)
         self.ids = batch.column("clip_id")
         seeds = [sampling_seed(plan.options.seed, name) for name in self.ids.to_pylist()]
@@ -161,7 +178,11 @@ class _Group:
         self.rates = [plan.options.rate(plan.split, own) for own in batch.column("neg_rate").to_pylist()]
         self.sizes = bounds[:, 1] - bounds[:, 0]
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # of each clip, in the flat frames
+        own = batch.column("convention").to_pylist()
+        self.conventions = [name or plan.convention for name in own]
+        self.placed = np.array([name is not None for name in own], bool)
         self._read_turns()
+        self._read_unlabelled()
         self.frame = np.arange(self.first[-1]) + np.repeat(bounds[:, 0] - self.first[:-1], self.sizes)
         self.labels = self._label()
 
@@ -173,11 +194,21 @@ class _Group:
         self.owner = np.repeat(np.arange(self.batch.num_rows), np.diff(self.offsets))
         self.role = self.turns.field("role").to_numpy()
         start, end = (self.turns.field(name).to_numpy() for name in ("start", "end"))
-        proassist = self.batch.column("proassist").to_numpy(zero_copy_only=False)
-        as_they_are = (end == labels.NO_FRAMES[1]) | proassist[self.owner]
+        as_they_are = (end == labels.NO_FRAMES[1]) | self.placed[self.owner]
         moved = labels.canonical(self.plan.convention, start, end)
         self.start = np.where(as_they_are, start, moved[0])
         self.end = np.where(as_they_are, end, moved[1])
+
+    def _read_unlabelled(self) -> None:
+        """The ranges that nobody annotated, cut to their clips: `unlabelled` absolute [U, 2], of clips `whose` [U]."""
+        column = self.batch.column("unlabelled")
+        offsets = column.offsets.to_numpy()
+        ranges = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+        whose = np.repeat(np.arange(self.batch.num_rows), np.diff(offsets))
+        bounds = self.bounds[whose]
+        start, end = (np.clip(ranges.field(i).to_numpy(), bounds[:, 0], bounds[:, 1]) for i in (0, 1))
+        inside = start < end
+        self.whose, self.unlabelled = whose[inside], np.stack([start, end], axis=1)[inside]
 
     def _label(self) -> np.ndarray:
         """int8 [2, F]."""
@@ -189,7 +220,9 @@ class _Group:
         self.tracked = (steps > 0) | (updates > 0)
         tracked = np.repeat(self.tracked, self.sizes)
         heads = [self._events(self.role == code) for code in (_ASSISTANT, _DST)]
-        return labels.label_frames(heads, drawn, tracked, self.plan.options.positive)
+        offset = self.first[self.whose] - self.bounds[self.whose, 0]
+        unlabelled = self.unlabelled + offset[:, None]
+        return labels.label_frames(heads, drawn, tracked, unlabelled, self.plan.options.positive)
 
     def _events(self, which: np.ndarray) -> labels.Events:
         owner = self.owner[which]
@@ -213,7 +246,6 @@ class _Group:
         taken = {name: self.batch.column(name) for name in ("clip_id", "video_uid", "recording_id", "dataset")}
         taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
         supervised = (self.labels != NOT_SAMPLED).any(axis=0)
-        proassist = self.batch.column("proassist").to_pylist()
         taken |= {
             "clip": pa.array(self.number),
             "fps": self.batch.column("fps").cast(pa.float32()),
@@ -221,17 +253,37 @@ class _Group:
             "end_frame": pa.array(self.bounds[:, 1], pa.int32()),
             "num_frames": pa.array(self.sizes, pa.int32()),
             "steps": _retyped(self.batch.column("steps"), CLIPS.field("steps").type),
-            "initial_state": _retyped(self.batch.column("initial_state"), CLIPS.field("initial_state").type),
+            "initial_state": self._initial_state(),
             "turns": self._turns_column(),
             "sampling_seed": pa.array(self.seeds, pa.uint64()),
             "neg_rate": pa.array(self.rates, pa.float64()),
+            "unlabelled": self._unlabelled_column(),
             "positive": pa.array([self.plan.options.positive] * rows),
-            "frame_convention": pa.array(["lead-in" if p else self.plan.convention for p in proassist]),
+            "frame_convention": pa.array(self.conventions),
             "n_speaking": self._per_clip(self.labels[0] == 1),
             "n_dst_update": self._per_clip(self.labels[1] == 1),
             "n_supervised": self._per_clip(supervised),
         }
         return pa.RecordBatch.from_arrays([taken[name] for name in CLIPS.names], schema=CLIPS)
+
+    def _initial_state(self) -> pa.Array:
+        """Replayed states tell every step of the clip; given ones are as the source has them."""
+        type_ = CLIPS.field("initial_state").type
+        column = self.batch.column("initial_state")
+        if not self.states:
+            return _retyped(column, type_)
+        rows = [[(pair["key"], pair["value"]) for pair in pairs] for pairs in column.to_pylist()]
+        steps = self.batch.column("steps").to_pylist()
+        for i, state in self.states.items():
+            rows[i] = list((dict.fromkeys((step["key"] for step in steps[i]), NOT_STARTED) | state).items())
+        return pa.array([[{"id": step, "state": state} for step, state in row] for row in rows], type_)
+
+    def _unlabelled_column(self) -> pa.Array:
+        type_ = CLIPS.field("unlabelled").type
+        offsets = np.searchsorted(self.whose, np.arange(self.batch.num_rows + 1)).astype(np.int32)
+        columns = [pa.array(self.unlabelled[:, i], pa.int32()) for i in (0, 1)]
+        struct = pa.StructArray.from_arrays(columns, fields=list(type_.value_type))
+        return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type_)
 
     def _per_clip(self, mask: np.ndarray) -> pa.Array:
         return pa.array(np.add.reduceat(mask, self.first[:-1], dtype=np.int64), pa.int32())
@@ -256,13 +308,16 @@ class _Group:
         both = (speaking == 1) & (dst == 1)
         firsts = self.first[:-1]
         fps = self.batch.column("fps").to_numpy()
+        nobody = np.bincount(self.whose, self.unlabelled[:, 1] - self.unlabelled[:, 0], self.batch.num_rows)
+        annotated = self.sizes - nobody.astype(np.int64)  # frames [C]
+        tracked = self.tracked & (annotated > 0)
         done.counts.update(
             clips=self.batch.num_rows,
             frames=len(self.frame),
-            speaking_clips=self.batch.num_rows,
-            speaking_frames=len(self.frame),
-            dst_update_clips=int(self.tracked.sum()),
-            dst_update_frames=int(self.sizes[self.tracked].sum()),
+            speaking_clips=int((annotated > 0).sum()),
+            speaking_frames=int(annotated.sum()),
+            dst_update_clips=int(tracked.sum()),
+            dst_update_frames=int(annotated[tracked].sum()),
             supervised=int(((speaking != NOT_SAMPLED) | (dst != NOT_SAMPLED)).sum()),
             speaking_supervised=int((speaking != NOT_SAMPLED).sum()),
             dst_update_supervised=int((dst != NOT_SAMPLED).sum()),
@@ -272,6 +327,15 @@ class _Group:
             first_frame_positive=int(((speaking[firsts] == 1) | (dst[firsts] == 1)).sum()),
         )
         done.seconds += float((self.sizes / fps).sum())
+        for head, own in zip(HEADS, self.labels, strict=True):
+            positive = np.flatnonzero(own == 1)
+            clip = np.searchsorted(self.first, positive, side="right") - 1
+            quiet = np.diff(positive) - 1
+            between = (quiet > 0) & (np.diff(clip) == 0)
+            seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
+            done.gaps[head].update(
+                dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True))
+            )
         self._count_drops(done)
 
     def _count_drops(self, done: Written) -> None:

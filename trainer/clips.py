@@ -69,6 +69,7 @@ class ClipExample:
     neg_rate: float
     positive: str  # 'span' or 'onset'
     labels: Labels
+    unlabelled: tuple[tuple[int, int], ...] = ()  # absolute ranges that nobody annotated
     dataset: str = "unknown"
 
     @property
@@ -90,6 +91,7 @@ class LabelRule:
     tracked: Mask  # [C] whether the clip says anything about the DST head
     positives: Mask  # [2, F]
     onset_rest: Mask | None  # [2, F] frames of onset events after their first; None where there are none
+    unlabelled: Mask | None  # [F] frames that nobody annotated; None where there are none
 
 
 def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labels:
@@ -105,6 +107,8 @@ def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labe
     np.copyto(labels, 1, where=rule.positives)
     if not rule.tracked.all():
         labels[DST, np.repeat(~rule.tracked, rule.sizes)] = NOT_SAMPLED
+    if rule.unlabelled is not None:
+        labels[:, rule.unlabelled] = NOT_SAMPLED
     return labels
 
 

@@ -34,6 +34,7 @@ from trainer.errors import TrainerError
 from trainer.tokenizer import STATES, Tokens
 
 CONTEXT = 0.25  # share of a window's room for frames that repeats what came before
+ROLE = "You are a helpful assistant."  # opens every prompt
 REPLIES = ("DST_UPDATE", "assistant")  # in this order where both stand after one frame
 DEFAULT_ARM = ARMS["speak+dst"]
 Ints = npt.NDArray[np.int64]
@@ -227,14 +228,12 @@ def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | Non
 
 
 def _task(clip: ClipExample) -> list[str]:
-    """What opens the conversation: leading system turns, the goal, and the recipe where no steps tell it."""
-    system: list[str] = []
-    for turn in clip.turns:
-        if turn.role != "system":
-            break
-        system.append(turn.text)
+    """What opens the conversation: the role, the goal, and the recipe where no steps tell it.
+
+    Never the source's system turn: generated ones repeat a state, often one of the future.
+    """
     recipe = None if clip.steps else clip.knowledge
-    return [*system, *(text for text in (clip.goal, recipe) if text)]
+    return [ROLE, *(text for text in (clip.goal, recipe) if text)]
 
 
 # ---- assembly ----------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from pipeline.schema import (
     sealed,
     shard_path,
 )
-from trainer.clips import ClipExample, ClipLabels, LabelRule, Labels, Turn, epoch_labels, onset_rest
+from trainer.clips import ClipExample, ClipLabels, Ints, LabelRule, Labels, Mask, Turn, epoch_labels, onset_rest
 from trainer.disk import sha256
 from trainer.errors import TrainerError
 
@@ -384,6 +384,7 @@ _ROLE = "turns.list.element.role"
 _NUMBERS = (
     *("start_frame", "num_frames", "sampling_seed", "neg_rate", "positive", "steps.list.element.id"),
     *(_ROLE, "turns.list.element.start_frame", "turns.list.element.end_frame"),
+    *("unlabelled.list.element.start_frame", "unlabelled.list.element.end_frame"),
 )
 _SAME = (  # what a ClipExample takes over as it is
     *("clip_id", "clip", "video_uid", "recording_id", "fps", "start_frame", "num_frames", "frames_file"),
@@ -422,6 +423,7 @@ class _Group:
             tracked=(np.diff(_flat(clips["steps"])[0]) > 0) | (updates > 0),
             positives=self.stored == 1,
             onset_rest=onset_rest(self._turns, owner, self._starts, sizes, onset),
+            unlabelled=_unlabelled(clips, self._starts, sizes),
         )
 
     def check_draw(self) -> None:
@@ -465,6 +467,7 @@ class _Texts:
         self._same = clips.select(list(_SAME)).to_pylist()
         self._steps, self._states = (_pairs(*_flat(clips[name])) for name in ("steps", "initial_state"))
         self._turn_at, self._turns = _flat(clips["turns"])
+        self._unlabelled = _pairs(*_flat(clips["unlabelled"]))
 
     def example(self, row: int, labels: Labels) -> ClipExample:
         first, end = int(self._turn_at[row]), int(self._turn_at[row + 1])
@@ -474,6 +477,7 @@ class _Texts:
             initial_state=self._states[row],
             turns=_Turns(self._turns.slice(first, end - first)),
             labels=labels,
+            unlabelled=self._unlabelled[row],
         )
 
 
@@ -550,7 +554,19 @@ def _decode(structs: pa.StructArray) -> tuple[Turn, ...]:
     return tuple(map(Turn, *(column.to_pylist() for column in columns), _pairs(*_flat(updates))))
 
 
-def _pairs(at: npt.NDArray[np.int32], structs: pa.StructArray) -> list[tuple[tuple[str, str], ...]]:
-    """Per list, its structs of two strings."""
+def _unlabelled(clips: pa.Table, starts: Ints, sizes: Ints) -> Mask | None:
+    """bool [F]: frames that nobody annotated; None where there are none. starts, sizes [C]: the clips' frames."""
+    at, ranges = _flat(clips["unlabelled"])
+    if not len(ranges):
+        return None
+    owner = np.repeat(np.arange(len(sizes)), np.diff(at))
+    move = (np.cumsum(sizes) - sizes - starts)[owner]
+    edges = (np.from_dlpack(ranges.field(name)) + move for name in ("start_frame", "end_frame"))
+    opened, closed = (np.bincount(edge, minlength=int(sizes.sum()) + 1) for edge in edges)
+    return np.asarray(np.cumsum(opened - closed)[:-1] > 0)
+
+
+def _pairs(at: npt.NDArray[np.int32], structs: pa.StructArray) -> list[tuple[tuple[Any, Any], ...]]:
+    """Per list, its structs of two values."""
     pairs = list(zip(*(column.to_pylist() for column in structs.flatten()), strict=True))
     return [tuple(pairs[a:b]) for a, b in pairwise(at.tolist())]

@@ -81,8 +81,8 @@ def find_task(path: Path | None, clip: str | None, video: str, fps: float | None
 def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> ClipExample:
     """What is being done, as a clip without turns that starts at frame 0: goal, steps, the state that it starts from.
 
-    path: a JSON file with `goal`, `knowledge`, `steps` ([{id, name}], or names), `initial_state` ({id: state}) and
-    `system`, all of them optional, or a clip of a conversations file (of several the one whose id or number is `clip`).
+    path: a JSON file with `goal`, `knowledge`, `steps` ([{id, name}], or names), `initial_state` ({id: state}),
+    all of them optional, or a clip of a conversations file (of several the one whose id or number is `clip`).
     None: nothing is known. name: what the task is called in messages. TrainerError where the file says something else.
     """
     told = {} if path is None else _read_json(path, clip)
@@ -94,12 +94,10 @@ def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> Cli
             f"{path} initial_state: expected an object of its steps' ids with one of {', '.join(STATES)} each"
         )
     texts = {key: _either(told, key, f"inferred_{key}", None) for key in ("goal", "knowledge")}
-    system = told.get("system", _system_turns(told.get("conversation")))
-    for key, text in (*texts.items(), ("system", system)):
+    for key, text in texts.items():
         if text is not None and not isinstance(text, str):
             raise TrainerError(f"{path} {key}: found {text!r:.60}, expected text")
-    turns = [Turn("system", system)] if system else []
-    return _task(name, fps, texts["goal"], texts["knowledge"], steps, tuple(state.items()), turns)
+    return _task(name, fps, texts["goal"], texts["knowledge"], steps, tuple(state.items()))
 
 
 def clip_of(data: Path, clip: str) -> ClipExample:
@@ -126,11 +124,10 @@ def _task(
     knowledge: str | None,
     steps: tuple[tuple[str, str], ...],
     state: tuple[tuple[str, str], ...],
-    turns: Sequence[Turn],
 ) -> ClipExample:
     return ClipExample(
         clip_id=name, clip=0, video_uid=name, recording_id=name, fps=fps, start_frame=0, num_frames=0,
-        frames_file=None, goal=goal, knowledge=knowledge, steps=steps, initial_state=state, turns=turns,
+        frames_file=None, goal=goal, knowledge=knowledge, steps=steps, initial_state=state, turns=(),
         sampling_seed=0, neg_rate=0.0, positive="onset", labels=np.full((2, 0), NOT_SAMPLED, np.int8),
     )  # fmt: skip
 
@@ -187,13 +184,3 @@ def _steps(path: Path | None, told: Any) -> Sequence[tuple[str, str]]:
     if len(dict(steps)) < len(steps):
         raise TrainerError(f"{path} steps: an id twice, expected one of its own for each")
     return steps
-
-
-def _system_turns(conversation: Any) -> str | None:
-    """What leads a conversation."""
-    leading = []
-    for turn in conversation if isinstance(conversation, list) else []:
-        if not isinstance(turn, dict) or turn.get("role") != "system" or not isinstance(turn.get("content"), str):
-            break
-        leading.append(turn["content"])
-    return "\n".join(leading) or None

@@ -67,14 +67,21 @@ def is_live(scored: ScoredClip, head: str) -> bool:
 
 
 def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Ints:
-    """int64 [P], ascending: the absolute frames at which the model spoke, or its score makes an event."""
+    """int64 [P], ascending: the absolute frames at which the model spoke, or its score makes an event.
+
+    Not those that nobody annotated: there is no telling whether they are right.
+    """
     clip = scored.clip
     did = scored.said if head == "speaking" else scored.updates
     if did is not None:
-        return np.flatnonzero([what is not None for what in did]) + clip.start_frame
-    assert threshold is not None
-    hot = np.flatnonzero(fires(scored.logits[head], threshold))
-    return spaced(hot, refractory_frames(clip.fps, refractory_s)) + clip.start_frame
+        frames = np.flatnonzero([what is not None for what in did]) + clip.start_frame
+    else:
+        assert threshold is not None
+        hot = np.flatnonzero(fires(scored.logits[head], threshold))
+        frames = spaced(hot, refractory_frames(clip.fps, refractory_s)) + clip.start_frame
+    for start, end in clip.unlabelled:
+        frames = frames[(frames < start) | (frames >= end)]
+    return frames
 
 
 def predictions(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Floats:
@@ -133,10 +140,13 @@ def _in_window(reference: Floats, predicted: Floats, settings: Settings) -> Mask
 
 
 def _quiet(clip: ClipExample, reference: Floats, settings: Settings) -> float:
-    """Hours of the clip that lie in no reference's window."""
+    """Hours of the clip that lie in no reference's window and that somebody annotated."""
     start, end = clip.start_frame / clip.fps, clip.end_frame / clip.fps
-    opened = np.clip(reference - settings.early_s, start, end)
-    closed = np.clip(reference + settings.late_s, start, end)
+    nobody = np.array(clip.unlabelled, np.float64).reshape(-1, 2) / clip.fps
+    opened = np.clip(np.concatenate([reference - settings.early_s, nobody[:, 0]]), start, end)
+    closed = np.clip(np.concatenate([reference + settings.late_s, nobody[:, 1]]), start, end)
+    order = np.argsort(opened, kind="stable")
+    opened, closed = opened[order], np.maximum.accumulate(closed[order])
     opened[1:] = np.maximum(opened[1:], closed[:-1])
     return max(0.0, end - start - float(np.maximum(closed - opened, 0).sum())) / 3600
 

@@ -1,0 +1,69 @@
+"""The input schemas, a module each, and which of them a clip is written in. How to add one: docs/add-a-reader.md."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from pipeline.readers import egoproactive, proassist, prospect
+from pipeline.readers.clip import NOT_STRICT, Clip, ClipError, Reader, brief, lenient
+from pipeline.readers.index import MAX_CLIP_BYTES
+
+READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, proassist.READER, prospect.READER)  # the first that fits
+
+# Files of the same projects that cannot be used: top-level fields that tell them, and what to use instead.
+_UNUSABLE: Final = (
+    (
+        {"events"},
+        "events without a conversation (their times are gone)",
+        "a conversation; use the {split}.json beside it with --fps 2, or the newest sparse_sequence_generator",
+    ),
+    (
+        {"conversations"},
+        "conversations (generated dialogs; no frames were made)",
+        "one conversation with frames; run the generator's next stage and use its {split}_training.json",
+    ),
+    (
+        {"messages"},
+        "messages (a chat that was made for one model)",
+        "the raw file that it was converted from",
+    ),
+)
+
+
+def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
+    """The clip of one clip's JSON bytes, whatever its schema. Raises ClipError naming field and turn.
+
+    size: bytes the clip takes in its file, where the caller did not read it for being too large.
+    fps: frames a second of clips that do not say (--fps).
+    """
+    if size > MAX_CLIP_BYTES:
+        raise ClipError("clip", f"{size:,} bytes", f"at most {MAX_CLIP_BYTES:,}")
+    usual = prospect.read_usual(raw, fps)  # most files: decoded once, without a look at the names
+    return usual or _reader_of(raw).read(raw, fps)
+
+
+def _reader_of(raw: bytes) -> Reader:
+    """The reader of the clip's schema, by its top-level fields. Raises ClipError."""
+    names = _names(raw)
+    if "conversation" not in names:
+        for fields, found, expected in _UNUSABLE:
+            if fields <= names:
+                raise ClipError("conversation", found, expected)
+    for reader in READERS:
+        if reader.recognises(names, raw):
+            return reader
+    known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
+    raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")
+
+
+def _names(raw: bytes) -> frozenset[str]:
+    """A clip's top-level field names. Raises ClipError where it is no JSON object."""
+    try:
+        return frozenset(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]))
+    except NOT_STRICT:
+        tree = lenient(raw)
+    if not isinstance(tree, dict):
+        raise ClipError("clip", type(tree).__name__, "object")
+    return frozenset(tree)

@@ -1,0 +1,149 @@
+"""EgoProactive, Meta's benchmark (`facebook/wearable-ai`): one session a line, decisions in chunks of mostly 8 s.
+
+`video_intervals` are the chunks in seconds, `answers` what is said in each. A chunk with `$interrupt$TEXT` is an
+assistant event over all its frames, TEXT stands after them; frames in no chunk were annotated by nobody. There is no
+dialog state. `dialog`, the history before each chunk, is not used: where it grows tells the answers, which is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.labels import FLOOR_TOLERANCE
+from pipeline.readers.clip import (
+    MAX_FRAME,
+    Clip,
+    ClipError,
+    Range,
+    Reader,
+    brief,
+    check_bounds,
+    check_fps,
+    check_path,
+    check_uid,
+    columns,
+    parse,
+    text_of,
+)
+
+FIELDS: Final = "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query"
+INTERRUPT: Final = "$interrupt$"
+
+
+class Record(msgspec.Struct, gc=False):
+    video_path: str
+    video_intervals: list[tuple[float, float]]
+    answers: list[str]
+    query: Any = None
+    duration_in_sec: float | None = None
+    fps: float | None = None
+    task: Any = None
+    dialog: Any = None
+
+
+_RECORD = msgspec.json.Decoder(Record)
+
+
+def recognises(names: Collection[str], raw: bytes) -> bool:
+    return "video_intervals" in names
+
+
+def read(raw: bytes, fps: float | None) -> Clip:
+    record, ignored = parse(raw, _RECORD), []  # type: tuple[Record, list[str]]
+    path = record.video_path.removeprefix("./")
+    check_path("video_path", path)
+    fps, _ = check_fps(record.fps, fps)
+    chunks = chunk_frames(record.video_intervals, fps)
+    if len(record.answers) != len(chunks):
+        raise ClipError("answers", str(len(record.answers)), f"one for each of the {len(chunks)} video_intervals")
+    rows: list[tuple[Any, ...]] = []
+    query = text_of(record.query, "query", ignored)
+    if query:
+        start = record.video_intervals[0][0]
+        rows.append(("user", query, start, chunks[0][0], chunks[0][0] + 1))
+    for (start, _), frames, answer in zip(record.video_intervals, chunks, record.answers, strict=True):
+        if (text := interrupt_text(answer)) is not None:
+            rows.append(("assistant", text, start, *frames))
+    clip = Clip(
+        schema="egoproactive",
+        video_uid=PurePosixPath(path).stem,
+        turns=columns(rows),
+        fps=fps,
+        start_frame=0,
+        end_frame=max(chunks[-1][1], _ceil((record.duration_in_sec or 0.0) * fps)),
+        convention="event",
+        dataset="egoproactive",
+        frames_file=path,
+        goal=text_of(record.task, "task", ignored),
+        unlabelled=_gaps(chunks),
+        ignored=ignored,
+        given_away=_given_away(record.dialog, record.answers),
+    )
+    check_uid(clip.video_uid)
+    return check_bounds(clip)
+
+
+READER: Final = Reader("egoproactive", FIELDS, recognises, read)
+
+
+def interrupt_text(answer: str) -> str | None:
+    """What an answer says; None: silence. The tag may follow white space, and white space the tag."""
+    answer = answer.lstrip()
+    return answer.removeprefix(INTERRUPT).strip() if answer.startswith(INTERRUPT) else None
+
+
+def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[Range]:
+    """The frames [ceil(start * fps), ceil(end * fps)) of each chunk in seconds. Raises ClipError."""
+    if not intervals:
+        raise ClipError("video_intervals", "no chunk", "at least one [start, end] in seconds")
+    before = 0.0
+    for number, (start, end) in enumerate(intervals):
+        if not (before <= start <= end and math.isfinite(end)):
+            raise ClipError(
+                f"video_intervals[{number}]", brief([start, end]), "seconds, ascending, after the chunk before"
+            )
+        before = end
+    if before * fps > MAX_FRAME:
+        raise ClipError("video_intervals", brief(before), f"at most {MAX_FRAME} frames")
+    return [(_ceil(start * fps), _ceil(end * fps)) for start, end in intervals]
+
+
+def _ceil(frames: float) -> int:
+    return math.ceil(frames - FLOOR_TOLERANCE) if frames < MAX_FRAME else MAX_FRAME
+
+
+def _gaps(chunks: Sequence[Range]) -> list[Range]:
+    """The ranges of frames that lie in no chunk."""
+    edges = [0, *(edge for chunk in chunks for edge in chunk), MAX_FRAME]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int, bool]:
+    """(chunks whose answer is told by the growth of `dialog` after them, of how many, whether by its very text).
+
+    A session's chunks count where `dialog` gains assistant turns exactly after its interrupts.
+    """
+    if not isinstance(dialog, list) or not all(isinstance(history, list) for history in dialog):
+        return 0, 0, False
+    said = [[_text(turn) for turn in history if _is_assistant(turn)] for history in dialog[: len(answers)]]
+    after = list(zip(said, said[1:], answers, strict=False))  # history before and after each chunk but the last
+    grows = [len(new) > len(old) for old, new, _ in after]
+    interrupts = [interrupt_text(answer) for _, _, answer in after]
+    if True not in grows or grows != [text is not None for text in interrupts]:
+        return 0, len(after), False
+    verbatim = any(text is not None and text == new[-1] for (_, new, _), text in zip(after, interrupts, strict=True))
+    return len(after), len(after), verbatim
+
+
+def _is_assistant(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == "assistant"
+
+
+def _text(turn: dict[str, Any]) -> str:
+    text = turn.get("text", turn.get("content"))
+    return (interrupt_text(text) if isinstance(text, str) else None) or str(text).strip()

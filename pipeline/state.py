@@ -1,0 +1,68 @@
+"""Replay of the dialog state: what a step's state is after its transitions, and before each clip of a conversation.
+
+Generated files give split conversations a wrong initial state (the segment's end state, or none). The state before a
+clip is therefore replayed over the earlier clips of its conversation; a given state counts only where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pipeline.schema import TRANSITIONS
+
+NOT_STARTED: Final = "not_started"
+Updates = Iterable[tuple[str, str]]  # (step id, transition), in order
+
+
+def replay(before: Mapping[str, str], updates: Updates) -> dict[str, str]:
+    """The state after `updates`; a step left out of `before` is not started."""
+    return dict(before) | {step: TRANSITIONS[transition] for step, transition in updates}
+
+
+def contradicts(before: Mapping[str, str], updates: Updates) -> bool:
+    """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
+    first: dict[str, str] = {}
+    for step, transition in updates:
+        first.setdefault(step, transition)
+    for step, transition in first.items():
+        was = before.get(step, NOT_STARTED)
+        if TRANSITIONS[transition] == was or (transition == "start" and was == "completed"):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One clip of a conversation."""
+
+    first_turn: int  # event frame of its first turn
+    updates: Sequence[tuple[int, str, str]]  # (event frame, step id, transition), in order
+    given: Mapping[str, str] | None  # None: not given, or impossible
+
+
+def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
+    """The state before each clip of one conversation, replayed over the clips that start earlier.
+
+    Of those, updates up to the clip's first turn count, but for the ones that the clip repeats: generators begin a clip
+    with the last turns of the one before. The earliest clips start from their given state.
+    """
+    order = sorted(range(len(segments)), key=lambda i: segments[i].first_turn)
+    first = segments[order[0]].first_turn
+    base: Mapping[str, str] = next((s.given for s in segments if s.first_turn == first and s.given), {})
+    states: list[dict[str, str]] = [{}] * len(segments)
+    past: dict[tuple[int, str, str], None] = {}  # updates of the clips that start earlier, without repeats
+    entered = 0
+    for i in order:
+        segment = segments[i]
+        if segment.first_turn == first:
+            states[i] = dict(segment.given or base)
+            continue
+        while segments[order[entered]].first_turn < segment.first_turn:
+            past |= dict.fromkeys(segments[order[entered]].updates)
+            entered += 1
+        own = set(segment.updates)
+        earlier = sorted((u for u in past if u[0] <= segment.first_turn and u not in own), key=lambda u: u[0])
+        states[i] = replay(base, ((step, transition) for _, step, transition in earlier))
+    return states
