@@ -177,7 +177,8 @@ class _Run:
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
                 head = known.heads[i]
-                video = hazards.Video(split, head.video_uid, head.frames_file, head.dataset or "unknown", float(known.fps[i]))
+                names = (head.video_uid, head.frames_file, head.dataset or "unknown")
+                video = hazards.Video(split, *names, float(known.fps[i]))
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)

@@ -90,12 +90,7 @@ class Survey:
 
     clip_ids: list[str]
     recording_ids: list[str]
-<<<<<<< HEAD
-    frames_files: list[str | None]
-    datasets: list[str]
-=======
     heads: list[Head]
->>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
     place: np.ndarray  # [C] of the clip in its task
     fps: np.ndarray  # [C]
     given: np.ndarray  # int64 [C, 2] bounds as given
@@ -151,13 +146,7 @@ def survey(task: Task, recording: str) -> Survey:
     return Survey(
         clip_ids=[name for group in groups for name in group[1]],
         recording_ids=[name for group in groups for name in group[2]],
-<<<<<<< HEAD
-        video_uids=[one.video_uid for one in about],
-        frames_files=[one.frames_file for one in about],
-        datasets=[one.dataset for one in about],
-=======
         heads=[head for group in groups for head in group[3]],
->>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
         place=np.array([place for group in groups for place in group[0]], np.int64),
         fps=fps,
         given=given,
@@ -219,25 +208,7 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
-<<<<<<< HEAD
-class _About(NamedTuple):
-    video_uid: str
-    frames_file: str | None
-    dataset: str
-    proassist: bool
-    fps_assumed: bool
-
-    @classmethod
-    def of(cls, checked: Checked) -> _About:
-        clip = checked.clip
-        names = (clip.video_uid, clip.frames_file, clip.dataset or "unknown")
-        return cls(*names, checked.schema == "proassist", not checked.fps_given)
-
-
-def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Checked]]:
-=======
 def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Clip]]:
->>>>>>> 4f6d71c (Read prospect, ProAssist and EgoProactive files through one reader each; replay initial states; widen bounds)
     """Places (in the task) and checked clips of some of its spans; the others go to `refused`."""
     places, clips = [], []
     for i in which:

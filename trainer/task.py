@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.schema import NOT_SAMPLED, STATES
-from trainer.clips import ClipExample, Turn
+from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.feed import Feed, Seen
 from trainer.sequence import user_texts

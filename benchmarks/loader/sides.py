@@ -106,6 +106,7 @@ def redrawn(samples: list[Sample], epoch: int) -> list[np.ndarray]:
         tracked=np.ones(len(samples), bool),
         positives=np.concatenate([s.labels for s in samples], axis=1) == 1,
         onset_rest=None,
+        unlabelled=None,
     )
     labels, end = epoch_labels(rule, epoch), np.cumsum(sizes)
     return [labels[:, b - n : b] for b, n in zip(end.tolist(), sizes.tolist(), strict=True)]
