@@ -178,7 +178,11 @@ def _decide_bounds(source: Source, parts: list[Part], bounds: str) -> None:
         if bounds != "given":
             some = (known.seen[:, 1] != NOT_GIVEN) & ~known.placed
             widened = some & (_absent(known) | dst_alone | (bounds == "turns"))
-        given = np.where(widened[:, None] | (known.given == NOT_GIVEN), known.seen, known.given)
+        seen = known.seen
+        if source.convention == "lead-in":  # the event of an empty range lies before it
+            first = np.where(known.placed, seen[:, 0], np.minimum(seen[:, 0], np.maximum(known.first_end - 1, 0)))
+            seen = np.stack([first, seen[:, 1]], axis=1)
+        given = np.where(widened[:, None] | (known.given == NOT_GIVEN), seen, known.given)
         part.bounds = given + np.stack([np.zeros_like(inclusive), inclusive], axis=1)
         source.bounds_widened += int((part.keep & widened & (known.seen != known.given).any(axis=1)).sum())
         _check_bounds(part)

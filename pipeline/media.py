@@ -63,11 +63,12 @@ def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list
     """What a video may be called below a folder of frames, without ending: its names, each with and without a prefix.
 
     The prefix is the dataset's name, with or without its number ('assembly101', 'assembly'), or all before 'nusar-':
-    in Assembly101's public data 'disassembly_nusar-X' and 'nusar-X' are one video.
+    in Assembly101's public data 'disassembly_nusar-X' and 'nusar-X' are one video. So are Ego4D's 'grp-X' and 'X'.
     """
     given = [video_uid, _without_ending(frames_file)] if frames_file else [video_uid]
     words = dict.fromkeys(w for w in (dataset, (dataset or "").rstrip("0123456789")) if w)
     prefixes = [word + sign for word in words for sign in "_-"]
+    given += [path.removeprefix("grp-") for path in given if path.startswith("grp-")]  # Ego4D's joined videos
     names = []
     for path in dict.fromkeys([*given, *(_specific(path, dataset) for path in given)]):
         folder, name = os.path.split(path)

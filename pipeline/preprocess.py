@@ -177,8 +177,8 @@ class _Run:
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
                 head = known.heads[i]
-                names = (head.video_uid, head.frames_file, head.dataset or "unknown")
-                video = hazards.Video(split, *names, float(known.fps[i]))
+                where = (head.video_uid, head.frames_file, head.dataset or "unknown")
+                video = hazards.Video(split, *where, float(known.fps[i]))
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)

@@ -70,7 +70,7 @@ SPOOL: Final = pa.schema(
     ]
 )
 _ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
-_SYSTEM, _ASSISTANT, _DST = (ROLES.index(role) for role in ("system", "assistant", "DST_UPDATE"))
+_SYSTEM, _USER, _ASSISTANT, _DST = range(len(ROLES))
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Survey:
     given: np.ndarray  # int64 [C, 2] bounds as given
     seen: np.ndarray  # int64 [C, 2] first start and last end of the non-system turns with frames
     dst_seen: np.ndarray  # int64 [C, 2] the same of the DST_UPDATE turns alone
+    first_end: np.ndarray  # int64 [C] the first end of those turns; -1 without any
     votes: np.ndarray  # int64 [C, 4]
     placed: np.ndarray  # bool [C] whether the reader gave the turns their frames: the file's convention is not theirs
     spoken: int  # assistant turns with text
@@ -140,9 +141,11 @@ def survey(task: Task, recording: str) -> Survey:
             spool.write_batch(
                 pa.RecordBatch.from_arrays([*_clip_columns(clips, ids, recordings), turns.column()], schema=SPOOL)
             )
-            groups.append((places, ids, recordings, list(map(_head, clips)), turns.numbers(), turns.echoes()))
+            heads = list(map(_head, clips, turns.told_states()))
+            groups.append((places, ids, recordings, heads, turns.numbers(), turns.echoes()))
     os.rename(new, task.spool)
-    fps, given, seen, dst_seen, votes = (np.concatenate(c) for c in zip(*[g[4] for g in groups], strict=True))
+    numbers = zip(*[group[4] for group in groups], strict=True)
+    fps, given, seen, dst_seen, first_end, votes = map(np.concatenate, numbers)
     return Survey(
         clip_ids=[name for group in groups for name in group[1]],
         recording_ids=[name for group in groups for name in group[2]],
@@ -152,6 +155,7 @@ def survey(task: Task, recording: str) -> Survey:
         given=given,
         seen=seen,
         dst_seen=dst_seen,
+        first_end=first_end,
         votes=votes,
         placed=np.array([head.convention is not None for group in groups for head in group[3]], bool),
         echoed=sum(group[5][0] for group in groups),
@@ -160,8 +164,9 @@ def survey(task: Task, recording: str) -> Survey:
     )
 
 
-def _head(clip: Clip) -> Head:
-    given, told = clip.initial_state, _told_states(clip)
+def _head(clip: Clip, told: Mapping[str, str]) -> Head:
+    """`told`: the states that the clip's system turns tell."""
+    given = clip.initial_state
     updates = _updates(clip) if given or told else []
     return Head(
         schema=clip.schema,
@@ -187,13 +192,9 @@ def _updates(clip: Clip) -> list[tuple[str, str]]:
     return list(map(_UPDATE, chain.from_iterable(contents)))
 
 
-_TOLD_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
-
-
-def _told_states(clip: Clip) -> dict[str, str]:
-    """The step states that system turns tell, as in 'Step S1: completed'."""
-    texts = [content for role, content in zip(clip.turns[0], clip.turns[1], strict=True) if role == "system"]
-    return dict(_TOLD_STATE.findall("\n".join(texts)))
+_STATE_NAMES: Final = "|".join(STATES)
+_TOLD: Final = re.compile(rf":\s*(?:{_STATE_NAMES})\b")  # at once, where there is none
+_TOLD_STATE: Final = re.compile(rf"(\S+)\s*:\s*({_STATE_NAMES})\b")
 
 
 @contextlib.contextmanager
@@ -262,20 +263,24 @@ class _Turns:
     def __init__(self, clips: list[Clip]) -> None:
         columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
         roles, content, time, start, end = columns or [[]] * 5
-        self.clips = clips
+        self.clips, self.content = clips, content
         self.offsets = _offsets([len(clip.turns[0]) for clip in clips])
         self.owner = np.repeat(np.arange(len(clips)), np.diff(self.offsets))
         self.role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
         self.start = pa.array(start, pa.int64()).fill_null(labels.NO_FRAMES[0]).to_numpy()
         self.end = pa.array(end, pa.int64()).fill_null(labels.NO_FRAMES[1]).to_numpy()
         self.time = pa.array(time, pa.float64())
-        updates = [c for c in content if type(c) is list]
+        changes = np.flatnonzero(self.role == _DST).tolist()
+        updates = [content[turn] for turn in changes]
         flat = list(map(_UPDATE, chain.from_iterable(updates)))
         counts = np.zeros(len(roles), np.int64)
         counts[self.role == _DST] = [len(some) for some in updates]
-        self.updates = _list_of(_offsets(counts), _UPDATES, [u[0] for u in flat], [u[1] for u in flat])
-        text = pa.array([c if type(c) is str else None for c in content], pa.string())
-        self.text = pc.coalesce(text, _written(self.updates))
+        ids, transitions = zip(*flat, strict=True) if flat else ((), ())
+        self.updates = _list_of(_offsets(counts), _UPDATES, ids, transitions)
+        texts = content.copy()
+        for turn in changes:
+            texts[turn] = None
+        self.text = pc.coalesce(pa.array(texts, pa.string()), _written(self.updates))
 
     def column(self) -> pa.ListArray:
         """The spool's `turns`."""
@@ -285,7 +290,7 @@ class _Turns:
         return pa.ListArray.from_arrays(pa.array(self.offsets), struct)
 
     def numbers(self) -> tuple[np.ndarray, ...]:
-        """fps [C], given bounds [C, 2], seen bounds [C, 2], those of DST turns [C, 2], votes [C, 4]."""
+        """fps [C], given bounds [C, 2], seen bounds [C, 2], those of DST turns [C, 2], first end [C], votes [C, 4]."""
         clips = self.clips
         fps = np.array([clip.fps for clip in clips], np.float64)
         bounds = [(NOT_GIVEN if b is None else b) for clip in clips for b in (clip.start_frame, clip.end_frame)]
@@ -302,21 +307,33 @@ class _Turns:
         dst_alone = (given == dst_seen).all(axis=1) | absent(given, seen, dst_seen)  # bounds that may leave turns out
         first = np.where(dst_alone | (given[:, 0] == NOT_GIVEN), seen[:, 0], given[:, 0])
         votes = labels.vote(owner, self.start[voting], self.end[voting], frame, first, len(clips))
-        return fps, given, seen, dst_seen, votes
+        first_end = _seen(self.owner[framed], self.end[framed], self.end[framed], len(clips))[:, 0]
+        return fps, given, seen, dst_seen, first_end, votes
 
     def echoes(self) -> tuple[int, int]:
         """(assistant turns whose whole text stands in an earlier user turn of their clip, assistant turns)."""
-        found = spoken = 0
-        for clip in self.clips:
-            said = list(zip(clip.turns[0], clip.turns[1], strict=True))
-            heard = "\n".join([text for role, text in said if role == "user"])
-            for place, (role, text) in enumerate(said):
-                if role != "assistant":
-                    continue
-                spoken += 1
-                if len(text) >= ECHO_CHARACTERS and text in heard:
-                    found += any(text in earlier for role, earlier in said[:place] if role == "user")
-        return found, spoken
+        owner, heard = self.owner.tolist(), [""] * len(self.clips)
+        for turn in np.flatnonzero(self.role == _USER).tolist():
+            heard[owner[turn]] += self.content[turn] + "\n"
+        spoken = np.flatnonzero(self.role == _ASSISTANT).tolist()
+        content = self.content
+        candidates = [turn for turn in spoken if content[turn] in heard[owner[turn]]]
+        found = 0
+        for turn in candidates:
+            earlier = range(self.offsets[owner[turn]], turn)
+            text = self.content[turn]
+            found += len(text) >= ECHO_CHARACTERS and any(
+                self.role[t] == _USER and text in self.content[t] for t in earlier
+            )
+        return found, len(spoken)
+
+    def told_states(self) -> list[dict[str, str]]:
+        """Per clip, the step states that its system turns tell, as in 'Step S1: completed'."""
+        told: list[dict[str, str]] = [{} for _ in self.clips]
+        for turn in np.flatnonzero(self.role == _SYSTEM).tolist():
+            if _TOLD.search(self.content[turn]):
+                told[self.owner[turn]].update(_TOLD_STATE.findall(self.content[turn]))
+        return told
 
     def digests(self) -> list[str]:
         """8 hex digits per clip of what is said in it and when: roles, times, frames and texts."""
@@ -363,7 +380,7 @@ def _offsets(lengths: list[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
 
 
-def _list_of(offsets: np.ndarray, type_: pa.DataType, first: list[Any], second: list[Any]) -> pa.ListArray:
+def _list_of(offsets: np.ndarray, type_: pa.DataType, first: Sequence[Any], second: Sequence[Any]) -> pa.ListArray:
     """list<struct<a: string, b: string>> from flat columns."""
     fields = list(type_.value_type)
     struct = pa.StructArray.from_arrays([pa.array(first, pa.string()), pa.array(second, pa.string())], fields=fields)

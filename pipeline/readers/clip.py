@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
@@ -198,11 +198,6 @@ def text_of(value: Any, name: str, ignored: list[str]) -> str | None:
     return None
 
 
-def first_text(fields: Mapping[str, Any], ignored: list[str]) -> str | None:
-    """The first of several descriptive fields that says something."""
-    return next((text for name, value in fields.items() if (text := text_of(value, name, ignored))), None)
-
-
 def name_of(value: Any, name: str, ignored: list[str]) -> str | None:
     """A descriptive name: text or an integer."""
     return str(value) if type(value) is int else text_of(value, name, ignored)
@@ -230,9 +225,8 @@ def check_path(name: str, path: str | None) -> None:
 
 
 def check_uid(video_uid: str) -> None:
-    if not video_uid:
-        raise ClipError("video_uid", '""', "a name")
-    check_path("video_uid", video_uid)
+    if not (video_uid and is_inside(video_uid)):
+        raise ClipError("video_uid", brief(video_uid), "a relative path without '..'" if video_uid else "a name")
 
 
 def check_fps(given: float | None, fallback: float | None) -> tuple[float, bool]:
@@ -281,7 +275,7 @@ def check_size(start: int, end: int) -> None:
         raise ClipError("end_frame_idx", f"{end - start} frames", f"at most {MAX_FRAMES}")
 
 
-def columns(turns: Sequence[tuple[Any, ...]]) -> tuple[Sequence[Any], ...]:
+def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:
     """Rows (role, content, time, start_frame, end_frame) as the five columns of `Clip.turns`."""
     return tuple(zip(*turns, strict=True)) or ((),) * 5
 

@@ -34,7 +34,6 @@ from pipeline.readers.clip import (
     check_time,
     check_uid,
     columns,
-    first_text,
     name_of,
     parse,
     text_of,
@@ -106,7 +105,7 @@ def read(raw: bytes, fps: float | None) -> Clip:
 
 def _clip(record: Record, fps: float | None) -> Clip:
     clip = clip_of(record, "prospect", fps)
-    clip.turns = columns(list(map(_TURN, record.conversation)))
+    clip.turns = columns(map(_TURN, record.conversation))
     check_rate(clip.neg_rate)
     return check_bounds(_checked(clip))
 
@@ -131,9 +130,11 @@ def clip_of(record: Record, schema: str, default_fps: float | None) -> Clip:
     if record.id == "":
         raise ClipError("id", '""', "a name or a number")
     fps, fps_given = check_fps(record.fps, default_fps)
-    steps = record.dst.steps if isinstance(record.dst, Steps) else record.dst
-    goal = {"inferred_goal": record.inferred_goal, "metadata.task_goal": metadata.get("task_goal")}
-    knowledge = {"inferred_knowledge": record.inferred_knowledge, "metadata.knowledge": metadata.get("knowledge")}
+    dst = record.dst.steps if isinstance(record.dst, Steps) else record.dst
+    steps: list[tuple[Any, Any]] = [(step.id, step.name) for step in dst or ()]
+    if not all(type(step) is type(name) is str for step, name in steps):
+        steps = [(str(step), text_of(name, "dst.name", ignored) or "") for step, name in steps]
+    get = metadata.get
     return Clip(
         schema=schema,
         video_uid=record.video_uid,
@@ -144,12 +145,14 @@ def clip_of(record: Record, schema: str, default_fps: float | None) -> Clip:
         end_frame=whole_or_none(record.end_frame_idx, "end_frame_idx"),
         id=record.id,
         clip_idx=whole_or_none(record.clip_idx, "clip_idx", least=-(2**31)),
-        user=name_of(metadata.get("user_id"), "metadata.user_id", ignored),
+        user=name_of(get("user_id"), "metadata.user_id", ignored),
         dataset=text_of(record.dataset, "dataset", ignored),
         frames_file=record.frames_file,
-        goal=first_text(goal, ignored),
-        knowledge=first_text(knowledge, ignored),
-        steps=[(str(step.id), text_of(step.name, "dst.name", ignored) or "") for step in steps or ()],
+        goal=text_of(record.inferred_goal, "inferred_goal", ignored)
+        or text_of(get("task_goal"), "metadata.task_goal", ignored),
+        knowledge=text_of(record.inferred_knowledge, "inferred_knowledge", ignored)
+        or text_of(get("knowledge"), "metadata.knowledge", ignored),
+        steps=steps,
         initial_state=check_states(record.initial_dst_state),
         neg_rate=record.neg_frame_sampling_rate,
         ignored=ignored,
