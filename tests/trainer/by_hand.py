@@ -73,6 +73,8 @@ def labels_by_hand(clip: ClipExample, where: np.ndarray, epoch: int, rate: float
                 out[head, i] = 0
     if not clip.steps and not any(t.role == "DST_UPDATE" for t in clip.turns):
         out[1] = -100
+    for first, end in clip.unlabelled:
+        out[:, first - clip.start_frame : end - clip.start_frame] = -100
     return out
 
 
@@ -90,12 +92,13 @@ def clip_example(
     video: str = "v0",
     goal: str | None = None,
     knowledge: str | None = None,
+    unlabelled: Sequence[tuple[int, int]] = (),
 ) -> ClipExample:
     example = ClipExample(
         clip_id=clip_id, clip=clip, video_uid=video, recording_id=video, fps=2.0, start_frame=start,
         num_frames=frames, frames_file=None, goal=goal, knowledge=knowledge, steps=tuple(steps),
         initial_state=tuple(initial), turns=tuple(turns), sampling_seed=sampling_seed(0, clip_id),
-        neg_rate=rate, positive=positive, labels=np.zeros((2, 0), np.int8),
+        neg_rate=rate, positive=positive, labels=np.zeros((2, 0), np.int8), unlabelled=tuple(unlabelled),
     )  # fmt: skip
     labels = labels_by_hand(example, positives(turns, start, frames, positive), 0, rate)
     return ClipExample(**{**example.__dict__, "labels": labels})
@@ -104,11 +107,12 @@ def clip_example(
 def _clip_row(clip: ClipExample) -> dict[str, Any]:
     row = {name: getattr(clip, name, None) for name in CLIPS.names}
     return row | {
-        "dataset": "by-hand",
+        "dataset": clip.dataset,
         "clip_idx": clip.clip,
         "frame_convention": "event",
         "steps": [{"id": i, "name": name} for i, name in clip.steps],
         "initial_state": [{"id": i, "state": state} for i, state in clip.initial_state],
+        "unlabelled": [{"start_frame": a, "end_frame": b} for a, b in clip.unlabelled],
         "turns": [
             {**t.__dict__, "updates": [{"id": i, "transition": what} for i, what in t.updates]} for t in clip.turns
         ],

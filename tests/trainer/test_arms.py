@@ -23,8 +23,8 @@ CLIP = clip_example(
     [dst(2, 3, ("S1", "complete")), turn("assistant", "good", 2, 3)], frames=4, initial=[("S1", "in_progress")]
 )
 TOKENS = train_tiny_tokens(["good", "S1->complete"])
-PLAIN = "[system] [step] S1: Put the base down [step] S2: Attach the wheel ."
-TOLD = "[system] [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] ."
+PLAIN = "[system] You are a helpful assistant. [step] S1: Put the base down [step] S2: Attach the wheel ."
+TOLD = "[system] You are a helpful assistant. [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] ."
 
 
 def reads(arm: str) -> str:

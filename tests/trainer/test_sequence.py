@@ -12,8 +12,8 @@ from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.sequence import build_windows, cut_windows, state_before
 
-PROMPT = "[system] Help. Toy [step] S1: Put the base down [not_started] [step] S2: Attach the wheel [not_started] ."
-HELP = turn("system", "Help.", 0, 1)
+PROMPT = "[system] You are a helpful assistant. Toy [step] S1: Put the base down [not_started] [step] S2: Attach the wheel [not_started] ."
+HELP = turn("system", "Current step states - Step S1: completed", 0, 1)  # as generated: tells the future
 
 
 def one(clip: ClipExample, k: int = 1) -> tuple[str, object, Words]:
@@ -56,7 +56,7 @@ def test_real_clip_shape_two_updates_then_speech_at_one_moment():
     )
     text, window, words = one(clip)
     assert text == (
-        "[system] Help. Toy [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] . "
+        "[system] You are a helpful assistant. Toy [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] . "
         "F F F F [DST_UPDATE] S1->complete, S2->start . [assistant] Now screw it . F F"
     )
     assert window.first_frame == 210
@@ -132,12 +132,13 @@ def test_k_tokens_per_frame_and_decision_at_the_last():
 
 def test_prompt_of_a_clip_without_steps_tells_the_recipe():
     clip = clip_example([turn("assistant", "hi", 1, 2)], 0, 2, steps=(), goal="Tea", knowledge="Boil water")
-    assert one(clip)[0] == "[system] Tea Boil water . F F [assistant] hi ."
+    assert one(clip)[0] == "[system] You are a helpful assistant. Tea Boil water . F F [assistant] hi ."
 
 
-def test_a_system_turn_in_mid_conversation_is_not_in_the_prompt():
+def test_no_system_turn_is_in_the_prompt():
     clip = toy(turn("user", "hi", 0, 1), turn("system", "The wheel falls off", 4, 5))
     assert "falls" not in one(clip)[0]
+    assert "Current step states" not in one(clip)[0]
 
 
 # ---- windows -----------------------------------------------------------------------------------------

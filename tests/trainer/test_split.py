@@ -81,7 +81,12 @@ EVENTS = st.lists(
     max_size=6,
 )
 CLIPS = st.tuples(
-    EVENTS, st.sampled_from(["span", "onset"]), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(1, 30)
+    EVENTS,
+    st.sampled_from(["span", "onset"]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+    st.integers(1, 30),
+    st.sampled_from([(), ((0, 0.5),), ((0, 0.2), (0.7, 1)), ((0, 1),)]),  # shares of the clip that nobody annotated
 )
 
 
@@ -89,10 +94,12 @@ CLIPS = st.tuples(
 @given(st.lists(CLIPS, min_size=1, max_size=5), st.integers(0, 3), st.sampled_from([None, 0.6, 1.0]))
 def test_labels_of_a_group_equal_the_frame_by_frame_rules(drawn, epoch, rate):
     written = []
-    for i, (events, positive, own_rate, steps, frames) in enumerate(drawn):
+    for i, (events, positive, own_rate, steps, frames, shares) in enumerate(drawn):
         turns = [turn("system", "x"), *(turn(role, "x", start, start + n) for role, start, n in events)]
         more = {} if steps else {"steps": ()}
         more |= {"positive": positive, "rate": own_rate, "clip_id": f"c{i}", "clip": i}
+        edges = [(10 + int(a * frames), 10 + int(b * frames)) for a, b in shares]
+        more["unlabelled"] = [(a, b) for a, b in edges if a < b]
         written.append(clip_example(turns, 10, frames, **more))
     with tempfile.TemporaryDirectory() as folder:
         split = Split(write_shards(Path(folder), {"train": written}, group=3), "train")
@@ -220,7 +227,7 @@ def test_another_schema_is_refused(tmp_path):
     path = write_shards(tmp_path, {"train": clips(1)}) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "schema_hash": "0" * 16}))
-    with pytest.raises(TrainerError, match=r"schema 1 0000000000000000, expected schema 1 .*run preprocess again"):
+    with pytest.raises(TrainerError, match=r"schema 2 0000000000000000, expected schema 2 .*run preprocess again"):
         Split(tmp_path, "train")
     path.write_text("[1, 2")
     with pytest.raises(TrainerError, match="not a manifest"):

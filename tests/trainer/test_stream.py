@@ -94,7 +94,7 @@ def test_a_streamed_clip_has_the_logits_and_texts_of_the_self_fed_evaluation(run
 
 def test_across_rebuilt_contexts_too(run):
     loaded = load_run(run)
-    loaded = replace(loaded, config=replace(loaded.config, max_tokens=60))
+    loaded = replace(loaded, config=replace(loaded.config, max_tokens=76))
     example = clip_example([turn("user", "What now, <image>?", 104, 105)], 100, 90, goal="A toy")
     live = Live({"speaking": -0.5, "dst_update": -0.5}, most_text=4)
     frames = NoisyFrames()
@@ -271,7 +271,7 @@ def test_a_task_is_told_by_names_by_ids_or_by_a_clip_as_it_is(tmp_path):
     for content, name in (([one], None), ([one, one | {"id": "b"}], "a"), ([one | {"id": "b"}, one], "1")):
         task = read_task(told(tmp_path, content), "v", name, 2)
         assert (task.goal, task.steps, task.initial_state) == ("Tea", expected, (("S1", "completed"),))
-        assert [(turn.role, turn.text) for turn in task.turns] == [("system", "Help.")]
+        assert not task.turns
 
 
 @pytest.mark.parametrize(
