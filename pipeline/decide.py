@@ -174,18 +174,21 @@ def _decide_bounds(source: Source, parts: list[Part], bounds: str) -> None:
     for part in parts:
         known = part.survey
         inclusive = (source.convention == "window") & ~known.placed
-        widened = np.zeros(len(part.keep), bool)
-        if bounds != "given":
-            some = (known.seen[:, 1] != NOT_GIVEN) & ~known.placed
-            widened = some & (_absent(known) | dst_alone | (bounds == "turns"))
-        seen = known.seen
+        seen, nothing = known.seen, (known.given == NOT_GIVEN) | _absent(known)[:, None]
         if source.convention == "lead-in":  # the event of an empty range lies before it
             first = np.where(known.placed, seen[:, 0], np.minimum(seen[:, 0], np.maximum(known.first_end - 1, 0)))
-            seen = np.stack([first, seen[:, 1]], axis=1)
-        given = np.where(widened[:, None] | (known.given == NOT_GIVEN), seen, known.given)
-        part.bounds = given + np.stack([np.zeros_like(inclusive), inclusive], axis=1)
-        source.bounds_widened += int((part.keep & widened & (known.seen != known.given).any(axis=1)).sum())
+            seen = np.stack([first, np.maximum(seen[:, 1], first + 1)], axis=1)
+        found = np.where(nothing, seen, known.given)
+        some = ((known.seen[:, 1] != NOT_GIVEN) & ~known.placed)[:, None]
+        if bounds == "turns":
+            found = np.where(some, seen, found)
+        elif bounds == "auto" and dst_alone:
+            wider = np.stack([np.minimum(found[:, 0], seen[:, 0]), np.maximum(found[:, 1], seen[:, 1])], axis=1)
+            found = np.where(some, wider, found)
+        part.bounds = found + np.stack([np.zeros_like(inclusive), inclusive], axis=1)
         _check_bounds(part)
+        changed = (known.given != NOT_GIVEN).all(axis=1) & (found != known.given).any(axis=1)
+        source.bounds_widened += int((part.keep & changed).sum())
 
 
 def _check_bounds(part: Part) -> None:

@@ -52,7 +52,7 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     first = segments[order[0]].first_turn
     base: Mapping[str, str] = next((s.given for s in segments if s.first_turn == first and s.given), {})
     states: list[dict[str, str]] = [{}] * len(segments)
-    past: dict[tuple[int, str, str], None] = {}  # updates of the clips that start earlier, without repeats
+    past: list[tuple[int, str, str]] = []  # updates of the clips that start earlier, without repeats
     entered = 0
     for i in order:
         segment = segments[i]
@@ -60,7 +60,8 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
             states[i] = dict(segment.given or base)
             continue
         while segments[order[entered]].first_turn < segment.first_turn:
-            past |= dict.fromkeys(segments[order[entered]].updates)
+            known = set(past)
+            past += [update for update in segments[order[entered]].updates if update not in known]
             entered += 1
         own = set(segment.updates)
         earlier = sorted((u for u in past if u[0] <= segment.first_turn and u not in own), key=lambda u: u[0])

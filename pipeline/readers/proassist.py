@@ -18,6 +18,7 @@ from pipeline.readers.clip import (
     Clip,
     ClipError,
     Reader,
+    Update,
     check_bounds,
     check_rate,
     check_time,
@@ -34,7 +35,7 @@ EVERYWHERE: Final = ((0, MAX_FRAME),)
 
 class Turn(msgspec.Struct, gc=False):
     role: Literal["system", "user", "assistant", "DST_UPDATE", "frames"]
-    content: Any = None
+    content: str | list[Update] | None = None
     time: float | None = None
     start: Any = None  # of a `frames` turn
     end: Any = None
@@ -58,8 +59,11 @@ def read(raw: bytes, fps: float | None) -> Clip:
     _place(clip, record.conversation)  # type: ignore[arg-type]
     clip.convention = "lead-in"
     metadata = record.metadata if type(record.metadata) is dict else {}
-    if metadata.get("summary_only") is True or clip.neg_rate == -1:
-        clip.unlabelled, clip.neg_rate = EVERYWHERE, None
+    no_rate = clip.neg_rate == -1
+    if no_rate:
+        clip.neg_rate = None
+    if no_rate or metadata.get("summary_only") is True:
+        clip.unlabelled = EVERYWHERE
     if metadata.get("add_knowledge") is False:
         clip.knowledge = None
     check_rate(clip.neg_rate)

@@ -96,18 +96,18 @@ def read_usual(raw: bytes, fps: float | None) -> Clip | None:
         record = _RECORD.decode(raw)
     except NOT_STRICT:
         return None
-    return _clip(record, fps)
+    return _clip(record, fps, strict=True)
 
 
 def read(raw: bytes, fps: float | None) -> Clip:
-    return _clip(parse(raw, _RECORD), fps)
+    return _clip(parse(raw, _RECORD), fps, strict=False)
 
 
-def _clip(record: Record, fps: float | None) -> Clip:
+def _clip(record: Record, fps: float | None, strict: bool) -> Clip:
     clip = clip_of(record, "prospect", fps)
     clip.turns = columns(map(_TURN, record.conversation))
     check_rate(clip.neg_rate)
-    return check_bounds(_checked(clip))
+    return check_bounds(clip if strict and _usual(*clip.turns) else _checked(clip))
 
 
 def recognises(names: Collection[str], raw: bytes) -> bool:
@@ -180,8 +180,6 @@ def _usual(role: Any, content: Any, time: Any, start: Any, end: Any) -> bool:
 
 def _checked(clip: Clip) -> Clip:
     """The clip with its turns checked and brought into form where need be."""
-    if _usual(*clip.turns):
-        return clip
     rows = []
     for number, (role, content, time, start, end) in enumerate(zip(*clip.turns, strict=True)):
         content = checked_content(role, content, number)
