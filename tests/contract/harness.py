@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from reference import Reading, rate_of
+from reference import Reading, goal_of, knowledge_of, pairs, rate_of, session_turns, steps_of, text, uid_of
 
 from pipeline.schema import sampling_seed
 
@@ -112,13 +112,9 @@ def tree(out: Path, *folders: str) -> dict[str, bytes]:
 
 def told(turn: dict) -> tuple[str, list[dict]]:
     """Text and updates of a source turn, as the clips table's column docs describe them."""
-    content = turn["content"]
     if turn["role"] != "DST_UPDATE":
-        return content, []
-    if isinstance(content, str):
-        pairs = [piece.split("->") for piece in content.split(",")]
-        content = [{"id": step.strip(), "transition": transition.strip()} for step, transition in pairs]
-    updates = [{"id": u["id"], "transition": u["transition"]} for u in content]
+        return turn["content"] if isinstance(turn["content"], str) else "", []
+    updates = [{"id": step, "transition": transition} for step, transition in pairs(turn["content"])]
     return ", ".join(f"{u['id']}->{u['transition']}" for u in updates), updates
 
 
@@ -142,6 +138,8 @@ def differences(
         wrong += [f"{at}: {k} is {row[k]!r}, not {v!r}" for k, v in expected.items() if row[k] != v]
         wrong += [f"{at}: {what}" for what in frame_differences(frames, reading, row["clip_id"], labels)]
         wrong += [f"{at}: {what}" for what in turn_differences(row["turns"], reading)]
+        state = {step["id"]: step["state"] for step in row["initial_state"] if step["state"] != "not_started"}
+        wrong += [f"{at}: state {state}, not {reading.state}"] * (state != reading.state)
         total += reading.end - reading.start
     return wrong, total
 
@@ -152,23 +150,26 @@ def expected_row(
     clip = reading.clip
     both = list(zip(labels["speaking"], labels["dst_update"], strict=True))
     row = {
-        "video_uid": clip["video_uid"],
+        "video_uid": uid_of(clip),
         "fps": float(np.float32(reading.fps)),
         "start_frame": reading.start,
         "end_frame": reading.end,
         "num_frames": reading.end - reading.start,
-        "frames_file": clip.get("frames_file"),
+        "frames_file": clip.get("video_path", clip.get("frames_file")),
         "sampling_seed": sampling_seed(seed, clip_id),
         "neg_rate": rate,
         "positive": positive,
         "n_speaking": labels["speaking"].count(1),
         "n_dst_update": labels["dst_update"].count(1),
         "n_supervised": sum(pair != (-100, -100) for pair in both),
-        "steps": [{"id": s["id"], "name": s["name"]} for s in clip.get("dst") or []],
+        "steps": steps_of(clip),
+        "goal": goal_of(clip),
+        "knowledge": knowledge_of(clip),
+        "unlabelled": [{"start_frame": start, "end_frame": end} for start, end in reading.unlabelled],
     }
-    if not reading.proassist:
+    if reading.schema == "prospect":
         row["frame_convention"] = reading.convention
-        row |= {"goal": clip.get("inferred_goal"), "knowledge": clip.get("inferred_knowledge")}
+        row["dataset"] = text(clip.get("dataset")) or "unknown"
     if clip.get("id") is not None:
         row["clip_id"] = str(clip["id"])
     if clip.get("clip_idx") is not None:
@@ -193,16 +194,17 @@ def frame_differences(frames: pl.DataFrame, reading: Reading, clip_id: str, labe
 
 
 def turn_differences(turns: list[dict], reading: Reading) -> list[str]:
-    source = [t for t in reading.clip["conversation"] if t["role"] != "frames"]
-    if [t["role"] for t in turns] != [t["role"] for t in source]:
-        return [f"roles {[t['role'] for t in turns]}, not {[t['role'] for t in source]}"]
+    if reading.schema == "egoproactive":
+        source = [(role, said, [], time) for role, said, time, _ in session_turns(reading.clip)]
+    else:
+        given = [t for t in reading.clip["conversation"] if t["role"] != "frames"]
+        source = [(t["role"], *told(t), t.get("time")) for t in given]
+    if [t["role"] for t in turns] != [role for role, *_ in source]:
+        return [f"roles {[t['role'] for t in turns]}, not {[role for role, *_ in source]}"]
     wrong = []
-    for i, (turn, given, (role, span)) in enumerate(zip(turns, source, reading.turns, strict=True)):
-        text, updates = told(given)
-        if (turn["text"], turn["updates"]) != (text, updates):
-            wrong.append(f"turn {i}: {turn['text']!r} {turn['updates']}, not {text!r} {updates}")
-        if turn["time_s"] != given.get("time"):
-            wrong.append(f"turn {i}: time_s {turn['time_s']}, not {given.get('time')}")
+    for i, (turn, right, (role, span)) in enumerate(zip(turns, source, reading.turns, strict=True)):
+        found = (turn["role"], turn["text"], turn["updates"], turn["time_s"])
+        wrong += [f"turn {i}: {found}, not {right}"] * (found != right)
         frames = (turn["start_frame"], turn["end_frame"])
         if role in ("assistant", "DST_UPDATE") and frames != (span or (None, None)):
             wrong.append(f"turn {i} ({role}): frames {frames}, not {span}")

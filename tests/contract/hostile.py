@@ -14,13 +14,16 @@ import copy
 import json
 import math
 import random
+from itertools import pairwise
 
 FPS = (None, 1, 2, 2.0, 5, 29.97)
 OFFSETS = (0, 1, 7, 193, 5000, 999_999, 2**31 - 3000)
 LENGTHS = (1, 2, 3, 5, 20, 60, 200)
 CONVENTIONS = ("event", "window", "lead-in")
-KINDS = (*CONVENTIONS, "proassist", "mixed")
+KINDS = (*CONVENTIONS, "proassist", "egoproactive", "generated", "timed", "mixed")
+KNOWLEDGE = (None, "", [], ["one"], ["1. one", "2. two"], "k\nk", 7, [1], {"a": "b"})  # of any type: never a reason
 TEXTS = ("Now attach it.", "", "çé ✓ 部品", 'a "quoted" \\ back', "line\nbreak\ttab", "} ] , {", "\u2028x")
+STATES = ("not_started", "in_progress", "completed", "paused", "cancelled", "failed")
 TRANSITIONS = ("start", "complete", "pause", "resume", "cancel", "reset", "fail")
 
 
@@ -164,14 +167,20 @@ def prospect_clip(rng: random.Random, convention: str, serial: int) -> dict:
     if _chance(rng, 0.6):
         clip["dst"] = [{"type": "step", "id": f"S{i}", "name": f"{i}", "start_ts": 1.0} for i in range(1, 4)]
     elif _chance(rng, 0.5):
-        clip["dst"] = rng.choice(([], None))
+        clip["dst"] = rng.choice(([], None, {}, {"steps": [{"id": 1, "name": "x"}]}, {"steps": None}))
+    if _chance(rng, 0.2):
+        states = {f"S{i}": rng.choice(STATES) for i in rng.sample(range(1, 5), rng.randint(0, 3))}
+        clip["initial_dst_state"] = rng.choice((states, states, None))
     if _chance(rng, 0.4):
         clip["neg_frame_sampling_rate"] = rng.choice((0, 0.0, 0.1, 0.7, 1, 1.0, None))
     if _chance(rng, 0.3):
         clip |= {"quality": rng.choice((3.5, None, [1])), "video_labels": {}, "seq_len": 818, "dataset": "d"}
     if _chance(rng, 0.3):
-        clip |= {"inferred_goal": "g", "inferred_knowledge": rng.choice(("k\nk", None))}
+        clip |= {"inferred_goal": rng.choice(("g", "", None, 3)), "inferred_knowledge": rng.choice(KNOWLEDGE)}
         clip["frames_file"] = "f/a.arrow"
+    if _chance(rng, 0.2):
+        about = {"user_id": rng.choice(("a_0", "a_0", 3)), "knowledge": rng.choice(KNOWLEDGE), "task_goal": "t"}
+        clip["metadata"] = rng.choice((about, about, None, [], "text"))
     _place(rng, clip, start, end)
     items = list(clip.items())
     rng.shuffle(items)
@@ -219,6 +228,11 @@ def proassist_clip(rng: random.Random, serial: int) -> dict:
         "dataset": "assembly101", "video_uid": f"pro_{serial // 3}", "clip_idx": 0, "conversation": turns,
         "frames_file": "frames/x.arrow", "metadata": {"user_id": f"talk_{serial % 3}", "quality": quality},
     }  # fmt: skip
+    clip["metadata"] |= {"knowledge": rng.choice(KNOWLEDGE), "add_knowledge": rng.choice((True, False, None))}
+    if _chance(rng, 0.15):
+        clip["metadata"]["summary_only"] = True
+    elif _chance(rng, 0.1):
+        clip["neg_frame_sampling_rate"] = rng.choice((-1, -1.0))
     if _chance(rng, 0.7):
         shift = rng.choice((0, 0, 1))  # a clip that is a frame shorter than its turns
         clip |= {"start_frame_idx": start, "end_frame_idx": max(start + 1, at - shift)}
@@ -229,16 +243,118 @@ def proassist_clip(rng: random.Random, serial: int) -> dict:
     return clip
 
 
+def egoproactive_clip(rng: random.Random, serial: int) -> dict:
+    """A valid session: chunks with and without gaps between them, some of no length; answers with the tag or none."""
+    at, intervals = rng.choice((0.0, 0.0, 0.25, 3.1)), []
+    for _ in range(rng.choice((1, 2, 5, 12))):
+        start = at + rng.choice((0.0, 0.0, 0.0, 2.5, 16.3))
+        at = start + rng.choice((8.0, 8.0, 8.0, 3.7, 0.4, 0.0))
+        intervals.append([round(start, 2), round(at, 2)])
+    intervals[-1][1] = max(intervals[-1][1], 0.6)
+    said = ("$silent$", "$silent$", "$interrupt$Now.", "$interrupt$ Ja, üb. ", "\n $interrupt$x", "$interrupt$", "x")
+    answers, history, dialog = [rng.choice(said) for _ in intervals], [], []
+    for answer in answers:
+        dialog.append(list(history))
+        history = history + [{"role": "assistant", "text": answer}] * ("$interrupt$" in answer)
+    clip = {"video_path": f"val/s{serial}.mp4", "video_intervals": intervals, "answers": answers, "dialog": dialog}
+    length = intervals[-1][1] + rng.choice((0, 0, 0, 5.2, -3))
+    clip |= {"domain": "d", "task": rng.choice(("t", None, ["a", "b"], 5)), "duration_in_sec": length}
+    return clip | rng.choice(({}, {"query": None}, {"query": "How?"}, {"query": "How?"}))
+
+
+def generated(rng: random.Random, convention: str, base: int, count: int) -> list[dict]:
+    """About `count` clips as the public generators cut conversations: a later clip repeats the last turns of the one
+    before, bounds span the DST updates alone, initial states are those of the clip's end, or none."""
+    found: list[dict] = []
+    number, became = base, {"start": "in_progress", "complete": "completed"}
+    while len(found) < count:
+        video, user = f"nusar-{rng.randint(0, 3)}__gen{base}", rng.choice(("no_talk_0", "talk_0"))
+        turns = _conversation(rng, convention)
+        moments = sorted({t["time"] for t in turns})
+        cuts = [0, *sorted(rng.sample(range(1, len(moments)), min(rng.randint(0, 3), len(moments) - 1))), len(moments)]
+        state: dict[str, str] = {}
+        segments = []
+        for low, high in pairwise(cuts):
+            times = moments[max(0, low - (low > 0)) : high]  # with the moment before
+            segments.append([t for t in turns if t["time"] in times])
+        for i, segment in enumerate(segments):
+            updates = [u for t in segment if t["role"] == "DST_UPDATE" for u in t["content"]]
+            state = state | {u["id"]: became[u["transition"]] for u in updates}
+            clip = {"video_uid": video, "clip_idx": i, "id": f"gen {number}", "fps": 2, "dataset": "d"}
+            spans = [(t["start_frame"], t["end_frame"]) for t in segment if t["role"] == "DST_UPDATE"] or [(0, 0)]
+            clip |= {"start_frame_idx": min(s for s, _ in spans), "end_frame_idx": max(e for _, e in spans)}
+            clip["dst"] = [{"type": "step", "id": f"S{k}", "name": f"{k}"} for k in range(1, 5)]
+            clip["metadata"] = {"user_id": user, "knowledge": [], "summary_only": False}
+            system = {"role": "system", "content": f"Step states - {state}", "start_frame": 0, "end_frame": 1}
+            clip["conversation"] = [system, *copy.deepcopy(segment)]
+            if len(segments) > 1 and _chance(rng, 0.9):
+                clip["initial_dst_state"] = {} if i == len(segments) - 1 else dict(state)
+            if _chance(rng, 0.04):  # a clip of another origin
+                clip |= {"start_frame_idx": 0, "end_frame_idx": 400}
+            if _chance(rng, 0.9):  # else lost on the way
+                found.append(clip)
+            number += 1
+    if _chance(rng, 0.2):
+        rng.shuffle(found)
+    return found
+
+
+def _conversation(rng: random.Random, convention: str) -> list[dict]:
+    """Timed turns of one conversation, updates first at each moment; 2 frames a second."""
+    time, previous, running, turns = rng.choice((0.0, 0.0, 0.3, 4.7)), 0, 0, []
+    for number in range(rng.randint(1, 14)):
+        said = [("user", "hi")] if number == 0 else []
+        if _chance(rng, 0.6) and running < 4:
+            changes = [("start", running + 1)] if not running else [("complete", running), ("start", running + 1)]
+            said += [("DST_UPDATE", [{"id": f"S{step}", "transition": what}]) for what, step in changes]
+            running += 1
+        if _chance(rng, 0.8):
+            said.append(("assistant", rng.choice(TEXTS)))
+        for role, content in said:
+            frame = math.floor(time * 2 + 1e-6)
+            span = {
+                "event": (max(0, frame - 1), frame + 1),
+                "window": (max(0, frame - 3), frame),
+                "lead-in": (previous, max(previous, frame)),
+            }[convention]
+            previous = span[1]
+            turn = {"role": role, "content": content, "time": time}
+            turns.append(turn | {"start_frame": span[0], "end_frame": span[1]})
+        time = round(time + rng.choice((0.1, 0.3, 1.0, 2.5, 7.9)), 1)
+    return turns or [{"role": "user", "content": "hi", "time": time, "start_frame": 0, "end_frame": 1}]
+
+
+def timed_clip(rng: random.Random, serial: int) -> dict:
+    """A valid clip whose turns have times but no frames."""
+    clip = prospect_clip(rng, "event", serial) | {"fps": rng.choice((1, 2, 29.97))}
+    clip = {name: value for name, value in clip.items() if not name.endswith("_frame_idx")}
+    time = rng.choice((0, 0.4, 200.0))
+    for turn in clip["conversation"]:
+        turn.pop("start_frame", None)
+        turn.pop("end_frame", None)
+        if turn.get("time") is not None or turn["role"] != "system":
+            turn["time"] = time = time + rng.choice((0, 0, 0.3, 1.5, 20.2))
+    if not any(turn["role"] != "system" for turn in clip["conversation"]):
+        clip["conversation"].append({"role": "user", "content": "hi", "time": 3.0})
+    if _chance(rng, 0.3):
+        clip |= {"start_frame_idx": 0, "end_frame_idx": rng.choice((5, 500))}
+    return clip
+
+
 def clips(rng: random.Random, kind: str, count: int, base: int = 0) -> list[dict]:
     """`count` valid clips of one kind, with ids that do not repeat from `base` on."""
     convention = rng.choice(CONVENTIONS)
-    found = []
-    for serial in range(base, base + count):
-        if kind == "proassist" or (kind == "mixed" and _chance(rng, 0.4)):
-            found.append(proassist_clip(rng, serial))
-        else:
-            found.append(prospect_clip(rng, convention if kind == "mixed" else kind, serial))
-    return found
+    if kind == "generated":
+        return generated(rng, convention, base, count)
+    make = {
+        "proassist": proassist_clip,
+        "egoproactive": egoproactive_clip,
+        "timed": timed_clip,
+        "prospect": lambda rng, serial: prospect_clip(rng, convention if kind == "mixed" else kind, serial),
+    }
+    others = rng.choices(("prospect", "proassist", "egoproactive", "timed"), (6, 3, 1, 1), k=count)
+    kinds = others if kind == "mixed" else [kind if kind in make else "prospect"] * count
+    return [make[kinds[i]](rng, base + i) for i in range(count)]
 
 
 def file_of(rng: random.Random, kind: str, count: int, bad: float = 0.15, base: int = 0) -> list:
@@ -315,6 +431,10 @@ def _say(**values):
     return apply
 
 
+def _only(*turns: dict, **values):
+    return lambda clip: clip.update(values, conversation=list(turns))
+
+
 def _append(turn):
     return lambda clip: clip["conversation"].append(turn)
 
@@ -357,7 +477,6 @@ MUTATIONS = {
     "content a number": _say(content=3),
     "content a list": _say(content=["hi"]),
     "content an object": _say(role="assistant", content={"text": "hi"}),
-    "system content a number": _say(role="system", content=3),
     "update garbage text": _update("what a day"),
     "update unknown transition in text": _update("S1->explode"),
     "update half a pair": _update("S1->start, S2"),
@@ -399,17 +518,19 @@ MUTATIONS = {
     "rate a string": _set(neg_frame_sampling_rate="0.5"),
     "rate a bool": _set(neg_frame_sampling_rate=True),
     "dst a string": _set(dst="S1"),
-    "dst an object": _set(dst={"S1": "x"}),
     "dst of numbers": _set(dst=[1]),
     "dst step without id": _set(dst=[{"name": "one"}]),
-    "dst step with a number for id": _set(dst=[{"id": 1, "name": "one"}]),
+    "initial state unknown": _set(initial_dst_state={"S1": "exploded"}),
+    "initial state a list": _set(initial_dst_state=["S1"]),
+    "initial state a number": _set(initial_dst_state={"S1": 2}),
+    "times without frames or fps": _only(
+        {"role": "user", "content": "hi", "time": 3.0}, fps=None, start_frame_idx=0, end_frame_idx=9
+    ),
+    "time before the video": _only({"role": "user", "content": "hi", "time": -3.0}, fps=2),
     "id a list": _set(id=["x"]),
     "id a bool": _set(id=True),
     "clip_idx a string": _set(clip_idx="0"),
     "clip_idx fractional": _set(clip_idx=0.5),
-    "dataset a number": _set(dataset=1),
-    "goal a list": _set(inferred_goal=["g"]),
-    "knowledge a number": _set(inferred_knowledge=5),
 }
 # only where turns carry start_frame/end_frame: a ProAssist turn has none to read
 TURN_MUTATIONS = {
@@ -439,6 +560,24 @@ FRAMES_MUTATIONS = {
     "frames NaN": _append({"role": "frames", "start": math.nan, "end": 8}),
     "frames over int32": _append({"role": "frames", "start": 1, "end": 2**31}),
 }
+SESSION_MUTATIONS = {
+    "path missing": _drop("video_path"),
+    "path climbs": _set(video_path="../x.mp4"),
+    "path a number": _set(video_path=3),
+    "intervals null": _set(video_intervals=None),
+    "intervals none": _set(video_intervals=[], answers=[]),
+    "intervals in pairs of three": _set(video_intervals=[[0, 8, 16]], answers=["$silent$"]),
+    "intervals reversed": _set(video_intervals=[[8, 0]], answers=["$silent$"]),
+    "intervals descending": _set(video_intervals=[[8, 16], [0, 8]], answers=["$silent$"] * 2),
+    "intervals that overlap": _set(video_intervals=[[0, 8], [7, 16]], answers=["$silent$"] * 2),
+    "intervals negative": _set(video_intervals=[[-1, 8]], answers=["$silent$"]),
+    "intervals NaN": _set(video_intervals=[[0, math.nan]], answers=["$silent$"]),
+    "intervals of text": _set(video_intervals=[["0", "8"]], answers=["$silent$"]),
+    "answers missing": _drop("answers"),
+    "answers too few": _set(answers=[]),
+    "answers of numbers": lambda clip: clip.update(answers=[1] * len(clip["answers"])),
+    "session fps 0": _set(fps=0),
+}
 ALL_MUTATIONS = MUTATIONS | TURN_MUTATIONS | FRAMES_MUTATIONS
 
 
@@ -446,7 +585,7 @@ def mutated(clip: dict, name: str) -> dict:
     """A copy of a valid clip with one thing wrong, and an id of its own so that it is no duplicate."""
     result = copy.deepcopy(clip)
     result["id"] = f"bad {name} of {clip.get('id')} {clip.get('video_uid')} {clip.get('clip_idx')}"
-    ALL_MUTATIONS[name](result)
+    (ALL_MUTATIONS | SESSION_MUTATIONS)[name](result)
     return result
 
 
@@ -457,6 +596,8 @@ def broken(rng: random.Random, clip: dict):
         return rng.choice(NOT_A_CLIP)
     if kind == 1:
         return copy.deepcopy(clip)  # an exact duplicate: the first is kept
+    if "video_intervals" in clip:
+        return mutated(clip, rng.choice(sorted(SESSION_MUTATIONS)))
     proassist = any(t["role"] == "frames" for t in clip["conversation"])
     names = MUTATIONS | (FRAMES_MUTATIONS if proassist else TURN_MUTATIONS)
     return mutated(clip, rng.choice(sorted(names)))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from reference import Undecided, decide, problems, read_files, vote
 
 from pipeline.schema import draws, sampling_seed
+from pipeline.shards import read_manifest
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not here")
 
@@ -96,7 +97,7 @@ def test_reference_onset_before_the_clip():
 def test_reference_conventions():
     turns = turn("assistant", 12, 14), turn("DST_UPDATE", 14, 14)
     assert labelled(a_clip(*turns), convention="event") == ("..11......", "..00......")
-    assert labelled(a_clip(*turns), convention="window") == ("..111.....", "..001.....")
+    assert labelled(a_clip(*turns), convention="window") == ("..111......", "..001......")  # the clip's end, too
     assert labelled(a_clip(*turns), convention="lead-in") == ("...1......", "...1......")
 
 
@@ -123,48 +124,44 @@ def test_reference_draws_are_splitmix64():
 
 # ---- random hostile files ----------------------------------------------------------------------------
 
-OPTIONS = [  # positive, --neg-rate, --seed, file name, --pad-s
-    ("span", None, 0, "train_training.json", 0),
-    ("onset", None, 1, "train_training.json", 0),
-    ("span", 0.3, 2, "val_x.json", 0),
-    ("onset", 0.0, 3, "test_x.json", 0),
-    ("span", 0.0, 4, "train_x.jsonl", 0),
-    ("onset", 1.0, 2**40, "train_x.jsonl", 0),
-    ("span", None, 6, "val_x.jsonl", 3),
-    ("onset", 0.7, 7, "train_x.json", 0),
+OPTIONS = [  # positive, --neg-rate, --seed, file name, --pad-s, --bounds
+    ("span", None, 0, "train_training.json", 0, "auto"),
+    ("onset", None, 1, "train_training.json", 0, "auto"),
+    ("span", 0.3, 2, "val_x.json", 0, "given"),
+    ("onset", 0.0, 3, "test_x.json", 0, "auto"),
+    ("span", 0.0, 4, "train_x.jsonl", 0, "turns"),
+    ("onset", 1.0, 2**40, "train_x.jsonl", 0, "auto"),
+    ("span", None, 6, "val_x.jsonl", 3, "auto"),
+    ("onset", 0.7, 7, "train_x.json", 0, "auto"),
 ]
 
 
 @pytest.mark.parametrize("options", range(len(OPTIONS)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_hostile_files_have_no_wrong_label(kind: str, options: int, tmp_path: Path):
-    positive, rate, seed, name, pad = OPTIONS[options]
     rng = random.Random(f"{kind} {options}")
     found = file_of(rng, kind, 70)
-    assert check(tmp_path, rng, [found], [name], positive=positive, rate=rate, seed=seed, pad=pad) > 1000
+    assert check(tmp_path, rng, [found], *OPTIONS[options]) > 1000
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), kind=st.sampled_from(KINDS), options=st.sampled_from(OPTIONS))
 def test_small_hostile_files_have_no_wrong_label(rng, kind, options, tmp_path_factory):
-    positive, rate, seed, name, pad = options
     found = file_of(rng, kind, rng.randint(1, 4), bad=0.4)
-    folder = tmp_path_factory.mktemp("small")
-    check(folder, rng, [found], [name], positive=positive, rate=rate, seed=seed, pad=pad)
+    check(tmp_path_factory.mktemp("small"), rng, [found], *options)
 
 
 def test_each_file_of_a_split_has_its_own_convention(tmp_path: Path):
     rng = random.Random("three files")
-    kinds = ("window", "lead-in", "event", "proassist")
+    kinds = ("window", "lead-in", "event", "proassist", "generated", "timed")
     files = [file_of(rng, kind, 30, base=1000 * i) for i, kind in enumerate(kinds)]
     files[2].append(files[0][0])  # a duplicate across files
-    names = [f"train_{i}.json" for i in range(4)]
-    check(tmp_path, rng, files, names, positive="span", rate=None, seed=5, pad=0)
+    check(tmp_path, rng, files, "span", None, 5, "train_{}.json", 0, "auto")
 
 
-def check(folder: Path, rng, files: list[list], names: list[str], *, positive, rate, seed, pad) -> int:
+def check(folder: Path, rng, files: list[list], positive: str, rate, seed: int, name: str, pad: float, widen) -> int:
     """Write, preprocess and compare files of one split; the number of frames compared."""
-    paths = []
+    paths, names = [], [name.format(i) for i in range(len(files))]
     for found, name in zip(files, names, strict=True):
         paths.append(folder / name)
         paths[-1].write_bytes(dump(rng, found))
@@ -172,10 +169,11 @@ def check(folder: Path, rng, files: list[list], names: list[str], *, positive, r
     options = ["--positive", positive, "--seed", seed, "--workers", 1]
     options += [] if rate is None else ["--neg-rate", rate]
     options += ["--pad-s", pad] if pad else []
+    options += ["--bounds", widen] if widen != "auto" else []
     ran = preprocess(*paths, "--out", out, *options)
     assert "Traceback" not in ran.err, ran.err
     try:
-        kept, refused, votes = read_files(files, positive=positive, pad_s=pad)
+        kept, refused, votes = read_files(files, positive=positive, pad_s=pad, bounds_option=widen)
     except Undecided:
         assert ran.status == 1, ran.err
         assert "--frame-convention" in ran.err
@@ -184,6 +182,12 @@ def check(folder: Path, rng, files: list[list], names: list[str], *, positive, r
     check_quarantine(out if kept else None, refused, names)
     if not kept:
         return 0
+    manifest = read_manifest(out)
+    told = [h["text"] for h in manifest["hazards"] if h["name"] == "initial state contradicts the updates"]
+    wrong_states = sum(vote.contradicted for vote in votes)
+    assert [text.split()[0] for text in told] == [f"{wrong_states:,}"] * bool(wrong_states)
+    widened = [source["bounds_widened"] for source in manifest["inputs"]]
+    assert widened == [vote.widened for vote in votes], f"bounds of {widened} clips widened, not {votes}"
     found = shards(out, split)
     wrong, frames = differences(found, kept, split=split, positive=positive, seed=seed, rate=rate)
     assert not wrong, "\n".join(wrong[:10])
@@ -320,7 +324,7 @@ def test_inferred_end_is_half_open(convention: str, end: int, tmp_path: Path):
     ("convention", "speaking", "dst"),
     [
         ("event", "..11......", "..00......"),
-        ("window", "..111.....", "..001....."),
+        ("window", "..111......", "..001......"),  # the clip's end is inclusive, too
         ("lead-in", "...1......", "...1......"),
     ],
 )
@@ -476,7 +480,7 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path):
     rng = random.Random("workers")
     files = []
     for i in range(2):
-        spoken, ends = turn("assistant", 11, 12), [rng.randint(12, 14) for _ in range(5000)]
+        spoken, ends = turn("assistant", 11, 12), [rng.randint(12, 14) for _ in range(2100)]
         tiny = [a_clip(spoken, id=f"{i} {k}", end=end) for k, end in enumerate(ends)]
         tiny[::97] = [c | {"fps": -1, "id": f"bad {i} {c['id']}"} for c in tiny[::97]]
         files.append(write(tmp_path / "in", tiny, f"{('train', 'val')[i]}_x.json"))
