@@ -319,7 +319,9 @@ def _hypothesis(seed: int, count: int) -> int:
     from hypothesis import strategies as st
 
     from pipeline.errors import InputError
-    from pipeline.read import ClipError, decode, index
+    from pipeline.readers import decode
+    from pipeline.readers.clip import ClipError
+    from pipeline.readers.index import index
 
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(VALUES)
     trees = st.recursive(

@@ -124,22 +124,12 @@ def any_size() -> None:
     frames.MAX_PIXELS = frames.MAX_SIDE = 1 << 40  # type: ignore[misc]
 
 
-def no_second_look() -> None:
-    """What follows a broken clip is given up."""
-    from pipeline.read import Scanner
-
-    def give_up(self: Any, step: int = 1) -> bool:
-        self._advance(len(self.text) - self.at)
-        return False
-
-    Scanner._resync = give_up  # type: ignore[method-assign]
-
-
 def trusting_numbers() -> None:
     """A frame number is whatever int() takes."""
-    from pipeline import read
+    from pipeline.readers import clip, prospect
 
-    read._whole = lambda value, name, turn=None, least=0: int(value)
+    clip.whole = prospect.whole = lambda value, name, turn=None, least=0: int(value)
+    prospect.whole_or_none = clip.whole_or_none = lambda value, *_, **__: None if value is None else int(value)
 
 
 def trusting_rows() -> None:
@@ -181,7 +171,6 @@ PROOFS: Sequence[tuple[str, Callable[[], None]]] = (
     ("disk", shards_in_place),
     ("frames", any_picture),
     ("frames", any_size),
-    ("garbage", no_second_look),
     ("examples", trusting_numbers),
     ("forge", trusting_rows),
     ("twice", no_locks),

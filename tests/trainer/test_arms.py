@@ -24,7 +24,10 @@ CLIP = clip_example(
 )
 TOKENS = train_tiny_tokens(["good", "S1->complete"])
 PLAIN = "[system] You are a helpful assistant. [step] S1: Put the base down [step] S2: Attach the wheel ."
-TOLD = "[system] You are a helpful assistant. [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] ."
+TOLD = (
+    "[system] You are a helpful assistant. [step] S1: Put the base down [in_progress] "
+    "[step] S2: Attach the wheel [not_started] ."
+)
 
 
 def reads(arm: str) -> str:

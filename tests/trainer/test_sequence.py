@@ -12,7 +12,10 @@ from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.sequence import build_windows, cut_windows, state_before
 
-PROMPT = "[system] You are a helpful assistant. Toy [step] S1: Put the base down [not_started] [step] S2: Attach the wheel [not_started] ."
+PROMPT = (
+    "[system] You are a helpful assistant. Toy [step] S1: Put the base down [not_started] "
+    "[step] S2: Attach the wheel [not_started] ."
+)
 HELP = turn("system", "Current step states - Step S1: completed", 0, 1)  # as generated: tells the future
 
 
@@ -56,7 +59,8 @@ def test_real_clip_shape_two_updates_then_speech_at_one_moment():
     )
     text, window, words = one(clip)
     assert text == (
-        "[system] You are a helpful assistant. Toy [step] S1: Put the base down [in_progress] [step] S2: Attach the wheel [not_started] . "
+        "[system] You are a helpful assistant. Toy [step] S1: Put the base down [in_progress] "
+        "[step] S2: Attach the wheel [not_started] . "
         "F F F F [DST_UPDATE] S1->complete, S2->start . [assistant] Now screw it . F F"
     )
     assert window.first_frame == 210
