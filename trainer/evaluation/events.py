@@ -79,9 +79,15 @@ def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, ref
         assert threshold is not None
         hot = np.flatnonzero(fires(scored.logits[head], threshold))
         frames = spaced(hot, refractory_frames(clip.fps, refractory_s)) + clip.start_frame
+    return frames[annotated(clip)[frames - clip.start_frame]]
+
+
+def annotated(clip: ClipExample) -> Mask:
+    """bool [F]: frames that somebody annotated. What a model does at others is neither right nor wrong."""
+    known = np.ones(clip.num_frames, bool)
     for start, end in clip.unlabelled:
-        frames = frames[(frames < start) | (frames >= end)]
-    return frames
+        known[max(0, start - clip.start_frame) : max(0, end - clip.start_frame)] = False
+    return known
 
 
 def predictions(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Floats:
@@ -374,6 +380,8 @@ class _Board:
         self.scores = np.concatenate([scored.logits[head] for scored in clips]).astype(np.float64)
         self._gap = np.repeat(gaps, sizes)
         self._at = np.concatenate([np.arange(n) + start for n, start in zip(sizes, first, strict=False)])
+        self._annotated = np.zeros(first[-1], bool)
+        self._annotated[self._at] = np.concatenate([annotated(scored.clip) for scored in clips])
         windows, self.references = [], 0
         for scored, start in zip(clips, first.tolist(), strict=False):
             instants = references(scored.clip, ROLE_OF[head])
@@ -384,6 +392,7 @@ class _Board:
     def f1(self, threshold: float) -> float:
         hot = np.flatnonzero(self.scores >= threshold)
         fired = spaced(self._at[hot], self._gap[hot])
+        fired = fired[self._annotated[fired]]
         return 2 * most_matches(self._windows, fired) / (self.references + len(fired))
 
 
@@ -421,6 +430,7 @@ def metronome_f1(clips: Sequence[ScoredClip], head: str, period_s: float, settin
     for clip in (scored.clip for scored in clips if head == "speaking" or tracked(scored.clip)):
         gap = max(1, round(period_s * clip.fps))
         ticks = np.arange(gap // 2, clip.num_frames, gap)
+        ticks = ticks[annotated(clip)[ticks]]
         instants = references(clip, ROLE_OF[head])
         found += most_matches(_windows(clip, instants, settings), ticks)
         fired, references_ = fired + len(ticks), references_ + len(instants)

@@ -254,16 +254,33 @@ def test_a_head_that_says_nothing_stays_silent():
     assert report(scored, best_event_threshold([scored], "speaking", S))["predictions"] == 0
 
 
+def nobody_saw(scored, *ranges):
+    return replace(scored, clip=replace(scored.clip, unlabelled=ranges))
+
+
+def test_frames_that_nobody_annotated_are_neither_right_nor_wrong():
+    """Speech at 10 s; scores also fire at 0, 20 and 25 s, of which 20 s alone was annotated."""
+    scores = np.zeros(120)
+    scores[[0, 20, 40, 50]] = 3, 2, 1, 3
+    scored = nobody_saw(clip_of([said_at(10)], speaking=scores), (0, 10), (44, 120))
+    found = report(scored, 0.5)
+    assert (found["predictions"], found["matched"], found["false_alarms"]) == (2, 1, 1)
+    live = nobody_saw(clip_of([said_at(10)], spoke=[0, 10, 25]), (0, 10), (44, 120))
+    assert report(live, None)["predictions"] == 1
+    assert best_event_threshold([scored], "speaking", S) == 1.5
+
+
 # ---- without seeing ----------------------------------------------------------------------------------
 
 
 def test_a_metronomes_f1_by_hand():
     """20 s, speech at 5 s and 15 s; a tick every 10 s, at 5 s and 15 s, hits both, one every 4 s is 5 ticks for 2."""
     clips = [clip_of([turn("assistant", "a", 10, 11), turn("assistant", "b", 30, 31)], 0, 40)]
-    narrow = Settings(early_s=0.5, late_s=0.5)
+    narrow, wide = Settings(early_s=0.5, late_s=0.5), Settings(early_s=1, late_s=1)
     assert metronome_f1(clips, "speaking", 10.0, narrow) == 1.0
     assert metronome_f1(clips, "speaking", 4.0, narrow) == 0.0  # at 2, 6, 10, 14, 18 s
-    assert metronome_f1(clips, "speaking", 4.0, Settings(early_s=1, late_s=1)) == 2 * 2 / (2 + 5)
+    assert metronome_f1(clips, "speaking", 4.0, wide) == 2 * 2 / (2 + 5)
+    assert metronome_f1([nobody_saw(clips[0], (0, 9), (32, 40))], "speaking", 4.0, wide) == 2 * 2 / (2 + 3)
     assert best_metronome(clips, "speaking", narrow) == 10.5  # at 5 and 15.5 s: of equals the longest
 
 
