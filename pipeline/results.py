@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.terminal import plain
@@ -81,15 +82,17 @@ def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
     largest = sorted(first["per_task"], key=lambda task: (-first["per_task"][task]["support"], task))[:MOST_TASKS]
     for task in largest:
         own = [found["per_task"][task] for found in by_mode.values()]
-        tasks.add_row(plain(task), *(_with_interval(found, "macro_f1") for found in own), f"{own[0]['support']:,}")
+        tasks.add_row(
+            escape(plain(task)), *(_with_interval(found, "macro_f1") for found in own), f"{own[0]['support']:,}"
+        )
     overall, skipped = first["overall"], first["skipped_chunks"]
-    without = f", {skipped:,} without a prediction skipped" if skipped else ""
+    without = f", {skipped:,} without a prediction left out" if skipped else ""
     line = (
         f"[dim]{first['total_sessions']:,} sessions, {overall['support']:,} chunks{without}; "
         f"{overall['recordings']:,} recordings, drawn again for the 95% intervals; {len(largest)} of "
         f"{len(first['per_task']):,} tasks shown[/]"
     )
-    return [whole, tasks, line]
+    return ["", whole, "", tasks, line]
 
 
 def _with_interval(found: dict[str, Any], name: str) -> str:

@@ -50,7 +50,7 @@ SESSIONS = [
         "video_path": "aa03.mp4",
         "video_intervals": [[0.25, 8.25], [8.25, 16.25]],
         "query": "Tee aufgießen",
-        "task": "Making tea",
+        "task": "Making [b]tea",
         "answers": ["$interrupt$Wasser kochen.", "$interrupt$Jetzt aufgießen."],
     },
 ]  # fmt: skip
@@ -138,12 +138,12 @@ def test_counts_are_pooled_and_also_given_by_task(sessions):
     assert (overall["macro_f1"], overall["gmean_f1"]) == (0.7273, 0.7273)
     by_task = report["per_task"]
     assert {task: found["support"] for task, found in by_task.items()} == {
-        "Making tea": 2,
+        "Making [b]tea": 2,
         "Patching a tyre": 3,
         "Potting a cactus": 6,
     }
-    assert by_task["Making tea"]["interrupt_f1"] == 0.6667
-    assert by_task["Making tea"]["macro_f1"] == 0.3333
+    assert by_task["Making [b]tea"]["interrupt_f1"] == 0.6667
+    assert by_task["Making [b]tea"]["macro_f1"] == 0.3333
     assert (report["total_sessions"], report["skipped_chunks"]) == (3, 0)
 
 
@@ -166,7 +166,7 @@ def test_intervals_hold_the_value_and_need_two_recordings(sessions):
     for name, (low, high) in overall["intervals"].items():
         assert 0 <= low <= overall[name] <= high <= 1
         assert low < high
-    assert set(report["per_task"]["Making tea"]["intervals"].values()) == {None}
+    assert set(report["per_task"]["Making [b]tea"]["intervals"].values()) == {None}
     together = report_chunks(sessions, predicted, ["take 1", "take 1", "take 1"])
     assert together["overall"]["recordings"] == 1
     assert together["overall"]["intervals"]["macro_f1"] is None
@@ -397,6 +397,7 @@ def test_scores_to_submission_to_the_same_numbers(files, tmp_path, capsys):
     low, high = found["overall"]["intervals"]["macro_f1"]
     assert f"0.8167 [{low:.4f}, {high:.4f}]" in printed
     assert "3 sessions, 11 chunks" in printed
+    assert "Making [b]tea" in printed
     assert [json.loads(line) for line in submission.read_text().splitlines()] == [
         {"video_path": "aa01.mp4", "answers": ["$interrupt$"] * 3 + ["$silent$"] * 3},
         {"video_path": "aa02.mp4", "answers": ["$interrupt$", "$silent$", "$silent$"]},
