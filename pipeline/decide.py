@@ -21,7 +21,7 @@ from pipeline.media import count_frames, find_frames
 from pipeline.options import Options
 from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Refusal, check_size, refuse
 from pipeline.schema import ROLES
-from pipeline.state import NOT_STARTED, Segment, states_before
+from pipeline.state import NOT_STARTED, Segment, lacks, states_before
 from pipeline.survey import NOT_GIVEN, Survey, Task, absent, spooled_turns
 
 
@@ -79,6 +79,7 @@ class Part:
     keep: np.ndarray  # bool [C]
     bounds: np.ndarray  # int64 [C, 2]; -1 where neither given nor seen
     states: dict[int, dict[str, str]] = field(default_factory=dict)  # clip -> its replayed initial state
+    broken: int = 0  # clips whose replayed state lacks what their updates need
 
     def refuse(self, i: int, error: ClipError) -> None:
         """Drop clip `i` of the part."""
@@ -225,6 +226,8 @@ def _replay_states(parts: list[Part]) -> None:
     for group in several:
         for (part, i), state in zip(group, states_before([segments[id(part), i] for part, i in group]), strict=True):
             part.states[i] = state
+            updates = ((step, transition) for _, step, transition in segments[id(part), i].updates)
+            part.broken += lacks(state, updates)
 
 
 def _told_apart(members: list[tuple[Part, int]]) -> list[list[tuple[Part, int]]]:
@@ -279,6 +282,7 @@ def _count_context(part: Part, counts: hazards.ContextCounts) -> None:
     """Add the part's counts for the context leak audit."""
     counts.spoken += part.survey.spoken
     counts.echoed += part.survey.echoed
+    counts.broken_states += part.broken
     for i in np.flatnonzero(part.keep).tolist():
         head = part.survey.heads[i]
         given_away, decisions, verbatim = head.given_away

@@ -102,6 +102,7 @@ class ContextCounts:
     echoed: int = 0  # of those, whose text stands in an earlier user turn
     given_states: int = 0  # clips with an initial state
     wrong_states: int = 0  # of those, contradicted by the replay or by the clip's own updates
+    broken_states: int = 0  # clips whose replayed state lacks what their updates need: earlier clips are missing
     clips: int = 0
     wrong_system: int = 0  # clips whose system turn tells a state that the clip's own updates contradict
 
@@ -126,12 +127,30 @@ def of_context(split: str, counts: ContextCounts) -> Iterator[Hazard]:
             "conversation's earlier clips or the clip's own: the replayed state was taken"
         )
         yield _hazard("initial state contradicts the updates", split, text)
+    if counts.broken_states:
+        text = (
+            f"{counts.broken_states:,} of {counts.clips:,} clips complete a step that no earlier clip of their "
+            "conversation started: clips are missing in between, and their initial state lacks what happened there"
+        )
+        yield _hazard("clips missing in conversations", split, text)
     if counts.wrong_system:
         text = (
             f"{counts.wrong_system:,} of {counts.clips:,} clips have a system turn that tells a state which their own "
             "updates contradict: system turns are not put into prompts"
         )
         yield _hazard("system turn tells a wrong state", split, text)
+
+
+def of_variants(split: str, files: Mapping[tuple[str | None, ...], set[str]]) -> Iterator[Hazard]:
+    """Conversations (data set, video, user) that several files of a split hold, as variants of one preparation do."""
+    several = {Path(name).name for names in files.values() if len(names) > 1 for name in names}
+    if several:
+        count = sum(len(names) > 1 for names in files.values())
+        text = (
+            f"{count:,} conversations stand in several files, e.g. {plain(', '.join(sorted(several)[:NAMED]))}: "
+            "each is trained on as often; name the files of one variant"
+        )
+        yield _hazard("conversations in several files", split, text)
 
 
 def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:

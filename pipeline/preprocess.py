@@ -171,12 +171,16 @@ class _Run:
     def _hazards(self, parts: list[Part], splits: dict[str, dict[str, Any]]) -> list[hazards.Hazard]:
         """The data's hazards; notes each split's number of recordings on the way."""
         recordings: dict[str, set[str]] = {}
+        files: dict[str, dict[tuple[str | None, ...], set[str]]] = {}  # split -> conversation -> files that hold it
         videos: dict[hazards.Video, int] = {}
         for part in parts:
             split, known = part.source.split, part.survey
             for i in np.flatnonzero(part.keep).tolist():
                 recordings.setdefault(split, set()).add(known.recording_ids[i])
                 head = known.heads[i]
+                if head.user is not None and head.annotated:
+                    conversation = (head.dataset, head.video_uid, head.user)
+                    files.setdefault(split, {}).setdefault(conversation, set()).add(str(part.source.path))
                 where = (head.video_uid, head.frames_file, head.dataset or "unknown")
                 video = hazards.Video(split, *where, float(known.fps[i]))
                 videos[video] = max(videos.get(video, 0), int(part.bounds[i, 1]))
@@ -185,6 +189,7 @@ class _Run:
         by_name = {split.name: split for split in summary_of({"splits": splits}).splits}
         found = [hazard for name in splits for hazard in label_hazards(by_name[name])]
         found += [hazard for name, counts in self.context.items() for hazard in hazards.of_context(name, counts)]
+        found += [hazard for split, held in files.items() for hazard in hazards.of_variants(split, held)]
         found += hazards.of_recordings(recordings)
         if self.options.frames_root:
             found += hazards.of_frames(Path(self.options.frames_root), videos)

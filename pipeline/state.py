@@ -23,14 +23,27 @@ def replay(before: Mapping[str, str], updates: Updates) -> dict[str, str]:
 
 def contradicts(before: Mapping[str, str], updates: Updates) -> bool:
     """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
-    first: dict[str, str] = {}
-    for step, transition in updates:
-        first.setdefault(step, transition)
-    for step, transition in first.items():
+    for step, transition in _first(updates):
         was = before.get(step, NOT_STARTED)
         if TRANSITIONS[transition] == was or (transition == "start" and was == "completed"):
             return True
     return False
+
+
+def lacks(before: Mapping[str, str], updates: Updates) -> bool:
+    """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
+    return any(
+        transition in ("complete", "pause", "resume") and before.get(step, NOT_STARTED) == NOT_STARTED
+        for step, transition in _first(updates)
+    )
+
+
+def _first(updates: Updates) -> Iterable[tuple[str, str]]:
+    """The first update of each step."""
+    first: dict[str, str] = {}
+    for step, transition in updates:
+        first.setdefault(step, transition)
+    return first.items()
 
 
 @dataclass(frozen=True)

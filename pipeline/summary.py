@@ -203,8 +203,12 @@ def _input_lines(manifest: Mapping[str, Any]) -> Iterator[Text]:
     """Per input file: what was found, and what was assumed."""
     for source in manifest.get("inputs") or []:
         yield Text(f"{plain(Path(str(source.get('path', '?'))).name)}: {plain(', '.join(_facts(source)))}", style="dim")
-    for skipped in manifest.get("skipped") or []:
-        yield Text(f"{plain(Path(skipped['path']).name)}: left out, {plain(skipped['why'])}", style="dim")
+    skipped: dict[str, list[str]] = {}
+    for one in manifest.get("skipped") or []:
+        skipped.setdefault(one["why"], []).append("/".join(Path(one["path"]).parts[-2:]))
+    for why, names in skipped.items():
+        more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
+        yield Text(f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}", style="dim")
 
 
 def _facts(source: Mapping[str, Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from pipeline import labels, state
 from pipeline.readers import decode
-from pipeline.readers.clip import Clip, ClipError, Refusal, refuse
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Refusal, refuse
 from pipeline.readers.index import MAX_CLIP_BYTES
 from pipeline.schema import ROLES, STATES
 
@@ -114,6 +114,7 @@ class Head(NamedTuple):
     user: str | None
     clip_idx: int | None
     tracked: bool  # whether the clip says anything about the dialog state
+    annotated: bool  # whether anybody annotated some of its frames
     frames_file: str | None
     given: Mapping[str, str] | None  # initial state
     contradicted: bool  # whether the given state makes one of the clip's own updates impossible
@@ -175,6 +176,7 @@ def _head(clip: Clip, told: Mapping[str, str]) -> Head:
         dataset=clip.dataset,
         user=clip.user,
         clip_idx=clip.clip_idx,
+        annotated=tuple(clip.unlabelled) != EVERYWHERE,
         tracked=bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
         frames_file=clip.frames_file,
         given=given,

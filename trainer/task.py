@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.schema import NOT_SAMPLED, STATES
+from pipeline.readers.clip import text_of
+from pipeline.schema import NOT_SAMPLED, STATES, TRANSITIONS
+from pipeline.state import contradicts
 from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.feed import Feed, Seen
@@ -86,14 +88,16 @@ def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> Cli
     None: nothing is known. name: what the task is called in messages. TrainerError where the file says something else.
     """
     told = {} if path is None else _read_json(path, clip)
-    steps = tuple(_steps(path, _either(told, "steps", "dst", []) or []))
-    state = _either(told, "initial_state", "initial_dst_state", {}) or {}
+    dst = told.get("dst")
+    dst = dst.get("steps") if isinstance(dst, dict) else dst
+    steps = tuple(_steps(path, told.get("steps", dst) or []))
+    state = told.get("initial_state", _given_state(told)) or {}
     known = dict(steps)
     if not isinstance(state, dict) or any(step not in known or of not in STATES for step, of in state.items()):
         raise TrainerError(
             f"{path} initial_state: expected an object of its steps' ids with one of {', '.join(STATES)} each"
         )
-    texts = {key: _either(told, key, f"inferred_{key}", None) for key in ("goal", "knowledge")}
+    texts = {key: told.get(key, text_of(told.get(f"inferred_{key}"), key, [])) for key in ("goal", "knowledge")}
     for key, text in texts.items():
         if text is not None and not isinstance(text, str):
             raise TrainerError(f"{path} {key}: found {text!r:.60}, expected text")
@@ -167,8 +171,15 @@ def _id(told: Any) -> Any:
     return told.get("id", told.get("video_uid")) if isinstance(told, dict) else None
 
 
-def _either(told: Mapping[str, Any], name: str, other: str, default: Any) -> Any:
-    return told.get(name, told.get(other, default))
+def _given_state(told: Mapping[str, Any]) -> Any:
+    """A generated clip's initial state, unless its own updates contradict it: generators write the one at its end."""
+    given = told.get("initial_dst_state")
+    updates: list[tuple[Any, Any]] = []
+    for turn in told.get("conversation") or ():
+        if isinstance(turn, dict) and turn.get("role") == "DST_UPDATE" and isinstance(turn.get("content"), list):
+            updates += [(one.get("id"), one.get("transition")) for one in turn["content"] if isinstance(one, dict)]
+    known = [(step, transition) for step, transition in updates if transition in TRANSITIONS]
+    return {} if isinstance(given, dict) and contradicts(given, known) else given
 
 
 def _steps(path: Path | None, told: Any) -> Sequence[tuple[str, str]]:

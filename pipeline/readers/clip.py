@@ -23,6 +23,8 @@ MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
 MAX_FRAME: Final = 2**31 - 1  # columns are int32
 DEFAULT_FPS: Final = 2.0
 
+EVERYWHERE: Final = ((0, MAX_FRAME),)  # `unlabelled` of a clip that nobody annotated
+
 T = TypeVar("T")
 Range = tuple[int, int]  # half-open [start_frame, end_frame), absolute
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from pipeline.readers.clip import (
-    MAX_FRAME,
+    EVERYWHERE,
     Clip,
     ClipError,
     Reader,
@@ -30,7 +30,6 @@ from pipeline.readers.prospect import Record, checked_content, clip_of
 
 FIELDS: Final = "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx"
 SUMMARY_REQUEST: Final = "Please summarize"  # a system turn; the reply is the model's note to itself
-EVERYWHERE: Final = ((0, MAX_FRAME),)
 
 
 class Turn(msgspec.Struct, gc=False):

@@ -274,6 +274,17 @@ def test_a_task_is_told_by_names_by_ids_or_by_a_clip_as_it_is(tmp_path):
         assert not task.turns
 
 
+def test_a_generated_clip_tells_no_future_state_and_may_list_its_recipe(tmp_path):
+    clip = {
+        "inferred_knowledge": ["Boil", "Pour"],
+        "dst": {"steps": [{"id": "S1", "name": "Boil water"}]},
+        "initial_dst_state": {"S1": "completed"},  # the state at the clip's end
+        "conversation": [{"role": "DST_UPDATE", "content": [{"id": "S1", "transition": "start"}]}],
+    }
+    task = read_task(told(tmp_path, clip), "v", None, 2)
+    assert (task.knowledge, task.steps, task.initial_state) == ("Boil\nPour", (("S1", "Boil water"),), ())
+
+
 @pytest.mark.parametrize(
     ("content", "clip", "message"),
     [
