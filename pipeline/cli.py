@@ -257,7 +257,14 @@ def train(
     freeze: Annotated[list[str] | None, typer.Option(help="parts that do not learn: vision,connector,text")] = None,
     lora_rank: Annotated[int, typer.Option(help="above 0: the text learns by adapters (peft)")] = TrainConfig.lora_rank,
     lora_alpha: Annotated[int, typer.Option(help="adapters are scaled by alpha / rank")] = TrainConfig.lora_alpha,
-    bf16: Annotated[bool, typer.Option(help="autocast to bfloat16")] = TrainConfig.bf16,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            help="autocast to bfloat16; default: on a GPU. Without it attention there takes no flash kernel: an "
+            "estimated 3 times the time of a step",
+            show_default=False,
+        ),
+    ] = TrainConfig.bf16,
     checkpointing: Annotated[
         bool, typer.Option(help="recompute activations: less memory, more time")
     ] = TrainConfig.checkpointing,

@@ -1,28 +1,32 @@
 """Attention over windows that lie end to end in one row: each sees itself, causally, and nothing else.
 
-`packed_sdpa` splits queries, keys and values at the windows' lengths and calls SDPA once per window: no padding, no
-mask tensor, 5e-7 from attending to each alone (a prototype, float32). The library's own packing is off by default and
-fails silently (sequences see each other: logits off by 4e-2, gradients by 99%), and a dense mask costs 2 to 4 times the
-time.
-It is for training and scoring; what reads on from keys and values that it kept is `trainer.cache`.
+On CUDA in half precision all windows attend in one launch of torch's `varlen_attn` (FlashAttention), which neither
+pads nor copies grouped keys. Everywhere else SDPA is called once per window, no padding, no mask tensor, 5e-7 from
+attending to each alone (a prototype, float32): on a CPU, and for float32 on CUDA, which no flash kernel takes. The
+library's own packing is off by default and fails silently (sequences see each other: logits off by 4e-2, gradients by
+99%), and a dense mask costs 2 to 4 times the time. For training and scoring; a KV cache is in `trainer.cache`.
 
-    L tokens of the row    W windows    H heads    D head width
+    L tokens of the row    W windows    H heads    G key-value heads    D head width
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-NAME = "packed_sdpa"
+NAME = "packed_attention"
+# torch 2.15 wants to be told that keys are shared by several heads; 2.11 sees it, and knows no such argument
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-@torch.compiler.disable
-def packed_sdpa(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -31,15 +35,43 @@ def packed_sdpa(
     scaling: float | None = None,
     dropout: float = 0.0,
     seg_lens: Tensor | None = None,
+    seg_ends: Tensor | None = None,
+    longest: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, fewer H, L, D].
+    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, G, L, D].
 
-    `seg_lens`: int64 [W] on the CPU, a tensor so that `torch.compile` does not specialise on the lengths; they add
-    up to L. Raises ValueError without them, with a mask, or with a cache: never falls back to attending to all.
+    seg_lens: int64 [W] on the CPU, adding up to L. seg_ends: int32 [W + 1] on the device, 0 and each window's end;
+    longest: tokens of the longest window. All three come with the pack, so that no layer waits for the GPU.
+    Raises ValueError without them, with a mask, or with a cache: never falls back to attending to all.
     """
     if seg_lens is None or attention_mask is not None:
         raise ValueError(f"{NAME}: needs seg_lens and no mask; call the text model with seg_lens=..., use_cache=False")
+    if seg_ends is not None and not dropout and takes_varlen(value):
+        return _in_one_launch(query, key, value, scaling, seg_ends, longest), None
+    return _by_window(query, key, value, scaling, dropout, seg_lens), None
+
+
+def takes_varlen(value: Tensor) -> bool:
+    """Whether a flash kernel takes it. Values come from a linear layer, so under autocast they are in its type."""
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _in_one_launch(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, seg_ends: Tensor, longest: int
+) -> Tensor:
+    # RoPE's float32 cosines made q and k float32 again, and autocast does not know the operator
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [L, H or G, D]
+    grouped = GROUPED if q.shape[1] != k.shape[1] else {}
+    ends = seg_ends, seg_ends  # of queries and of keys, the same tensor: torch 2.15 compares them by identity
+    out = varlen_attn(q, k, v, *ends, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    return cast(Tensor, out)[None]
+
+
+@torch.compiler.disable
+def _by_window(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, seg_lens: Tensor
+) -> Tensor:
     lengths = seg_lens.tolist()
     if not query.shape[2] == key.shape[2] == sum(lengths):
         raise ValueError(f"{NAME}: lengths {lengths} for {query.shape[2]} queries and {key.shape[2]} keys")
@@ -47,11 +79,31 @@ def packed_sdpa(
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(seen, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(seen, 2).transpose(1, 2).contiguous()
 
 
 def use_packed(vlm: Any) -> None:
-    """Make the text model of a SmolVLM attend by `packed_sdpa`; the vision tower stays as it is."""
-    AttentionInterface.register(NAME, packed_sdpa)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    vlm.set_attn_implementation({"text_config": NAME})
+    """Make the text model of a SmolVLM attend by `packed_attention`; the vision tower stays as it is."""
+    use_attention(vlm, NAME, packed_attention)
+
+
+def use_attention(vlm: Any, name: str, function: Callable[..., Any]) -> None:
+    """Make the text model of a SmolVLM attend by `function`, which is registered as `name` and needs no mask.
+
+    The name is registered without a mask function: with one, transformers would look through `position_ids` for
+    packed sequences in every pass, and wait for the GPU. It would also drop a 2-D mask silently, so the text model
+    refuses any from now on.
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+    vlm.set_attn_implementation({"text_config": name})
+    body = vlm.model.text_model
+    if _refuse_mask not in body._forward_pre_hooks.values():
+        body.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+
+
+def _refuse_mask(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    name = body.config._attn_implementation  # type: ignore[union-attr]
+    masked = len(args) > 1 or kwargs.get("attention_mask") is not None
+    if masked and name not in AttentionMaskInterface._global_mapping:
+        raise ValueError(f"{name}: takes no mask; call the text model without one")

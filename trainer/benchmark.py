@@ -149,7 +149,12 @@ def _options(values: Any, defaults: Any) -> list[str]:
         option = f"--{one.name.replace('_', '-')}"
         if isinstance(value, dict):
             value = ",".join(f"{part}={number}" for part, number in value.items())
-        words += [option] if value is True else [option, ",".join(value) if isinstance(value, tuple) else str(value)]
+        option = f"--no-{option[2:]}" if value is False else option
+        words += (
+            [option]
+            if isinstance(value, bool)
+            else [option, ",".join(value) if isinstance(value, tuple) else str(value)]
+        )
     return words
 
 
@@ -227,7 +232,8 @@ def is_done(job: Job, held: Held, learned: Split) -> bool:
     if not (scores / METRICS_FILE).is_file() or not (job.run / "last").is_dir():
         return False
     begun = read_start(job.run)
-    changed = job.config.differences(TrainConfig.from_json(begun["config"]))
+    config = job.config.on("cuda" if torch.cuda.is_available() else "cpu")
+    changed = config.differences(TrainConfig.from_json(begun["config"]))
     if changed:
         raise TrainerError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
     eval_split = held.all.get(plan.config.eval_split)

@@ -8,7 +8,7 @@ SmolVLM start from lr 2e-5 and freeze_vision.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from trainer.arms import find_arm
@@ -53,7 +53,9 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # parts that do not learn
     lora_rank: int = 0  # above 0: the text body learns by adapters of this rank alone (needs peft)
     lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
-    bf16: bool = False  # autocast of tower, connector and body; weights, heads and losses stay float32
+    bf16: bool | None = (
+        None  # autocast of tower, connector and body; weights, heads, losses stay float32. None: on CUDA
+    )
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the text body's layers
     eval_split: str = "val"
@@ -98,6 +100,10 @@ class TrainConfig:
             not (self.lora_rank and "text" in self.freeze),
             f"lora_rank is {self.lora_rank} and text is in freeze: the adapters are the text's; drop one of them",
         )
+
+    def on(self, device_type: str) -> TrainConfig:
+        """With `bf16` decided for 'cuda' or 'cpu': what a run there is a function of."""
+        return self if self.bf16 is not None else replace(self, bf16=device_type == "cuda")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,69 +3,78 @@
     loss = w_speak * BCE_speak + w_dst * BCE_dst + w_lm * CE_text
 
 each term being the sum over supervised positions divided by their number in the *whole* optimizer step.
-The mean of micro-batch means is another number: 1.05 against 0.146 with 3 and 121 supervised frames. -100
-is indexed out before the BCE, which does not know it. A sum over nothing is exactly 0 and still has a
-graph; never NaN.
+The mean of micro-batch means is another number: 1.05 against 0.146 with 3 and 121 supervised frames. Frames labelled
+-100 never reach the BCE, which does not know it: `supervise` lists the others on the host, where the labels are (a
+boolean index on a GPU makes the host wait for it). A sum over nothing is exactly 0 and still has a graph; never NaN.
 
-    N frames of a batch    T supervised text tokens    V vocabulary
+    N frames of a batch    n supervised labels    T supervised text tokens    V vocabulary
     sums and counts are [5] (TERMS): per head negatives and positives, then text
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.schema import NOT_SAMPLED
-from trainer.arms import Arm
+from trainer.arms import ARMS, Arm
 from trainer.config import TrainConfig
+from trainer.pack import upload
 
 TERMS = ("speak_neg", "speak_pos", "dst_neg", "dst_pos", "lm")
 
 
-def label_weights(labels: Tensor, neg_rate: Tensor, reweigh: bool) -> Tensor:
-    """float [2, N]: weight of each supervised label; 1, or 1 / neg_rate for a drawn negative if `reweigh`.
+@dataclass(frozen=True)
+class Supervision:
+    """Which of a batch's logits [2, N] the loss reads, in the order of TERMS."""
 
-    A 0 is drawn unless the other head is positive there: then it was kept for certain.
+    places: Tensor  # int64 [n] in the flattened logits
+    weights: Tensor  # float [n]
+    sizes: list[int]  # how many of the n are speak_neg, speak_pos, dst_neg, dst_pos
+    inverted: bool = False  # the arm's first head says silence, and so do its labels
+
+    def counts(self) -> Tensor:
+        """float [4]: what each term's sum will be divided by, known before any forward pass."""
+        return torch.stack([part.sum() for part in self.weights.split(self.sizes)])
+
+    def to(self, device: torch.device) -> Supervision:
+        return replace(self, places=upload(self.places, device), weights=upload(self.weights, device))
+
+
+def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm], reweigh: bool = False) -> Supervision:
+    """Of labels int8 [2, N] that say *speak* and *DST update*, and rates float [N], both on the CPU.
+
+    A supervised label weighs 1, or if `reweigh` 1 / neg_rate where it is a negative that was drawn: a 0, unless the
+    other head is positive there (then it was kept for certain). Without a DST head nothing is supervised for it.
     """
     weights = torch.ones_like(labels, dtype=neg_rate.dtype)
     if reweigh:
         drawn = (labels == 0) & (labels.flip(0) != 1)
         weights = torch.where(drawn, 1 / neg_rate.clamp(min=2**-32), weights)
-    return weights
+    inverted = arm.decides == "inverted"
+    speak = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
+    dst = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
+    both = torch.stack([speak, dst]).flatten()
+    of_dst = torch.arange(len(both)) >= labels.shape[1]
+    places = [((both == value) & (of_dst == head)).nonzero()[:, 0] for head in (False, True) for value in (0, 1)]
+    chosen = torch.cat(places)
+    return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places], inverted)
 
 
-def targets(logits: Tensor, labels: Tensor, arm: Arm) -> tuple[Tensor, Tensor]:
-    """(logits, labels), [2, N] each, as the arm's loss takes them from logits and labels that say *speak*.
+def bce_sums(logits: Tensor, supervised: Supervision) -> Tensor:
+    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update*.
 
-    An inverted head's logit says silence, so that is what its labels say, too; -100 stays. Where there is no DST head,
-    nothing is supervised for it.
+    Other logits are never read: neither value nor gradient depends on them. BCE(x, y) and BCE(-x, 1 - y) are the same
+    float, and their gradients each other's negative: an inverted head learns the same bits.
     """
-    speak, dst = labels
-    if not arm.dst_head:
-        dst = torch.full_like(dst, NOT_SAMPLED)
-    if arm.decides == "inverted":
-        speak = torch.where(speak >= 0, 1 - speak, speak)
+    if supervised.inverted:
         logits = torch.stack([-logits[0], logits[1]])
-    return logits, torch.stack([speak, dst])
-
-
-def masked_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(sums, counts), each [4]: weighted BCE and weight per head and class, over labels [2, N] of 0 or 1.
-
-    `logits` [2, N] at other labels are never read: neither value nor gradient depends on them. BCE(x, y) and
-    BCE(-x, 1 - y) are the same float, and their gradients each other's negative: an inverted head learns the same bits.
-    """
-    weights = torch.ones_like(logits) if weights is None else weights
-    sums, counts = [], []
-    for head in (0, 1):
-        for value in (0, 1):
-            chosen = labels[head] == value
-            weight, logit = weights[head][chosen], logits[head][chosen]
-            sums.append(-(F.logsigmoid(logit if value else -logit) * weight).sum())
-            counts.append(weight.sum())
-    return torch.stack(sums), torch.stack(counts)
+    chosen = logits.flatten().index_select(0, supervised.places)
+    parts = zip(chosen.split(supervised.sizes), supervised.weights.split(supervised.sizes), strict=True)
+    return torch.stack([-(F.logsigmoid(x if i % 2 else -x) * weights).sum() for i, (x, weights) in enumerate(parts)])
 
 
 def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:

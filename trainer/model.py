@@ -74,13 +74,14 @@ class ProspectModel(nn.Module):
         self.vlm, self.heads = vlm, heads
         self.arm, self.silence = find_arm(config.arm), silence
         assert silence is not None or self.arm.decides != "lm-eos"
-        self.tokens_per_frame, self.bf16 = config.tokens_per_frame, config.bf16
+        self.tokens_per_frame, self._bf16 = config.tokens_per_frame, config.bf16
         given = vision.most_tokens(vlm)
         if self.tokens_per_frame > given:
             raise TrainerError(
                 f"tokens_per_frame is {self.tokens_per_frame}, but this model has {given} per frame; "
                 f"lower --tokens-per-frame"
             )
+        exact_float32()
         use_packed(vlm)
         if config.lora_rank:
             _add_adapters(self.body, config)
@@ -114,11 +115,16 @@ class ProspectModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.heads.parameters()).device
 
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes under bfloat16 autocast where it is."""
+        return self.device.type == "cuda" if self._bf16 is None else self._bf16
+
     def forward(self, pack: Pack) -> Scores:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden_states(pack)  # [L, H]
-            text = self.vlm.lm_head(hidden[pack.lm_index])
-            return Scores(self.decisions(hidden[pack.decision_index]), text)
+            text = self.vlm.lm_head(hidden.index_select(0, pack.lm_index))
+            return Scores(self.decisions(hidden.index_select(0, pack.decision_index)), text)
 
     def decisions(self, hidden: Tensor) -> Tensor:
         """float32 [2, N] of [N, H] at decision tokens: logits that say *speak* and *DST update*, whatever the arm.
@@ -131,7 +137,8 @@ class ProspectModel(nn.Module):
         if self.arm.decides == "lm-eos":
             with torch.autocast(hidden.device.type, enabled=False):  # as the heads: no two scores tie by rounding
                 following = self.vlm.lm_head(hidden.float()).float()  # [N, V]
-            others = following.index_fill(1, torch.tensor([self.silence], device=hidden.device), -torch.inf)
+            others = following.clone()
+            others[:, self.silence] = -torch.inf
             speaks = others.logsumexp(-1) - following[:, self.silence]
             return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: every weight has a gradient on every rank
         return logits
@@ -142,8 +149,9 @@ class ProspectModel(nn.Module):
         features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
         filled = embedded.index_copy(0, pack.frame_index.flatten(), features.flatten(0, 1))
         out = self.body(
-            inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False, seg_lens=pack.seg_lens
-        )
+            inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False,
+            seg_lens=pack.seg_lens, seg_ends=pack.seg_ends, longest=pack.longest,
+        )  # fmt: skip
         return out.last_hidden_state[0]
 
     def frame_features(self, frames: Tensor) -> Tensor:
@@ -162,6 +170,18 @@ class ProspectModel(nn.Module):
         pixels = torch.full((1, 3, self.side, self.side), 127, dtype=torch.uint8)
         features = torch.zeros(1, self.tokens_per_frame, vision.width(self.vlm))
         return blank_pack(image, features if cached else pixels, self.tokens_per_frame)
+
+
+def exact_float32() -> None:
+    """Make float32 mean float32 on a GPU, for the whole process; no cuDNN attention, which plans anew for each shape.
+
+    By default cuDNN's convolutions round to TF32, which puts features and logits off by 0.01.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # the old switch as well: torch raises where the two disagree
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def part_of(name: str) -> str:
@@ -202,6 +222,7 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
 
     Raises TrainerError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
     """
+    exact_float32()
     if name in RANDOM_MODELS:
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration((tiny_config if name == "tiny" else nano_config)(vocabulary))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.arms import find_arm
@@ -23,6 +24,8 @@ from trainer.config import TrainConfig
 from trainer.frames import FrameSource
 from trainer.sequence import Window, build_windows
 from trainer.tokenizer import Tokens
+
+ON_HOST = ("seg_lens", "labels", "neg_rate")  # parts of a pack that stay on the CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +36,12 @@ class Pack:
     frames: Callable[[], Tensor]  # -> pixels uint8 [N, 3, S, S], or cached features [N, k, D]
     input_ids: Tensor  # int64 [L]
     position_ids: Tensor  # int64 [L], from 0 in each window
-    seg_lens: Tensor  # int64 [W], stays on the CPU
+    seg_lens: Tensor  # int64 [W]
+    seg_ends: Tensor  # int32 [W + 1]: `ends_of(seg_lens)`
     frame_index: Tensor  # int64 [N, k] where each frame's tokens stand
     lm_index: Tensor  # int64 [T] positions whose next token is a target
     lm_targets: Tensor  # int64 [T]
-    labels: Tensor  # int8 [2, N]
+    labels: Tensor  # int8 [2, N], of which `losses.supervise` makes indices
     neg_rate: Tensor  # float32 [N]
 
     @property
@@ -49,14 +53,18 @@ class Pack:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window."""
+        return max(self.seg_lens.tolist())
+
     def to(self, device: torch.device) -> Pack:
-        stays = ("seg_lens",)
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: upload(value, device)
             for name, value in self.__dict__.items()
-            if isinstance(value, Tensor) and name not in stays
+            if isinstance(value, Tensor) and name not in ON_HOST
         }
-        return replace(self, frames=lambda: self.frames().to(device, non_blocking=True), **moved)
+        return replace(self, frames=lambda: upload(self.frames(), device), **moved)
 
     def loaded(self) -> Pack:
         """With its frames in memory: what a loader's worker sends."""
@@ -78,6 +86,21 @@ class Loaded:
 
     def __call__(self) -> Tensor:
         return self.frames
+
+
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`. Nobody waits for it: the host would for a copy to a GPU from pageable memory."""
+    return (pinned(value) if device.type == "cuda" else value).to(device, non_blocking=True)
+
+
+def pinned(value: Tensor) -> Tensor:
+    """In pinned memory: as it is, where it lies there or on a device already."""
+    return value if value.is_cuda or value.is_pinned() else value.pin_memory()
+
+
+def ends_of(seg_lens: Tensor) -> Tensor:
+    """int32 [W + 1]: 0, and where each window of a pack ends."""
+    return F.pad(seg_lens.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig) -> list[Window]:
@@ -110,6 +133,7 @@ def pack_windows(windows: Sequence[Window], frames: FrameSource, budget: int) ->
 def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
     """One pack of `windows`, in their order."""
     lengths = [len(window.input_ids) for window in windows]
+    seg_lens = torch.tensor(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
     ids = np.concatenate([window.input_ids for window in windows])
     lm_index = np.concatenate([start + w.lm_positions for start, w in zip(starts, windows, strict=True)])
@@ -119,7 +143,8 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
         frames=lambda: load_frames(windows, frames),
         input_ids=torch.from_numpy(ids),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        seg_lens=torch.tensor(lengths),
+        seg_lens=seg_lens,
+        seg_ends=ends_of(seg_lens),
         frame_index=torch.from_numpy(frame_index),
         lm_index=torch.from_numpy(lm_index),
         lm_targets=torch.from_numpy(ids[lm_index + 1]),
@@ -145,6 +170,7 @@ def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
         input_ids=torch.full((k,), image),
         position_ids=torch.arange(k),
         seg_lens=torch.tensor([k]),
+        seg_ends=torch.tensor([0, k], dtype=torch.int32),
         frame_index=torch.arange(k)[None],
         lm_index=nothing,
         lm_targets=nothing,

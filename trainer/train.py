@@ -35,11 +35,11 @@ from trainer.disk import naming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.frames import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
-from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum, targets
+from trainer.losses import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.metrics import Metrics, find_logger, open_metrics
 from trainer.model import ProspectModel, part_of
-from trainer.pack import Pack
-from trainer.parallel import World, join, synced, unwrapped
+from trainer.pack import Pack, upload
+from trainer.parallel import World, join, synced, unwrapped, whole
 from trainer.score import EvalReport, open_source, report, score_split
 from trainer.shards import Split
 from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
@@ -89,80 +89,55 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over all packs of all ranks together; collective.
 
-    Ranks may hold different numbers of packs (then `blank` fills up). Raises NotFiniteError on every rank, before the
-    optimizer moves anything, where a loss or the gradient is not finite.
+    Ranks may hold different numbers of packs (then `blank` fills up). The host waits for a GPU once, for the numbers of
+    the step. Raises NotFiniteError on every rank, before the optimizer moves anything, where a loss or the gradient is
+    not finite.
     """
-    passes = [*packs, *[blank] * (world.most(len(packs)) - len(packs))]
-    counts, tokens, blanks = _count(packs, config, world, passes)
+    passes = list(packs)
+    for _ in range(world.most(len(packs)) - len(packs)):
+        assert blank is not None, "a rank without packs needs a blank one"
+        passes.append(blank)
+    supervised = [supervise(pack.labels, pack.neg_rate, find_arm(config.arm), config.reweigh) for pack in passes]
+
+    # what the sums are divided by is known before any forward pass: [7] for the 5 terms, tokens, tokens of blank packs
+    heads = sum((of_pack.counts() for of_pack in supervised), torch.zeros(4))
+    texts, tokens = sum(len(pack.lm_targets) for pack in packs), sum(pack.num_tokens for pack in packs)
+    sizes = torch.tensor([texts, tokens, sum(pack.num_tokens for pack in passes) - tokens])
+    whole_step = world.sum(upload(torch.cat([heads, sizes]), world.device))
+    counts = whole_step[:5]
+
     optimizer.zero_grad(set_to_none=True)
-    sums = [_backward(model, pack, counts, config, world, now=i == len(passes) - 1) for i, pack in enumerate(passes)]
-    total = world.sum(torch.stack(sums).sum(0))
-    if not torch.isfinite(total).all():
-        bad = [pack for pack, part in zip(passes, sums, strict=True) if not torch.isfinite(part).all()]
+    parts = []  # each pack's [5] sums
+    for i, (pack, of_pack) in enumerate(zip(passes, supervised, strict=True), 1):
+        with synced(model, now=i == len(passes)):
+            sums = sum_terms(model, pack.to(world.device), of_pack.to(world.device))
+            loss, _ = combine(sums, counts, config)
+            (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP divide by it
+        parts.append(sums.detach())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+
+    loss, terms = combine(world.sum(torch.stack(parts).sum(0)), counts, config)
+    supervised_by = counts[0:2].sum(), counts[2:4].sum(), counts[4]
+    numbers = torch.stack([loss, *terms.values(), *supervised_by, whole(norm), *whole_step[5:]]).tolist()  # the wait
+    if not math.isfinite(numbers[0]):
+        bad = [pack for pack, sums in zip(passes, parts, strict=True) if not torch.isfinite(sums).all()]
         raise _not_finite("loss", bad, world)
-    norm = _clip(model, config.grad_clip)
-    if not math.isfinite(norm):
+    if not math.isfinite(numbers[7]):
         raise _not_finite("gradient", packs, world)
     optimizer.step()
-    return _result(total, counts, norm, config, tokens, blanks)
+    *of_loss, read, blanks = numbers
+    padding = blanks / max(read + blanks, 1)
+    return StepResult(*of_loss, int(read), padding)  # type: ignore[call-arg]
 
 
-def _count(
-    packs: Sequence[Pack], config: TrainConfig, world: World, passes: Sequence[Pack | None]
-) -> tuple[Tensor, int, int]:
-    """(counts [5] of the whole step, its tokens, the tokens of its blank packs), over all ranks."""
-    terms = sum((count_terms(pack, config) for pack in packs), torch.zeros(5))
-    blanks = sum(pack.num_tokens for pack in passes[len(packs) :] if pack is not None)
-    found = torch.cat([terms, torch.tensor([sum(pack.num_tokens for pack in packs), blanks])])
-    found = world.sum(found.to(world.device))
-    return found[:5], int(found[5]), int(found[6])
-
-
-def _backward(
-    model: nn.Module, pack: Pack | None, counts: Tensor, config: TrainConfig, world: World, now: bool
-) -> Tensor:
-    """[5]: each term's sum over the pack. Adds its share to the gradient and, if `now`, exchanges it over ranks."""
-    assert pack is not None, "a rank without packs needs a blank one"
-    with synced(model, now):
-        part = sum_terms(model, pack.to(world.device), config)
-        loss, _ = combine(part, counts, config)
-        (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP divide by it
-    return part.detach()
-
-
-def _clip(model: nn.Module, limit: float) -> float:
-    """The gradient's norm over all parameters, before it was scaled down to `limit`."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _result(sums: Tensor, counts: Tensor, norm: float, config: TrainConfig, tokens: int, blanks: int) -> StepResult:
-    loss, terms = combine(sums, counts, config)
-    n_speak, n_dst, n_lm = float(counts[0:2].sum()), float(counts[2:4].sum()), float(counts[4])
-    values = {name: float(value) for name, value in terms.items()}
-    return StepResult(
-        float(loss), **values, n_speak=n_speak, n_dst=n_dst, n_lm=n_lm, grad_norm=norm,
-        tokens=tokens, padding=blanks / max(tokens + blanks, 1),
-    )  # fmt: skip
-
-
-def count_terms(pack: Pack, config: TrainConfig) -> Tensor:
-    """[5]: what each term's sum will be divided by, known before any forward pass."""
-    weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
-    _, heads = masked_bce_sum(*targets(torch.zeros_like(weights), pack.labels, find_arm(config.arm)), weights)
-    return torch.cat([heads, heads.new_tensor([len(pack.lm_targets)])])
-
-
-def sum_terms(model: nn.Module, pack: Pack, config: TrainConfig) -> Tensor:
+def sum_terms(model: nn.Module, pack: Pack, supervised: Supervision) -> Tensor:
     """[5]: each term's sum over the pack, with its graph."""
     scores = model(pack)
-    weights = label_weights(pack.labels, pack.neg_rate, config.reweigh)
-    heads, _ = masked_bce_sum(*targets(scores.decisions, pack.labels, find_arm(config.arm)), weights)
-    return torch.cat([heads, lm_sum(scores.text, pack.lm_targets)[None]])
+    return torch.cat([bce_sums(scores.decisions, supervised), lm_sum(scores.text, pack.lm_targets)[None]])
 
 
-def _not_finite(what: str, packs: Sequence[Pack | None], world: World) -> NotFiniteError:
-    mine = [clip_id for pack in packs if pack is not None for clip_id in pack.clip_ids]
+def _not_finite(what: str, packs: Sequence[Pack], world: World) -> NotFiniteError:
+    mine = [clip_id for pack in packs for clip_id in pack.clip_ids]
     clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
     return NotFiniteError(
         f"the {what} is not finite at clips {', '.join(clips)}; look at them, or train anew with a lower --lr"
@@ -242,6 +217,7 @@ def train(
     find_logger(options.logger)
     with naming(run), join() as world, ExitStack() as held:
         split = Split(data, "train")
+        config = config.on(world.device.type)
         held_out, note = _open_eval(data, split, config)
         begun = options_of(config, split, held_out, features)
         if world.leads:

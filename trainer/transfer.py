@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.pack import Loaded, Pack
+from trainer.pack import ON_HOST, Loaded, Pack, pinned
 
 
 class Transfer:
@@ -64,17 +64,12 @@ class Transfer:
         return take
 
 
-def pinned(value: Tensor) -> Tensor:
-    """In pinned memory: as it is, where it lies there or on a device already."""
-    return value if value.is_cuda or value.is_pinned() else value.pin_memory()
-
-
 # ---- packs -------------------------------------------------------------------------------------------
 
 
 def upload(pack: Pack, transfer: Transfer) -> Callable[[], Pack]:
     """Start to move a pack, frames included; the function gives it on the device."""
-    moving = {name: value for name, value in pack.__dict__.items() if isinstance(value, Tensor) and name != "seg_lens"}
+    moving = {name: part for name, part in pack.__dict__.items() if isinstance(part, Tensor) and name not in ON_HOST}
     take = transfer.up([pack.frames(), *moving.values()])
 
     def taken() -> Pack:

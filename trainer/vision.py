@@ -7,8 +7,9 @@ The connector has no bias and no activation, so pooling before it gives the same
 rounding) at 1/64 of its cost for k = 1, and what is cached still lets the connector learn. The price is size:
 D is 12,288 values a token at 256M (24 KB in float16) where the connector's output has 576: where it is frozen, too,
 `encode --keep connector` keeps that.
-The tower is called directly: the model's own image path drops frames that are exactly zero after normalisation.
-It takes float32 pixels, also under autocast: in bfloat16 transformers 5.17 gives patches wrong positions.
+The tower's parts are called directly: the model's own image path drops frames that are exactly zero after
+normalisation, waits for the GPU to look whether patches are masked, and in bfloat16 transformers 5.17 gives them wrong
+positions. Here every patch of a square frame is there, and its position is its number.
 
     N frames    S side in pixels    k tokens per frame    D = vision width x scale factor^2    H hidden
 """
@@ -80,5 +81,9 @@ def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> 
 
 def _look(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int) -> Tensor:
     normalised = (pixels.float() / 255 - 0.5) / 0.5
-    seen = vlm.model.vision_model(pixel_values=normalised).last_hidden_state
+    tower = vlm.model.vision_model
+    patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT  # [N, P, H_v]
+    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    placed = patches + tower.embeddings.position_embedding(positions)
+    seen = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
     return pool(vlm.model.connector.pixel_shuffle(seen, vlm.config.scale_factor), k)

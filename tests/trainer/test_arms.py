@@ -14,7 +14,7 @@ import trainer
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
-from trainer.losses import masked_bce_sum, targets
+from trainer.losses import bce_sums, supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.sequence import build_windows
 from trainer.tokenizer import MARKERS, train_tiny_tokens
@@ -70,27 +70,28 @@ def test_an_unknown_arm_is_refused_by_name():
 
 
 def test_an_inverted_heads_loss_takes_silence_for_its_label():
-    logits, labels = torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), torch.tensor([[1, 0, -100], [0, 1, -100]])
-    inverted, silent = targets(logits, labels, ARMS["silence"])
-    assert inverted.tolist() == [[-2.0, 1.0, -5.0], [1.0, 1.0, 1.0]]
-    assert silent.tolist() == [[0, 1, -100], [-100, -100, -100]]
+    labels = torch.tensor([[1, 0, -100], [0, 1, -100]], dtype=torch.int8)
+    supervised = supervise(labels, torch.ones(3), ARMS["silence"])
+    assert supervised.inverted
+    assert supervised.sizes == [1, 1, 0, 0]  # and there is no DST head
+    assert supervised.places.tolist() == [0, 1]  # frame 0 speaks: 0 for silence
+    sums = bce_sums(torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), supervised)
+    assert sums.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 0, 0])
 
 
 def test_a_direct_heads_loss_takes_the_labels_as_they_are_and_dsts_where_there_is_a_head():
-    logits, labels = torch.tensor([[2.0, -1.0], [1.0, 1.0]]), torch.tensor([[1, 0], [0, 1]])
-    both, speak = (targets(logits, labels, ARMS[arm]) for arm in ("speak+dst", "speak"))
-    assert both[0].tolist() == speak[0].tolist() == logits.tolist()
-    assert both[1].tolist() == [[1, 0], [0, 1]]
-    assert speak[1].tolist() == [[1, 0], [-100, -100]]
+    labels = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    both, speak = (supervise(labels, torch.ones(2), ARMS[arm]) for arm in ("speak+dst", "speak"))
+    assert (both.places.tolist(), both.sizes) == ([1, 0, 2, 3], [1, 1, 1, 1])
+    assert (speak.places.tolist(), speak.sizes) == ([1, 0], [1, 1, 0, 0])
 
 
 def test_direct_and_inverted_losses_and_gradients_are_the_same_bits():
     torch.manual_seed(0)
-    labels = torch.randint(0, 2, (2, 500))
+    labels, rate = torch.randint(0, 2, (2, 500)), torch.ones(500)
     direct = (6 * torch.randn(2, 500)).requires_grad_()
     mirrored = (-direct).detach().requires_grad_()
-    a, _ = masked_bce_sum(direct, labels)
-    b, _ = masked_bce_sum(mirrored, 1 - labels)
+    a, b = bce_sums(direct, supervise(labels, rate)), bce_sums(mirrored, supervise(1 - labels, rate))
     assert torch.equal(a, b[[1, 0, 3, 2]])
     (x,), (y,) = torch.autograd.grad(a.sum(), direct), torch.autograd.grad(b.sum(), mirrored)
     assert torch.equal(x, -y)

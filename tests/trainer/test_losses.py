@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from trainer.config import TrainConfig
-from trainer.losses import combine, label_weights, lm_sum, masked_bce_sum
+from trainer.losses import bce_sums, combine, lm_sum, supervise
 
 LABELS = st.lists(st.tuples(*[st.sampled_from([0, 1, -100])] * 2), max_size=30)
 
@@ -18,13 +18,20 @@ def bce(logit: float, label: int) -> float:
     return math.log1p(math.exp(-logit if label else logit))
 
 
+def head_sums(logits, labels, neg_rate=None, reweigh=False):
+    """(sums, counts), [4] each."""
+    rate = torch.ones(labels.shape[1], dtype=logits.dtype) if neg_rate is None else neg_rate
+    supervised = supervise(labels, rate, reweigh=reweigh)
+    return bce_sums(logits, supervised), supervised.counts()
+
+
 def sums_of(logits, labels, **config):
-    sums, counts = masked_bce_sum(tensor(logits), tensor(labels))
+    sums, counts = head_sums(tensor(logits), tensor(labels))
     return combine(torch.cat([sums, torch.zeros(1)]), torch.cat([counts, torch.zeros(1)]), TrainConfig(**config))
 
 
 def test_sums_by_hand():
-    sums, counts = masked_bce_sum(tensor([[0.0, 2.0, 5.0], [1.0, -1.0, 5.0]]), tensor([[0, 1, -100], [1, 1, 0]]))
+    sums, counts = head_sums(tensor([[0.0, 2.0, 5.0], [1.0, -1.0, 5.0]]), tensor([[0, 1, -100], [1, 1, 0]]))
     expected = [bce(0, 0), bce(2, 1), bce(5, 0), bce(1, 1) + bce(-1, 1)]
     assert sums.tolist() == pytest.approx(expected)
     assert counts.tolist() == [1, 1, 1, 2]
@@ -34,7 +41,7 @@ def test_sums_by_hand():
 def test_equals_the_plain_mean_over_supervised_labels(pairs, random):
     labels = tensor(pairs, dtype=torch.int8).reshape(-1, 2).mT
     logits = tensor([[random.uniform(-5, 5) for _ in pairs] for _ in (0, 1)]).reshape(2, -1)
-    sums, counts = masked_bce_sum(logits, labels)
+    sums, counts = head_sums(logits, labels)
     for head in (0, 1):
         values = [bce(x, y) for x, y in zip(logits[head].tolist(), labels[head].tolist(), strict=True) if y >= 0]
         assert float(counts[2 * head : 2 * head + 2].sum()) == len(values)
@@ -47,22 +54,22 @@ def test_nothing_at_unsampled_frames_matters(pairs):
     labels = tensor(pairs, dtype=torch.int8).reshape(-1, 2).mT
     logits = torch.zeros(2, len(pairs), requires_grad=True)
     poison = torch.where(labels == -100, torch.nan, logits)
-    sums, _ = masked_bce_sum(poison, labels)
+    sums, _ = head_sums(poison, labels)
     assert torch.isfinite(sums).all()
-    sums, _ = masked_bce_sum(logits, labels)
+    sums, _ = head_sums(logits, labels)
     sums.sum().backward()
     assert (logits.grad[labels == -100] == 0).all()
 
 
 def test_direct_and_inverted_labels_are_the_same_loss():
     logits, labels = torch.randn(2, 9), torch.randint(0, 2, (2, 9))
-    assert torch.allclose(masked_bce_sum(logits, labels)[0].sum(), masked_bce_sum(-logits, 1 - labels)[0].sum())
+    assert torch.allclose(head_sums(logits, labels)[0].sum(), head_sums(-logits, 1 - labels)[0].sum())
 
 
 def test_nothing_supervised_is_exactly_zero_with_a_graph():
     logits = torch.randn(2, 4, requires_grad=True)
     text = torch.randn(0, 7, requires_grad=True)
-    sums, counts = masked_bce_sum(logits, torch.full((2, 4), -100))
+    sums, counts = head_sums(logits, torch.full((2, 4), -100))
     sums = torch.cat([sums, lm_sum(text, torch.zeros(0, dtype=torch.int64))[None]])
     counts = torch.cat([counts, torch.zeros(1)])
     for balance in ("none", "mean"):
@@ -86,10 +93,10 @@ def test_micro_batches_add_up_to_the_step(sizes, balance, random):
     logits = tensor([[random.uniform(-4, 4) for _ in range(n)] for _ in (0, 1)], dtype=torch.float64)
     logits = logits.reshape(2, n)
     config = TrainConfig(balance=balance, w_speak=1, w_dst=0.5)
-    parts = [masked_bce_sum(x, y) for x, y in zip(logits.split(sizes, 1), labels.split(sizes, 1), strict=True)]
+    parts = [head_sums(x, y) for x, y in zip(logits.split(sizes, 1), labels.split(sizes, 1), strict=True)]
     none = torch.zeros(1, dtype=torch.float64)
     counts = torch.cat([sum(count for _, count in parts), none])
-    whole, _ = masked_bce_sum(logits, labels)
+    whole, _ = head_sums(logits, labels)
     expected, _ = combine(torch.cat([whole, none]), counts, config)
     found = sum(combine(torch.cat([part, none]), counts, config)[0] for part, _ in parts)
     assert float(found) == pytest.approx(float(expected), abs=1e-12)
@@ -118,9 +125,12 @@ def test_balance_mean_weighs_classes_equally_over_the_step():
 def test_reweigh_counts_drawn_negatives_as_one_over_the_rate():
     labels = tensor([[0, 0, 1, -100, 1], [0, 1, 0, -100, 1]])
     rate = tensor([0.25, 0.25, 0.5, 0.5, 0.5])
-    assert label_weights(labels, rate, True).tolist() == [[4, 1, 1, 1, 1], [4, 1, 1, 1, 1]]
-    assert label_weights(labels, rate, False).unique().tolist() == [1]
-    sums, counts = masked_bce_sum(torch.zeros(2, 5), labels, label_weights(labels, rate, True))
+    supervised = supervise(labels, rate, reweigh=True)
+    assert supervised.places.tolist() == [0, 1, 2, 4, 5, 7, 6, 9]  # speak 0s, speak 1s, DST 0s, DST 1s
+    assert supervised.weights.tolist() == [4, 1, 1, 1, 4, 1, 1, 1]
+    assert supervised.sizes == [2, 2, 2, 2]
+    assert supervise(labels, rate).weights.unique().tolist() == [1]
+    sums, counts = head_sums(torch.zeros(2, 5), labels, rate, reweigh=True)
     assert counts.tolist() == [5, 2, 5, 2]
     assert sums.tolist() == pytest.approx([n * math.log(2) for n in (5, 2, 5, 2)])
 
@@ -130,8 +140,7 @@ def test_reweighed_sampling_estimates_the_full_rate_loss():
     logits = torch.randn(2, 200_000)
     full = torch.zeros(2, 200_000, dtype=torch.int64)
     drawn = torch.where(torch.rand(200_000) < 0.2, full, -100)
-    weights = label_weights(drawn, torch.full((200_000,), 0.2), True)
-    sums, counts = masked_bce_sum(logits, drawn, weights)
-    expected, n = masked_bce_sum(logits, full)
+    sums, counts = head_sums(logits, drawn, torch.full((200_000,), 0.2), reweigh=True)
+    expected, n = head_sums(logits, full)
     assert torch.allclose(sums[::2] / counts[::2], expected[::2] / n[::2], rtol=0.01)
     assert torch.allclose(counts[::2], n[::2], rtol=0.02)

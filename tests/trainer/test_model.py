@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
+from torch._dynamo.testing import CompileCounter
 
+import trainer.attention
 from trainer import vision
-from trainer.attention import packed_sdpa
+from trainer.attention import packed_attention
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of
-from trainer.pack import make_pack, pack_windows, plan
+from trainer.pack import ends_of, make_pack, pack_windows, plan
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
@@ -78,7 +80,7 @@ def test_packed_attention_is_attention_within_each_window():
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     for lengths in ([9], [1, 5, 3], [4, 4, 1]):
         given = {"seg_lens": torch.tensor(lengths)}
-        found, _ = packed_sdpa(None, query, key, value, None, 8**-0.5, **given)
+        found, _ = packed_attention(None, query, key, value, None, 8**-0.5, **given)
         expected, _ = loop_attention(None, query, key, value, None, **given)
         assert torch.allclose(found, expected, atol=1e-6)
 
@@ -86,16 +88,107 @@ def test_packed_attention_is_attention_within_each_window():
 def test_attention_refuses_to_run_without_lengths_or_with_a_mask():
     q = torch.randn(1, 4, 9, 8)
     with pytest.raises(ValueError, match="needs seg_lens and no mask"):
-        packed_sdpa(None, q, q, q, None)
+        packed_attention(None, q, q, q, None)
     with pytest.raises(ValueError, match="needs seg_lens and no mask"):
-        packed_sdpa(None, q, q, q, torch.ones(1, 9), seg_lens=torch.tensor([9]))
+        packed_attention(None, q, q, q, torch.ones(1, 9), seg_lens=torch.tensor([9]))
     with pytest.raises(ValueError, match=r"lengths \[4, 4\] for 9 queries"):
-        packed_sdpa(None, q, q, q, None, seg_lens=torch.tensor([4, 4]))
+        packed_attention(None, q, q, q, None, seg_lens=torch.tensor([4, 4]))
 
 
 def test_the_text_model_does_not_run_unpacked(tokens):
     with pytest.raises(ValueError, match="needs seg_lens"):
         tiny(tokens).body(inputs_embeds=torch.randn(1, 5, 128), use_cache=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 1, 5, 5)])
+def test_a_mask_is_refused_not_dropped(tokens, shape):
+    given = {"inputs_embeds": torch.randn(1, 5, 128), "use_cache": False, "seg_lens": torch.tensor([5])}
+    with pytest.raises(ValueError, match="packed_attention: takes no mask"):
+        tiny(tokens).body(attention_mask=torch.ones(shape), **given)
+    with pytest.raises(ValueError, match="packed_attention: takes no mask"):
+        tiny(tokens).body(None, torch.ones(shape), **given)
+
+
+def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """`varlen_attn` as its documentation has it, for [L, H, D]; asserts what its kernels need."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert cu_seq_q is cu_seq_k
+    assert cu_seq_q.dtype == torch.int32
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert window_size == (-1, 0)  # causal
+    group, windows = query.shape[1] // key.shape[1], []
+    for q, k, v in zip(*(x.float().split(cu_seq_q.diff().tolist()) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+        scores = scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+        windows.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
+    return torch.cat(windows).to(query.dtype)
+
+
+@pytest.fixture
+def one_launch(monkeypatch):
+    """As on CUDA: all windows in one call under bfloat16. The list gets an item per call."""
+    calls = []
+    monkeypatch.setattr(trainer.attention, "takes_varlen", lambda value: value.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        trainer.attention, "varlen_attn", lambda *args, **more: (calls.append(args), varlen_by_hand(*args, **more))[1]
+    )
+    return calls
+
+
+def test_one_launch_for_all_windows_equals_one_each_to_bfloat16(one_launch):
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 12, 4, 8)
+    for lengths in ([12], [1, 8, 3]):
+        lens = torch.tensor(lengths)
+        found = {}
+        for way, more in {"loop": {}, "launch": {"seg_ends": ends_of(lens), "longest": max(lengths)}}.items():
+            query, key, value = (x.clone().requires_grad_() for x in given)  # RoPE gives float32 queries and keys
+            with torch.autocast("cpu", torch.bfloat16):
+                out, _ = packed_attention(None, query, key, value.bfloat16(), None, 8**-0.5, seg_lens=lens, **more)
+            found[way] = [out, *torch.autograd.grad(out, (query, key, value), upstream.to(out.dtype))]
+        for a, b in zip(found["launch"], found["loop"], strict=True):
+            a, b = a.detach(), b.detach()
+            assert a.shape == b.shape
+            assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2
+    assert len(one_launch) == 2
+
+
+def test_a_bfloat16_pack_attends_in_one_launch_per_layer(tokens, one_launch, monkeypatch):
+    model, packs = tiny(tokens, bf16=True), [make_pack(windows(tokens), FRAMES)]
+    launched, by_launch = model(packs[0]).decisions.detach(), gradient(model, packs)
+    assert len(one_launch) == 2 * 4  # two passes of four layers
+    monkeypatch.setattr(trainer.attention, "takes_varlen", lambda value: False)
+    looped, by_loop = model(packs[0]).decisions.detach(), gradient(model, packs)
+    assert float((launched - looped).norm() / looped.norm()) < 1e-2
+    assert float((by_launch - by_loop).norm() / by_loop.norm()) < 2e-2
+
+
+def test_float32_attends_by_windows(tokens, one_launch):
+    tiny(tokens)(make_pack(windows(tokens), FRAMES))
+    assert not one_launch
+
+
+def test_layers_compile_whole_and_once_for_any_number_and_length_of_windows(tokens, monkeypatch):
+    @torch.library.custom_op("prospect_test::varlen", mutates_args=())
+    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int) -> torch.Tensor:
+        return varlen_by_hand(q, k, v, ends, ends, longest, longest, scale=32**-0.5, window_size=(-1, 0))
+
+    varlen.register_fake(lambda q, k, v, ends, longest: torch.empty_like(q))
+    monkeypatch.setattr(
+        trainer.attention, "varlen_attn", lambda q, k, v, ends, _, longest, *__, **___: varlen(q, k, v, ends, longest)
+    )
+    monkeypatch.setattr(trainer.attention, "takes_varlen", lambda value: value.dtype == torch.bfloat16)
+    model, compiled = tiny(tokens, bf16=True).eval(), CompileCounter()
+    packs = [make_pack(windows(tokens, n), FRAMES) for n in (2, 3, 5)]
+    with torch.no_grad():
+        expected = [model(pack).decisions for pack in packs]
+        torch._dynamo.reset()
+        for layer in model.body.layers:
+            layer.compile(dynamic=True, fullgraph=True, backend=compiled)
+        assert all(torch.allclose(model(p).decisions, e, atol=1e-2) for p, e in zip(packs, expected, strict=True))
+    assert compiled.frame_count <= 4  # once per layer at most
 
 
 @pytest.mark.parametrize("more", [{}, {"checkpointing": True}])
@@ -142,6 +235,16 @@ def test_checkpointing_changes_no_gradient(tokens):
     plain, thrifty = tiny(tokens).train(), tiny(tokens, checkpointing=True).train()
     assert thrifty.body.layers[0].gradient_checkpointing
     assert torch.allclose(gradient(plain, packs), gradient(thrifty, packs), atol=1e-6)
+
+
+def test_float32_on_a_gpu_is_not_tf32_and_torch_s_old_and_new_switches_agree(tokens):
+    tiny(tokens)
+    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with torch.backends.cudnn.flags(deterministic=True):  # reads all of them
+        pass
 
 
 def test_bf16_computes_in_bfloat16_and_scores_in_float32(tokens):
@@ -346,7 +449,11 @@ def test_pack_indices_point_at_frames_and_texts(tokens):
     assert np.array_equal(pack.labels.numpy(), np.concatenate([w.labels for w in chosen], 1))
     assert pack.frames().shape == (pack.labels.shape[1], 3, 64, 64)
     assert torch.equal(pack.decision_index, pack.frame_index[:, -1])
-    assert pack.seg_lens.tolist() == [len(w.input_ids) for w in chosen]
+    lengths = [len(w.input_ids) for w in chosen]
+    assert pack.seg_lens.tolist() == lengths
+    assert pack.seg_ends.tolist() == [0, *np.cumsum(lengths)]
+    assert pack.seg_ends.dtype == torch.int32
+    assert pack.longest == max(lengths)
     assert (pack.position_ids == 0).sum() == 4
 
 

@@ -24,7 +24,7 @@ from trainer.clips import ClipExample
 from trainer.config import TrainConfig
 from trainer.losses import lm_sum
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
-from trainer.pack import Loaded, Pack, make_pack
+from trainer.pack import Loaded, Pack, ends_of, make_pack
 from trainer.sequence import build_windows
 from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens
@@ -69,6 +69,7 @@ def text_pack(rows: Sequence[Sequence[int]], width: int) -> Pack:
         input_ids=ids,
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         seg_lens=torch.tensor(lengths),
+        seg_ends=ends_of(torch.tensor(lengths)),
         frame_index=torch.zeros(0, 1, dtype=torch.int64),
         lm_index=lm_index,
         lm_targets=ids[lm_index + 1],

@@ -152,7 +152,7 @@ def test_the_model_is_as_before_afterwards(run, monkeypatch):
     with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream:
         stream.see(frame(0))
     assert threads == [1, 3]
-    assert loaded.model.vlm.config.text_config._attn_implementation == before == "packed_sdpa"
+    assert loaded.model.vlm.config.text_config._attn_implementation == before == "packed_attention"
     assert not torch.is_inference_mode_enabled()
 
 
