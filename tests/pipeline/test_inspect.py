@@ -146,7 +146,9 @@ def test_counts_of_hand_labelled_clips(toy):
     assert cells == (4, 0, 2, 7, 5)
     assert train.supervised == pytest.approx(13 / 18)
     assert train.first == 1
-    speaking = summary.Head(positives=6, frames=18, supervised=13, clips=2, first=1, gaps={2.0: 1})
+    speaking = summary.Head(
+        positives=6, frames=18, supervised=13, clips=2, first=1, gaps={2.0: 1}, usual_gap=(2.0, 1, 1)
+    )
     assert train.heads["speaking"] == speaking
     assert (speaking.before, speaking.after, speaking.median_gap) == (6 / 18, 6 / 13, 2.0)
     assert (val.speak_only, val.dst_only, val.both, val.silence, val.not_sampled) == (1, 2, 0, 3, 0)
@@ -155,7 +157,9 @@ def test_counts_of_hand_labelled_clips(toy):
 
 def test_a_clip_without_dst_says_nothing_about_that_head(toy):
     dst = inspect.summarise(toy).splits[0].heads["DST"]
-    assert dst == summary.Head(positives=2, frames=10, supervised=7, clips=1, first=1, gaps={3.0: 1})
+    assert dst == summary.Head(
+        positives=2, frames=10, supervised=7, clips=1, first=1, gaps={3.0: 1}, usual_gap=(3.0, 1, 1)
+    )
 
 
 def test_a_clip_with_nothing_sampled_still_counts_before_sampling(tmp_path):

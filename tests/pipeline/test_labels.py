@@ -16,12 +16,16 @@ def events(ranges, bounds):
     return Events(ranges[:, 0], ranges[:, 1], np.tile(bounds, (len(ranges), 1)), np.zeros(len(ranges), np.int64))
 
 
-def label(speaking, dst, bounds=(10, 18), drawn=(), positive="span", tracked=True):
+NOBODY = np.zeros((0, 2), np.int64)  # no range that nobody annotated
+
+
+def label(speaking, dst, bounds=(10, 18), drawn=(), positive="span", tracked=True, unlabelled=()):
     size = bounds[1] - bounds[0]
     mask = np.zeros(size, bool)
     mask[[frame - bounds[0] for frame in drawn]] = True
     heads = [events(speaking, bounds), events(dst, bounds)]
-    return labels.label_frames(heads, mask, np.full(size, tracked), positive).tolist()
+    nobody = np.array(unlabelled, np.int64).reshape(-1, 2) - bounds[0]
+    return labels.label_frames(heads, mask, np.full(size, tracked), nobody, positive).tolist()
 
 
 N = -100
@@ -31,6 +35,13 @@ def test_a_frame_positive_for_one_head_is_silence_for_the_other():
     assert label([(11, 13)], [(12, 14)], drawn=[17]) == [
         [N, 1, 1, 0, N, N, N, 0],
         [N, 0, 1, 1, N, N, N, 0],
+    ]
+
+
+def test_frames_that_nobody_annotated_are_left_out_of_both_heads_whatever_happens_there():
+    assert label([(11, 13)], [(12, 14)], drawn=range(10, 18), unlabelled=[(12, 13), (16, 18)]) == [
+        [0, 1, N, 0, 0, 0, N, N],
+        [0, 0, N, 1, 0, 0, N, N],
     ]
 
 
@@ -85,7 +96,7 @@ def test_clips_end_to_end_do_not_touch():
         Events(np.array([2, 0]), np.array([9, 1]), bounds, np.array([0, 3])),
         Events(*(np.zeros(0, np.int64),) * 2, np.zeros((0, 2), np.int64), np.zeros(0, np.int64)),
     ]
-    out = labels.label_frames(heads, np.zeros(6, bool), np.ones(6, bool), "span")
+    out = labels.label_frames(heads, np.zeros(6, bool), np.ones(6, bool), NOBODY, "span")
     assert out[0].tolist() == [N, N, 1, 1, N, N]
 
 
@@ -104,9 +115,10 @@ def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws
     kept = []
     for rate in (0.0, 0.25, 0.7, 1.0):
         mask = drawn < round(rate * 2**32)
-        out = labels.label_frames(heads, mask, np.ones(30, bool), positive)
+        out = labels.label_frames(heads, mask, np.ones(30, bool), NOBODY, positive)
         kept.append(out != N)
-        assert ((out == 1) == (labels.label_frames(heads, mask | True, np.ones(30, bool), positive) == 1)).all()
+        all_drawn = labels.label_frames(heads, mask | True, np.ones(30, bool), NOBODY, positive)
+        assert ((out == 1) == (all_drawn == 1)).all()
     assert all((low <= high).all() for low, high in itertools.pairwise(kept))
     if positive == "span":
         assert kept[-1].all()
