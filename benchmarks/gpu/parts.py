@@ -392,21 +392,28 @@ def live() -> None:
         vlm, heads = build(case_of(size))
         config = _config(max_tokens=300 if SMOKE else 2048)
         run = LoadedRun(ProspectModel(vlm, heads, config).eval(), some_tokens(), config, {"neg_rate": 1.0})
+        logits = []
         for kind in ("graph", "plain"):
-            with patch.object(trainer.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else (), create=True):
-                _live(f"{size}, {kind}", Camera(run))
+            with patch.object(trainer.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else ()):
+                logits.append(_live(f"{size}, {kind}", Camera(run)))
+        say("live", f"{size}, graph against plain", logits_apart=np.abs(logits[0] - logits[1]).max())
         if size == "256M":
             _flat(run)
         del run, vlm, heads
 
 
-def _live(name: str, stream: Camera) -> None:
+def _live(name: str, stream: Camera) -> np.ndarray:
+    """The logits [2, N] of all its frames."""
     with streaming(stream.model, stream.config):
         stream.see(stream.config.max_tokens // 2)
         took = stream.see(20 if SMOKE else 300)
         rate, found = len(took) / sum(took), launches(lambda: stream.see(1))
     ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
-    say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, **found)
+    graph = (
+        stream.engine._fixed is not None and stream.engine._fixed._graph is not None
+    )  # on a CPU the same without one
+    say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, graph=graph, **found)
+    return np.stack(stream.logits, 1)
 
 
 def _flat(run: LoadedRun) -> None:
@@ -427,7 +434,7 @@ class Camera:
 
     def __init__(self, run: LoadedRun) -> None:
         _, capacity = lengths(run.model, run.config, NEVER)
-        self.model, self.config, self.number = run.model, run.config, 0
+        self.model, self.config, self.number, self.logits = run.model, run.config, 0, list[np.ndarray]()
         self.features = run.model.frame_features(torch.from_numpy(CachedNoise(run.model.vlm).table).to(device()))
         self.engine = Engine(run.model, run.tokens, 1, capacity)
         task = make_window(0, 600, VOCABULARY).clip
@@ -439,8 +446,9 @@ class Camera:
         for _ in range(frames):
             coming = Coming(self.number, (), self.features[self.number % len(self.features)])
             began = time.perf_counter()
-            self.engine.run(self.context.see([coming]))
+            [happened] = self.engine.run(self.context.see([coming]))
             took.append(time.perf_counter() - began)
+            self.logits.append(happened.logits)
             self.number += 1
         return took
 

@@ -391,9 +391,10 @@ def machine() -> str:
     return f"{chip}, {memory:.0f} GB, Linux {platform.release()}; one core used"
 
 
-def versions() -> str:
+def versions(packages: Collection[str]) -> str:
+    """Of Python and those of `packages` that are installed (on a GPU machine the project itself may not be)."""
     found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(found)
@@ -421,7 +422,7 @@ def report(results: Results, source: Path, options: argparse.Namespace) -> str:
         "",
         f"- date: {today}; medians (min-max) of {options.reps} repetitions, memory the maximum",
         f"- machine: {machine()}",
-        f"- versions: {versions()}",
+        f"- versions: {versions(PACKAGES)}",
         f"- command: `uv run --group bench python benchmarks/preprocess/run.py --clips {options.clips} "
         f"--reps {options.reps} --sides {','.join(results)}`",
         f"- checked against the generator: {marked}",

@@ -23,10 +23,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,10 +36,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from shared import AS_IT_COMES, Case, pool_efficiency
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))  # a GPU machine does not have the project installed
+
+from shared import AS_IT_COMES, Case, pool_efficiency  # noqa: E402
 
 from benchmarks.preprocess import run as stage1  # noqa: E402
 
@@ -127,7 +127,8 @@ class Anon(threading.Thread):
 
 def run_side(side: str, case: Case, core: int | None) -> tuple[dict[str, float], Anon]:
     """What one side printed, in a process of its own. Raises RuntimeError with the end of its log if it fails."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     if core is not None:
         env |= dict.fromkeys(ONE_THREAD, "1")
     with tempfile.TemporaryFile("w+") as log:
@@ -185,7 +186,8 @@ def look_up_limits(cases: Sequence[Case], core: int | None, results: Results) ->
     for case in cases:
         for kind in ("rate", "encode"):
             found, memory = run_side(kind, case, core)
-            found.setdefault("memory_mb", memory.peak_over_base(found["base_at"], found["end_at"]))
+            if "memory_mb" not in found:  # a GPU's is torch's own count
+                found["memory_mb"] = memory.peak_over_base(found["base_at"], found["end_at"])
             results.limits[case, kind] = found
             print(f"{case.name}  {kind}  {found}", flush=True)
 
@@ -346,11 +348,6 @@ def machine() -> str:
     return f"{chip}, {memory:.0f} GB{card}; CPU sides use one core"
 
 
-def versions() -> str:
-    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return ", ".join([f"Python {platform.python_version()}", *found])
-
-
 def contention(results: Results) -> str:
     runs = [run for case, found in results.sides.items() if case.device == "cpu" for s in SIDES for run in found[s]]
     shares = [run.wall_s / run.cpu_s for run in runs]
@@ -368,7 +365,7 @@ def report(results: Results, options: argparse.Namespace) -> str:
         "",
         f"- date: {today}; medians (min-max) of the repetitions named in each row",
         f"- machine: {machine()}",
-        f"- versions: {versions()}",
+        f"- versions: {stage1.versions(PACKAGES)}",
         f"- command: `uv run --group bench python {command}`",
         f"- {contention(results)}",
         "",
