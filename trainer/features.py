@@ -118,16 +118,16 @@ def _checksums(block: Features, frames: npt.NDArray[np.int32]) -> list[int]:
 
 
 class FeatureFile(NamedTuple):
-    """An open file: `features[a:b]` reads those rows."""
+    """An open file: `features[a:b]` are those rows, not yet read."""
 
     about: dict[str, str]  # Provenance.header()
     frames: npt.NDArray[np.int32]  # [N] absolute numbers, ascending
-    features: Any  # a slice of safetensors: [N, k, D], memory-mapped
+    features: Features  # [N, k, D], memory-mapped: a copy costs as much as all else that reading does
     checksums: npt.NDArray[np.uint32]  # [N]
 
     def rows(self, first: int, end: int) -> Features | None:
-        """[end - first, k, D]; None where one of them is not what was written."""
-        found: Features = self.features[first:end]
+        """[end - first, k, D], memory-mapped; None where one of them is not what was written."""
+        found = self.features[first:end]
         same = _checksums(found, self.frames[first:end]) == self.checksums[first:end].tolist()
         return found if same else None
 
@@ -149,9 +149,16 @@ def open_features(path: Path) -> FeatureFile:
         found = about.get("format", "none")
         raise TrainerError(f"{path}: features of format {found}, expected {FORMAT}; delete it, run prospect-dst encode")
     kinds, shape = (frames.dtype, checksums.dtype), features.get_shape()
-    if kinds != (np.int32, np.uint32) or len(shape) != 3 or not frames.shape == checksums.shape == (shape[0],):
+    stored = {name: kind for kind, name in STORED.items()}.get(features.get_dtype())
+    if (
+        stored is None
+        or kinds != (np.int32, np.uint32)
+        or len(shape) != 3
+        or not frames.shape == checksums.shape == (shape[0],)
+    ):
         raise TrainerError(f"{path}: damaged (its parts do not fit together); delete it, run prospect-dst encode")
-    return FeatureFile(about, frames, features, checksums)
+    at = path.stat().st_size - checksums.nbytes - math.prod(shape) * np.dtype(stored).itemsize  # as `_header` says
+    return FeatureFile(about, frames, np.memmap(path, stored, "c", at, tuple(shape)), checksums)  # c: torch warns of r
 
 
 def kept_layer(folder: Path) -> str:
@@ -176,7 +183,7 @@ class CachedFeatures:
         self._open: OrderedDict[Path, FeatureFile] = OrderedDict()
 
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
-        """[F, k, D], in the type that is stored (float32 where it is pooled on the way)."""
+        """[F, k, D], in the type that is stored (float32 where it is pooled on the way); memory-mapped."""
         file, first = self._find(clip, start, end)
         found = file.rows(first, first + end - start)
         if found is None:
@@ -217,7 +224,7 @@ class CachedFeatures:
         return self._open[path]
 
     def _check(self, path: Path, file: FeatureFile, clip: ClipExample) -> None:
-        about, (_, k, _) = file.about, file.features.get_shape()
+        about, (_, k, _) = file.about, file.features.shape
         told, asked = (about.get("video_uid"), about.get("fps")), (clip.video_uid, str(clip.fps))
         if told != asked:
             raise TrainerError(
