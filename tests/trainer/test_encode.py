@@ -421,3 +421,21 @@ def test_a_mapper_keeps_the_connector_s_output_too(narrow, data, tmp_path):
     encode(data, tmp_path / "there", model, keep="connector", mapper=calls)
     for name in files(tmp_path / "here"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("keep", ["vision", "connector"])
+def test_a_gpu_encodes_what_a_cpu_does_also_where_copies_overlap(narrow, root, data, tmp_path, keep):
+    vlm, model = narrow
+    assert encode(data, tmp_path / "out", model, 4, dtype="float32", store="float32", batch=2, keep=keep).videos == 3
+    source = CachedFeatures(tmp_path / "out", vision.fingerprint(vlm, keep), 4, keep)
+    for video, frames in NEEDED.items():
+        found = np.concatenate([source.load(clip_example([], video=video), n, n + 1) for n in frames])
+        expected = torch.from_numpy(live(vlm, root, video, frames, 4))
+        with torch.inference_mode():
+            expected = vision.project(vlm, expected) if keep == "connector" else expected
+        assert apart(found, expected.numpy()) < 1e-3
+    report = encode(data, tmp_path / "auto", model, batch=2, keep=keep)
+    assert report.computed == "bfloat16"
+    assert report.probe < module.TOLERANCE

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from small_run import curve, go, write_data
 
 from trainer import loader
 from trainer.config import RunOptions
@@ -141,3 +142,14 @@ def test_ranks_share_half_of_what_is_free_and_without_shared_memory_nothing_is_b
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path / "none")
     assert loader._shared_memory_limit() is None
     InFlight(PROCESSES, 0, None).wait(3, 10**15)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_learns_the_same_from_workers_and_from_its_own_process(tmp_path):
+    data = write_data(tmp_path / "data")
+    for workers in (0, 2):
+        go(data, tmp_path / f"run{workers}", workers=workers)
+    own, theirs = ([line["loss"] for line in curve(tmp_path / f"run{n}") if "loss" in line] for n in (0, 2))
+    assert theirs == pytest.approx(own, rel=1e-2)
