@@ -16,7 +16,7 @@ from trainer.score import _passes, score_clips
 from trainer.sequence import build_windows
 from trainer.tokenizer import train_tiny_tokens
 
-CONFIG = TrainConfig(max_tokens=62, micro_batch_tokens=200)  # several windows a clip, several windows a pack
+CONFIG = TrainConfig(max_tokens=90, micro_batch_tokens=300)  # several windows a clip, several windows a pack
 CLIPS = [clip(i) for i in range(5)]
 
 
@@ -44,7 +44,7 @@ def test_on_a_cpu_a_clip_has_the_digits_of_its_windows_alone(model, tokens):
     model.eval()
     assert [one.clip.clip_id for one in found] == [clip.clip_id for clip in CLIPS]
     for one in found:
-        windows = build_windows(one.clip, tokens, 1, 62)
+        windows = build_windows(one.clip, tokens, 1, 90)
         assert len(windows) > 1
         packs = [make_pack([window], NoisyFrames()) for window in windows]
         logits = [model(p).decisions.numpy()[:, w.context :] for p, w in zip(packs, windows, strict=True)]
@@ -53,7 +53,7 @@ def test_on_a_cpu_a_clip_has_the_digits_of_its_windows_alone(model, tokens):
         assert one.lm_tokens == sum(len(window.lm_positions) for window in windows)
 
 
-@pytest.mark.parametrize("budget", [1, 130, 200, 100_000])
+@pytest.mark.parametrize("budget", [1, 190, 300, 100_000])
 def test_packs_give_the_scores_of_windows_alone(model, tokens, budget):
     for one, alone in zip(scores(model, tokens, budget), scores(model, tokens), strict=True):
         assert np.abs(one.logits - alone.logits).max() < 1e-5
@@ -62,9 +62,9 @@ def test_packs_give_the_scores_of_windows_alone(model, tokens, budget):
 
 
 def test_windows_share_a_pass_in_order_as_far_as_the_budget_goes(tokens):
-    windows = [window for clip in CLIPS for window in build_windows(clip, tokens, 1, 62)]
-    assert all(45 < len(window.input_ids) <= 62 for window in windows)
-    for budget, each in ((0, 1), (61, 1), (62 * 3, 3)):
+    windows = [window for clip in CLIPS for window in build_windows(clip, tokens, 1, 90)]
+    assert all(73 < len(window.input_ids) <= 90 for window in windows)
+    for budget, each in ((0, 1), (89, 1), (90 * 3, 3)):
         groups = list(_passes(iter(windows), budget))
         assert [window for group in groups for window in group] == windows
         assert {len(group) for group in groups[:-1]} == {each}
