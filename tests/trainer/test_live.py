@@ -13,10 +13,10 @@ import pytest
 import smollm2
 import torch
 from by_hand import NoisyFrames
+from counting import Waits
 from test_selffed import example, streamed, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SmolVLMForConditionalGeneration
 
 from trainer.arms import ARMS
@@ -139,35 +139,6 @@ def test_a_context_that_is_full_is_an_error(tokens, fixed):
 
 
 # ---- what the host waits for ---------------------------------------------------------------------------
-
-
-class Waits(TorchDispatchMode):
-    """Operations for which the host would wait for a GPU: reading a value, sizes that depend on values, copies."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.found = device, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero") and self._there(args[0]):
-            self.found.append(name)
-        if name in ("index", "index_put", "index_put_", "_unsafe_index") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        ):
-            self.found.append(f"{name} by bool")
-        out = function(*args, **(kwargs or {}))
-        source, target = (args[1], args[0]) if name == "copy_" else (args and args[0], out)
-        if name in ("_to_copy", "to", "copy_") and self._there(source) != self._there(target):
-            blocking = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
-            if blocking or self._there(source):
-                self.found.append(f"{name} to {target.device}")
-        if name == "lift_fresh" and self.device == "cuda" and self._there(args[0]):
-            self.found.append("a list to the GPU")
-        return out
-
-    def _there(self, tensor) -> bool:
-        return isinstance(tensor, torch.Tensor) and tensor.device.type == self.device
 
 
 def test_no_layer_of_a_pass_waits(tokens, fixed, monkeypatch):
@@ -293,5 +264,5 @@ def test_half_of_a_gpu_s_free_memory_is_for_keys_and_values(tokens, monkeypatch)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (20_000_000, 80_000_000))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 9_000_000)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 4_000_000)
-    assert slots_for(model, 1000) == 6  # 12.5 MB; 4 layers of keys and values, 2 heads, 32 float32: 2,048 B a token
+    assert slots_for(model, 1000) == 12  # 12.5 MB; 4 layers of keys and values, 2 heads, 32 bfloat16: 1,024 B a token
     assert slots_for(model, 10_000) == 1
