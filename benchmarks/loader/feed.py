@@ -6,7 +6,7 @@ feature file per video is noise; all of it lies in memory (`--work`, /dev/shm by
 CPU seconds of one process and one thread; the last column is those of a DataLoader worker and the process that gets its
 packs, through shared memory, together.
 
-    uv run python benchmarks/loader/feed.py            # one minute, 1.5 GB below --work; prints a table
+    uv run --group bench python benchmarks/loader/feed.py       # minutes, 1.5 GB below --work; prints a table (feed.md)
 
     D length of a feature    k = 1 token per frame
 """
