@@ -6,7 +6,6 @@ Weights are random: what is shown is that every stage runs on the device, and ho
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from trainer.context import Live
 from trainer.encode import encode
 from trainer.evaluate import evaluate
 from trainer.feed import Seen
+from trainer.loader import default_workers
 from trainer.metrics import read_metrics
 from trainer.shards import Split
 from trainer.stream import Stream
@@ -57,13 +57,13 @@ def go(work: Path, case: Case, smoke: bool, say: Callable[..., None]) -> None:
     done = encode(data, features, str(model), progress=False)
     stage("encode", frames=done.frames, frames_per_s=done.frames / done.seconds, computed=done.computed)
 
-    run, workers = work / "run", 0 if smoke else min(8, (os.cpu_count() or 2) - 1)
+    run, workers = work / "run", default_workers(torch.device(case.device))
     steps, clips = (2, 2) if smoke else (24, 32)
     config: dict[str, Any] = {
         "model": str(model), "freeze": ("vision",), "lr": 1e-4, "lr_by_part": {"heads": 1e-3}, "bf16": case.bf16,
         "clips_per_step": clips, "micro_batch_tokens": 16384, "warmup_steps": 1,
     }  # fmt: skip
-    options = RunOptions(workers=workers, save_every=0, progress=False)
+    options = RunOptions(save_every=0, progress=False)
     train(data, run, TrainConfig(steps=steps, **config), features=features, options=options)
     stage("train on features", workers=workers, **_told(run))
 

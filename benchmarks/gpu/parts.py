@@ -245,7 +245,7 @@ def _config(**more: Any) -> TrainConfig:
 def attention(loop: bool) -> AbstractContextManager[Any]:
     """With `loop`: attention window by window, also where one launch would do for all of them."""
     never = lambda value: False  # noqa: E731
-    return patch.object(trainer.attention, "takes_varlen", never, create=True) if loop else nullcontext()
+    return patch.object(trainer.attention, "takes_varlen", never) if loop else nullcontext()
 
 
 def steps(size: str) -> None:
@@ -253,9 +253,8 @@ def steps(size: str) -> None:
     part, ceiling = f"step-{size}", limits.matmul_rate(device())
     say(part, "bf16 matmul", tflops=ceiling / 1e12)
     case = case_of(size)
-    runs = [("varlen", case.budget), ("varlen, compile", case.budget), ("loop", case.budget)]
-    if size == "256M":
-        runs.append(("varlen", 4096))
+    smaller = [("varlen", 4096)] if size == "256M" else []
+    runs = [("varlen", case.budget), *smaller, ("loop", case.budget), ("varlen, compile", case.budget)]
     if SMOKE:
         torch.compiler.set_stance("force_eager")  # compiling for a CPU takes a minute and says nothing of a GPU
     for kind, budget in runs:
@@ -318,7 +317,8 @@ def launches(call: Callable[[], Any]) -> dict[str, Any]:
     if not cuda:
         return {"operators": sum(event.name.startswith("aten::") for event in events)}
     host = Counter(event.name for event in events if event.device_type == DeviceType.CPU)
-    kernels = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
+    on_card = (event for event in events if event.device_type == DeviceType.CUDA)
+    kernels = [e.time_range.elapsed_us() for e in on_card if not e.name.startswith(("Memcpy", "Memset"))]
     waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
     return {
         "launches": sum(n for name, n in host.items() if "Launch" in name),
@@ -374,6 +374,7 @@ def _encode(size: str, ceiling: float) -> None:
                 vision.look(vlm, ready, 1)
 
     look()
+    whole()
     error = bfloat16_error(vlm, blocks[0][:8], 1)
     for name, call in (("as encode does", whole), ("pixels on the card", look)):
         took = seconds_of(call)
@@ -386,41 +387,46 @@ def _encode(size: str, ceiling: float) -> None:
 
 
 def live() -> None:
-    """Decisions/s of one stream with ready features, its context half full; then memory over many contexts."""
+    """Decisions/s of one stream with ready features, its context half full; then memory over several full contexts."""
     for size in SIZES:
         clear()
-        vlm, heads = build(case_of(size))
-        config = _config(max_tokens=300 if SMOKE else 2048)
-        run = LoadedRun(ProspectModel(vlm, heads, config).eval(), some_tokens(), config, {"neg_rate": 1.0})
+        run = _loaded(size)
         logits = []
         for kind in ("graph", "plain"):
             with patch.object(trainer.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else ()):
                 logits.append(_live(f"{size}, {kind}", Camera(run)))
         say("live", f"{size}, graph against plain", logits_apart=np.abs(logits[0] - logits[1]).max())
-        if size == "256M":
-            _flat(run)
-        del run, vlm, heads
+        del run
+    clear()
+    _flat(_loaded("256M"))
+
+
+def _loaded(size: str) -> LoadedRun:
+    vlm, heads = build(case_of(size))
+    config = _config(max_tokens=300 if SMOKE else 2048)
+    return LoadedRun(ProspectModel(vlm, heads, config).eval(), some_tokens(), config, {"neg_rate": 1.0})
 
 
 def _live(name: str, stream: Camera) -> np.ndarray:
-    """The logits [2, N] of all its frames."""
+    """The logits [2, N] of the frames that were timed."""
     with streaming(stream.model, stream.config):
-        stream.see(stream.config.max_tokens // 2)
-        took = stream.see(20 if SMOKE else 300)
+        stream.see(stream.config.max_tokens // 2, at_once=64)
+        stream.see(5)  # a graph is made of the first
+        took, logits = stream.see(20 if SMOKE else 200)
         rate, found = len(took) / sum(took), launches(lambda: stream.see(1))
     ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
     graph = (
         stream.engine._fixed is not None and stream.engine._fixed._graph is not None
     )  # on a CPU the same without one
     say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, graph=graph, **found)
-    return np.stack(stream.logits, 1)
+    return logits
 
 
 def _flat(run: LoadedRun) -> None:
-    """The card's memory each time that the context has started over."""
-    stream, held = Camera(run), []
-    with streaming(run.model, run.config):
-        while len(held) < (3 if SMOKE else 5):
+    """The card's memory each time that a context of half the size has started over."""
+    stream, held = Camera(replace(run, config=replace(run.config, max_tokens=run.config.max_tokens // 2))), []
+    with streaming(stream.model, stream.config):
+        while len(held) < 4:
             before = stream.context.restarts
             while stream.context.restarts == before:
                 stream.see(16)
@@ -434,23 +440,24 @@ class Camera:
 
     def __init__(self, run: LoadedRun) -> None:
         _, capacity = lengths(run.model, run.config, NEVER)
-        self.model, self.config, self.number, self.logits = run.model, run.config, 0, list[np.ndarray]()
+        self.model, self.config, self.number = run.model, run.config, 0
         self.features = run.model.frame_features(torch.from_numpy(CachedNoise(run.model.vlm).table).to(device()))
         self.engine = Engine(run.model, run.tokens, 1, capacity)
         task = make_window(0, 600, VOCABULARY).clip
         self.context = Context(run.model, run.tokens, task, run.config, NEVER)
 
-    def see(self, frames: int) -> list[float]:
-        """Seconds of each frame, until its logits are on the host."""
-        took = []
-        for _ in range(frames):
-            coming = Coming(self.number, (), self.features[self.number % len(self.features)])
+    def see(self, frames: int, at_once: int = 1) -> tuple[list[float], np.ndarray]:
+        """(seconds of each pass, until its logits are on the host; logits [2, frames])."""
+        took, logits, end = [], list[np.ndarray](), self.number + frames
+        while self.number < end:
+            numbers = range(self.number, min(end, self.number + at_once))
+            coming = [Coming(n, (), self.features[n % len(self.features)]) for n in numbers]
             began = time.perf_counter()
-            [happened] = self.engine.run(self.context.see([coming]))
+            happened = self.engine.run(self.context.see(coming))
             took.append(time.perf_counter() - began)
-            self.logits.append(happened.logits)
-            self.number += 1
-        return took
+            logits += [one.logits for one in happened]
+            self.number += len(happened)
+        return took, np.stack(logits, 1)
 
 
 def some_tokens() -> Tokens:
