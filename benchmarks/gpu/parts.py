@@ -257,17 +257,18 @@ def steps(size: str) -> None:
     runs = [("varlen", case.budget), *smaller, ("loop", case.budget), ("varlen, compile", case.budget)]
     if SMOKE:
         torch.compiler.set_stance("force_eager")  # compiling for a CPU takes a minute and says nothing of a GPU
+    failed = []
     for kind, budget in runs:
+        name = f"{kind}, packs of {budget}"
         try:
             clear()
             with attention(loop=kind == "loop"):
-                say(
-                    part,
-                    f"{kind}, packs of {budget}",
-                    **_step(replace(case, budget=budget), "compile" in kind, ceiling),
-                )
-        except Exception as error:
-            say(part, f"{kind}, packs of {budget}", error=f"{type(error).__name__}: {str(error)[:300]}")
+                say(part, name, **_step(replace(case, budget=budget), "compile" in kind, ceiling))
+        except Exception as error:  # out of memory, say: the others are still worth their time
+            failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            say(part, name, error=failed[-1])
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _step(case: Case, compiles: bool, ceiling: float) -> dict[str, Any]:
