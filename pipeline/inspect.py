@@ -87,7 +87,7 @@ def _split(folder: Path, name: str) -> Split:
     clips = _scan(folder, "clips", name).select(
         clips=pl.len(),
         recordings=pl.col("recording_id").n_unique(),
-        hours=(pl.col("num_frames") / pl.col("fps").cast(pl.Float64)).sum() / 3600,
+        hours=(pl.col("num_frames") / pl.col("fps")).sum() / 3600,
         rates=pl.col("neg_rate").unique().sort().implode(),
         conventions=pl.col("frame_convention").unique().sort().implode(),
         positive=pl.col("positive").unique().sort().implode(),
@@ -129,7 +129,7 @@ def _gaps(folder: Path, split: str, column: str) -> dict[float, int]:
         .select("clip", quiet=pl.col("frame").diff() - 1, same=pl.col("clip").diff() == 0)
         .filter(pl.col("same") & (pl.col("quiet") > 0))
         .join(fps, on="clip")
-        .select(seconds=(pl.col("quiet") / pl.col("fps").cast(pl.Float64)).round(3))
+        .select(seconds=(pl.col("quiet") / pl.col("fps")).round(3))
     )
     return dict(quiet.group_by("seconds").len().sort("seconds").collect().iter_rows())
 

@@ -86,7 +86,7 @@ CLIPS: Final = pa.schema(
         _field("recording_id", pa.string(), "one real-world take, over all camera views; split and resample by this"),
         _field("dataset", pa.string(), "the source's name; 'unknown' where it gives none"),
         _field("clip_idx", pa.int32(), "the source's number of the clip in its video; 0 where it gives none"),
-        _field("fps", pa.float32(), "frames per second of the frame numbers"),
+        _field("fps", pa.float64(), "frames per second of the frame numbers, e.g. 24000/1001 to the last digit"),
         _field("start_frame", pa.int32(), "first frame of the clip (absolute)"),
         _field("end_frame", pa.int32(), "one past the last frame of the clip"),
         _field("num_frames", pa.int32(), "end_frame - start_frame"),

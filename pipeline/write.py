@@ -243,12 +243,11 @@ class _Group:
 
     def clips_batch(self) -> pa.RecordBatch:
         rows = self.batch.num_rows
-        taken = {name: self.batch.column(name) for name in ("clip_id", "video_uid", "recording_id", "dataset")}
+        taken = {name: self.batch.column(name) for name in ("clip_id", "video_uid", "recording_id", "dataset", "fps")}
         taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
         supervised = (self.labels != NOT_SAMPLED).any(axis=0)
         taken |= {
             "clip": pa.array(self.number),
-            "fps": self.batch.column("fps").cast(pa.float32()),
             "start_frame": pa.array(self.bounds[:, 0], pa.int32()),
             "end_frame": pa.array(self.bounds[:, 1], pa.int32()),
             "num_frames": pa.array(self.sizes, pa.int32()),

@@ -231,11 +231,14 @@ def check_uid(video_uid: str) -> None:
         raise ClipError("video_uid", brief(video_uid), "a relative path without '..'" if video_uid else "a name")
 
 
-def check_fps(given: float | None, fallback: float | None) -> tuple[float, bool]:
-    """(frames a second, whether the clip or --fps told it)."""
+def check_fps(given: float | str | None, fallback: float | None) -> tuple[float, bool]:
+    """(frames a second, whether the clip or --fps told it); text is a fraction, as in "24000/1001"."""
     fps = fallback or DEFAULT_FPS if given is None else given
+    if isinstance(fps, str):
+        parts = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", fps)
+        fps = int(parts[1]) / int(parts[2]) if parts else math.nan
     if not (math.isfinite(fps) and 1e-6 <= fps <= 1e6):
-        raise ClipError("fps", str(fps), "a positive number of frames a second")
+        raise ClipError("fps", brief(given or fps), "a positive number of frames a second, or text such as 24000/1001")
     return fps, given is not None or fallback is not None
 
 

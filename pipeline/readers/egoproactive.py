@@ -41,7 +41,7 @@ class Record(msgspec.Struct, gc=False):
     answers: list[str]
     query: Any = None
     duration_in_sec: float | None = None
-    fps: float | None = None
+    fps: float | str | None = None
     task: Any = None
     dialog: Any = None
 

@@ -151,7 +151,7 @@ def expected_row(
     both = list(zip(labels["speaking"], labels["dst_update"], strict=True))
     row = {
         "video_uid": uid_of(clip),
-        "fps": float(np.float32(reading.fps)),
+        "fps": reading.fps,
         "start_frame": reading.start,
         "end_frame": reading.end,
         "num_frames": reading.end - reading.start,

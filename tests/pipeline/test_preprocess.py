@@ -110,6 +110,14 @@ def test_rates_by_split_and_by_clip(tmp_path):
     assert clips_of(tmp_path / "out", "test")["neg_rate"].to_list() == [0.9]
 
 
+def test_rational_rates_are_exact_and_may_be_written_as_a_fraction(tmp_path):
+    rates = [24000 / 1001, "24000/1001", "30000/1001", 2, 29.97, "24000/0", "1001", "a/b"]
+    run(tmp_path, [clip(str(i), turns=[], fps=rate) for i, rate in enumerate(rates)])
+    found = clips_of(tmp_path / "out")
+    assert found["clip_id"].to_list() == ["0", "1", "2", "3", "4"]
+    assert found["fps"].to_list() == [24000 / 1001, 24000 / 1001, 30000 / 1001, 2.0, 29.97]
+
+
 def test_two_files_of_one_split_are_numbered_through(tmp_path):
     sources = [write(tmp_path / f"train_{n}.json", [clip(n + str(i)) for i in range(3)]) for n in "xy"]
     preprocess(sources, tmp_path / "out")

@@ -331,7 +331,7 @@ def test_columns_that_are_not_the_schema_s_are_refused_by_name(tmp_path, change)
     made = {
         "type": lambda: rows.set_column(at, "fps", rows["fps"].cast(pa.float64())),
         "drop": lambda: rows.drop_columns(["fps"]),
-        "null": lambda: rows.set_column(at, pa.field("fps", pa.float32()), pa.array([None, 2, 2], pa.float32())),
+        "null": lambda: rows.set_column(at, pa.field("fps", pa.float64()), pa.array([None, 2, 2], pa.float64())),
         "order": lambda: rows.select([*rows.column_names[:at], *rows.column_names[at + 1 :], "fps"]),
     }
     if change == "no Parquet":
