@@ -1,0 +1,119 @@
+"""ProAssist's files as its script prepares them: names, layout, summary clips, knowledge."""
+
+from __future__ import annotations
+
+import pytest
+from made_up import proassist, run, run_on, written
+
+from pipeline.errors import UsageError
+
+
+def test_an_assistant_speaks_at_the_last_frame_before_its_turn(tmp_path):
+    out = run(tmp_path, [proassist()], "train.jsonl", neg_rate={"train": 1.0})
+    assert out.bounds() == [(0, 16)]
+    assert out.ones() == ([8, 15], [])
+    assert set(out.labels()["dst_update"].values()) == {-100}
+    (row,) = out.clips()
+    assert (row["goal"], row["knowledge"], row["dataset"]) == ("wash a cup", "soap first", "wtag")
+
+
+@pytest.mark.parametrize("rate", [None, -1, -1.0, 0.5])
+def test_nobody_annotated_a_summary_clip(rate, tmp_path):
+    """Told by `summary_only`, or by a rate of -1; its frames speak in the sibling clip."""
+    clip = proassist(summary=True)
+    if rate is not None:
+        clip["neg_frame_sampling_rate"] = rate
+        clip["metadata"]["summary_only"] = rate == 0.5
+    out = run(tmp_path, [proassist(), clip], "train.jsonl", neg_rate={"train": 1.0})
+    assert out.ones() == ([8, 15], [])
+    assert out.bounds() == [(0, 16), (0, 17)]
+    assert set(out.labels(clip=1)["speaking"].values()) == {-100}
+    assert set(out.labels(clip=1)["dst_update"].values()) == {-100}
+    row = out.clips()[1]
+    assert row["unlabelled"] == [{"start_frame": 0, "end_frame": 17}]
+    assert (row["n_speaking"], row["n_supervised"]) == (0, 0)
+    assert out.manifest["splits"]["train"]["speaking_frames"] == 16
+
+
+def test_a_reply_to_a_request_for_a_summary_is_not_speech(tmp_path):
+    out = run(tmp_path, [proassist(summary=True) | {"metadata": None}], "train.jsonl")
+    assert out.ones() == ([], [])
+    assert out.clips()[0]["unlabelled"] == []
+    assert out.manifest["splits"]["train"]["drops"] == {"summary, not speech": 1}
+
+
+def test_another_negative_rate_is_malformed(tmp_path):
+    out = run(tmp_path, [proassist(), proassist("cup-2") | {"neg_frame_sampling_rate": -0.5}], "train.jsonl")
+    assert [line["field"] for line in out.refused()] == ["neg_frame_sampling_rate"]
+
+
+@pytest.mark.parametrize(("added", "knowledge"), [(True, "soap first"), (None, "soap first"), (False, None)])
+def test_a_recipe_that_was_not_added_stays_out(added, knowledge, tmp_path):
+    (row,) = run(tmp_path, [proassist(add_knowledge=added)], "train.jsonl").clips()
+    assert row["knowledge"] == knowledge
+
+
+def test_an_update_that_is_none_is_refused(tmp_path):
+    clip = proassist("cup-2")
+    clip["conversation"].append({"role": "DST_UPDATE", "content": [{"id": "S1", "transition": "explode"}]})
+    good = proassist()
+    good["conversation"].append({"role": "DST_UPDATE", "content": [{"id": "S1", "transition": "start"}]})
+    out = run(tmp_path, [good, clip], "train.jsonl")
+    assert out.ones() == ([8, 15], [15])
+    assert [line["turn"] for line in out.refused()] == [7]
+
+
+# ---- names and layout --------------------------------------------------------------------------------
+
+NAMES = {
+    "train": "dialog-klg-sum_train_L4096_I1.jsonl",
+    "val": "dialog-klg-sum_val_L4096_I1.jsonl",
+    "test": "dialog-klg-sum_test_L4096_I1+SEP.jsonl",
+}
+
+
+def test_files_of_three_splits_go_into_one_output(tmp_path):
+    paths = [written(tmp_path / name, [proassist(f"cup-{split}")]) for split, name in NAMES.items()]
+    out = run_on(paths, tmp_path)
+    for split in NAMES:
+        assert [clip["video_uid"] for clip in out.clips(split)] == [f"cup-{split}"]
+        assert out.ones(split)[0] == [8, 15]
+
+
+def test_a_split_that_contradicts_a_name_is_refused_unless_forced(tmp_path):
+    path = written(tmp_path / NAMES["val"], [proassist()])
+    with pytest.raises(UsageError, match=r"--split train contradicts the file name, which tells val.*--force-split"):
+        run_on([path], tmp_path, split="train")
+    assert len(run_on([path], tmp_path, split="train", force_split=True).clips("train")) == 1
+    assert len(run_on([path], tmp_path, split="val").clips("val")) == 1
+
+
+def test_the_public_layout_is_read_where_it_was_prepared(tmp_path):
+    """Of processed_data/<dataset>, prepared/ alone; what it was made from is left out with a line."""
+    root = tmp_path / "processed_data"
+    for dataset in ("wtag", "holoassist"):
+        for split, name in NAMES.items():
+            clip = proassist(f"{dataset}-{split}") | {"dataset": dataset}
+            written(root / dataset / "prepared" / name, [clip])
+        written(root / dataset / "val_test_split.json", [{"val": ["a"], "test": ["b"]}])
+        written(root / dataset / "generated_dialogs" / "train.json", [{"video_uid": "x", "conversations": []}])
+        written(root / dataset / "features" / "train.json", [{}])
+        (root / dataset / "frames").mkdir()
+    out = run_on([root], tmp_path)
+    assert out.refused() == []
+    assert [clip["video_uid"] for clip in out.clips("train")] == ["holoassist-train", "wtag-train"]
+    assert [clip["video_uid"] for clip in out.clips("test")] == ["holoassist-test", "wtag-test"]
+    skipped = {"/".join(one["path"].split("/")[-2:]): one["why"] for one in out.manifest["skipped"]}
+    named = [f"{dataset}/{what}" for dataset in ("wtag", "holoassist") for what in ("val_test_split.json",)]
+    named += [f"{dataset}/generated_dialogs" for dataset in ("wtag", "holoassist")]
+    assert skipped == dict.fromkeys(named, "beside prepared/, which is read instead")
+
+
+def test_variants_of_one_preparation_are_all_read_and_named(tmp_path):
+    """Cut for 4,096 tokens and uncut: the same conversation twice, which is a hazard."""
+    names = ("dialog-klg-sum_val_L4096_I1.jsonl", "dialog-klg-sum_val_L0_I1.jsonl")
+    whole = proassist()
+    short = proassist() | {"conversation": proassist()["conversation"][:5], "end_frame_idx": 9}
+    out = run_on([written(tmp_path / name, [clip]) for name, clip in zip(names, (short, whole), strict=True)], tmp_path)
+    assert sorted(out.bounds("val")) == [(0, 9), (0, 16)]
+    assert out.hazards()["conversations in several files"].startswith("1 conversations stand in several files")

@@ -1,0 +1,77 @@
+"""The dialog state: replay, contradiction, and the state before each clip of a conversation."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.state import Segment, contradicts, lacks, replay, states_before
+
+STEPS = st.sampled_from(["S1", "S2", "S3"])
+MOVES = st.sampled_from(["start", "complete", "pause", "resume", "cancel", "reset", "fail"])
+STATE = st.dictionaries(STEPS, st.sampled_from(["in_progress", "completed", "failed"]))
+
+
+@st.composite
+def conversations(draw):
+    """(moments: frame -> updates, first moment of each clip, clips) cut with or without the moment before repeated."""
+    gaps = draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+    frames = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    moments = {frame: draw(st.lists(st.tuples(STEPS, MOVES), max_size=3, unique=True)) for frame in frames}
+    cuts = sorted(draw(st.sets(st.integers(1, len(frames)), max_size=4)) - {len(frames)})
+    starts, clips = [], []
+    for low, high in zip([0, *cuts], [*cuts, len(frames)], strict=True):
+        low -= low > 0 and draw(st.booleans()) and (not starts or frames[low - 1] > starts[-1])
+        starts.append(frames[low])
+        updates = [(frame, *update) for frame in frames[low:high] for update in moments[frame]]
+        clips.append(Segment(frames[low], updates, draw(st.none() | STATE)))
+    return moments, starts, clips
+
+
+@given(conversations(), st.randoms(use_true_random=False))
+def test_the_state_before_each_clip_is_that_of_a_plain_replay(made, rng):
+    """Whatever the other clips' given states say, and however the clips are ordered."""
+    moments, starts, clips = made
+    order = list(range(len(clips)))
+    rng.shuffle(order)
+    found = dict(zip(order, states_before([clips[i] for i in order]), strict=True))
+    base = clips[0].given or {}
+    for i, start in enumerate(starts):
+        before = [update for frame, updates in moments.items() if frame < start for update in updates]
+        assert found[i] == replay(base, before), i
+
+
+def test_an_update_at_a_clips_first_moment_that_it_does_not_repeat_was_before_it():
+    clips = [Segment(0, [(5, "S1", "start"), (9, "S1", "complete")], None), Segment(9, [(9, "S2", "start")], None)]
+    assert states_before(clips) == [{}, {"S1": "completed"}]
+
+
+def test_what_an_earlier_clip_holds_of_a_later_time_was_not_before():
+    clips = [Segment(0, [(5, "S1", "start"), (30, "S1", "complete")], None), Segment(9, [(12, "S2", "start")], None)]
+    assert states_before(clips)[1] == {"S1": "in_progress"}
+
+
+def test_equal_updates_at_one_moment_of_one_clip_all_count():
+    updates = [(0, "S1", "pause"), (0, "S1", "complete"), (0, "S1", "pause")]
+    assert states_before([Segment(0, updates, None), Segment(4, [], None)])[1] == {"S1": "paused"}
+
+
+@pytest.mark.parametrize(
+    ("before", "updates", "wrong", "lacking"),
+    [
+        ({}, [("S1", "start")], False, False),
+        ({"S1": "completed"}, [("S1", "start")], True, False),
+        ({"S1": "in_progress"}, [("S1", "start")], True, False),
+        ({"S1": "completed"}, [("S1", "complete")], True, False),
+        ({"S1": "in_progress"}, [("S1", "complete"), ("S1", "start")], False, False),
+        ({"S2": "completed"}, [("S1", "start"), ("S1", "complete")], False, False),
+        ({"S1": "not_started"}, [("S1", "complete")], False, True),
+        ({}, [("S1", "start"), ("S2", "pause")], False, True),
+        ({"S1": "paused"}, [("S1", "start")], False, False),
+        ({"S1": "in_progress"}, [], False, False),
+    ],
+)
+def test_states_that_cannot_be_before_the_updates(before, updates, wrong, lacking):
+    assert contradicts(before, updates) == wrong
+    assert lacks(before, updates) == lacking
