@@ -6,11 +6,12 @@ from typing import Final
 
 import msgspec
 
-from pipeline.readers import egoproactive, proassist, prospect
+from pipeline.readers import egoproactive, proassist, prospect, streamo
 from pipeline.readers.clip import NOT_STRICT, Clip, ClipError, Reader, brief, lenient
 from pipeline.readers.index import MAX_CLIP_BYTES
 
-READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, proassist.READER, prospect.READER)  # the first that fits
+# the first that fits
+READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, streamo.READER, proassist.READER, prospect.READER)
 
 # Files of the same projects that cannot be used: top-level fields that tell them, and what to use instead.
 _UNUSABLE: Final = (
