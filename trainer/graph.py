@@ -1,4 +1,4 @@
-"""Short reads of a single stream as one CUDA graph: a frame or a written token costs one launch instead of 1,500.
+"""A single stream as CUDA graphs: a frame or a written token costs one launch instead of 1,500.
 
 A graph replays the same kernels on the same addresses, so everything that changes from pass to pass lies in buffers on
 the device: the token ids, the frames' features, the position, and keys and values in slabs of full length, of which a
@@ -14,7 +14,8 @@ The same code runs without the graph on a CPU, where it is tested.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +48,12 @@ class FixedPass:
         self._given = self._host.to(device)  # ids, -1 for a frame's token; tokens read before; number of the last new
         self._features = torch.zeros(self.width, model.hidden, dtype=body.embed_tokens.weight.dtype, device=device)
         self._places = torch.arange(self._slabs[0][0].shape[2], device=device)  # [T]
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._found = torch.empty(0)  # what the graph fills
-        self.works = True  # False: no graph could be made; the caller reads otherwise
+        self._graph = _Graph()
+
+    @property
+    def works(self) -> bool:
+        """False where no graph could be made; the caller reads otherwise."""
+        return not self._graph.failed
 
     def read(self, parts: Sequence[Sequence[int] | Tensor], after: int) -> tuple[npt.NDArray[np.float32], int] | None:
         """(decision logits at each token [2, W], id of the likeliest token to be written after the last).
@@ -68,16 +72,11 @@ class FixedPass:
         padding = [0] * (self.width - len(ids))
         self._host.copy_(torch.tensor([*ids, *padding, after, len(ids) - 1]))
         self._given.copy_(self._host, non_blocking=True)  # the host waits for each pass's result, so it may write again
-        if self._given.device.type == "cuda" and self._graph is None:
-            self._capture()
-        if not self.works:
+        found = self._step() if self._given.device.type == "cpu" else self._graph.run(self._step)
+        if found is None:
             return None
-        if self._graph is None:
-            self._found = self._step()
-        else:
-            self._graph.replay()
-        found = download(self._found)
-        return found[:-1].reshape(2, self.width), int(found[-1])
+        logits_and_id = download(found)
+        return logits_and_id[:-1].reshape(2, self.width), int(logits_and_id[-1])
 
     def _step(self) -> Tensor:
         """float32 [2 * W + 1]: decision logits, likeliest id. Nothing here may wait for the device."""
@@ -97,23 +96,64 @@ class FixedPass:
             likeliest = (model.vlm.lm_head(states.index_select(0, last)) + self._unwritten).argmax(-1)
             return torch.cat([model.decisions(states).flatten(), likeliest.float()])  # ids are below 2**24
 
-    def _capture(self) -> None:
-        """Make the graph of a pass, by the inputs that lie ready; they may be read as often as one likes."""
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # libraries choose kernels and take memory before
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._found = self._step()
-            self._graph = graph
-        except RuntimeError as error:
-            self.works = False
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"no CUDA graph of a live pass could be made ({reason}); it is slower without", stacklevel=2)
+
+class FixedLook:
+    """Features of one live frame after the other, all of one shape. To be used within `streaming`."""
+
+    def __init__(self, model: ProspectModel) -> None:
+        self._model, self._graph, self._frame = model, _Graph(), torch.empty(0)
+
+    def __call__(self, frame: npt.NDArray[Any]) -> Tensor:
+        """[k, H] of a frame as ProspectModel.frame_features takes it, without the first dimension."""
+        given = torch.from_numpy(frame)[None]
+        if self._model.device.type == "cpu":
+            return self._model.frame_features(given)[0]
+        if self._frame.shape != given.shape:
+            self._frame, self._graph = given.to(self._model.device), _Graph()
+        self._frame.copy_(given.pin_memory(), non_blocking=True)
+        found = self._graph.run(self._step)
+        return self._step() if found is None else found.clone()  # the next frame's will stand there
+
+    def _step(self) -> Tensor:
+        with torch.autocast(self._frame.device.type, torch.bfloat16, enabled=self._model.bf16, cache_enabled=False):
+            return self._model.frame_features(self._frame)[0]
+
+
+class _Graph:
+    """A CUDA graph of a step that reads and writes the same tensors in every call, and has no others."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._found = torch.empty(0)
+
+    def run(self, step: Callable[[], Tensor]) -> Tensor | None:
+        """What `step` gives, in the same place in every call; None where no graph of it can be made.
+
+        The first call runs it more than once.
+        """
+        if self._graph is None and not self.failed:
+            try:
+                self._capture(step)
+            except RuntimeError as error:
+                self.failed = True
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"no CUDA graph of a live pass could be made ({reason}); slower without", stacklevel=3)
+        if self._graph is None:
+            return None
+        self._graph.replay()
+        return self._found
+
+    def _capture(self, step: Callable[[], Tensor]) -> None:
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose kernels and take memory before
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._found = step()
+        self._graph = graph
 
 
 def _in_bfloat16(body: nn.Module) -> dict[str, Tensor]:

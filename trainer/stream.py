@@ -31,6 +31,7 @@ from trainer.engine import Engine, streaming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluation.scores import HEADS, Updates
 from trainer.feed import Seen
+from trainer.graph import FixedLook
 
 USER_SHARE = 0.25  # of the context beside its prompt: what the user says at one frame is cut to it
 
@@ -66,6 +67,7 @@ class Stream:
         self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
         _, capacity = lengths(run.model, self._config, live)
         self._engine = Engine(run.model, run.tokens, 1, capacity)
+        self._look = FixedLook(run.model)
         self._context = Context(run.model, run.tokens, task, self._config, live)
         self._open = ExitStack()
 
@@ -80,9 +82,8 @@ class Stream:
         What the user says is cut to USER_SHARE of the context's room, and then ends in an ellipsis.
         """
         started, restarts = time.perf_counter(), self._context.restarts
-        pixels = torch.from_numpy(seen.pixels)[None].to(self.run.model.device)
         heard = self._cut(heard)
-        coming = Coming(seen.frame, heard, self.run.model.frame_features(pixels)[0])
+        coming = Coming(seen.frame, heard, self._look(seen.pixels))
         [found] = self._engine.run(self._context.see([coming]))
         logits = dict(zip(self.heads, found.logits.tolist(), strict=False))
         if not all(map(math.isfinite, logits.values())):

@@ -12,7 +12,9 @@ from small_run import CONFIG, clip, curve, go, go_until, write_data
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
 from trainer.context import Live
+from trainer.engine import streaming
 from trainer.feed import Seen
+from trainer.graph import FixedLook
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.pack import make_pack
 from trainer.selffed import self_fed
@@ -92,6 +94,19 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
     assert np.abs(found.logits["speaking"] - expected.logits["speaking"]).max() < most
     if not bf16:
         assert found.said == expected.said
+
+
+@pytest.mark.parametrize(("bf16", "most"), [(False, 1e-4), (True, 0.05)])
+def test_a_frame_s_features_from_a_cuda_graph_are_those_without(recwarn, bf16, most):
+    config = TrainConfig(bf16=bf16)
+    model, _ = small(config)
+    look = FixedLook(model.cuda())
+    frames = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)
+    with streaming(model, config):
+        expected = model.frame_features(torch.from_numpy(frames).cuda())
+        found = [look(frame) for frame in frames]
+    assert not recwarn.list
+    assert (torch.stack(found) - expected).norm() < most * expected.norm()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

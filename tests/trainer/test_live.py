@@ -23,7 +23,7 @@ from trainer.arms import ARMS
 from trainer.config import TrainConfig
 from trainer.context import Live
 from trainer.engine import Engine, Read, slots_for, streaming
-from trainer.graph import FixedPass
+from trainer.graph import FixedLook, FixedPass
 from trainer.model import DecisionHeads, ProspectModel, tiny_config
 from trainer.selffed import self_fed
 from trainer.tokenizer import Tokens, train_tiny_tokens
@@ -107,7 +107,7 @@ def test_where_no_graph_can_be_made_the_engine_reads_as_it_does_elsewhere(tokens
 
     def fails(self, parts, after):
         tried.append(after)
-        self.works = False
+        self._graph.failed = True
 
     monkeypatch.setattr(FixedPass, "read", fails)
     found = talkative(model, config, tokens)
@@ -175,7 +175,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr("trainer.engine.download", download)
     monkeypatch.setattr("trainer.graph.download", download)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(FixedPass, "_capture", lambda self: None)
+    monkeypatch.setattr("trainer.graph._Graph.run", lambda self, step: step())
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", 0)  # one value has no value either
@@ -220,7 +220,7 @@ def stream_of(features: torch.Tensor, prompt: int):
 
 
 def fake_engine_waits(config, tokens: Tokens, monkeypatch, slots: int, graphed: Sequence[str], arm: str = "speak+dst"):
-    """(waits beside the downloads, downloads, passes) of streams on a fake GPU, features from the tower."""
+    """(waits beside the downloads, downloads, passes) of streams on a fake GPU and of a look at a frame."""
     monkeypatch.setattr("trainer.engine.GRAPHED", graphed)
     config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32  # as weights are loaded
     passes = [0]
@@ -231,18 +231,20 @@ def fake_engine_waits(config, tokens: Tokens, monkeypatch, slots: int, graphed: 
             model = ProspectModel(vlm, DecisionHeads(config.text_config.hidden_size), train, tokens.end).eval()
         model.body.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
         with streaming(model, train):
-            pixels = torch.zeros(1, 3, model.side, model.side, dtype=torch.uint8, device="cuda")
-            [features] = model.frame_features(pixels)
-            engine = Engine(model, tokens, slots, 300)
+            engine, look = Engine(model, tokens, slots, 300), FixedLook(model)
+            look(np.zeros((3, model.side, model.side), np.uint8))  # makes room for a frame
             with Waits("cuda") as counting:
+                features = look(np.zeros((3, model.side, model.side), np.uint8))
                 streams = [stream_of(features, 30 + 10 * i) for i in range(slots)]
                 assert len(list(engine.run_all(iter(streams)))) == slots
     return counting.found, len(downloads), passes[0]
 
 
-@pytest.mark.parametrize(("slots", "graphed"), [(1, ()), (1, ("cuda",)), (3, ("cuda",))])
-def test_a_pass_on_a_gpu_waits_once_for_its_result(tokens, slots, graphed, monkeypatch):
-    found = fake_engine_waits(tiny_config(len(tokens)), tokens, monkeypatch, slots, graphed)
+@pytest.mark.parametrize(
+    ("slots", "graphed", "arm"), [(1, (), "speak+dst"), (1, ("cuda",), "lm-eos"), (3, ("cuda",), "lm-eos")]
+)
+def test_a_pass_on_a_gpu_waits_once_for_its_result(tokens, slots, graphed, arm, monkeypatch):
+    found = fake_engine_waits(tiny_config(len(tokens)), tokens, monkeypatch, slots, graphed, arm)
     assert found == ([], 10, 10)
 
 
