@@ -21,6 +21,7 @@ from trainer.sequence import Window, prompt_ids, user_texts, utterance
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
 FRAMES = NoisyFrames()
+OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
 NEVER = Live({"speaking": np.inf, "dst_update": np.inf})
 ALWAYS = Live({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=0, most_text=3)
 
@@ -186,7 +187,7 @@ def test_a_context_that_starts_over_is_the_next_training_window(tokens, arm, k, 
     early = [t for t in TURNS if arm != "speak+markers" or t.role != "DST_UPDATE"]  # markers can't be replayed
     late = [dst(157, 158, ("S1", "fail")), turn("assistant", "done", 158, 159)]
     clip = example([*early, *late], 60)
-    model, config = tiny(tokens, arm, k, max_tokens=budget)
+    model, config = tiny(tokens, arm, k, max_tokens=OPENING + budget)
     windows = windows_of([clip], tokens, config)
     assert len(windows) > 1
     assert windows[1].context > 3
@@ -198,7 +199,7 @@ def test_a_context_that_starts_over_is_the_next_training_window(tokens, arm, k, 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("k", [1, 4])
 def test_with_its_own_texts_the_logits_are_those_of_one_pass_over_what_it_read(tokens, arm, k, one_by_one):
-    model, config = tiny(tokens, arm, k, max_tokens=70 + 20 * k)
+    model, config = tiny(tokens, arm, k, max_tokens=OPENING + 70 + 20 * k)
     reads = Reads(model, tokens)
     live = Live({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
     clip = example(frames=50)
@@ -224,7 +225,7 @@ def window_of(clip, ids: list[int], first: int, context: int, k: int, tokens: To
 @pytest.mark.parametrize("arm", ["speak+dst", "lm-eos", "speak+markers"])
 @pytest.mark.parametrize("slots", [2, 3, None])
 def test_many_clips_at_once_give_what_each_gives_alone(tokens, arm, slots):
-    model = tiny(tokens, arm, max_tokens=110)
+    model = tiny(tokens, arm, max_tokens=OPENING + 110)
     live = Live({"speaking": 5.0, "dst_update": 5.0}, most_text=4)
     clips = [
         example(TURNS[: 2 + i], 30 - 4 * i, 100 + i, clip_id=f"c{i}", video=f"v{i}") for i in (0, 3, 1, 5, 2, 0, 6)
@@ -241,7 +242,7 @@ def test_many_clips_at_once_give_what_each_gives_alone(tokens, arm, slots):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_frames_read_ahead_change_nothing(tokens, k, monkeypatch):
-    model, clip = tiny(tokens, "speak+dst", k, max_tokens=70 + 20 * k), example(frames=60)
+    model, clip = tiny(tokens, "speak+dst", k, max_tokens=OPENING + 70 + 20 * k), example(frames=60)
     live, reads = Live({"speaking": 5.0, "dst_update": 5.0}, most_text=4), Reads(model[0], tokens)
 
     def ahead(frames: int):
@@ -270,7 +271,8 @@ def test_the_user_is_heard_before_the_frame_and_no_other_turn_of_the_reference_i
     run((model, config), tokens, clip)
     [text] = reads.text(tokens)
     assert text == (
-        "[system]A toy[step]S1: Put the base down[in_progress][step]S2: Attach the wheel[not_started]."
+        "[system]You are a helpful assistant.\nA toy"
+        "[step]S1: Put the base down[in_progress][step]S2: Attach the wheel[not_started]."
         "FF[user]and now?.FFFFFFFFF[user]well? done?.FFF"
     )
 
@@ -315,7 +317,7 @@ def test_an_arm_reads_of_its_own_updates_what_it_may_the_update_first(tokens, ar
     live = Live(ALWAYS.thresholds, refractory_s=0)
     [scored] = run(model, tokens, example([], 2), live=live)
     [text] = reads.text(tokens)
-    assert text.split(".", 1)[1].startswith(expected)
+    assert text.split(".", 2)[2].startswith(expected)
     assert scored.said == ["well done"] * 2
     assert scored.updates == updates
 
@@ -374,7 +376,7 @@ def test_a_model_that_never_fires_says_nothing(tokens):
 def test_a_text_without_an_end_gets_one(tokens):
     model, reads = writer(tokens, "speak", {"assistant": "well done and now"})
     [scored] = run(model, tokens, example([], 2), live=Live(ALWAYS.thresholds, refractory_s=0, most_text=2))
-    assert reads.text(tokens)[0].split(".", 1)[1].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
+    assert reads.text(tokens)[0].split(".", 2)[2].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
     assert tokens.encode(scored.said[0]) == tokens.encode("well done and now")[:2]
 
 
@@ -382,7 +384,7 @@ def test_a_text_that_ends_at_once_is_an_event_of_no_words(tokens):
     model, reads = writer(tokens, "speak", {"assistant": ""})
     [scored] = run(model, tokens, example([], 2), live=ALWAYS)
     assert scored.said == ["", ""]
-    assert reads.text(tokens)[0].split(".", 1)[1] == "F[assistant].F[assistant]"
+    assert reads.text(tokens)[0].split(".", 2)[2] == "F[assistant].F[assistant]"
 
 
 def test_images_markers_and_rows_without_a_token_are_never_written(tokens):
@@ -429,18 +431,21 @@ def test_replay_moves_known_steps_alone_and_leaves_what_it_was_given():
 @pytest.mark.parametrize(("arm", "state"), [("speak+dst", "[completed]"), ("speak+markers", "[not_started]")])
 def test_a_new_context_tells_the_state_that_the_model_itself_made(tokens, arm, state):
     """The reference completes nothing here. Markers say nothing, so nothing can be replayed from them."""
-    model, reads = writer(tokens, arm, {"DST_UPDATE": "S1->complete", "assistant": "well"}, max_tokens=70)
+    model, reads = writer(tokens, arm, {"DST_UPDATE": "S1->complete", "assistant": "well"}, max_tokens=OPENING + 70)
     live = Live({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=99)
     run(model, tokens, example([dst(104, 105, ("S2", "fail"))], 40), live=live)
     first, second, *_ = reads.text(tokens)
-    assert first.startswith("[system]A toy[step]S1: Put the base down[not_started][step]S2: Attach the wheel[not_st")
+    assert first.startswith(
+        "[system]You are a helpful assistant.\nA toy[step]S1: Put the base down[not_started][step]S2: Attach the wheel"
+    )
     assert second.startswith(
-        f"[system]A toy[step]S1: Put the base down{state}[step]S2: Attach the wheel[not_started].F"
+        "[system]You are a helpful assistant.\nA toy"
+        f"[step]S1: Put the base down{state}[step]S2: Attach the wheel[not_started].F"
     )
 
 
 def test_an_update_among_the_frames_that_are_kept_is_not_told_twice(tokens):
-    model, config = tiny(tokens, "speak+dst", max_tokens=85)
+    model, config = tiny(tokens, "speak+dst", max_tokens=OPENING + 85)
     reads, clip = Reads(model, tokens), example([], 120)
 
     def texts(at: int) -> list[str]:
@@ -459,7 +464,7 @@ def test_an_update_among_the_frames_that_are_kept_is_not_told_twice(tokens):
 
 
 def test_the_frames_that_are_kept_are_read_again_as_they_were(tokens):
-    model, reads = writer(tokens, "speak", {"assistant": "well done"}, max_tokens=80)
+    model, reads = writer(tokens, "speak", {"assistant": "well done"}, max_tokens=OPENING + 80)
     live = Live({"speaking": -np.inf}, refractory_s=2)
     run(model, tokens, example([], 60), live=live)
     first, second = (text.partition("wheel.")[2] for text in reads.text(tokens)[:2])
@@ -467,7 +472,7 @@ def test_the_frames_that_are_kept_are_read_again_as_they_were(tokens):
     assert re.fullmatch(r"F{0,4}(\[assistant\]well done\.F{4})+(\[assistant\]well done\.?F{0,3})?", second)
 
 
-@pytest.mark.parametrize("budget", range(60, 65))
+@pytest.mark.parametrize("budget", range(84, 89))
 def test_every_decision_is_made_within_the_budget(tokens, budget):
     model, reads = writer(tokens, "speak", {"assistant": "done"}, max_tokens=budget)
     run(model, tokens, example([], 20), live=Live({"speaking": -np.inf}, refractory_s=0))
