@@ -90,7 +90,7 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
     expected = scored()
     monkeypatch.setattr("trainer.engine.GRAPHED", ("cuda",))
     found = scored()
-    assert not recwarn.list  # a graph could be made
+    assert not [each for each in recwarn if "CUDA graph" in str(each.message)]
     assert np.abs(found.logits["speaking"] - expected.logits["speaking"]).max() < most
     if not bf16:
         assert found.said == expected.said
@@ -105,7 +105,7 @@ def test_a_frame_s_features_from_a_cuda_graph_are_those_without(recwarn, bf16, m
     with streaming(model, config):
         expected = model.frame_features(torch.from_numpy(frames).cuda())
         found = [look(frame) for frame in frames]
-    assert not recwarn.list
+    assert not [each for each in recwarn if "CUDA graph" in str(each.message)]
     assert (torch.stack(found) - expected).norm() < most * expected.norm()
 
 
