@@ -288,7 +288,7 @@ def _bytes(path: Path) -> int:
 # ---- seeing ------------------------------------------------------------------------------------------
 
 
-def _load(name: str, k: int, keep: str) -> SmolVLMForConditionalGeneration:
+def _load(name: str, k: int, keep: str = "vision") -> SmolVLMForConditionalGeneration:
     """The model of that name without its text half, its tower and connector on the device."""
     if name in RANDOM_MODELS:
         raise TrainerError(
