@@ -78,13 +78,19 @@ class World:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def shard(self, model: Any) -> nn.Module:
-        """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer."""
+        """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer.
+
+        Under bf16 layers are gathered in it, half the bytes, and gradients still added in float32. The rest stays as it
+        is: heads compute in float32. Activations do, too, between layers, as on one GPU.
+        """
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
+        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = half if model.bf16 else MixedPrecisionPolicy()
         for layer in model.body.layers:  # the tower as a whole: ranks run it for different numbers of chunks
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
 

@@ -17,6 +17,7 @@ stopped.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer import vision
 from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
@@ -239,6 +241,24 @@ def train(
         return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.leads)
 
 
+def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) -> str:
+    """What training a tower from pixels takes, where a pack has up to `frames`; TrainerError where `room` has less.
+
+    A lower bound, in bytes: weights, gradients and AdamW's moments in float32, shared by `ranks`; what the tower keeps
+    of each frame (`vision.bytes_to_learn`). What the text body keeps of each token comes on top.
+    """
+    each = vision.bytes_to_learn(model.vlm, model.bf16)
+    held = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) // ranks
+    line = (
+        f"the vision tower learns from pixels: {each / 1e6:,.0f} MB a frame, {frames} frames in a pack, "
+        f"{held / 1e9:.1f} GB of weights and optimizer: at least {(frames * each + held) / 1e9:,.1f} GB of the GPU's "
+        f"{room / 1e9:,.1f} GB"
+    )
+    if frames * each + held > room:
+        raise TrainerError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
+    return line
+
+
 def _agreed(done: int, world: World) -> int:
     """The steps done, which must be the same on every rank."""
     if len(set(world.gather(done))) > 1:
@@ -303,6 +323,7 @@ class _Session:
         data = StepData(split, setup.tokens, self.frames, self.config, world.rank, world.size)
         workers = default_workers(world.device) if self.options.workers is None else self.options.workers
         transfer = Transfer(world.device)
+        self._check_memory(data, cached)
         steps = uploaded(step_packs(data, setup.done, workers, pin=transfer.overlaps), transfer)
         blank = setup.model.blank_pack(setup.tokens.image, cached)
         try:
@@ -316,6 +337,19 @@ class _Session:
                 f"step {setup.done + 1}: {reason}; lower --micro-batch-tokens, or add --checkpointing"
             ) from None
         return time.monotonic() - began
+
+    def _check_memory(self, data: StepData, cached: bool) -> None:
+        """Say what a tower that learns from pixels takes; TrainerError, on every rank, where a GPU has not as much."""
+        model, world = self.setup.model, self.world
+        if cached or "vision" in self.config.freeze or self.config.checkpointing or self.setup.done >= len(data):
+            return
+        frames = world.most(max((pack.labels.shape[1] for pack in data[self.setup.done]), default=0))
+        if world.device.type == "cuda":
+            room = torch.cuda.get_device_properties(world.device).total_memory
+            ranks = world.size if self.options.fsdp else 1
+            line = memory_line(model, frames, room, ranks)
+            if self.options.progress and world.leads:
+                print(line, file=sys.stderr)
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
         self.setup.done, self.loss = step, line["loss"]

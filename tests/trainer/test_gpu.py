@@ -9,6 +9,7 @@ from by_hand import NoisyFrames
 from PIL import Image
 from small_run import CONFIG, clip, curve, go, go_until, write_data
 
+import trainer.attention
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
 from trainer.context import Live
@@ -36,14 +37,47 @@ def small(config: TrainConfig) -> tuple[ProspectModel, Tokens]:
 
 
 def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():
-    model, tokens = small(TrainConfig())
+    model, tokens = small(TrainConfig(bf16=False))
     windows = [w for i in range(4) for w in build_windows(clip(i), tokens, 1, 200)]
     expected = torch.cat([model(make_pack([w], NoisyFrames())).decisions for w in windows], 1)
     found = model.cuda()(make_pack(windows, NoisyFrames()).to(torch.device("cuda"))).decisions
     assert torch.allclose(found.cpu(), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("more", [{}, {"bf16": True}, {"bf16": True, "compile": True, "checkpointing": True}])
+def test_one_launch_for_all_windows_gives_the_gradient_of_one_each(monkeypatch):
+    model, tokens = small(TrainConfig(bf16=True))
+    model.cuda()
+    windows = [w for i in range(4) for w in build_windows(clip(i), tokens, 1, 200)]
+    pack = make_pack(windows, NoisyFrames()).to(torch.device("cuda"))
+    calls, varlen = [], trainer.attention.varlen_attn
+    monkeypatch.setattr(
+        trainer.attention, "varlen_attn", lambda *args, **more: (calls.append(args), varlen(*args, **more))[1]
+    )
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        scores = model(pack)
+        (scores.decisions.square().sum() + scores.text.float().square().mean(1).sum()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    launched = gradient()
+    assert len(calls) == len(model.body.layers)
+    monkeypatch.setattr(trainer.attention, "takes_varlen", lambda value: False)
+    looped = gradient()
+    assert float((launched - looped).norm() / looped.norm()) < 2e-2
+
+
+def test_the_same_run_twice_agrees_to_rounding(tmp_path):
+    """What is promised: on a GPU sums may be added in another order each time, so no bits are."""
+    data = write_data(tmp_path / "data")
+    for name in ("a", "b"):
+        go(data, tmp_path / name)
+    for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("more", [{}, {"bf16": False}, {"compile": True, "checkpointing": True}])
 def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
     data = write_data(tmp_path / "data")
     report = go(data, tmp_path / "run", **more)

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,13 +75,13 @@ def test_one_process_is_a_world_of_its_own():
 # ---- one step ----------------------------------------------------------------------------------------
 
 
-def model_and_packs():
+def model_and_packs(config: TrainConfig = STEP):
     """A tiny model and one pack per clip: with events, without a positive, without any supervised frame or text."""
     tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
     heads = DecisionHeads(128, (0.2, 0.1))
     torch.manual_seed(1)
     torch.nn.init.normal_(heads.speak.weight, std=0.1)
-    model = ProspectModel(load_model("tiny", len(tokens)), heads, STEP)
+    model = ProspectModel(load_model("tiny", len(tokens)), heads, config)
     chosen = [
         clip(0, rate=0.5),
         clip_example([], 0, 6, clip_id="no-positive", rate=1.0),
@@ -100,9 +101,9 @@ CASES = {
 }
 
 
-def one_step(world: World, owned: list[list[int]], fsdp: bool = False) -> dict:
+def one_step(world: World, owned: list[list[int]], fsdp: bool = False, bf16: bool = False) -> dict:
     """The step with packs `owned[rank]`: its numbers, and every weight afterwards, summed in chunks."""
-    model, packs, blank = model_and_packs()
+    model, packs, blank = model_and_packs(replace(STEP, bf16=bf16))
     wrapped = world.shard(model) if fsdp else world.copy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], STEP, world, blank)
@@ -136,6 +137,26 @@ def test_two_ranks_take_the_step_of_one_process(two_ranks, name, how):
                 assert found["step"][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
     if name == "one rank without a positive, the other without a supervised frame":
         assert expected["step"]["n_speak"] == 6
+
+
+def bf16_step() -> dict:
+    seen = set()  # the types that norms of the text model have their weights in
+
+    def look(module, args):
+        if type(module).__name__ == "LlamaRMSNorm":
+            seen.add(str(module.weight.dtype))
+
+    with join() as world, torch.nn.modules.module.register_module_forward_pre_hook(look):
+        return one_step(world, [[0], [3]], fsdp=True, bf16=True) | {"seen": sorted(seen)}
+
+
+def test_sharded_layers_under_bf16_are_gathered_in_it_and_take_the_step_of_one_process(tmp_path):
+    expected = one_step(World(), [[0, 3]], bf16=True)
+    for found in on_ranks(2, bf16_step, tmp_path):
+        assert found["step"]["loss"] == pytest.approx(expected["step"]["loss"], rel=1e-2)
+        assert found["step"]["grad_norm"] == pytest.approx(expected["step"]["grad_norm"], rel=2e-2)
+        assert found["weights"] == pytest.approx(expected["weights"], rel=1e-2, abs=1e-2)
+        assert found["seen"] == ["torch.bfloat16", "torch.float32"]  # in the layers, and after the last
 
 
 def bad_loss_on_one_rank() -> str:

@@ -20,13 +20,14 @@ import trainer.train
 from trainer import vision
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
+from trainer.errors import TrainerError
 from trainer.losses import supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model, tiny_config
 from trainer.pack import Loaded, Pack, make_pack
 from trainer.parallel import World
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
-from trainer.train import make_optimizer, sum_terms, train_step
+from trainer.train import make_optimizer, memory_line, sum_terms, train_step
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,42 @@ def test_a_patch_s_position_is_its_number_as_the_library_has_it(side, patch):
     with torch.no_grad():
         whole = vlm.model.vision_model(pixel_values=(pixels.float() / 255 - 0.5) / 0.5).last_hidden_state
         assert torch.equal(vision.look(vlm, pixels, vision.most_tokens(vlm)), whole)
+
+
+# ---- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "bf16", "mb"), [("tiny", True, 0.041), ("256M", True, 378), ("2.2B", False, 1402)])
+def test_what_a_learning_tower_keeps_of_a_frame(tokens, tmp_path, size, bf16, mb):
+    """Against what autograd saves on fake tensors; 1 to 3% of it, at tiny 40%, is small things left out."""
+    config = tiny_config(len(tokens)) if size == "tiny" else smollm2.released_config(size, tmp_path)
+    config.dtype = config.vision_config.dtype = torch.float32
+    kept = {}
+
+    def keep(value):
+        kept[value.untyped_storage()._cdata] = value
+        return value
+
+    with FakeTensorMode():
+        vlm = SmolVLMForConditionalGeneration(config).train()
+        totals = []
+        for frames in (1, 2):
+            kept.clear()
+            pixels = torch.zeros(frames, 3, vision.side(vlm), vision.side(vlm), dtype=torch.uint8)
+            saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+            with saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                vision.look(vlm, pixels, 1)
+            totals.append(sum(value.untyped_storage().nbytes() for value in kept.values()))
+    estimate = vision.bytes_to_learn(vlm, bf16)
+    assert estimate / 1e6 == pytest.approx(mb, rel=0.01)
+    assert (0.5 if size == "tiny" else 0.97) < estimate / (totals[1] - totals[0]) <= 1
+
+
+def test_pixels_that_do_not_fit_are_refused_beforehand(tokens):
+    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128), TrainConfig(bf16=True))
+    weights = 16 * sum(p.numel() for p in model.parameters())
+    frame = 16 * (24 * 64 + 4 * 256)  # one layer of 16 patches
+    assert "0 MB a frame, 50 frames in a pack" in memory_line(model, 50, weights + 50 * frame)
+    with pytest.raises(TrainerError, match=r"of the GPU's .* GB; add --freeze vision or --checkpointing, or lower"):
+        memory_line(model, 51, weights + 50 * frame)
+    assert memory_line(model, 50, weights // 2 + 50 * frame, ranks=2)
