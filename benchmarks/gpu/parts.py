@@ -12,10 +12,8 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from unittest.mock import patch
 
 import limits
 import numpy as np
+import pytest
 import sides
 import torch
 from shared import CachedNoise, Case, build, make_window, pool_lengths
@@ -126,22 +125,24 @@ def _has(package: str) -> bool:
 
 
 def tests() -> None:
-    """The tests marked gpu, as a user runs them."""
+    """The tests marked gpu, four at a time on a GPU."""
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     workers = ["-n", "4"] if device() == "cuda" else []
     options = ["-m", "gpu", "-rfE", "-p", "no:cacheprovider", "--timeout", "100", "--durations", "5", *workers]
-    command = [sys.executable, "-m", "pytest", *options, *files]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        lines = []
-        for line in run.stdout or ():
-            print(line, end="", flush=True)
-            lines.append(line)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", "".join(lines[-3:]))}
-    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    ran = {"which_failed": failed} if counts.keys() & {"passed", "failed", "error"} else {}
-    say("tests", "marked gpu", **counts, **ran)
-    if run.returncode not in (0, 5):
-        raise RuntimeError(f"pytest ended with {run.returncode}")
+    ended = pytest.main([*options, f"--rootdir={ROOT}", *files], plugins=[_Counts()])
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest ended with {ended!r}")
+
+
+class _Counts:
+    """A plugin of pytest that makes a row of what passed and what did not."""
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        found = terminalreporter.stats
+        counts = {kind: len(found.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+        failed = [report.nodeid for kind in ("failed", "error") for report in found.get(kind, [])]
+        ran = {} if counts["passed"] + len(failed) == 0 else {"which_failed": failed}
+        say("tests", "marked gpu", **counts, **ran)
 
 
 # ---- parity ----------------------------------------------------------------------------------------------

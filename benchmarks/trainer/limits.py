@@ -1,7 +1,7 @@
 """How much of the card is used: model FLOP/s of our training step and of the vision tower against its matmul rate.
 
 The ceiling is measured, not taken from a data sheet: bf16 `torch.matmul` of N x N, the best of several rounds
-(N = 8192 on a GPU, 512 on a CPU, where this only shows that the code runs). Counted are the multiply-adds that the
+(N = 8192 on a GPU, 128 on a CPU, where this only shows that the code runs). Counted are the multiply-adds that the
 model asks for, 2 FLOP each; recomputation, casts, the optimizer and softmax are work too, but not counted:
 
     step     6 x (weights of the text body's linear layers) x tokens          forward 2, backward 4
@@ -78,7 +78,7 @@ def linear_weights(module: nn.Module) -> int:
 
 def matmul_rate(device: str) -> float:
     """FLOP/s of a bf16 matrix product: the best of ROUNDS."""
-    n, repeats = (8192, 20) if device == "cuda" else (512, 3)
+    n, repeats = (8192, 20) if device == "cuda" else (128, 3)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return max(_timed_matmul(a, b, repeats) for _ in range(ROUNDS))
 
