@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from reference import Reading, goal_of, knowledge_of, pairs, rate_of, session_turns, steps_of, text, uid_of
+from fields import goal_of, knowledge_of, pairs, steps_of, text
+from reference import Reading, rate_of, session_turns, uid_of
 
 from pipeline.schema import sampling_seed
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fields import Undecided, decide, problems, vote
 from harness import REAL, differences, preprocess, quarantine, shards, tree
 from hostile import KINDS, ballot, clips, dump, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import Undecided, decide, problems, read_files, vote
+from reference import read_files
 
 from pipeline.schema import draws, sampling_seed
 from pipeline.shards import read_manifest
@@ -476,6 +477,7 @@ def test_which_rate_holds(name: str, own, option, rate: float, tmp_path: Path):
     assert found.clips[0]["neg_rate"] == rate
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path):
     rng = random.Random("workers")
     files = []

@@ -12,9 +12,9 @@ import random
 from pathlib import Path
 
 import pytest
+from fields import problems
 from harness import preprocess, quarantine, shards
 from hostile import ALL_MUTATIONS, FRAMES_MUTATIONS, NOT_A_CLIP, SESSION_MUTATIONS, egoproactive_clip, mutated
-from reference import problems
 from samples import (
     TA,
     TB,
