@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pipeline.media import count_frames, find_frames
+from pipeline.media import count_and_delay, find_frames
 from pipeline.terminal import percent, plain
 
 IMPLAUSIBLE_RATE: Final = 0.5  # positive share of a head's frames: probably read in the wrong convention
@@ -183,7 +183,10 @@ def of_frames(root: Path, videos: Mapping[Video, int]) -> Iterator[Hazard]:
     problems: dict[tuple[str, str], list[str]] = {}
     for (split, uid, frames_file, dataset, fps), end in videos.items():
         path = find_frames(root, uid, frames_file, dataset)
-        there = count_frames(path, fps) if path else None
+        there, late_s = count_and_delay(path, fps) if path else (None, 0.0)
+        if late_s:
+            text = f"{uid} (at {late_s:.3g} s; frames before it show it, too)"
+            problems.setdefault(("first picture comes late", split), []).append(text)
         if path is None:
             problems.setdefault(("frames missing", split), []).append(uid)
         elif there is None:

@@ -1,35 +1,39 @@
-"""Where the frames of a video lie (Arrow file, video file, folder of images), how many there are, and which is which.
+"""Where the frames of a video lie (Arrow file, video file, folder of images), how many there are, and what they show.
 
-Counting decodes nothing: rows, names or packets are counted, those of a 10-minute video at 30 fps in 0.1 s. Decoding
-is the trainer's (`trainer/frames.py`), which shares the limits below.
+Counting decodes nothing: rows, names or packets are counted. Decoding gives the picture that a viewer shows: turned by
+its EXIF orientation, 16 bits scaled to 8, alpha on black; for videos see `pipeline/video.py`.
 
-    P pictures in a video file
+    S side of the model's square input in pixels
 """
 
 from __future__ import annotations
 
+import base64
 import bisect
-import math
+import io
 import os
 import re
-import stat
 import struct
-from array import array
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image, ImageOps
 
 from pipeline.schema import is_inside
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
+from pipeline.video import Video, check_size, on_black, open_video, regular, video_times
 
 VIDEOS: Final = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 IMAGES: Final = (".jpg", ".jpeg", ".png")
+MAX_BYTES: Final = 32_000_000  # of one coded picture: a 4K PNG that can't be compressed has 25 MB
+UNDECODABLE: Final = (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError)
+Pixels = npt.NDArray[np.uint8]
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it says of an odd file is no line of ours
 
 
 _ENDINGS: Final = (".arrow", *(ending for video in VIDEOS for ending in (video, video.upper())))
@@ -131,167 +135,6 @@ def images_in(folder: Path) -> list[Path]:
     return [folder / by_number[n] for n in range(first, first + len(names))]
 
 
-class VideoTimes(NamedTuple):
-    """When each picture of a video file is shown. Frame i is what a player shows i/fps seconds after the first."""
-
-    pts: np.ndarray  # int64 [P] in ticks, ascending
-    keys: np.ndarray  # int64: pictures at which decoding can start, ascending
-    tick: float  # seconds
-    end: int  # ticks: when the last picture is over
-
-    @property
-    def rounding(self) -> float:
-        """Seconds by which a picture's time may be too late: half a tick (Matroska's are 1 ms), within reason."""
-        return min(max(0.51 * self.tick, 1e-4), 6e-4)
-
-    def count(self, fps: float) -> int:
-        """How many frames there are: those with i/fps before the end."""
-        length = (self.end - int(self.pts[0])) * self.tick
-        return max(1, math.ceil((length - self.rounding) * fps))
-
-    def picture(self, frame: int, fps: float) -> int:
-        """Which picture is the frame: the last one whose time is not after frame/fps."""
-        time = (frame / fps + self.rounding) / self.tick
-        return int(np.searchsorted(self.pts, int(self.pts[0]) + time, side="right")) - 1
-
-
-# What a hostile file may cost, whatever it says of itself.
-MAX_PIXELS: Final = 32_000_000  # of one picture before it is decoded: eight times 4 MP, far below a decompression bomb
-MAX_BYTES: Final = 32_000_000  # of one coded picture: a 4K PNG that can't be compressed has 25 MB
-MAX_SAMPLES: Final = 10_000_000  # a day of pictures at 60 a second, with sound; FFmpeg's tables of them take 0.7 GB
-MAX_HEADER: Final = 256 << 20  # bytes of a box of an mp4 other than the data: those of eight hours have 40 MB
-MAX_BOXES: Final = 1_000_000  # of an mp4, outermost: a fragment each second makes 60,000 in eight hours
-MAX_LENGTH_S: Final = 1_000_000  # eleven days
-CODECS: Final = (  # what cameras, phones and editors write; FFmpeg has 250 more, which few have tested
-    *("h264", "hevc", "vvc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "h263"),
-    *("mpeg1video", "mpeg2video", "mjpeg", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "theora", "prores"),
-    *("dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "dvvideo", "png", "rawvideo"),
-)
-_CONVERT: Final = "convert it: ffmpeg -i IT -c:v libx264 OUT.mp4"
-
-
-def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
-    """A video file, never a playlist that leads elsewhere. ValueError or OSError where it can't be read."""
-    import av
-
-    options = {"max_pixels": str(MAX_PIXELS)}  # for the pictures that FFmpeg decodes to learn what they are
-    limits = {"protocol_whitelist": "file", "max_streams": "100"}
-    try:
-        container = av.open(
-            os.path.abspath(path),
-            format=_format(path),
-            options=options,
-            container_options=limits,
-            metadata_errors="replace",
-        )
-    except av.FFmpegError as error:
-        raise ValueError(f"not a video that can be read ({error.strerror or error}); get the file again") from None
-    if not container.streams.video:
-        container.close()
-        raise ValueError("no video in it, or not its end; get the file again")
-    stream = container.streams.video[0]
-    codec = stream.codec_context.name if stream.codec_context else "nothing that FFmpeg knows"
-    if codec not in CODECS:
-        container.close()
-        raise ValueError(f"its pictures are coded as {codec}; {_CONVERT}")
-    return container, stream
-
-
-def video_times(container: InputContainer, stream: VideoStream) -> VideoTimes:
-    """From the file's packets, without decoding: some 3 us and 50 bytes a picture, and one pass over the file."""
-    import av
-
-    timeless = f"does not say when its pictures are shown; {_CONVERT}"
-    times, lasts, starts = array("q"), array("q"), array("b")  # not packets: those hold the file's bytes
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_discard:
-                continue
-            if packet.pts is None:
-                raise ValueError(timeless)
-            times.append(packet.pts)
-            lasts.append(packet.duration or 0)
-            starts.append(packet.is_keyframe)
-            if len(times) > MAX_SAMPLES:
-                raise ValueError(f"more than {MAX_SAMPLES:,} pictures; cut it into parts")
-    except av.FFmpegError as error:
-        raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
-    reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # its times are then made up
-    if not times or reordered or not stream.time_base:
-        raise ValueError(timeless)
-    pts, first = np.unique(np.array(times), return_index=True)
-    end = int(pts[-1]) + max(0, lasts[first[-1]] or int(pts[-1]) - int(pts[-2:][0]))
-    length = (end - int(pts[0])) * float(stream.time_base)
-    if length > MAX_LENGTH_S:
-        raise ValueError(f"says that it lasts {length:.3g} seconds, at most {MAX_LENGTH_S:,} are read; {_CONVERT}")
-    return VideoTimes(pts, np.flatnonzero(np.array(starts)[first]), float(stream.time_base), end)
-
-
-def _format(path: Path) -> str:
-    """Which of the three kinds a video file is by how it begins. ValueError for an mp4 whose index would be huge."""
-    size = regular(path).st_size
-    with path.open("rb") as file:
-        start = file.read(4)
-        if start == b"\x1aE\xdf\xa3":
-            return "matroska"
-        if start == b"RIFF":
-            return "avi"
-        samples = edits = 0
-        for box in _boxes(file, size):
-            for track in box.split(b"trak"):  # FFmpeg counts for the last one, wherever in it a table is
-                samples += _samples(track)
-                edits = max(edits, *_counts(track, b"elst", 8), 1)
-    if samples > size or samples * edits > MAX_SAMPLES:
-        said = f"{samples:,} pictures and samples of sound in {size:,} bytes, {edits} parts"
-        raise ValueError(f"says that it has {said}; at most {MAX_SAMPLES:,} are read; {_CONVERT}")
-    return "mov"
-
-
-def regular(path: Path) -> os.stat_result:
-    """ValueError where reading would wait forever (a named pipe) or never end (a device)."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("not a regular file")
-    return found
-
-
-def _boxes(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """The outermost boxes of an mp4, without those of data."""
-    start = 0
-    for _ in range(MAX_BOXES):
-        file.seek(start)
-        head = file.read(16)
-        length, kind = int.from_bytes(head[:4]), head[4:8]
-        length = {0: size - start, 1: int.from_bytes(head[8:])}.get(length, length)
-        if len(head) < 8 or length < 8:
-            return
-        if kind != b"mdat":
-            there = min(length, size - start)
-            if there > MAX_HEADER:
-                raise ValueError(f"an index of {there:,} bytes, at most {MAX_HEADER:,} are read; {_CONVERT}")
-            file.seek(start)
-            yield file.read(there)
-        start += length
-    raise ValueError(f"more than {MAX_BOXES:,} parts; {_CONVERT}")
-
-
-def _samples(track: bytes) -> int:
-    """How many entries FFmpeg would make in its index; for plain sound, each lasting a tick, it makes them by chunk."""
-    if b"cmov" in track or b"saiz" in track or b"senc" in track:
-        raise ValueError(f"compressed or encrypted; {_CONVERT}")
-    fragments = sum(_counts(track, b"trun", 8))
-    durations = _counts(track, b"stts", 16)
-    if b"vide" not in track and _counts(track, b"stts", 8) == [1] and durations == [1]:
-        return fragments
-    return fragments + sum(_counts(track, b"stsz", 12) + _counts(track, b"stz2", 12))
-
-
-def _counts(header: bytes, kind: bytes, offset: int) -> list[int]:
-    """The 32-bit numbers that stand `offset` after each place where a box of that kind may start."""
-    places = (found.start() + offset for found in re.finditer(kind, header))
-    return [int.from_bytes(header[place : place + 4]) for place in places]
-
-
 class ArrowFrames:
     """The column `frame` of an Arrow IPC file, memory-mapped: only rows that are read are ever loaded.
 
@@ -372,16 +215,22 @@ def _is_compressed(metadata: pa.Buffer) -> bool:
 def count_frames(path: Path, fps: float = 2.0) -> int | None:
     """Frames of what `find_frames` found; None: not readable. `fps` matters to video files alone: how many frames
     a player's time holds at that rate."""
+    return count_and_delay(path, fps)[0]
+
+
+def count_and_delay(path: Path, fps: float = 2.0) -> tuple[int | None, float]:
+    """(`count_frames`, seconds from the start of a player's clock to the first picture)."""
     try:
         if path.is_dir():
-            return len(images_in(path))
+            return len(images_in(path)), 0.0
         if path.suffix.lower() in VIDEOS:
             container, stream = open_video(path)
             with container:
-                return video_times(container, stream).count(fps)
-        return len(ArrowFrames(path))
+                times = video_times(container, stream)
+            return times.count(fps), times.late_s
+        return len(ArrowFrames(path)), 0.0
     except (OSError, ValueError, OverflowError):
-        return None
+        return None, 0.0
 
 
 def read_frames(path: Path, frames: Iterable[int]) -> list[str]:
@@ -391,3 +240,84 @@ def read_frames(path: Path, frames: Iterable[int]) -> list[str]:
         return []
     rows = ArrowFrames(path)
     return [bytes(rows.row(number)).decode() for number in frames if number < len(rows)]
+
+
+# ---- decoding ----------------------------------------------------------------------------------------
+
+
+def fit(image: Image.Image, side: int) -> Pixels:
+    square = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def read_base64(text: str | memoryview) -> Image.Image:
+    if len(text) > 4 * MAX_BYTES // 3:
+        raise ValueError(f"{len(text):,} characters, at most {4 * MAX_BYTES // 3:,} are read")
+    return _read_image(base64.b64decode(text, validate=True), "JPEG", "PNG")
+
+
+def _read_image(content: bytes, *formats: str) -> Image.Image:
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        check_size(image.width, image.height)
+        image.load()
+        with suppress(*UNDECODABLE):  # damaged EXIF turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if not image.mode.startswith("I"):
+            return on_black(image)
+        grey = np.asarray(image).clip(0, 65_535).astype(np.uint32)  # 16 bits
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+class Opened(Protocol):
+    wrong: str  # what a frame is that can't be decoded
+
+    def count(self, fps: float) -> int: ...
+
+    def image(self, number: int, fps: float) -> Image.Image:
+        """Frame `number`, RGB. Raises one of UNDECODABLE."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_pictures(path: Path) -> Opened:
+    """ValueError or OSError where it is not what its name says."""
+    if path.is_dir():
+        return _Images(path)
+    return Video(path) if path.suffix.lower() in VIDEOS else _Arrow(path)
+
+
+class _Arrow:
+    wrong = "no base64 JPEG"
+
+    def __init__(self, path: Path) -> None:
+        self._rows = ArrowFrames(path)
+
+    def count(self, fps: float) -> int:
+        return len(self._rows)
+
+    def image(self, number: int, fps: float) -> Image.Image:
+        return read_base64(self._rows.row(number))
+
+    def close(self) -> None:
+        del self._rows
+
+
+class _Images:
+    wrong = "no JPEG or PNG"
+
+    def __init__(self, folder: Path) -> None:
+        self._files = images_in(folder)
+
+    def count(self, fps: float) -> int:
+        return len(self._files)
+
+    def image(self, number: int, fps: float) -> Image.Image:
+        file = self._files[number]
+        size = regular(file).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_BYTES:,} are read")
+        return _read_image(file.read_bytes(), "JPEG", "PNG")
+
+    def close(self) -> None:
+        self._files = []

@@ -30,9 +30,10 @@ from typing import Any, Self, TextIO
 import numpy as np
 from PIL import Image
 
-from pipeline.media import VIDEOS, VideoTimes
+from pipeline.media import UNDECODABLE, VIDEOS, Pixels, fit
+from pipeline.video import VideoTimes, shown
 from trainer.errors import TrainerError
-from trainer.frames import UNDECODABLE, Pixels, check_size, fit, open_file
+from trainer.frames import open_file
 
 SHOWN = 640  # pixels, the longest side of `Seen.image`: enough to look at, 1.2 MB
 MIN_FPS, MAX_FPS = 0.01, 1000.0
@@ -221,8 +222,7 @@ class _Newest:
             wrong = f"no picture for {silent:.0f} seconds"
         if wrong is not None:
             raise TrainerError(f"{self.name}: {wrong}; is it still plugged in?")
-        check_size(picture.width, picture.height)
-        return picture.to_image()
+        return shown(picture)
 
     def close(self) -> None:
         """The thread ends with the next picture; a camera that gives none is left to the end of the process."""

@@ -118,10 +118,10 @@ def any_size() -> None:
     """Pictures of any size are decoded."""
     from PIL import Image
 
-    from trainer import frames
+    from pipeline import video
 
     Image.MAX_IMAGE_PIXELS = None
-    frames.MAX_PIXELS = frames.MAX_SIDE = 1 << 40  # type: ignore[misc]
+    video.MAX_PIXELS = 1 << 40  # type: ignore[misc]
 
 
 def trusting_numbers() -> None:
