@@ -149,8 +149,9 @@ def video_times(container: InputContainer, stream: VideoStream) -> VideoTimes:
         raise ValueError(timeless)
     pts, first = np.unique(np.array(times), return_index=True)
     end = int(pts[-1]) + max(0, lasts[first[-1]] or int(pts[-1]) - int(pts[-2:][0]))
-    late_s = float(pts[0] * stream.time_base) - (container.start_time or 0) / 1e6
-    late = round(late_s / stream.time_base) if container.start_time is not None and late_s >= LATE_S else 0
+    clock = container.start_time  # in microseconds; negative: sound that only warms its decoder up
+    late_s = 0.0 if clock is None else float(pts[0] * stream.time_base) - max(clock, 0) / 1e6
+    late = round(late_s / stream.time_base) if late_s >= LATE_S else 0
     return VideoTimes(pts, np.flatnonzero(np.array(starts)[first]), float(stream.time_base), end, late)
 
 

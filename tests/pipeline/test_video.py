@@ -319,7 +319,7 @@ def tracks(path: Path, *dispositions: Disposition) -> Path:
             streams.append(container.add_stream("mjpeg" if cover else "mpeg4", rate=10))
             stream = streams[-1]
             stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p" if cover else "yuv420p"
-            stream.disposition = disposition
+            stream.disposition = disposition.value
         for i, stream in enumerate(streams):
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 + 40 * i, np.uint8), "rgb24")
             frame.pts, frame.time_base = 0, Fraction(1, 10)
