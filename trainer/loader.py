@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
         return
     _allow_files()
     processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
-    processes.set_forkserver_preload(["trainer.loader"])
+    _start_server()
     flight = InFlight(processes, first, _shared_memory_limit())
     ahead = DataLoader(
         _Ahead(data, flight),
@@ -176,6 +177,20 @@ def end_with(owner: int, worker: int = 0) -> None:
                 os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from, with this module. PYTHONSAFEPATH: its interpreter would search
+    the working folder before the installed packages, and run a trainer.py that lies there."""
+    forkserver.set_forkserver_preload(["trainer.loader"])
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _allow_files() -> None:
