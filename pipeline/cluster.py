@@ -143,16 +143,18 @@ def _imported() -> Any:
 def _connected(ray: Any, address: str, workers: int) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
     with contextlib.ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)  # short: sockets
+        empty = stack.enter_context(folder)
         if address == "local":
-            folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
             quiet |= {"num_cpus": workers or None, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-            quiet |= {"_temp_dir": stack.enter_context(folder)}  # short: it holds sockets
+            quiet |= {"_temp_dir": empty}
         elif workers:
             raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
         else:
             _reach(address)
         try:
-            ray.init(address, **quiet)
+            with contextlib.chdir(empty):  # workers import from the folder of this call: never from the user's
+                ray.init(address, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InputError(f"--ray {address}: {_line(error)}; {_START}") from None
         stack.callback(ray.shutdown)
