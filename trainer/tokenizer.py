@@ -80,9 +80,12 @@ class Tokens:
 
 
 def load_tokens(name: str | Path) -> Tokens:
-    """The tokenizer of a folder or of a model on the hub."""
+    """The tokenizer of a folder or of a model on the hub. Truncation and padding that a tool left in it are off."""
     try:
-        return Tokens(PreTrainedTokenizerFast.from_pretrained(name))
+        loaded = PreTrainedTokenizerFast.from_pretrained(name)
+        loaded.backend_tokenizer.no_truncation()
+        loaded.backend_tokenizer.no_padding()
+        return Tokens(loaded)
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainerError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +66,16 @@ def test_a_tokenizer_without_smolvlms_tokens_is_refused():
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(TrainerError, match=f"{tmp_path}: no tokenizer could be loaded"):
         load_tokens(tmp_path)
+
+
+def test_truncation_and_padding_that_a_tool_left_in_the_file_are_off(tokens, tmp_path):
+    tokens.save(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    told["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    told["padding"] = {
+        "strategy": {"Fixed": 32}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "pad_token": "<end_of_utterance>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    assert load_tokens(tmp_path).encode(TEXTS[1]) == tokens.encode(TEXTS[1])
+    assert pickle.loads(pickle.dumps(load_tokens(tmp_path))).encode(TEXTS[1]) == tokens.encode(TEXTS[1])
