@@ -159,11 +159,11 @@ def _read_json(path: Path, clip: str | None) -> dict[str, Any]:
 
 
 def _clips(text: str) -> list[Any]:
-    """Of a JSON array, an object, or one object per line."""
+    """Of a JSON array, an object, or one object per line; lines end at "\n" alone: a text may hold U+2028."""
     try:
         told = json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return told if isinstance(told, list) else [told]
 
 

@@ -310,6 +310,8 @@ def test_a_task_that_says_something_else_is_the_users_to_mend(tmp_path, content,
 def test_a_line_per_clip_is_read_and_text_that_is_none_is_refused(tmp_path):
     lines = "\n".join(json.dumps({"id": i, "inferred_goal": f"Tea {i}"}) for i in "ab")
     assert read_task(told(tmp_path, lines), "v", "b", 2).goal == "Tea b"
+    lines = '{"id": "a", "goal": "Tea\u2028for\x85two"}\r\n{"id": "b"}\r\n'  # ends of lines to Python, not to JSON
+    assert read_task(told(tmp_path, lines), "v", "a", 2).goal == "Tea\u2028for\x85two"
     with pytest.raises(TrainerError, match=r"task.json: not JSON"):
         read_task(told(tmp_path, '{"goal": "\\ud800"}'), "v", None, 2)
 
