@@ -146,6 +146,7 @@ def synth(
     """Make task videos with conversations, in the files a user has."""
     from pipeline.synth import SynthConfig
     from pipeline.synth import synth as run
+    from pipeline.terminal import command
 
     recordings = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
     config = SynthConfig(
@@ -154,7 +155,7 @@ def synth(
     report = run(out, config)
     for split, counts in report.splits.items():
         typer.echo(f"{split:5} {counts.recordings} recordings, {counts.videos} videos, {counts.clips} clips")
-    typer.echo(f"next: prospect-dst preprocess {out} --out DATA --frames-root {out}")
+    typer.echo(f"next: {command('preprocess', out, '--out', 'DATA', '--frames-root', out)}")
     return 0
 
 
@@ -182,7 +183,7 @@ def encode(
     ray: Annotated[str | None, typer.Option(help=RAY_HELP)] = None,
 ) -> int:
     """Run the vision tower once over all frames, so that training needs no pixels."""
-    from pipeline.terminal import plain
+    from pipeline.terminal import command, plain
     from trainer.encode import TOLERANCE
     from trainer.encode import encode as run
     from trainer.shards import read_manifest
@@ -210,10 +211,10 @@ def encode(
         typer.echo(f"bfloat16 is off by {report.probe:.2%} of a feature's length (at most {TOLERANCE:.0%})")
     if report.refused:
         typer.echo(f"refused in all: {len(report.refused)}; mend them and run again, the rest is kept", err=True)
-    k = "" if tokens_per_frame == TrainConfig.tokens_per_frame else f" --tokens-per-frame {tokens_per_frame}"
+    k = [] if tokens_per_frame == TrainConfig.tokens_per_frame else ["--tokens-per-frame", tokens_per_frame]
     frozen = "vision,connector" if keep == "connector" else "vision"
-    then = f"train {data} --run RUN --model {model} --features {out} --freeze {frozen}{k}"
-    typer.echo(f"next: prospect-dst {plain(then)}")
+    then = command("train", data, "--run", "RUN", "--model", model, "--features", out, "--freeze", frozen, *k)
+    typer.echo(f"next: {then}")
     return report.status
 
 
@@ -285,7 +286,7 @@ def train(
     log: Annotated[str | None, typer.Option(help="also to wandb or trackio")] = RunOptions.logger,
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
-    from pipeline.terminal import console, plain
+    from pipeline.terminal import command, console, plain
     from trainer.start import start_config
     from trainer.train import train as fit
 
@@ -304,8 +305,8 @@ def train(
     steps = report.steps - report.resumed_from
     typer.echo(f"{steps} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
     where = {"--features": features, "--frames-root": frames_root}
-    more = "".join(f" {option} {plain(path)}" for option, path in where.items() if path is not None)
-    typer.echo(f"next: prospect-dst evaluate {plain(run)} {plain(data)} --split test{more}")
+    more = [word for option, path in where.items() if path is not None for word in (option, path)]
+    typer.echo(f"next: {command('evaluate', run, data, '--split', 'test', *more)}")
     return 0
 
 
@@ -343,7 +344,7 @@ def evaluate(
 ) -> int:
     """How well does it know when to speak: frame by frame, event by event, on its own texts; the state it keeps."""
     from pipeline.results import render_evaluation
-    from pipeline.terminal import console, plain
+    from pipeline.terminal import command, console, plain
 
     settings, places = Settings(early_s, late_s, refractory_s), places or []
     if submission is not None and chunks is None:
@@ -376,9 +377,7 @@ def evaluate(
     if found.folder is not None:
         typer.echo(f"wrote {plain(found.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
     if scores is None:
-        typer.echo(
-            f"next: prospect-dst stream {plain(places[0])} VIDEO --task {plain(places[1])} --clip {plain(split)}:0"
-        )
+        typer.echo(f"next: {command('stream', places[0], 'VIDEO', '--task', places[1], '--clip', f'{split}:0')}")
     return 0
 
 
@@ -652,6 +651,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check space and permissions, then run again", 1)
+    except UnicodeEncodeError as error:
+        return _fail(f"{error.object}: not UTF-8, as Arrow needs paths to be; rename it", 1)
     except Exception as error:
         if (parsed := _parser_status(error)) is not None:
             return parsed

@@ -16,8 +16,10 @@ from pipeline.options import Options
 from pipeline.picture import Scored, blocks, svg, telling_clip
 from pipeline.preprocess import preprocess
 from pipeline.results import render_evaluation
+from pipeline.storage import is_vacant, write_text
 from pipeline.summary import render_summary, summary_of
 from pipeline.synth import SynthConfig, synth
+from pipeline.terminal import command
 from pipeline.timeline import timeline
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfi
 
     made_of: other data than the default; its seed is replaced by `seed`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not is_vacant(out)):
         raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
     raw, data, run = out / "raw", out / "data", out / "run"
     step = _Steps(console)
@@ -45,7 +47,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfi
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
     console.print(render_summary(summary_of(manifest), manifest))
 
-    step("inspect", f"one clip of them (prospect-dst inspect {data} --clip test:0)")
+    step("inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
     console.print(timeline(data, "test:0"))
 
     step("train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
@@ -57,7 +59,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfi
     for line in blocks(scored):
         console.print(line)
     picture = out / "learned.svg"
-    picture.write_text(_picture(scored, raw, report), encoding="utf-8")
+    write_text(picture, _picture(scored, raw, report))
     console.print(f"\n[bold]{picture}[/] shows that clip; {step.seconds():.0f} s in all. Yours next:")
     console.print("    prospect-dst preprocess YOUR_training.json --out DATA --frames-root FRAMES")
     return report

@@ -15,7 +15,7 @@ import polars as pl
 from pipeline import hazards, shards
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
-from pipeline.shards import REDO
+from pipeline.shards import again
 from pipeline.summary import HEADS, Head, Split, Summary, all_hazards, label_hazards, split_order
 from pipeline.terminal import plain
 
@@ -43,7 +43,7 @@ def split_names(folder: Path) -> list[str]:
     """Splits in the folder: train, val, test first, then others by name."""
     found = {p.parent.name.removeprefix("split=") for p in folder.glob("clips/split=*/part-*.parquet")}
     if not found:
-        raise InputError(f"{plain(folder)}: no shards here; {REDO.format(folder=plain(folder))}")
+        raise InputError(f"{plain(folder)}: no shards here; {again(folder)}")
     return sorted(found, key=split_order)
 
 

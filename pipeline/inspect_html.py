@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.resources import files
 from itertools import groupby, zip_longest
@@ -26,6 +24,7 @@ from pipeline.inspect import summarise
 from pipeline.page import coded, policy
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
 from pipeline.shards import verify
+from pipeline.storage import write_text
 from pipeline.summary import Split, Summary, all_hazards, drops_by_reason
 from pipeline.terminal import plain
 from pipeline.timeline import ClipView, clip_index, read_clips, turn_note
@@ -44,14 +43,7 @@ def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[
     page = fill(files("pipeline").joinpath("inspect.html").read_text(encoding="utf-8"), data)
     if out.is_dir():
         raise InputError(f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(out)
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+    write_text(out, page)
 
 
 def fill(template: str, data: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import struct
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -79,6 +80,7 @@ def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list
         bare = [name.removeprefix(prefix) for prefix in prefixes]
         bare += [name[name.index("nusar-") :]] if "nusar-" in name else []
         names += [os.path.join(folder, one) for one in [name, *bare, *(prefix + name for prefix in prefixes)] if one]
+    names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]  # a Mac writes NFD
     return [name for name in dict.fromkeys(names) if is_inside(name)]
 
 
@@ -96,8 +98,8 @@ def _specific(path: str, dataset: str | None) -> str:
 
 
 def _holds_frames(path: Path) -> bool:
-    if not path.is_dir():
-        return path.is_file()
+    if not os.path.isdir(path):  # unlike Path's, False for a name that is too long
+        return os.path.isfile(path)
     with os.scandir(path) as entries:
         return any(_is_image(entry.name) for entry in entries)
 

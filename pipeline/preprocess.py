@@ -38,7 +38,8 @@ from pipeline.options import Options
 from pipeline.readers.clip import Refusal, refuse
 from pipeline.readers.index import Index, index
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
-from pipeline.shards import commit, intact, locked, read_manifest, sha256, staging
+from pipeline.shards import commit, intact, locked, read_manifest, staging
+from pipeline.storage import sha256
 from pipeline.summary import label_hazards, summary_of
 from pipeline.survey import Task, cut, survey
 from pipeline.write import Plan, Written, merged, write_part
@@ -68,7 +69,10 @@ def preprocess(
     _check_rates(options, {source.split for source in sources})
     for number, source in enumerate(sources):
         progress("hashing", number, len(sources))
-        source.sha256 = sha256(source.path)
+        try:
+            source.sha256 = sha256(source.path)
+        except OSError as error:
+            raise _unreadable(source.path, error) from None
     key = _key(sources, options)
     with locked(out):
         before = read_manifest(out)
@@ -95,9 +99,13 @@ def _source(path: Path, options: Options) -> Source:
     try:
         stat = path.stat()
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read: {why}; check the path") from None
+        raise _unreadable(path, error) from None
     return Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns)
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return InputError(f"{path}: cannot be read: {why}; check the path")
 
 
 def _key(sources: list[Source], options: Options) -> str:

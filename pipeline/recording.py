@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, Self, TypedDict
@@ -22,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.errors import InputError
+from pipeline.storage import make_folder
 from pipeline.terminal import plain
 
 Moment = Mapping[str, Any]  # fields of trainer.stream.Moment
@@ -180,19 +180,8 @@ def prepare(path: Path, option: str) -> None:
         hint = plain(path / f"stream.{option}")
         raise InputError(f"{plain(path)}: is a folder; --{option} wants the name of a file, e.g. {hint}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+        make_folder(path.parent)
+    except NotADirectoryError as error:
         raise InputError(
             f"{plain(path)}: {plain(path.parent)} is no folder; name another file for --{option}"
         ) from error
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An OSError that tells no file tells the recording's."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -11,9 +11,8 @@ frame), given here for numpy and as a polars expression, and pinned by golden va
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
@@ -134,15 +133,6 @@ SCHEMA_HASH: Final = hashlib.sha256(
 _METADATA = {"prospect_dst.schema_version": str(SCHEMA_VERSION), "prospect_dst.schema_hash": SCHEMA_HASH}
 FRAMES = FRAMES.with_metadata(_METADATA)  # type: ignore[misc]
 CLIPS = CLIPS.with_metadata(_METADATA)  # type: ignore[misc]
-
-
-SEAL: Final = "seal"
-
-
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, as JSON has it, with the SHA-256 of all it says: it vouches for itself, and so for its shards."""
-    told = json.loads(json.dumps({name: value for name, value in manifest.items() if name != SEAL}))
-    return {**told, SEAL: hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
 
 def shard_path(table: str, split: str, part: int) -> str:

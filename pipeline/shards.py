@@ -2,7 +2,7 @@
 
 Everything is written below OUT/.staging-* and renamed into place at the end, the manifest last: a folder without
 manifest.json holds nothing finished. A run killed at any point leaves the old complete output, or (in the
-moment of the renames) none. The lock is flock's, so a killed run never blocks the next one.
+moment of the renames) none. A killed run never blocks the next one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,12 +24,11 @@ import pyarrow.parquet as pq
 
 from pipeline import card
 from pipeline.errors import InputError
-from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, SEAL, is_inside, sealed
-from pipeline.terminal import plain
+from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, is_inside
+from pipeline.storage import LOCK, lock, make_folder, sha256, sync, write_json
+from pipeline.terminal import command, plain
 
-LOCK: Final = ".lock"
 STAGING: Final = ".staging-"
-REDO: Final = "run `prospect-dst preprocess ... --out {folder}` again"
 _SHARD = re.compile(r"(frames|clips)/split=[^/]+/part-\d{5,}\.parquet")
 _OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
 
@@ -43,15 +40,18 @@ def locked(out: Path) -> Iterator[None]:
     A folder that this run created and left without output is removed again.
     """
     created = not out.exists()
-    handle = _open_lock(out)
     try:
-        _take(handle, out)
-        yield
-        created = False
-    finally:
-        if created and not (out / MANIFEST).exists():
-            _remove_empty(out)
-        os.close(handle)
+        make_folder(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
+    taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
+    with lock(out / LOCK, taken):
+        try:
+            yield
+            created = False
+        finally:
+            if created and not (out / MANIFEST).exists():
+                _remove_empty(out)
 
 
 @contextlib.contextmanager
@@ -62,6 +62,7 @@ def staging(out: Path) -> Iterator[Path]:
         _clear(out)
         folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
         try:
+            _try_out(folder)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -69,21 +70,15 @@ def staging(out: Path) -> Iterator[Path]:
         raise _explain(error, out) from None
 
 
-def _open_lock(out: Path) -> int:
+def _try_out(folder: Path) -> None:
+    """What `commit` will do, before the work is: rename a folder that holds something."""
+    write_json(folder / "try" / MANIFEST, {})
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        return os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        (folder / "try").rename(folder / "tried")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            return os.open(out / LOCK, os.O_RDONLY)  # a finished output may be read-only: it can be skipped
-        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
-
-
-def _take(handle: int, out: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+        what = f"folders cannot be renamed there ({error.strerror}); choose an --out on another disk"
+        raise OSError(error.errno, what, str(folder.parent)) from None
+    shutil.rmtree(folder / "tried")
 
 
 def _clear(out: Path) -> None:
@@ -119,12 +114,12 @@ def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
 
     What fails, or is interrupted, on the way is undone: the old output is back. A README.md that is not ours stays.
     """
-    (staged / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
+    write_json(staged / MANIFEST, manifest)
     readme = out / card.CARD
     ours = (*_OURS, card.CARD) if card.is_ours(readme) or not os.path.lexists(readme) else _OURS
     card.write(staged / card.CARD, manifest)
     for path in staged.rglob("*"):
-        _sync(path)
+        sync(path)
     old = staged / "old"
     old.mkdir()
     leaving = [(out / name, old / name) for name in (MANIFEST, *ours) if (out / name).exists()]
@@ -133,31 +128,14 @@ def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
     try:
         for source, target in leaving + coming:
             if target == out / MANIFEST:
-                _sync(out)
+                sync(out)
             source.rename(target)
             moved.append((source, target))
     except BaseException:
         for source, target in reversed(moved):
             target.rename(source)
         raise
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file. Raises InputError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+    sync(out)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -173,14 +151,14 @@ def intact(folder: Path) -> bool:
     """Whether the folder holds a complete output, every shard unchanged."""
     try:
         return bool(verify(folder))
-    except InputError:
+    except (InputError, OSError):
         return False
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest, once every shard proves to be the one it lists; InputError names the damage otherwise."""
     manifest = _manifest(folder)
-    redo = REDO.format(folder=plain(folder))
+    redo = again(folder)
     listed = set()
     for shard in manifest["shards"]:
         _verify_shard(folder, shard, redo)
@@ -193,12 +171,17 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def again(folder: Path) -> str:
+    """What to do about a folder that is not whole."""
+    return f"run `{command('preprocess', '...', '--out', folder)}` again"
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
-    path, redo = folder / MANIFEST, REDO.format(folder=plain(folder))
+    path, redo = folder / MANIFEST, again(folder)
     try:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        how = f"run `prospect-dst preprocess ... --out {plain(folder)}`"
+        how = again(folder).removesuffix(" again")
         raise InputError(f"no {MANIFEST} in {plain(folder)}: not a finished output; {how}") from None
     except (ValueError, RecursionError, OSError) as e:
         raise InputError(f"{plain(path)}: not readable as JSON ({plain(e)}); {redo}") from None
@@ -208,10 +191,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
         raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
-    if SEAL not in manifest:
-        raise InputError(f"{plain(path)}: written by an older version; {redo}")
-    if sealed(manifest) != manifest:
-        raise InputError(f"{plain(path)}: damaged or edited (its {SEAL} is not that of its content); {redo}")
     return manifest
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import IO, Any, Final, Self
 from PIL import Image
 
 from pipeline.page import coded, policy
-from pipeline.recording import About, Closing, Moment, finite, named, prepare, thresholds
+from pipeline.recording import About, Closing, Moment, finite, prepare, thresholds
+from pipeline.storage import naming, replacing
 from pipeline.terminal import plain
 
 PICTURE_BYTES: Final = 5_000_000  # of pictures every PICTURE_S, thinned
@@ -53,7 +52,7 @@ class HtmlSink(Closing):
         p = [_four_digits(moment["probabilities"].get(head)) for head in self.about["heads"]]
         step = moment["frame"] - (self.frame if self.frame is not None else -1)
         row = [step, moment["tokens"], round(1000 * moment["seconds"], 1), *p, *([extras] if extras else [])]
-        with named(self.path):
+        with naming(self.path):
             self.spool.write(coded(finite(row)).encode() + b"\n")
         if self.frame is None or extras:
             self.special.offer(moment["frame"], image)
@@ -82,18 +81,12 @@ class HtmlSink(Closing):
 
     def close(self) -> None:
         """Assemble the page and give it its name; nothing is written of a stream without a moment."""
-        with named(self.path), self.spool:
+        with self.spool:
             if self.frame is None:
                 return
-            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-            try:
-                with draft.open("wb") as page:
-                    for part in self._page():
-                        page.write(part)
-                draft.replace(self.path)
-            finally:
-                with suppress(OSError):
-                    draft.unlink()
+            with replacing(self.path) as draft, draft.open("wb") as page:
+                for part in self._page():
+                    page.write(part)
 
     def _page(self) -> Iterator[bytes]:
         template = files("pipeline").joinpath("stream.html").read_text(encoding="utf-8")

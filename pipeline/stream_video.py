@@ -21,6 +21,7 @@ import av.container
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.recording import HEAD_NAMES, About, Closing, Moment, events, height, prepare, thresholds
+from pipeline.storage import move
 from pipeline.terminal import clock, plain
 
 SIZE: Final = (1280, 720)
@@ -71,7 +72,7 @@ class VideoSink(Closing):
                 if self.first is not None:
                     self._write(None)
             if self.first is not None:
-                self.draft.replace(self.path)
+                move(self.draft, self.path)
         finally:
             with suppress(OSError):
                 self.draft.unlink()

@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -30,6 +31,7 @@ from pipeline.readers import decode
 from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Refusal, refuse
 from pipeline.readers.index import MAX_CLIP_BYTES
 from pipeline.schema import ROLES, STATES
+from pipeline.storage import move
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
@@ -144,7 +146,7 @@ def survey(task: Task, recording: str) -> Survey:
             )
             heads = list(map(_head, clips, turns.told_states()))
             groups.append((places, ids, recordings, heads, turns.numbers(), turns.echoes()))
-    os.rename(new, task.spool)
+    move(Path(new), Path(task.spool))
     numbers = zip(*[group[4] for group in groups], strict=True)
     fps, given, seen, dst_seen, first_end, votes = map(np.concatenate, numbers)
     return Survey(

@@ -46,6 +46,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +57,7 @@ from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.schema import TRANSITIONS
+from pipeline.storage import is_vacant, make_folder
 
 SPLITS: Final = ("train", "val", "test")
 CUE_FRAMES: Final = 3  # a cue is in view for frame, frame + 1, frame + 2
@@ -464,17 +466,23 @@ def synth(out: Path, config: SynthConfig | None = None) -> SynthReport:
     """
     config = config or SynthConfig()
     began = time.perf_counter()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not is_vacant(out)):
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
-    target = out.resolve()
-    building = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    (building / "frames").mkdir(parents=True)
+    made = not out.exists()
+    make_folder(out)
+    for left in out.glob(".*.new"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+    building = out / f".{os.getpid()}.new"  # in it, as it may be a mount point
     try:
+        (building / "frames").mkdir(parents=True)
         splits = {name: _write_split(building, name, config) for name in SPLITS if name in config.recordings}
-        os.replace(building, target)
-    except BaseException:
+        for path in sorted(building.iterdir()):
+            path.rename(out / path.name)
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise
+        if made:
+            with suppress(OSError):
+                out.rmdir()  # of a run that failed
     return SynthReport(splits, round(time.perf_counter() - began, 3))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -44,6 +45,12 @@ def plain(value: object) -> str:
     if text.isprintable():
         return text
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
+
+
+def command(*words: object) -> str:
+    """A command of ours to paste into a shell."""
+    shown = (str(word) if str(word).isprintable() else plain(word) for word in words)
+    return shlex.join(["prospect-dst", *shown])
 
 
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -22,8 +22,9 @@ from pipeline import labels
 from pipeline.hazards import usual_gap
 from pipeline.options import Options
 from pipeline.schema import CLIPS, NOT_SAMPLED, ROLES, draws, rate_threshold, sampling_seed, shard_path
-from pipeline.shards import TableWriter, sha256
+from pipeline.shards import TableWriter
 from pipeline.state import NOT_STARTED
+from pipeline.storage import move, sha256
 
 GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
 _ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
@@ -117,7 +118,7 @@ def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
 def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str, Any]:
     """Puts a written shard into its place; its entry in the manifest."""
     path = Path(plan.staging) / shard_path(table, plan.split, plan.part)
-    writer.path.rename(path)
+    move(writer.path, path)
     return {
         "path": shard_path(table, plan.split, plan.part),
         "table": table,

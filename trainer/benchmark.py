@@ -36,11 +36,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.storage import make_folder, naming, replacing, write_json
 from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
 from trainer.clips import DST, SPEAK
 from trainer.config import RunOptions, Settings, TrainConfig
-from trainer.disk import SEAL, naming, seal, sync, write_json
 from trainer.errors import TrainerError
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.folder import read_benchmark
@@ -52,7 +52,7 @@ from trainer.evaluation.verdict import METRICS_FILE, MODES, SELF_FED, TEACHER_FO
 from trainer.loader import end_with
 from trainer.metrics import read_metrics
 from trainer.shards import Split
-from trainer.start import SOURCES, lock, options_of, read_start
+from trainer.start import SOURCES, options_of, read_start, take_lock
 from trainer.train import train
 
 PAIRS: Final = (  # of interest, the question first; those whose arms were trained are compared
@@ -168,8 +168,8 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
     _check_data(plan, held, learned)
     jobs = [Job(plan, arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
     with naming(plan.out), ExitStack() as held_open:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        lock(plan.out, held_open)
+        make_folder(plan.out)
+        take_lock(plan.out, held_open)
         left = [job for job in jobs if not is_done(job, held, learned)]
         if len(left) < len(jobs):
             tell(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
@@ -316,10 +316,9 @@ def _settle(places: Any, threads: int, owner: int) -> None:
 def _metrics(job: Job) -> dict[str, Any]:
     """What evaluate wrote of the run; {} where it is damaged: then it is to be evaluated again."""
     try:
-        metrics = dict(json.loads((job.run / "scores" / METRICS_FILE).read_bytes()))
+        return dict(json.loads((job.run / "scores" / METRICS_FILE).read_bytes()))
     except (ValueError, TypeError):
         return {}
-    return metrics if metrics.pop(SEAL, None) == seal(metrics) else {}
 
 
 # ---- what they show ----------------------------------------------------------------------------------
@@ -447,8 +446,5 @@ COMPARISONS: Final = pa.schema(
 
 
 def _write_table(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-    new = path.with_name(f".{path.name}.new")
-    with naming(path):
+    with replacing(path) as new:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
-    sync(new)
-    new.rename(path)

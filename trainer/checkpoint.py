@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.storage import move, naming, sha256, sync, write_json
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
-from trainer.disk import naming, seal, sha256, sync
 from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, plain_weights
 from trainer.parallel import World, shard_like, whole
@@ -104,9 +105,7 @@ def save_checkpoint(
             _save_tokens(tokens, new)
             (new / CARD).write_text(model_card(config, info), encoding="utf-8")
             content = {"format": FORMAT, "config": config.to_json(), **info, "files": _files(new)}
-            (new / RUN_INFO).write_text(json.dumps(content | {"sha256": seal(content)}, indent=1) + "\n")
-        sync(new / RUN_INFO)
-        sync(new)
+            write_json(new / RUN_INFO, content)  # the last: a folder with it is whole
         _move_into_place(new, folder)
     world.wait()
 
@@ -163,7 +162,8 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     os.umask(umask)
     found, mode = {}, 0o666 & ~umask
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD):
-        path.chmod(mode)  # safetensors' own is for the owner alone, whatever the umask
+        with suppress(OSError):  # not on every disk
+            path.chmod(mode)  # safetensors' own is for the owner alone, whatever the umask
         sync(path)
         found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
@@ -174,20 +174,38 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def _move_into_place(new: Path, folder: Path) -> None:
+    """By two renames; where a folder cannot be renamed (buckets; SMB, while a file in it is open), file by file."""
     old = _beside(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except OSError:
+        _refill(folder, new)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _refill(folder: Path, new: Path) -> None:
+    """Move the files of `new`; while the folder has no run.json, that of `new` says that there is more to move."""
+    folder.mkdir(exist_ok=True)
+    (folder / RUN_INFO).unlink(missing_ok=True)
+    for path in sorted(new.rglob("*"), key=lambda path: path.name == RUN_INFO):
+        if path.is_file():
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            move(path, target)
+    shutil.rmtree(new)
+
+
 def recover(folder: Path) -> None:
-    """Put a checkpoint in its place if a kill came between the two renames; clear what is half-written."""
+    """Put a checkpoint in its place if a kill came while it was moved there; clear what is half-written."""
     new, old = _beside(folder, "new"), _beside(folder, "old")
     if not folder.exists() and old.exists():
         old.rename(folder)
+    if folder.exists() and not (folder / RUN_INFO).exists() and (new / RUN_INFO).exists():
+        _refill(folder, new)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -297,22 +315,20 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
     try:
         info = json.loads(path.read_bytes())
-        found, sealed = info["format"], info.pop("sha256", None)
+        found, _ = info.pop("format"), dict(info["config"])
+        _ = [(file["bytes"], file["sha256"]) for file in info["files"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
     if found != FORMAT:
         raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
-    if seal(info) != sealed:
-        raise TrainerError(f"{path}: damaged or edited (SHA-256 differs); train again, or get the file again")
-    del info["format"]
     return dict(info)
 
 
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
     folder = _folder(run)
-    read_info(folder)  # refuses a damaged one
-    return str(json.loads((folder / RUN_INFO).read_bytes())["sha256"])
+    read_info(folder)  # refuses what is none
+    return sha256(folder / RUN_INFO)
 
 
 def _folder(run: Path) -> Path:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.storage import write_text
 from trainer.errors import TrainerError
 from trainer.metrics import METRICS, Line, read_metrics, short
 
@@ -62,10 +63,8 @@ class Curves:
 
 def draw(run: Path) -> Path:
     """Write RUN/curves.svg from RUN/metrics.jsonl; its path. TrainerError where there is no step to draw."""
-    picture = render(read_curves(run))
-    new = run / f".{CURVES}.new"
-    new.write_text(picture, encoding="utf-8")
-    return new.replace(run / CURVES)
+    write_text(run / CURVES, render(read_curves(run)))
+    return run / CURVES
 
 
 def read_curves(run: Path) -> Curves:

@@ -16,23 +16,21 @@ Either way a video is encoded alone and in the same passes, so its file has the 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import math
 import os
 import re
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +39,7 @@ from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
 from pipeline.media import images_in
+from pipeline.storage import LOCK, lock, make_folder
 from trainer import vision
 from trainer.checkpoint import verify_model
 from trainer.clips import ClipExample
@@ -55,10 +54,10 @@ from trainer.transfer import Transfer, pinned
 DTYPES = ("auto", "float32", "bfloat16")
 TOLERANCE = 2e-2  # of bfloat16: length of the difference over length of float32's vector, of the worst token
 PROBED = 8  # frames, spread over the first video
-LOCK = ".lock"
 READERS = min(16, os.cpu_count() or 1)  # threads that decode
+_LOOK_S = 2.0  # for others that look at a lock, too
 PROBED_VIDEOS = 20  # the first of them that can be read is probed
-_LEFT = re.compile(r"\.{1,2}(.+\.safetensors)(\.[0-9a-f]{8})?(\.new)?")  # of a file that was being written
+_LEFT = re.compile(r"\.(.+\.safetensors)\.[0-9a-f]{8}\.new")  # of a file that was being written
 
 Mapper = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Generator[Any]]  # (function, calls) -> results
 
@@ -474,10 +473,8 @@ def _write(job: _Job, eye: _Eye, pixels: Iterator[Tensor], tick: Callable[[int],
             tick(len(features))
             yield features
 
-    new = job.path.with_name(f".{job.path.name}.{secrets.token_hex(4)}")  # a name of its own: see Mapper's retries
     try:
-        size = write_features(new, job.about, job.frames, eye.width, counted())
-        new.replace(job.path)
+        size = write_features(job.path, job.about, job.frames, eye.width, counted())
     except _Refused as error:
         report.refused.append(f"video {job.about.video_uid}: {error}")
         return
@@ -537,34 +534,17 @@ def _pixels(source: PixelFrames, clip: ClipExample, frames: npt.NDArray[np.int32
 
 @contextmanager
 def _alone(out: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """Holds the folder's lock, or its part's share of it; the kernel gives it back, however a run ends."""
+    """Holds the lock of the folder's part. Runs that share the videos otherwise are refused: they would meet."""
     number, parts = part
-    out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        whole = stack.enter_context((out / LOCK).open("a+"))  # readable, too: NFS wants that of a shared lock
-        if parts == 1:
-            _take(whole, fcntl.LOCK_EX, f"{out}: another run is writing there")
-        else:
-            _take(whole, fcntl.LOCK_SH, f"{out}: another run, without --part, is writing there")
-            mine = stack.enter_context((out / f"{LOCK}-{number}-of-{parts}").open("a+"))
-            _take(mine, fcntl.LOCK_EX, f"{out}: another run is writing part {number}/{parts}")
-            _refuse_other_shares(out, parts)
+    wait = "is writing there; wait for it, or choose another --out"
+    make_folder(out)
+    with lock(out / f"{LOCK}-{number}-of-{parts}", TrainerError(f"{out}: another run of part {number}/{parts} {wait}")):
+        for path in out.glob(f"{LOCK}-*"):
+            if not path.name.endswith(f"-of-{parts}"):
+                taken = TrainerError(f"{out}: a run of another number of parts ({path.name}) {wait}")
+                with lock(path, taken, timeout=_LOOK_S):  # other runs look here, too, for a moment
+                    pass
         yield
-
-
-def _refuse_other_shares(out: Path, parts: int) -> None:
-    """Two ways to share the videos at a time would meet at one of them."""
-    for path in out.glob(f"{LOCK}-*-of-*"):
-        if not path.name.endswith(f"-of-{parts}"):
-            with path.open("a+") as lock:
-                _take(lock, fcntl.LOCK_SH, f"{out}: a run of another number of parts ({path.name}) is writing there")
-
-
-def _take(lock: IO[str], how: int, taken: str) -> None:
-    try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise TrainerError(f"{taken}; wait for it, or choose another --out") from None
 
 
 @contextmanager

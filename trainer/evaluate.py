@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.clips import DST, SPEAK
 from trainer.context import Live
-from trainer.disk import SEAL, seal, write_json
 from trainer.evaluation.chunks import match_clips, read_sessions
 from trainer.evaluation.measure import Settings, Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
@@ -89,7 +89,6 @@ def evaluate(
     metrics = all_metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
     if sessions is not None:
         notes += add_chunks(metrics, of_modes, sessions, thresholds, settings, submission)
-    metrics |= {SEAL: seal(metrics)}
     write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, tuple(notes), folder)
 

@@ -13,6 +13,7 @@ is compared when the frame is read: a byte that changed since is an error, not a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -28,8 +29,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from pipeline.schema import is_inside
+from pipeline.storage import replacing
+from pipeline.terminal import command
 from trainer.clips import ClipExample
-from trainer.disk import naming
 from trainer.errors import TrainerError
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -62,11 +64,14 @@ class Provenance:
 
 
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
-    """Where a video's features lie; TrainerError for a name that leads out of the folder."""
+    """Where a video's features lie, a long name cut; TrainerError for a name that leads out of the folder."""
     if not is_inside(video_uid):
         raise TrainerError(f"video {video_uid!r}: leads out of {folder}; rename the video, and preprocess again")
     rate = np.format_float_positional(np.float32(fps), trim="-")  # 2.0 -> 2, 29.97 -> 29.97
-    return folder / f"{video_uid}.{rate}fps.safetensors"
+    above, name = os.path.split(video_uid)
+    if len(name.encode()) > 200:  # files may have names of 255 bytes
+        name = name.encode()[:120].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+    return folder / above / f"{name}.{rate}fps.safetensors"
 
 
 def write_features(
@@ -76,25 +81,16 @@ def write_features(
 
     Holds one block at a time: at k = 64 an hour at 2 fps is 11 GB.
     """
-    new = path.with_name(f".{path.name}.new")
-    new.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with naming(path), new.open("wb") as file:
-            file.write(_header(about, len(frames), width))
-            file.write(frames.astype("<i4").tobytes())
-            sums: list[int] = []
-            for block in blocks:
-                assert (*block.shape[1:], block.dtype) == (about.k, width, about.stored)
-                file.write(np.ascontiguousarray(block).data)
-                sums += _checksums(block, frames[len(sums) :])
-            assert len(sums) == len(frames)
-            file.write(np.array(sums, "<u4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with replacing(path) as new, new.open("wb") as file:
+        file.write(_header(about, len(frames), width))
+        file.write(frames.astype("<i4").tobytes())
+        sums: list[int] = []
+        for block in blocks:
+            assert (*block.shape[1:], block.dtype) == (about.k, width, about.stored)
+            file.write(np.ascontiguousarray(block).data)
+            sums += _checksums(block, frames[len(sums) :])
+        assert len(sums) == len(frames)
+        file.write(np.array(sums, "<u4").tobytes())
     return path.stat().st_size
 
 
@@ -164,7 +160,7 @@ def open_features(path: Path) -> FeatureFile:
 def kept_layer(folder: Path) -> str:
     """The layer whose features are in the folder, by the first file there; "vision" where there is none."""
     if not folder.is_dir():
-        raise TrainerError(f"{folder}: no such folder, expected features; run prospect-dst encode --out {folder}")
+        raise TrainerError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
     first = next(folder.rglob("[!.]*.safetensors"), None)
     return "vision" if first is None else open_features(first).about.get("layer", "vision")
 
@@ -178,7 +174,7 @@ class CachedFeatures:
 
     def __init__(self, folder: Path, fingerprint: str, k: int = 1, layer: str = "vision") -> None:
         if not folder.is_dir():
-            raise TrainerError(f"{folder}: no such folder, expected features; run prospect-dst encode --out {folder}")
+            raise TrainerError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
         self.folder, self.fingerprint, self.k, self.layer = folder, fingerprint, k, layer
         self._open: OrderedDict[Path, FeatureFile] = OrderedDict()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
         yield from (data[step] for step in steps)
         return
     _allow_files()
+    _allow_sockets()
     processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
     _start_server()
     flight = InFlight(processes, first, _shared_memory_limit())
@@ -191,6 +193,12 @@ def _start_server() -> None:
         del os.environ["PYTHONSAFEPATH"]
         if before is not None:
             os.environ["PYTHONSAFEPATH"] = before
+
+
+def _allow_sockets() -> None:
+    """Workers' sockets lie below TMPDIR and may have names of 107 bytes in all: /tmp where it is too long."""
+    if len(os.fsencode(tempfile.gettempdir())) > 60:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
 
 def _allow_files() -> None:

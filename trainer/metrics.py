@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from pipeline.storage import replacing
 from trainer.errors import TrainerError
 
 Line = dict[str, Any]
@@ -105,12 +106,8 @@ def rewind(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = b"".join(text for text, line in _lines_of(path) if line["step"] <= step)
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with replacing(path) as new:
+        new.write_bytes(kept)
 
 
 def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:

@@ -36,16 +36,14 @@ from pipeline.schema import (
     ROLES,
     SCHEMA_HASH,
     SCHEMA_VERSION,
-    SEAL,
     STATES,
     TRANSITIONS,
     draws,
     is_inside,
-    sealed,
     shard_path,
 )
+from pipeline.storage import sha256
 from trainer.clips import ClipExample, ClipLabels, Ints, LabelRule, Labels, Mask, Turn, epoch_labels, onset_rest
-from trainer.disk import sha256
 from trainer.errors import TrainerError
 
 WINDOW_GROUPS = 4
@@ -90,10 +88,6 @@ def read_manifest(data: Path) -> dict[str, Any]:
     if found != (SCHEMA_VERSION, SCHEMA_HASH):
         expected = f"schema {SCHEMA_VERSION} {SCHEMA_HASH}"
         raise TrainerError(f"{path}: schema {found[0]} {found[1]}, expected {expected}; run preprocess again")
-    if SEAL not in manifest:
-        raise TrainerError(f"{path}: written by an older version; run preprocess again")
-    if sealed(manifest) != manifest:
-        raise TrainerError(f"{path}: damaged or edited ({SEAL} is not that of its content); run preprocess again")
     return dict(manifest)
 
 

@@ -6,19 +6,17 @@ that can be checked beforehand is checked, just before the first step, and compa
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import LOCK, is_vacant, lock, make_folder, write_json
 from trainer.arms import find_arm
 from trainer.checkpoint import load_run, recover, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
-from trainer.disk import SEAL, seal, sync
 from trainer.errors import TrainerError
 from trainer.features import kept_layer
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
@@ -57,9 +55,9 @@ def check_folder(run: Path, begun: dict[str, Any], resume: bool, held: ExitStack
     """
     if run.exists() and not run.is_dir():
         raise TrainerError(f"{run}: not a folder; choose another --run")
-    if not run.exists() or all(path.name == f".{START}.new" for path in run.iterdir()):
+    if not run.exists() or is_vacant(run):
         return
-    lock(run, held)
+    take_lock(run, held)
     recover(run / "last")
     recover(run / "best")
     saved = (run / "last").exists() or (run / "best").exists()
@@ -72,27 +70,20 @@ def check_folder(run: Path, begun: dict[str, Any], resume: bool, held: ExitStack
 
 
 def write_start(run: Path, begun: dict[str, Any], held: ExitStack) -> None:
-    """Write RUN/options.json whole, or leave what is there; `held` gets the folder's lock, in place of an older one."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Write RUN/options.json whole, or leave what is there; `held` gets the folder's lock, in place of an older one.
+
+    It tries out what checkpoints need, so that a file system which refuses it is named before the first step.
+    """
+    make_folder(run)
     held.close()
-    lock(run, held)
-    new = run / f".{START}.new"
-    new.write_text(json.dumps(begun | {SEAL: seal(begun)}, indent=1) + "\n")
-    sync(new)
-    new.rename(run / START)
-    sync(run)
+    take_lock(run, held)
+    write_json(run / START, begun)
 
 
-def lock(run: Path, held: ExitStack) -> None:
+def take_lock(run: Path, held: ExitStack) -> None:
     """Keep other processes out of the folder until `held` is closed, or this process ends, however it does."""
-    handle = os.open(run, os.O_RDONLY)
-    held.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise TrainerError(f"{run}: another process is at work there; wait for it, or choose another folder") from None
-    except OSError:  # a file system without locks
-        pass
+    taken = TrainerError(f"{run}: another process is at work there; wait for it, or choose another folder")
+    held.enter_context(lock(run / LOCK, taken))
 
 
 def read_start(run: Path) -> dict[str, Any]:
@@ -104,8 +95,6 @@ def read_start(run: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         hint = "damaged, or written by another version; train again into a new folder"
         raise TrainerError(f"{path}: not a run's options ({error!r}): {hint}") from None
-    if begun.pop(SEAL, None) != seal(begun):
-        raise TrainerError(f"{path}: damaged or edited (SHA-256 differs): get the file again, or train anew")
     return dict(begun)
 
 

@@ -22,11 +22,11 @@ from typing import Any, Self
 
 import torch
 
+from pipeline.terminal import command
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.clips import ClipExample
 from trainer.config import Settings
 from trainer.context import Coming, Context, Live, lengths
-from trainer.disk import SEAL, seal
 from trainer.engine import Engine, streaming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluation.scores import HEADS, Updates
@@ -153,18 +153,20 @@ def thresholds_of(run: Path) -> tuple[dict[str, float], float]:
     for path in [*found, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
         try:
             metrics = json.loads(path.read_bytes())
-            intact = metrics.pop(SEAL, None) == seal(metrics)
             chosen = {str(head): float(logit) for head, logit in metrics["thresholds"]["event"].items()}
             refractory = float(metrics["settings"]["refractory_s"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if not intact:
-            wrong = f"{path} is damaged, edited or of an older version"
-        elif metrics.get("model") != known:
+        if metrics.get("model") != known:
             wrong = f"{path} is of another checkpoint"
         elif "speaking" in chosen:
             return chosen, refractory
-    raise TrainerError(f"{run}: {wrong}; run prospect-dst evaluate {run} DATA, or give --threshold speaking=LOGIT")
+        else:
+            silent = "nobody speaks in val, or val itself was measured, or there is none"
+            wrong = f"evaluated, but {path} has no threshold for speaking: {silent}; preprocess another val"
+            break
+    again = command("evaluate", run, "DATA")
+    raise TrainerError(f"{run}: {wrong}; run {again}, or give --threshold speaking=LOGIT")
 
 
 def live_of(run: Path, given: Mapping[str, float], refractory_s: float | None) -> Live:

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.readers.clip import text_of
 from pipeline.schema import NOT_SAMPLED, STATES, TRANSITIONS
 from pipeline.state import contradicts
+from pipeline.terminal import command
 from trainer.clips import ClipExample
 from trainer.errors import TrainerError
 from trainer.feed import Feed, Seen
@@ -117,7 +118,7 @@ def clip_of(data: Path, clip: str) -> ClipExample:
     ]
     if len(found) != 1:
         which = "no clip" if not found else f"{len(found)} clips"
-        raise TrainerError(f"{data}: {which} {clip!r}; name one like test:0, prospect-dst inspect {data} shows them")
+        raise TrainerError(f"{data}: {which} {clip!r}; name one like test:0, {command('inspect', data)} shows them")
     return found[0]
 
 

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.storage import check_space, naming
 from trainer import vision
 from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
-from trainer.disk import naming
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.frames import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
@@ -231,6 +231,8 @@ def train(
         model, optimizer = _distribute(setup, run, config, options, world)
         if world.leads:
             write_start(run, begun, held)
+            sizes = ((p.nbytes, p.requires_grad) for p in setup.model.parameters())
+            check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
         with _open_metrics(run, config, already, options, world) as metrics:
             session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
             seconds = session.go(split, cached=features is not None)

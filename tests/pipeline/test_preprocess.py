@@ -439,8 +439,8 @@ DIES = """
 import os, sys
 from pathlib import Path
 from pipeline import preprocess as p, shards
-sync = shards._sync
-shards._sync = lambda path: os._exit(9) if path == Path(sys.argv[2]) else sync(path)
+sync = shards.sync
+shards.sync = lambda path: os._exit(9) if path == Path(sys.argv[2]) else sync(path)
 p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]))
 """
 

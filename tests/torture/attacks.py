@@ -214,6 +214,7 @@ _SHARDS = ("data/manifest.json", "data/quarantine.jsonl", "data/*/*/*.parquet")
 _CHECKPOINT = ("last/*.json", "last/*.safetensors")
 _FIT = ("train", "data", "--run", "new", *TINY)
 _LOOK = ("--split", "test", "--no-self-fed", "--out", "new")
+_UNHASHED: Final = {"manifest.json", "options.json", "run.json", "metrics.json", "benchmark.json"}  # no own SHA-256
 READERS: Final = {
     "inspect": Reader(("inspect", "data"), ("raw", "data"), _SHARDS, lambda arena, ran: ran.out),
     "train": Reader(_FIT, ("raw", "data"), _SHARDS[::2], _new(of_run, "new")),
@@ -288,7 +289,7 @@ def corrupt(arena: Arena, rng: random.Random) -> Verdict:
     reader = READERS[name]
     expected = _expected(arena, name)
     arena.fresh(*reader.parts)
-    targets = [path for pattern in reader.targets for path in files(arena.here, pattern)]
+    targets = [path for pattern in reader.targets for path in files(arena.here, pattern) if path.name not in _UNHASHED]
     path = rng.choice(targets)
     how = damage(rng, path, targets)
     return _read_on(arena, reader, expected, f"{path.relative_to(arena.here)}: {how}; {name}", _names(path, how))

@@ -671,7 +671,7 @@ def _forge_manifest(data: Path, rng: random.Random) -> str:
 
 
 def reseal(data: Path) -> None:
-    """Have the manifest's sizes, hashes and seal agree with what lies there."""
+    """Have the manifest's sizes and hashes agree with what lies there."""
     path = data / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -679,10 +679,4 @@ def reseal(data: Path) -> None:
             with contextlib.suppress(OSError, ValueError):
                 content = (data / shard["path"]).read_bytes()
                 shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    try:
-        from pipeline.schema import sealed
-    except ImportError:
-        pass
-    else:
-        manifest = sealed(manifest)
     path.write_text(json.dumps(manifest, indent=1) + "\n")

@@ -24,10 +24,9 @@ TRIES = 80
 def shards_in_place() -> None:
     """preprocess writes over the old output, the manifest first."""
     from pipeline import shards
-    from pipeline.schema import sealed
 
     def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
-        (out / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n")
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for path in sorted(staged.rglob("*")):
             if path.is_file():
                 target = out / path.relative_to(staged)
@@ -66,7 +65,6 @@ def no_hashes_of_shards() -> None:
     from trainer import shards
 
     shards._verify = lambda data, shard: data / shard["path"]  # type: ignore[assignment]
-    shards.sealed = lambda manifest: manifest
     shards._check_rows = lambda where, first_clip: None
     shards._unreadable = lambda path, error: error  # type: ignore[assignment, return-value]
     shards._Group.check_draw = lambda self: None  # type: ignore[method-assign]
@@ -89,21 +87,19 @@ def inspect_trusts() -> None:
     from pipeline import shards
 
     shards.verify = shards._manifest
-    shards.sealed = lambda manifest: manifest
 
 
 def nameless_errors() -> None:
     """An error of a full disk names nothing."""
-    import trainer.disk
-    import trainer.features
+    import pipeline.storage
+    import trainer.checkpoint
     import trainer.train
-    from trainer.evaluation import scores
 
     @contextlib.contextmanager
-    def naming(path: Path) -> Iterator[None]:
+    def naming(path: Path, new: Path | None = None) -> Iterator[None]:
         yield
 
-    for module in (trainer.disk, trainer.features, trainer.train, scores):
+    for module in (pipeline.storage, trainer.checkpoint, trainer.train):
         module.naming = naming  # type: ignore[attr-defined]
 
 

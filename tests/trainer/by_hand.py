@@ -25,7 +25,6 @@ from pipeline.schema import (
     draws,
     rate_threshold,
     sampling_seed,
-    sealed,
     shard_path,
 )
 from trainer.clips import ClipExample, Turn
@@ -160,7 +159,7 @@ def write_shards(
         "splits": {split: {"clips": len(clips)} for split, clips in splits.items()},
         "shards": shards,
     }
-    (out / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    (out / "manifest.json").write_text(json.dumps(manifest))
     return out
 
 

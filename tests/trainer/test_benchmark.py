@@ -24,7 +24,7 @@ from trainer.config import Settings, TrainConfig
 from trainer.errors import TrainerError
 from trainer.evaluation.verdict import hold
 from trainer.shards import Split
-from trainer.start import lock
+from trainer.start import take_lock
 
 ARMS = ("silence", "speak", "speak+dst")
 SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
@@ -144,7 +144,7 @@ def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, p
 
 def test_two_benchmarks_keep_out_of_each_others_folder(told, plan):
     with ExitStack() as held:
-        lock(plan.out, held)
+        take_lock(plan.out, held)
         with pytest.raises(TrainerError, match="another process is at work there; wait for it, or choose another"):
             benchmark(plan)
 

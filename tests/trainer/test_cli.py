@@ -137,7 +137,7 @@ def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, 
 def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(data, run, *FEW) == 0
-    handle = os.open(run, os.O_RDONLY)
+    handle = os.open(run / ".lock", os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert train(data, run, "--resume") == 1
     os.close(handle)

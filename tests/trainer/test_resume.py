@@ -22,7 +22,6 @@ import trainer.train
 from trainer.checkpoint import load_run, recover
 from trainer.encode import _load as load_tower
 from trainer.errors import TrainerError
-from trainer.start import start_config
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +99,10 @@ def test_a_kill_between_the_two_renames_loses_no_checkpoint(data, cut, whole, lo
     assert load_run(cut).info["step"] == 6
     recover(cut / lost)
     assert (cut / lost / "run.json").is_file()
-    assert not list(cut.glob(".*"))
+    assert [path.name for path in cut.glob(".*")] == [".lock"]
     assert go(data, cut, resume=True).resumed_from == 6
     assert weights(cut) == weights(whole)
-    assert not list(cut.glob(".*"))
+    assert [path.name for path in cut.glob(".*")] == [".lock"]
 
 
 def test_adapters_resume_bit_for_bit(data, tmp_path, monkeypatch):
@@ -136,7 +135,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
 
 def test_a_kill_while_the_options_are_written_is_no_obstacle(data, tmp_path, whole):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".options.json.new").write_text('{"conf')
+    (tmp_path / "run" / ".options.json.01234567.new").write_text('{"conf')
     assert go(data, tmp_path / "run", resume=True).resumed_from == 0
     assert weights(tmp_path / "run") == weights(whole)
 
@@ -199,13 +198,6 @@ def test_a_full_disk_names_the_checkpoint_and_leaves_the_old_one(data, cut, monk
             go(data, cut, resume=True)
     assert str(caught.value.filename).endswith(named)
     assert weights(cut) == before
-
-
-def test_an_edited_option_is_refused_not_trained_on(data, cut):
-    path = cut / "options.json"
-    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.003'))
-    with pytest.raises(TrainerError, match=r"options\.json: damaged or edited \(SHA-256 differs\)"):
-        start_config(cut, {}, (), resume=True)
 
 
 def test_a_run_with_a_damaged_file_is_no_model_to_start_from(data, whole, tmp_path):

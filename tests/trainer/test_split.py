@@ -17,7 +17,7 @@ from by_hand import clip_example, dst, labels_by_hand, positives, turn, write_sh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.schema import draws, sealed
+from pipeline.schema import draws
 from trainer import shards
 from trainer.errors import TrainerError
 from trainer.shards import Split
@@ -283,7 +283,7 @@ def reseal(folder: Path) -> None:
     for shard in manifest["shards"]:
         content = (folder / shard["path"]).read_bytes()
         shard |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 FORGED = {
@@ -346,19 +346,15 @@ def test_columns_that_are_not_the_schema_s_are_refused_by_name(tmp_path, change)
         Split(tmp_path, "train")
 
 
-def test_a_manifest_that_was_edited_is_refused(tmp_path):
+def test_a_manifest_whose_shards_cannot_be_is_refused(tmp_path):
     path = write_shards(tmp_path, {"train": clips(2)}) / "manifest.json"
-    content = path.read_text()
-    path.write_text(content.replace('"clips": 2', '"clips": 3', 1))
-    with pytest.raises(TrainerError, match=r"manifest\.json: damaged or edited \(seal is not that of its content\)"):
-        Split(tmp_path, "train")
-    manifest = json.loads(content)
+    manifest = json.loads(path.read_text())
     for change in ({"path": "../x"}, {"part": 1.0}, {"table": "labels"}, {"clips": -1}, {"split": "val"}):
         shards = [manifest["shards"][0] | change, *manifest["shards"][1:]]
-        path.write_text(json.dumps(sealed(manifest | {"shards": shards})))
+        path.write_text(json.dumps(manifest | {"shards": shards}))
         with pytest.raises(TrainerError, match=r"manifest\.json: not a manifest \("):
             Split(tmp_path, "train")
-    path.write_text(json.dumps(sealed(manifest | {"shards": manifest["shards"] * 2})))
+    path.write_text(json.dumps(manifest | {"shards": manifest["shards"] * 2}))
     with pytest.raises(TrainerError, match=r"manifest\.json: lists a shard of train twice"):
         Split(tmp_path, "train")
 

@@ -21,8 +21,8 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.labels import FLOOR_TOLERANCE
+from pipeline.storage import write_text
 from trainer.clips import SPEAK, ClipExample
-from trainer.disk import naming, sync
 from trainer.errors import TrainerError
 from trainer.evaluation.events import predicted_frames
 from trainer.evaluation.scores import Floats, Ints, ScoredClip
@@ -94,12 +94,7 @@ def read_submission(path: Path, sessions: Sequence[Session]) -> list[tuple[str, 
 def write_submission(path: Path, sessions: Sequence[Session], answers: Sequence[Sequence[str]]) -> None:
     """One line per session: {"video_path": ..., "answers": [...]}, renamed into place when complete."""
     rows = [{"video_path": s.video_path, "answers": list(a)} for s, a in zip(sessions, answers, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with naming(path):
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    sync(new)
-    new.rename(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:

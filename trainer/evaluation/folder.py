@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import precision_recall_curve
 
+from pipeline.terminal import command
 from trainer.errors import TrainerError
 from trainer.evaluation.figures import MODES, NEVER, Curve, Line, Values, number
 from trainer.metrics import read_metrics
@@ -105,7 +106,7 @@ def read_benchmark(out: Path) -> Benchmark:
     except (OSError, ValueError, pa.ArrowException) as error:
         what = str(error).splitlines()[0]
         raise TrainerError(
-            f"{out}: not what benchmark leaves ({what}); run prospect-dst benchmark --out {out}"
+            f"{out}: not what benchmark leaves ({what}); run {command('benchmark', 'DATA', '--out', out)}"
         ) from None
     arms, comparisons, results = (_rows(table) for table in tables)
     return Benchmark(out, info, arms, comparisons, results, metrics)

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.storage import write_text
 from trainer.arms import ARMS
 from trainer.curves import INK
 from trainer.evaluation.figures import (
@@ -125,9 +126,8 @@ def write_report(out: Path) -> Path:
     marks = {"TITLE": e(headline(bench)), "LIGHT": css_colours(), "DARK": css_colours(dark=True), "BODY": body}
     for mark, text in marks.items():  # the body last: it may hold marks
         page = page.replace("{{" + mark + "}}", text, 1)
-    new = out / f".{PAGE}.new"
-    new.write_text(page, encoding="utf-8")
-    return new.replace(out / PAGE)
+    write_text(out / PAGE, page)
+    return out / PAGE
 
 
 # ---- 1. the answer -----------------------------------------------------------------------------------

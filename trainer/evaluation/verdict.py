@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.storage import write_json
 from trainer.config import Settings
-from trainer.disk import write_json
 from trainer.errors import TrainerError
 from trainer.evaluation.chunks import (
     Session,

@@ -1,0 +1,154 @@
+"""Atomic writes, folder locks and SHA-256, on the file systems that people have.
+
+A write goes to a temporary file beside its place, is synced and renamed: whatever is killed, the old file or the new
+one is complete. What a file system does not offer (fsync of a folder, chmod, flock) is skipped, as a run must not be
+lost to it; what a write cannot do without is an OSError that names the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+LOCK: Final = ".lock"
+_OURS = re.compile(rf"{re.escape(LOCK)}|\..+\.new|lost\+found")  # of a folder that is as good as empty
+_REFUSED: Final = {
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EBUSY,
+    errno.EEXIST,
+    errno.ETXTBSY,
+    errno.EBADF,
+    errno.EISDIR,
+}  # by a file system, not by a disk that is full or broken
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on disk, not only in memory, before going on; skipped where that is not offered."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def naming(path: Path, new: Path | None = None) -> Iterator[None]:
+    """Have an OSError name the file that is written, not its draft `new`: write() on a full disk knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, str(new)):
+            what = error.strerror or " ".join(str(error).split())
+            raise OSError(error.errno, what, str(path)) from None
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; an OSError says what is in the way."""
+    if str(path) != str(path).encode(errors="replace").decode():
+        raise OSError(errno.EILSEQ, "is not UTF-8, which Arrow cannot open; choose another name", str(path))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        what = "a link to what is not there" if path.is_symlink() and not path.exists() else "a file, not a folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"is {what}", str(path)) from None
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder holds nothing of anybody's: no more than a lock, a killed write, a disk's own lost+found."""
+    return all(_OURS.fullmatch(name) for name in os.listdir(folder))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` at the end; after an error it is removed.
+
+    Its folder is made; a link is followed. OSErrors name `path`.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    make_folder(path.parent)
+    name = os.fsencode(path.name)[:230].decode(errors="ignore")  # with what is added, at most 255 bytes
+    new = path.with_name(f".{name}.{secrets.token_hex(4)}.new")
+    try:
+        with naming(path, new):
+            yield new
+            sync(new)
+            move(new, path)
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
+    sync(path.parent)
+
+
+def move(new: Path, path: Path) -> None:
+    """Rename a file; where an open one may not be replaced (SMB, 9p), the old one is removed first."""
+    try:
+        new.replace(path)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        if not path.is_file():
+            what = f"renaming is refused there ({error.strerror}); choose a folder on another disk"
+            raise OSError(error.errno, what, str(path)) from None
+        path.unlink()
+        try:
+            new.replace(path)
+        except OSError:
+            shutil.copyfile(new, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave what is there."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def lock(path: Path, taken: Exception, timeout: float = 0) -> contextlib.AbstractContextManager[object]:
+    """Hold the lock file `path` until the result is left or this process ends, however it does.
+
+    Raises `taken` where another process holds it. Where the file system has no locks, there is none: a lock by a
+    file's existence alone would outlive a run that was killed on another machine.
+    """
+    try:
+        return FileLock(path, timeout=timeout, thread_local=False, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise taken from None
+    except OSError:
+        return contextlib.nullcontext()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OSError where the disk has less than `needed` bytes free; one that does not know (some buckets) passes."""
+    total, _, free = shutil.disk_usage(folder)
+    if total and free < needed:
+        what = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed"
+        raise OSError(errno.ENOSPC, what, str(folder))

@@ -1,0 +1,238 @@
+"""File systems that refuse things, odd names and full disks: it works, or says what refuses and where."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.cli import main
+from pipeline.media import find_frames
+from pipeline.synth import SynthConfig, synth
+
+SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
+refuse = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(refuse)
+LONG = "n" * 255
+
+
+def preprocess(out: Path, *more) -> int:
+    source = out.parent / "train_a.json"
+    turns = [{"role": "assistant", "content": "Well done.", "start_frame": 4, "end_frame": 6, "time": 2.0}]
+    bounds = {"start_frame_idx": 0, "end_frame_idx": 24, "fps": 2}
+    source.write_text(json.dumps([{"id": "a", "video_uid": "v0", "conversation": turns, "dst": [], **bounds}]))
+    return main(["preprocess", str(source), "--out", str(out), "--workers", "1", *map(str, more)])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- writes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["flock", "chmod", "fsync", "over", ["flock", "chmod", "fsync", "over"]])
+def test_a_file_is_replaced_where_niceties_are_refused(tmp_path, monkeypatch, what):
+    refuse.refuse(monkeypatch.setattr, tmp_path, *([what] if isinstance(what, str) else what))
+    for text in ("one", "two"):
+        storage.write_text(tmp_path / "file", text)
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "two"
+
+
+def test_a_disk_without_renames_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+    refuse.refuse(monkeypatch.setattr, tmp_path, "rename")
+    with pytest.raises(OSError, match="renaming is refused there \\(Function not implemented\\)") as caught:
+        storage.write_text(tmp_path / "file", "text")
+    assert (caught.value.filename, names(tmp_path)) == (str(tmp_path / "file"), [])
+
+
+def test_an_error_names_the_file_and_leaves_the_old_one(tmp_path):
+    storage.write_text(tmp_path / "file", "old")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as caught, storage.replacing(tmp_path / "file"):
+        raise full
+    assert caught.value.filename == str(tmp_path / "file")
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_failing_disk_is_not_taken_for_one_that_refuses(tmp_path, monkeypatch):
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.write_text(tmp_path / "file", "text")
+
+
+@pytest.mark.parametrize(
+    "name", [LONG, "é" * 127, unicodedata.normalize("NFD", "é"), "two  words'", os.fsdecode(b"\xff")]
+)
+def test_any_name_that_a_disk_takes_can_be_written(tmp_path, name):
+    for text in ("one", "two"):
+        storage.write_text(tmp_path / name, text)
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "two"
+
+
+def test_a_name_that_is_too_long_is_named(tmp_path):
+    with pytest.raises(OSError, match="too long") as caught:
+        storage.write_text(tmp_path / (LONG + "n"), "text")
+    assert caught.value.filename == str(tmp_path / (LONG + "n"))
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("place/file")
+    storage.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place" / "file").read_text() == "text"
+
+
+def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    storage.make_folder(tmp_path / "link")
+    with pytest.raises(NotADirectoryError, match="is a link to what is not there"):
+        storage.make_folder(tmp_path / "gone")
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
+        storage.make_folder(tmp_path / "file")
+
+
+def test_space_is_checked_where_the_disk_knows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (100e9, 99e9, 1e9))
+    with pytest.raises(OSError, match=r"1\.0 GB free, 2\.0 GB are needed") as caught:
+        storage.check_space(tmp_path, 2 * 10**9)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    storage.check_space(tmp_path, 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (0, 0, 0))  # as some buckets say
+    storage.check_space(tmp_path, 10**9)
+
+
+# ---- locks ---------------------------------------------------------------------------------------------
+
+
+def test_a_lock_keeps_others_out_until_it_is_left(tmp_path):
+    with storage.lock(tmp_path / ".lock", ValueError("taken")), (tmp_path / ".lock").open() as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ValueError, match="taken"):
+            storage.lock(tmp_path / ".lock", ValueError("taken"))
+    storage.lock(tmp_path / ".lock", ValueError("taken")).__exit__(None, None, None)
+
+
+def test_a_forked_child_that_ends_does_not_open_the_lock(tmp_path):
+    with storage.lock(tmp_path / ".lock", ValueError("taken")), (tmp_path / ".lock").open() as other:
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_without_locks_a_run_goes_without_and_leaves_none_behind(tmp_path, monkeypatch):
+    refuse.refuse(monkeypatch.setattr, tmp_path, "flock")
+    with storage.lock(tmp_path / ".lock", ValueError("taken")), storage.lock(tmp_path / ".lock", ValueError("taken")):
+        pass
+    storage.lock(tmp_path / ".lock", ValueError("taken"))  # killed here, as it were
+    storage.lock(tmp_path / ".lock", ValueError("taken"))
+
+
+# ---- preprocess, synth ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["flock", "chmod", "fsync", "over"])
+def test_preprocess_works_where_niceties_are_refused(tmp_path, monkeypatch, what):
+    refuse.refuse(monkeypatch.setattr, tmp_path, what)
+    assert [preprocess(tmp_path / "out"), preprocess(tmp_path / "out", "--pad-s", 1)] == [0, 0]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(("what", "why"), [("folders", "Too many open files"), ("rename", "Function not implemented")])
+def test_preprocess_says_at_once_that_renaming_is_refused(tmp_path, monkeypatch, capsys, what, why):
+    refuse.refuse(monkeypatch.setattr, tmp_path, what)
+    monkeypatch.setattr("pipeline.preprocess.survey", None)  # nothing is read
+    assert preprocess(tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "out") in error
+    assert why in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["two  words", "it's", unicodedata.normalize("NFD", "é"), LONG])
+def test_preprocess_writes_to_a_folder_of_any_name(tmp_path, name):
+    assert preprocess(tmp_path / name) == 0
+    assert main(["inspect", str(tmp_path / name)]) == 0
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.preprocess.survey", None)  # nothing is read
+    assert preprocess(tmp_path / os.fsdecode(b"caf\xe9")) == 1
+    assert "is not UTF-8, which Arrow cannot open; choose another" in capsys.readouterr().err
+
+
+def test_preprocess_into_a_link_to_nowhere_says_so(tmp_path, capsys):
+    (tmp_path / "out").symlink_to("nowhere")
+    assert preprocess(tmp_path / "out") == 1
+    assert "out: cannot write there: is a link to what is not there" in capsys.readouterr().err
+
+
+def test_a_finished_output_is_skipped_where_nothing_may_be_written(tmp_path, monkeypatch, capsys):
+    assert preprocess(tmp_path / "out") == 0
+    monkeypatch.setattr(storage, "FileLock", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EROFS, "ro")))
+    assert preprocess(tmp_path / "out") == 0
+    assert "nothing changed since the last run" in capsys.readouterr().out
+
+
+def test_links_that_lead_nowhere_below_the_frames_are_no_matter(tmp_path):
+    (tmp_path / "frames" / "v0").mkdir(parents=True)
+    for i in range(24):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "frames" / "v0" / f"{i}.png")
+    (tmp_path / "frames" / "other.mp4").symlink_to("../annex/gone.mp4")
+    (tmp_path / "frames" / "round").symlink_to(".")
+    (tmp_path / "frames" / os.fsdecode(b"\xff.mp4")).touch()
+    assert preprocess(tmp_path / "out", "--frames-root", tmp_path) == 0
+
+
+@pytest.mark.parametrize(("said", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_video_is_found_however_its_accents_are_written(tmp_path, said, there):
+    path = tmp_path / (unicodedata.normalize(there, "café") + ".mp4")
+    path.touch()
+    assert find_frames(tmp_path, unicodedata.normalize(said, "café"), None) == path
+
+
+def test_a_video_whose_name_no_disk_takes_is_not_found(tmp_path):
+    assert find_frames(tmp_path, LONG + "n", LONG + "n.mp4") is None
+
+
+def test_synth_fills_a_mount_point(tmp_path, monkeypatch):
+    """As one that is there already: it is not renamed, and a disk's own lost+found is no content."""
+    (tmp_path / "raw" / "lost+found").mkdir(parents=True)
+    inode = (tmp_path / "raw").stat().st_ino
+    synth(tmp_path / "raw", SynthConfig(recordings={"train": 1}, views=1, px=32))
+    assert names(tmp_path / "raw") == ["frames", "lost+found", "train_training.json"]
+    assert (tmp_path / "raw").stat().st_ino == inode
+
+
+def test_what_comes_next_can_be_pasted(tmp_path, capsys):
+    out = tmp_path / "it's here"
+    assert main(["synth", str(out), "--train", "1", "--val", "0", "--test", "0", "--views", "1", "--px", "32"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(line) == ["prospect-dst", "preprocess", str(out), "--out", "DATA", "--frames-root", str(out)]
+    assert main(["inspect", str(out)]) == 1
+    hint = capsys.readouterr().err.split("`")[1]
+    assert shlex.split(hint) == ["prospect-dst", "preprocess", "...", "--out", str(out)]
