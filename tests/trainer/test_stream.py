@@ -21,7 +21,7 @@ from small_run import clip, go
 from test_evaluate import write_splits
 
 from pipeline.cli import main
-from trainer.checkpoint import load_run
+from trainer.checkpoint import load_run, run_hash
 from trainer.context import Live
 from trainer.errors import NotFiniteError, TrainerError
 from trainer.evaluate import evaluate
@@ -232,6 +232,11 @@ def test_a_run_without_thresholds_or_with_those_of_another_checkpoint_is_refused
     edited = json.loads(metrics.read_text()) | {"model": "0" * 64}
     metrics.write_text(json.dumps(edited))
     with pytest.raises(TrainerError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
+        live_of(tmp_path / "run", {}, None)
+    silent = json.loads(metrics.read_text()) | {"model": run_hash(tmp_path / "run")}
+    silent["thresholds"]["event"] = {}
+    metrics.write_text(json.dumps(silent))
+    with pytest.raises(TrainerError, match=r"metrics.json has no threshold for speaking: nobody speaks in val, or"):
         live_of(tmp_path / "run", {}, None)
     assert live_of(tmp_path / "run", {"speaking": 3.0}, None) == Live({"speaking": 3.0, "dst_update": np.inf}, 2.0)
     with pytest.raises(TrainerError, match="threshold said=1: expected a logit of one of speaking, dst_update"):

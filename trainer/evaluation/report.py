@@ -553,7 +553,7 @@ def _provenance(bench: Benchmark) -> str:
     rules["bootstrap draws"] = info.get("draws")
     config = {key: value for key, value in (info.get("config") or {}).items() if key not in ("arm", "seed")}
     data = {"data": info.get("data"), **{f"key of {k}": v for k, v in (info.get("data_key") or {}).items()}}
-    hashes = _folded("SHA-256 that each checkpoint is sealed with (in its run.json)", info.get("hashes"))
+    hashes = _folded("SHA-256 that names each checkpoint (of its run.json)", info.get("hashes"))
     cards = [
         _card("Hazards of the data", _bullets(hazards) or _soft("None was seen.")),
         _card("Speech matched by meaning", _list(info.get("sentence"))) if info.get("sentence") else "",
