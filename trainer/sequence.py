@@ -20,7 +20,8 @@ window.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -107,6 +108,39 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
     return windows
 
 
+class _Bytes:
+    """Tokens that never write a text in fewer ids than the real ones do: one per byte, and as many markers."""
+
+    marker: Mapping[str, int] = defaultdict(int)
+    end = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * (1 + len(text.encode()))  # some set a space before it
+
+
+def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
+    """TrainerError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
+    tokens (`longest`). Only clips whose texts have so many bytes are tokenized."""
+    over = [
+        (needed, clip.clip_id)
+        for clip in clips
+        if _needed(clip, _Bytes(), k, arm) > max_tokens and (needed := _needed(clip, tokens, k, arm)) > max_tokens
+    ]
+    if over:
+        needed, worst = max(over)
+        hint = f"use --max-tokens {needed}" if needed <= longest else f"the model reads {longest}: shorten its texts"
+        raise TrainerError(
+            f"clip {worst}: its prompt and one frame with its texts have {needed} tokens, max_tokens is {max_tokens} "
+            f"({len(over)} clips need more); {hint}"
+        )
+
+
+def _needed(clip: ClipExample, tokens: Tokens | _Bytes, k: int, arm: Arm) -> int:
+    """Tokens of the prompt and of the frame that costs most."""
+    blocks = _blocks(clip, tokens, arm)
+    return len(_prompt(clip, tokens, clip.start_frame, arm)) + max(block.cost(k) for block in blocks)
+
+
 def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
     """(first, own, end) of each window, as indices into `costs` [F] (tokens per frame, none above `room`).
 
@@ -145,7 +179,7 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
     return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
 
 
-def _blocks(clip: ClipExample, tokens: Tokens, arm: Arm) -> list[Block]:
+def _blocks(clip: ClipExample, tokens: Tokens | _Bytes, arm: Arm) -> list[Block]:
     """One block per frame of the clip [F]."""
     blocks = [Block() for _ in range(clip.num_frames)]
     for frame, texts in user_texts(clip).items():
@@ -174,7 +208,7 @@ def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     return said
 
 
-def utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
+def utterance(role: str, texts: Sequence[str], tokens: Tokens | _Bytes) -> list[int]:
     """Ids of a role's marker, what it says (what several turns say is joined), and the end."""
     joined = (", " if role == "DST_UPDATE" else " ").join(texts)
     return [tokens.marker[role], *tokens.encode(joined), tokens.end]
@@ -202,7 +236,7 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
     return state
 
 
-def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int]:
+def _prompt(clip: ClipExample, tokens: Tokens | _Bytes, frame: int, arm: Arm) -> list[int]:
     """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`.
 
     An arm whose updates say nothing is told the state at the clip's start: live, it could not replay them either.
@@ -211,7 +245,7 @@ def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int
     return prompt_ids(clip, tokens, state_before(clip, known) if arm.state else None)
 
 
-def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | None) -> list[int]:
+def prompt_ids(clip: ClipExample, tokens: Tokens | _Bytes, state: Mapping[str, str] | None) -> list[int]:
     """Ids of role, task and steps, each with its `state` (None: without). TrainerError for a state without a token."""
     ids = [tokens.marker["system"], *tokens.encode("\n".join(_task(clip)))]
     for step, name in clip.steps:

@@ -43,6 +43,7 @@ from trainer.model import ProspectModel, part_of
 from trainer.pack import Pack, upload
 from trainer.parallel import World, join, synced, unwrapped, whole
 from trainer.score import EvalReport, open_source, report, score_split
+from trainer.sequence import check_budget
 from trainer.shards import Split
 from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
 from trainer.transfer import Transfer, uploaded
@@ -227,6 +228,7 @@ def train(
         world.wait()
         setup = resumed(run) if resume and (run / "last").is_dir() else fresh(split, config)
         already = _agreed(setup.done, world)
+        _check_texts([split, *([held_out] if held_out else [])], setup, config)
         frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
         model, optimizer = _distribute(setup, run, config, options, world)
         if world.leads:
@@ -259,6 +261,14 @@ def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) ->
     if frames * each + held > room:
         raise TrainerError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
     return line
+
+
+def _check_texts(splits: Sequence[Split], setup: Setup, config: TrainConfig) -> None:
+    """TrainerError, before the first step, for a text that no window holds."""
+    if setup.done < config.steps:
+        clips = (clip for split in splits for clip in split.in_order(rate=None))
+        k, longest = config.tokens_per_frame, int(setup.model.vlm.config.text_config.max_position_embeddings)
+        check_budget(clips, setup.tokens, k, config.max_tokens, longest, setup.model.arm)
 
 
 def _agreed(done: int, world: World) -> int:

@@ -128,7 +128,7 @@ def test_a_loss_or_a_score_that_is_not_finite_is_one_line_and_leaves_a_checkpoin
 
 def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", *FEW, "--max-tokens", 3) == 1
-    assert "raise --max-tokens" in capsys.readouterr().err
+    assert "use --max-tokens " in capsys.readouterr().err
     assert train(data, tmp_path / "run", *FEW) == 0
     assert train(data, tmp_path / "run", *FEW) == 1
     assert "exists and is not empty" in capsys.readouterr().err

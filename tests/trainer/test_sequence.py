@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.clips import ClipExample
 from trainer.errors import TrainerError
-from trainer.sequence import build_windows, cut_windows, state_before
+from trainer.sequence import DEFAULT_ARM, build_windows, check_budget, cut_windows, state_before
 
 PROMPT = (
     "[system] You are a helpful assistant. Toy [step] S1: Put the base down [not_started] "
@@ -285,3 +285,21 @@ def test_supervised_text_counts_once_over_windows():
     assert len(cut) > 3
     said = [words.show(w.input_ids[w.lm_positions + 1]) for w in cut]
     assert " ".join(filter(None, said)) == words.show(whole.input_ids[whole.lm_positions + 1])
+
+
+# ---- before the first step ---------------------------------------------------------------------------
+
+
+def test_the_budget_that_would_do_is_told_beforehand():
+    """Prompt [system] You are a helpful assistant. end = 7; the frame costs 1, its text 2 with marker and end added."""
+    clips = [clip_example([turn("assistant", "w " * n, 2, 3)], 0, 5, clip_id=f"c{n}", steps=()) for n in (3, 40, 30)]
+    check_budget(clips, Words(), 1, 7 + 1 + 42, 8192, DEFAULT_ARM)
+    with pytest.raises(
+        TrainerError, match=r"clip c40: .* have 50 tokens, max_tokens is 30 \(2 clips .* --max-tokens 50"
+    ):
+        check_budget(clips, Words(), 1, 30, 50, DEFAULT_ARM)
+    with pytest.raises(TrainerError, match="the model reads 49: shorten its texts"):
+        check_budget(clips, Words(), 1, 49, 49, DEFAULT_ARM)
+    build_windows(clips[1], Words(), 1, 50)
+    with pytest.raises(TrainerError):
+        build_windows(clips[1], Words(), 1, 49)
