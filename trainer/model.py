@@ -229,8 +229,12 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     name = model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name)  # first: without one, the library builds the full-size model
+        if config.model_type == "idefics3":  # SmolVLM 1: the same architecture, its weights have the same names
+            told = config.to_dict() | {"model_type": "smolvlm"}
+            told["vision_config"] |= {"model_type": "smolvlm_vision"}
+            config = SmolVLMConfig.from_dict(told)
         if not isinstance(config, SmolVLMConfig):
-            raise ValueError(f"a {config.model_type}, not a smolvlm")
+            raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
         vlm, loading = SmolVLMForConditionalGeneration.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )

@@ -8,13 +8,14 @@ import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 from torch._dynamo.testing import CompileCounter
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 import trainer.attention
 from trainer import vision
 from trainer.attention import packed_attention
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
-from trainer.model import DecisionHeads, ProspectModel, load_model, part_of
+from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
 from trainer.pack import ends_of, make_pack, pack_windows, plan
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
@@ -484,3 +485,15 @@ def test_a_blank_pack_gives_every_parameter_a_gradient_of_zero(tokens):
     assert scores.text.shape[0] == 0
     (scores.text.sum() + scores.decisions[:, :0].sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_an_idefics3_loads_as_the_smolvlm_that_it_is(tmp_path):
+    """SmolVLM 1 says model_type idefics3: the same architecture, the same names of weights."""
+    told = tiny_config(60).to_dict() | {"model_type": "idefics3"}
+    told["vision_config"]["model_type"] = "idefics3_vision"
+    before = Idefics3ForConditionalGeneration(Idefics3Config.from_dict(told)).eval()
+    before.save_pretrained(tmp_path)
+    after = load_model(str(tmp_path), 60).eval()
+    seen = {"input_ids": torch.tensor([[0, 5, 6, 7]]), "pixel_values": torch.rand(1, 1, 3, 64, 64)}
+    with torch.no_grad():
+        assert torch.equal(before(**seen).logits, after(**seen).logits)
