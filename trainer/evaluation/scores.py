@@ -163,6 +163,10 @@ def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[Score
     texts = [name for name in ("split", "clip_id") if name in columns and pa.types.is_string(schema.field(name).type)]
     with _readable(path), pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
         table = file.read(columns=columns)
+    for at, field in enumerate(table.schema):
+        if "string_view" in str(field.type):  # DataFusion's texts; Arrow takes no rows of them
+            plain = _UPDATES.type if field.name == "updates" else pa.string()
+            table = table.set_column(at, field.name, _cast(f"{path}", table[at], field.name, plain))
     return {name: _read_split(path, table, name, split) for name, split in splits.items()}
 
 

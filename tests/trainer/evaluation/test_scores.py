@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_shards
@@ -129,6 +130,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, split):
 
 
 # ---- anybody's files ---------------------------------------------------------------------------------
+
+
+def test_string_views_are_texts(tmp_path, split):
+    """As DataFusion writes them."""
+    text = pa.string_view()
+    update = pa.list_(pa.struct([("id", text), ("transition", text)]))
+    table = frame(split).select("split", "clip_id", "frame", "speaking_logit").reverse().to_arrow()
+    for name in ("split", "clip_id"):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(table[name].to_pylist(), text))
+    said, updates = [None] * 9 + ["Now."], [None] * 9 + [[{"id": "S1", "transition": "start"}]]
+    table = table.append_column("said", pa.array(said, text)).append_column("updates", pa.array(updates, update))
+    pq.write_table(table, tmp_path / "s.parquet")
+    silent, live = read_scores(tmp_path / "s.parquet", {"test": split})["test"]
+    assert live.logits["speaking"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert (silent.said, live.said) == ([None] * 4, ["Now.", *[None] * 5])  # the last row is the first frame of b
+    assert live.updates == [(("S1", "start"),), *[None] * 5]
 
 
 def test_rows_of_any_order_and_types_are_read_the_same(tmp_path, split):
