@@ -479,6 +479,9 @@ def stream(
         float | None, typer.Option(help="at which a folder's images were taken; default: each is a frame")
     ] = None,
     realtime: Annotated[bool, typer.Option(help="give a file's frames when they are due, skip what is late")] = False,
+    stdin: Annotated[
+        bool, typer.Option("--stdin", help="hear lines from a file or a pipe, too, as from a terminal")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object per frame on stdout, for programs")] = False,
     html: Annotated[Path | None, typer.Option(help="keep a page with the timeline, to hover over")] = None,
     mp4: Annotated[Path | None, typer.Option(help="keep a video with the timeline drawn")] = None,
@@ -509,7 +512,8 @@ def stream(
         sinks += [recording.mp4(mp4, about)] if mp4 else []
         for sink in sinks:
             open_now.enter_context(sink)
-        listener = Listener(sys.stdin)
+        heard = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else it is the shell loop's around this
+        listener = Listener(sys.stdin if heard else None)
         ended = open_now.enter_context(_ended_by_signals())
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
             listener.wait()  # for a script; before the first frame, which a clock may give

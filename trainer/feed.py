@@ -42,7 +42,6 @@ STALLED_S = 5.0  # without a new picture: a camera that was pulled out may say n
 CUT_OFF = 0.9  # of the seconds that a video announces: one with fewer has lost its end
 LINE = 1000  # characters of a user's line that are kept
 WAITING = 1000  # lines that are read ahead
-SCRIPT_S = 5.0  # that a pipe has to end, to be taken for a script
 
 
 @dataclass(frozen=True)
@@ -256,25 +255,24 @@ class Listener:
 
     "text" is heard before the next frame, "@12.5 text" before the first frame with time_s >= 12.5. Empty lines are
     not; a line keeps its first LINE characters; WAITING lines at most are read ahead, so that those after so many for
-    later wait with them. A stream that ends
-    by itself is a script: a file, text in memory, and a pipe that ends within SCRIPT_S. It is read before the first
-    frame, which hears all of its plain lines, so it says the same at each run. From a terminal, and from a pipe that
-    stays open, lines are heard when they come. The end of the stream is not the end of the frames.
+    later wait with them. A file, or text in memory, is a script: it is read before the first frame, which hears all of
+    its plain lines, so it says the same at each run. From a terminal or a pipe, lines are heard when they come. The end
+    of the stream is not the end of the frames.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._lines: list[tuple[float, int, str]] = []  # a heap: (time, place in the stream, text)
         self._changed = threading.Condition()
         self._ended = stream is None
-        self._patience = _patience(stream)
+        self._script = _is_script(stream)
         if stream is not None:
             threading.Thread(target=self._read, args=(stream,), name="listener", daemon=True).start()
 
     def wait(self) -> None:
-        """Until a script is read, or what is there proves to be none."""
+        """Until a script is read."""
         with self._changed:
-            if not self._changed.wait_for(self._all_known, self._patience):
-                self._patience = 0.0  # somebody is there: wait no more
+            if self._script:
+                self._changed.wait_for(self._all_known)
 
     def heard(self, time_s: float) -> list[str]:
         """The lines to be heard before the frame at `time_s`, in order: by time, then as they were said."""
@@ -301,15 +299,12 @@ class Listener:
             self._changed.notify_all()
 
 
-def _patience(stream: TextIO | None) -> float | None:
-    """Seconds to wait for the end of a stream; None: however long it takes."""
+def _is_script(stream: TextIO | None) -> bool:
+    """Whether it ends by itself."""
     try:
-        mode = os.fstat(stream.fileno()).st_mode if stream is not None else stat.S_IFREG
+        return stream is not None and stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
     except (OSError, ValueError, AttributeError):  # text in memory
-        return None
-    if stat.S_ISREG(mode):
-        return None
-    return 0.0 if stream is not None and stream.isatty() else SCRIPT_S
+        return True
 
 
 def _lines(stream: TextIO) -> Iterator[str]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -420,8 +421,11 @@ def test_a_stream_that_is_stopped_keeps_its_recording(run, data, tmp_path, monke
 def test_the_user_s_lines_are_heard_in_time(run, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "v.mp4", seconds=3)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n@1.2 and now?\n"))
-    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS)
+    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS, "--stdin")
     assert [moment["heard"] for moment in found] == [["hello"], [], [], ["and now?"], [], []]
+    monkeypatch.setattr("sys.stdin", io.StringIO("of a shell's loop\n"))
+    assert not any(moment["heard"] for moment in streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS))
+    assert sys.stdin.read() == "of a shell's loop\n"
 
 
 def test_without_json_events_are_told_in_words(run, data, capsys):
