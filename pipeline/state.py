@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Final
 
 from pipeline.schema import TRANSITIONS
@@ -65,18 +66,30 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     first = segments[order[0]].first_turn
     base: Mapping[str, str] = next((s.given for s in segments if s.first_turn == first and s.given), {})
     states: list[dict[str, str]] = [{}] * len(segments)
-    past: list[tuple[int, str, str]] = []  # updates of the clips that start earlier, without repeats
-    entered = 0
+    running = dict(base)  # after all updates of earlier clips that lie before this clip's first turn
+    known: set[tuple[int, str, str]] = set()
+    pending: list[tuple[int, int, str, str]] = []  # heap (frame, order of entry, step id, transition) of the later ones
+    entered = count = 0
     for i in order:
         segment = segments[i]
         if segment.first_turn == first:
             states[i] = dict(segment.given or base)
             continue
         while segments[order[entered]].first_turn < segment.first_turn:
-            known = set(past)
-            past += [update for update in segments[order[entered]].updates if update not in known]
+            fresh = [update for update in segments[order[entered]].updates if update not in known]
+            known.update(fresh)
+            for frame, step, transition in fresh:
+                heappush(pending, (frame, count, step, transition))
+                count += 1
             entered += 1
-        own = set(segment.updates)
-        earlier = sorted((u for u in past if u[0] <= segment.first_turn and u not in own), key=lambda u: u[0])
-        states[i] = replay(base, ((step, transition) for _, step, transition in earlier))
+        while pending and pending[0][0] < segment.first_turn:
+            _, _, step, transition = heappop(pending)
+            running[step] = TRANSITIONS[transition]
+        now = []
+        while pending and pending[0][0] == segment.first_turn:
+            now.append(heappop(pending))
+        own = set(segment.updates) if now else set()
+        states[i] = replay(running, ((step, move) for frame, _, step, move in now if (frame, step, move) not in own))
+        for update in now:
+            heappush(pending, update)
     return states
