@@ -208,7 +208,12 @@ def _file_of(rng: random.Random, clips: Sequence[bytes]) -> tuple[bytes, list[st
     if rng.random() < 0.4:
         return b"\n".join(texts) + rng.choice((b"", b"\n", b"\r\n")), good
     space = rng.choice((b"", b" ", b"\n", b"\n  "))
-    return rng.choice((b"", b"", b"\xef\xbb\xbf")) + b"[" + (b"," + space).join(texts) + b"]" + space, good
+    content = b"[" + (b"," + space).join(texts) + b"]" + space
+    try:
+        json.loads(content.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        good = good[:at]  # an array is read up to where its syntax breaks
+    return rng.choice((b"", b"", b"\xef\xbb\xbf")) + content, good
 
 
 def _alone(here: Path, kind: str, clips: Sequence[bytes]) -> dict[str, str]:
