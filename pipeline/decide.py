@@ -22,7 +22,7 @@ from pipeline.options import Options
 from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Refusal, check_size, refuse
 from pipeline.schema import ROLES
 from pipeline.state import NOT_STARTED, Segment, lacks, states_before
-from pipeline.survey import NOT_GIVEN, Survey, Task, absent, spooled_turns
+from pipeline.survey import NOT_GIVEN, Head, Survey, Task, absent, spooled_turns
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Source:
     votes: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))
     fps_assumed: int = 0
     bounds_widened: int = 0
+    renamed: int = 0  # clips whose id a clip of another video has
     ignored: Counter[str] = field(default_factory=Counter)  # descriptive field -> clips where its type says nothing
     refused: list[Refusal] = field(default_factory=list)
 
@@ -65,6 +66,7 @@ class Source:
             "turns_not_fitting": total - labels.fitting(self.convention, self.votes),
             "fps_assumed": self.fps_assumed,
             "bounds_widened": self.bounds_widened,
+            "renamed": self.renamed,
             "ignored_fields": dict(sorted(self.ignored.items())),
         }
 
@@ -79,6 +81,9 @@ class Part:
     keep: np.ndarray  # bool [C]
     bounds: np.ndarray  # int64 [C, 2]; -1 where neither given nor seen
     states: dict[int, dict[str, str]] = field(default_factory=dict)  # clip -> its replayed initial state
+    renamed: dict[int, str] = field(
+        default_factory=dict
+    )  # clip -> its id, where another video's clip has the given one
     broken: int = 0  # clips whose replayed state lacks what their updates need
 
     def refuse(self, i: int, error: ClipError) -> None:
@@ -115,14 +120,21 @@ def part_of(source: Source, task: Task, found: Survey) -> Part:
 
 
 def _refuse_duplicates(parts: list[Part]) -> None:
-    """Of clips with one id in one split, the first is kept."""
-    taken: dict[str, set[str]] = {}
+    """Of clips of one video with one id in one split, the first is kept; one of another video gets its own id."""
+    taken: dict[str, dict[str, Head]] = {}
     for part in parts:
-        names = taken.setdefault(part.source.split, set())
-        for i, name in enumerate(part.survey.clip_ids):
-            if name in names:
+        names = taken.setdefault(part.source.split, {})
+        for i, (name, head) in enumerate(zip(part.survey.clip_ids, part.survey.heads, strict=True)):
+            first = names.setdefault(name, head)
+            if first is head:
+                continue
+            longer = f"{name}_{head.dataset or 'unknown'}_{head.video_uid}"
+            if (first.dataset, first.video_uid) == (head.dataset, head.video_uid) or longer in names:
                 part.refuse(i, ClipError("clip_id", f"{name!r} a second time", "an id of its own"))
-            names.add(name)
+                continue
+            names[longer] = head
+            part.survey.clip_ids[i] = part.renamed[i] = longer
+            part.source.renamed += 1
 
 
 def _decide_convention(source: Source, parts: list[Part], given: str | None) -> None:

@@ -260,7 +260,9 @@ class _Run:
             if not numbers[split]:
                 self._make_folders(split)
             where = (part.task.spool, staging, split, numbers[split])
-            plans.append(Plan(*where, convention, part.keep, part.bounds, clips[split], self.options, part.states))
+            plans.append(
+                Plan(*where, convention, part.keep, part.bounds, clips[split], self.options, part.states, part.renamed)
+            )
             numbers[split] += 1
             clips[split] += kept
         return plans

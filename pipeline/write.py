@@ -46,6 +46,7 @@ class Plan:
     first_clip: int
     options: Options
     states: dict[int, dict[str, str]]  # clip of the part (before `keep`) -> its replayed initial state
+    renamed: dict[int, str]  # clip of the part -> its id, where that is not the spooled one
 
 
 @dataclass
@@ -85,8 +86,8 @@ def write_part(plan: Plan) -> Written:
 def _write_groups(plan: Plan, writers: dict[str, TableWriter], done: Written) -> int:
     """Write and count the part's groups; returns the number of clips."""
     clip = plan.first_clip
-    for batch, bounds, states in _groups(plan):
-        group = _Group(batch, bounds, clip, plan, states)
+    for batch, bounds, places in _groups(plan):
+        group = _Group(batch, bounds, clip, plan, places)
         writers["frames"].write(group.frames_batch(writers["frames"].batch_schema))
         writers["clips"].write(group.clips_batch())
         group.count(done)
@@ -131,8 +132,8 @@ def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str,
     }
 
 
-def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, dict[int, dict[str, str]]]]:
-    """The kept clips of each spooled batch, their bounds and replayed states, cut where they hold too many frames."""
+def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, list[int]]]:
+    """The kept clips of each spooled batch, their bounds and places in the part, cut where frames are too many."""
     first = 0
     with pa.memory_map(plan.spool) as source:
         reader = pa.ipc.open_file(source)
@@ -145,8 +146,7 @@ def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, dict[int, 
             if not keep.all():
                 batch = batch.filter(pa.array(keep))
             for begin, end in _cut(bounds):
-                states = {i: plan.states[place] for i, place in enumerate(places[begin:end]) if place in plan.states}
-                yield batch.slice(begin, end - begin), bounds[begin:end], states
+                yield batch.slice(begin, end - begin), bounds[begin:end], places[begin:end]
 
 
 def _cut(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -169,12 +169,16 @@ class _Group:
         bounds: np.ndarray,
         first_clip: int,
         plan: Plan,
-        states: dict[int, dict[str, str]],
+        places: list[int],
     ) -> None:
-        self.batch, self.bounds, self.plan, self.states = batch, bounds, plan, states
+        self.batch, self.bounds, self.plan = batch, bounds, plan
+        self.states = {i: plan.states[place] for i, place in enumerate(places) if place in plan.states}
         self.number = np.arange(first_clip, first_clip + batch.num_rows, dtype=np.int32)
-        self.ids = batch.column("clip_id")
-        seeds = [sampling_seed(plan.options.seed, name) for name in self.ids.to_pylist()]
+        ids = batch.column("clip_id").to_pylist()
+        if plan.renamed:
+            ids = [plan.renamed.get(place, name) for place, name in zip(places, ids, strict=True)]
+        self.ids = pa.array(ids, pa.string())
+        seeds = [sampling_seed(plan.options.seed, name) for name in ids]
         self.seeds = np.array(seeds, np.uint64)
         self.rates = [plan.options.rate(plan.split, own) for own in batch.column("neg_rate").to_pylist()]
         self.sizes = bounds[:, 1] - bounds[:, 0]
@@ -244,10 +248,11 @@ class _Group:
 
     def clips_batch(self) -> pa.RecordBatch:
         rows = self.batch.num_rows
-        taken = {name: self.batch.column(name) for name in ("clip_id", "video_uid", "recording_id", "dataset", "fps")}
+        taken = {name: self.batch.column(name) for name in ("video_uid", "recording_id", "dataset", "fps")}
         taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
         supervised = (self.labels != NOT_SAMPLED).any(axis=0)
         taken |= {
+            "clip_id": self.ids,
             "clip": pa.array(self.number),
             "start_frame": pa.array(self.bounds[:, 0], pa.int32()),
             "end_frame": pa.array(self.bounds[:, 1], pa.int32()),

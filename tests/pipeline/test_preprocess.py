@@ -25,7 +25,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.inspect import summarise
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
-from pipeline.schema import CLIPS, FRAMES
+from pipeline.schema import CLIPS, FRAMES, sampling_seed
 from pipeline.summary import render_summary, summary_of
 from pipeline.synth import write_frames
 
@@ -131,6 +131,17 @@ def test_conversations_over_one_video_are_told_apart(tmp_path):
     manifest = run(tmp_path, [one, two, one])
     assert clips_of(tmp_path / "out")["clip_id"].n_unique() == 2
     assert manifest["quarantined"] == 1  # the true duplicate
+
+
+def test_clips_of_different_videos_may_have_one_id_but_not_of_the_same(tmp_path):
+    given = [clip(), clip(video_uid="other", dataset="wtag"), clip(video_uid="other", dataset="wtag", start=9)]
+    manifest = run(tmp_path, given)
+    assert manifest["quarantined"] == 1
+    assert manifest["inputs"][0]["renamed"] == 1
+    rows = clips_of(tmp_path / "out").select("clip_id", "video_uid", "sampling_seed").rows()
+    seeds = [sampling_seed(0, name) for name in ("a", "a_wtag_other")]
+    assert rows == [("a", "video-a", seeds[0]), ("a_wtag_other", "other", seeds[1])]
+    assert frames(tmp_path / "out")["clip_id"].unique(maintain_order=True).to_list() == ["a", "a_wtag_other"]
 
 
 def test_missing_bounds_come_from_the_turns_but_not_the_systems(tmp_path):
