@@ -315,12 +315,12 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
     try:
         info = json.loads(path.read_bytes())
-        found, _ = info.pop("format"), dict(info["config"])
-        _ = [(file["bytes"], file["sha256"]) for file in info["files"].values()]
+        found = info.pop("format")
+        if found != FORMAT:
+            raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
+        _ = dict(info["config"]), [(file["bytes"], file["sha256"]) for file in info["files"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
-    if found != FORMAT:
-        raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
     return dict(info)
 
 
