@@ -41,7 +41,7 @@ class Source:
     votes: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))
     fps_assumed: int = 0
     bounds_widened: int = 0
-    renamed: int = 0  # clips whose id a clip of another video has
+    renamed: int = 0  # clips whose id a clip of another data set has
     ignored: Counter[str] = field(default_factory=Counter)  # descriptive field -> clips where its type says nothing
     refused: list[Refusal] = field(default_factory=list)
 
@@ -81,9 +81,7 @@ class Part:
     keep: np.ndarray  # bool [C]
     bounds: np.ndarray  # int64 [C, 2]; -1 where neither given nor seen
     states: dict[int, dict[str, str]] = field(default_factory=dict)  # clip -> its replayed initial state
-    renamed: dict[int, str] = field(
-        default_factory=dict
-    )  # clip -> its id, where another video's clip has the given one
+    renamed: dict[int, str] = field(default_factory=dict)  # clip -> its id, where another data set has the given one
     broken: int = 0  # clips whose replayed state lacks what their updates need
 
     def refuse(self, i: int, error: ClipError) -> None:
@@ -120,7 +118,7 @@ def part_of(source: Source, task: Task, found: Survey) -> Part:
 
 
 def _refuse_duplicates(parts: list[Part]) -> None:
-    """Of clips of one video with one id in one split, the first is kept; one of another video gets its own id."""
+    """Of clips of one data set with one id in one split, the first is kept; one of another data set is renamed."""
     taken: dict[str, dict[str, Head]] = {}
     for part in parts:
         names = taken.setdefault(part.source.split, {})
@@ -129,7 +127,7 @@ def _refuse_duplicates(parts: list[Part]) -> None:
             if first is head:
                 continue
             longer = f"{name}_{head.dataset or 'unknown'}_{head.video_uid}"
-            if (first.dataset, first.video_uid) == (head.dataset, head.video_uid) or longer in names:
+            if first.dataset == head.dataset or longer in names:
                 part.refuse(i, ClipError("clip_id", f"{name!r} a second time", "an id of its own"))
                 continue
             names[longer] = head
@@ -229,9 +227,10 @@ def _replay_states(parts: list[Part]) -> None:
             head = part.survey.heads[i]
             if head.tracked:
                 conversations.setdefault((head.dataset, head.video_uid, head.user), []).append((part, i))
-    groups = [group for members in conversations.values() for group in _told_apart(members)]
+    alone = [members[0] for members in conversations.values() if len(members) == 1]
+    groups = [group for members in conversations.values() if len(members) > 1 for group in _told_apart(members)]
     several = [group for group in groups if len(group) > 1]
-    for part, i in (group[0] for group in groups if len(group) == 1):
+    for part, i in [*alone, *(group[0] for group in groups if len(group) == 1)]:
         if part.survey.heads[i].contradicted:
             part.states[i] = {}
     segments = _segments([member for group in several for member in group])

@@ -223,7 +223,7 @@ def _facts(source: Mapping[str, Any]) -> Iterator[str]:
     if source.get("bounds_widened"):
         yield f"bounds of {source['bounds_widened']:,} clips widened to their turns (DST updates alone given)"
     if source.get("renamed"):
-        yield f"{source['renamed']:,} ids extended by their video (a clip of another video has the same)"
+        yield f"{source['renamed']:,} ids extended by data set and video (another data set has the same)"
     if source.get("fps_assumed"):
         yield f"fps absent in {source['fps_assumed']:,} clips, 2 assumed"
     for name, count in (source.get("ignored_fields") or {}).items():

@@ -316,20 +316,15 @@ class _Turns:
 
     def echoes(self) -> tuple[int, int]:
         """(assistant turns whose whole text stands in an earlier user turn of their clip, assistant turns)."""
-        owner, heard = self.owner.tolist(), [""] * len(self.clips)
-        for turn in np.flatnonzero(self.role == _USER).tolist():
-            heard[owner[turn]] += self.content[turn] + "\n"
-        spoken = np.flatnonzero(self.role == _ASSISTANT).tolist()
-        content = self.content
-        candidates = [turn for turn in spoken if content[turn] in heard[owner[turn]]]
+        size = pc.binary_length(self.text).to_numpy()
+        heard, spoken = self.role == _USER, self.role == _ASSISTANT
+        longest = np.zeros(len(self.clips), size.dtype)  # user turn of a clip: a longer text stands in none
+        np.maximum.at(longest, self.owner[heard], size[heard])
         found = 0
-        for turn in candidates:
-            earlier = range(self.offsets[owner[turn]], turn)
-            text = self.content[turn]
-            found += len(text) >= ECHO_CHARACTERS and any(
-                self.role[t] == _USER and text in self.content[t] for t in earlier
-            )
-        return found, len(spoken)
+        for turn in np.flatnonzero(spoken & (size >= ECHO_CHARACTERS) & (size <= longest[self.owner])).tolist():
+            earlier = np.flatnonzero(heard[self.offsets[self.owner[turn]] : turn]) + self.offsets[self.owner[turn]]
+            found += any(self.content[turn] in self.content[one] for one in earlier.tolist())
+        return found, int(spoken.sum())
 
     def told_states(self) -> list[dict[str, str]]:
         """Per clip, the step states that its system turns tell, as in 'Step S1: completed'."""

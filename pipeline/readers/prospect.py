@@ -132,7 +132,7 @@ def clip_of(record: Record, schema: str, default_fps: float | None) -> Clip:
     fps, fps_given = check_fps(record.fps, default_fps)
     dst = record.dst.steps if isinstance(record.dst, Steps) else record.dst
     steps: list[tuple[Any, Any]] = [(step.id, step.name) for step in dst or ()]
-    if not all(type(step) is type(name) is str for step, name in steps):
+    if not {type(part) for step in steps for part in step} <= {str}:
         steps = [(str(step), text_of(name, "dst.name", ignored) or "") for step, name in steps]
     get = metadata.get
     return Clip(

@@ -133,7 +133,7 @@ def test_conversations_over_one_video_are_told_apart(tmp_path):
     assert manifest["quarantined"] == 1  # the true duplicate
 
 
-def test_clips_of_different_videos_may_have_one_id_but_not_of_the_same(tmp_path):
+def test_clips_of_different_data_sets_may_have_one_id_but_not_of_the_same(tmp_path):
     given = [clip(), clip(video_uid="other", dataset="wtag"), clip(video_uid="other", dataset="wtag", start=9)]
     manifest = run(tmp_path, given)
     assert manifest["quarantined"] == 1
