@@ -12,10 +12,11 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import hazards, shards
+from pipeline import hazards
+from pipeline import output as shards
 from pipeline.errors import InputError
+from pipeline.output import again
 from pipeline.schema import NOT_SAMPLED
-from pipeline.shards import again
 from pipeline.summary import HEADS, Head, Split, Summary, all_hazards, label_hazards, split_order
 from pipeline.terminal import plain
 

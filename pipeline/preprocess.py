@@ -30,19 +30,19 @@ import numpy as np
 from pipeline import hazards
 from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
-from pipeline.decide import Part, Source, decide, part_of
 from pipeline.errors import InputError, UsageError
+from pipeline.extract import Task, cut, survey
 from pipeline.inputs import find_inputs, split_of
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options
+from pipeline.output import commit, intact, locked, read_manifest, staging
 from pipeline.readers.clip import Refusal, refuse
 from pipeline.readers.index import Index, index
+from pipeline.resolve import Part, Source, decide, part_of
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
-from pipeline.shards import commit, intact, locked, read_manifest, staging
+from pipeline.shards import Plan, Written, merged, write_part
 from pipeline.storage import sha256
 from pipeline.summary import label_hazards, summary_of
-from pipeline.survey import Task, cut, survey
-from pipeline.write import Plan, Written, merged, write_part
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it

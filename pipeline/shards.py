@@ -1,278 +1,365 @@
-"""Files that are complete or absent: the folder lock, staging, atomic Parquet parts, the manifest.
+"""Pass 2: one spooled part -> per-frame labels, its `frames` and `clips` shards, and the counts for the report.
 
-Everything is written below OUT/.staging-* and renamed into place at the end, the manifest last: a folder without
-manifest.json holds nothing finished. A run killed at any point leaves the old complete output, or (in the
-moment of the renames) none. A killed run never blocks the next one.
+A pure function of its Plan: no other part, clock or worker can change a byte. A group of at most 256 clips is one
+row group in both tables. Costs some 100 us a clip, half of it in the Parquet encoders.
+
+    C clips of a group, T turns, F frames of the group
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import errno
-import json
-import os
-import re
-import shutil
-import tempfile
+import secrets
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import card
-from pipeline.errors import InputError
-from pipeline.schema import CLIPS, FRAMES, MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, is_inside
-from pipeline.storage import LOCK, lock, make_folder, sha256, sync, write_json
-from pipeline.terminal import command, plain
+from pipeline import labels
+from pipeline.hazards import usual_gap
+from pipeline.options import Options
+from pipeline.output import TableWriter
+from pipeline.schema import CLIPS, NOT_SAMPLED, ROLES, draws, rate_threshold, sampling_seed, shard_path
+from pipeline.state import NOT_STARTED
+from pipeline.storage import move, sha256
 
-STAGING: Final = ".staging-"
-_SHARD = re.compile(r"(frames|clips)/split=[^/]+/part-\d{5,}\.parquet")
-_OURS: Final = ("frames", "clips", QUARANTINE)  # what a run replaces; the manifest comes last
+GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
+_ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
+_ROLES: Final = pa.array(ROLES)
+HEADS: Final = ("speaking", "dst_update")
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Own the folder `out`; raises InputError when another run owns it, or it cannot be made.
+@dataclass(frozen=True)
+class Plan:
+    """What pass 2 needs to write a part: which spooled clips, their bounds, the first one's number."""
 
-    A folder that this run created and left without output is removed again.
+    spool: str
+    staging: str
+    split: str
+    part: int
+    convention: str
+    keep: np.ndarray  # bool [C]
+    bounds: np.ndarray  # int64 [C, 2]
+    first_clip: int
+    options: Options
+    states: dict[int, dict[str, str]]  # clip of the part (before `keep`) -> its replayed initial state
+    renamed: dict[int, str]  # clip of the part -> its id, where that is not the spooled one
+
+
+@dataclass
+class Written:
+    """A written part: its shards' manifest entries and its counts."""
+
+    split: str
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    drops: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, Counter[float]] = field(default_factory=lambda: {head: Counter() for head in HEADS})
+    seconds: float = 0.0
+
+
+def write_part(plan: Plan) -> Written:
+    """Label and write one part.
+
+    Its shards are written beside the spool and renamed into place: two tries of one part, where a cluster lost sight
+    of the first, do not meet, and a late one finds its folder gone.
     """
-    created = not out.exists()
+    done = Written(plan.split)
+    writers = {
+        table: TableWriter(Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}"), table) for table in ("frames", "clips")
+    }
     try:
-        make_folder(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
-    taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
-    with lock(out / LOCK, taken):
-        try:
-            yield
-            created = False
-        finally:
-            if created and not (out / MANIFEST).exists():
-                _remove_empty(out)
-
-
-@contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """An empty folder inside `out`, which must be locked; gone afterwards. OSErrors become InputErrors."""
-    try:
-        _refuse_foreign(out)
-        _clear(out)
-        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
-        try:
-            _try_out(folder)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _explain(error, out) from None
-
-
-def _try_out(folder: Path) -> None:
-    """What `commit` will do, before the work is: rename a folder that holds something."""
-    write_json(folder / "try" / MANIFEST, {})
-    try:
-        (folder / "try").rename(folder / "tried")
-    except OSError as error:
-        what = f"folders cannot be renamed there ({error.strerror}); choose an --out on another disk"
-        raise OSError(error.errno, what, str(folder.parent)) from None
-    shutil.rmtree(folder / "tried")
-
-
-def _clear(out: Path) -> None:
-    """Remove what runs left that were killed. Each has a name of its own: a worker that outlives its run for a
-    moment writes nowhere else."""
-    for left in out.glob(f"{STAGING}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Never replace a folder `frames` or `clips` that holds anything but shards (frames of videos, say)."""
-    for table in ("frames", "clips"):
-        for path in (out / table).rglob("*"):
-            if path.is_file() and not _SHARD.fullmatch(str(path.relative_to(out))):
-                raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
-
-
-def _remove_empty(out: Path) -> None:
-    (out / LOCK).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        out.rmdir()
-
-
-def _explain(error: OSError, out: Path) -> InputError:
-    where = error.filename or out
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return InputError(f"{out}: no space left on the disk; nothing was changed; make room and run again")
-    return InputError(f"{where}: {error.strerror or error}; nothing was changed")
-
-
-def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Swap the staged tables, the manifest and the dataset card into `out`; the manifest leaves first and comes last.
-
-    What fails, or is interrupted, on the way is undone: the old output is back. A README.md that is not ours stays.
-    """
-    write_json(staged / MANIFEST, manifest)
-    readme = out / card.CARD
-    ours = (*_OURS, card.CARD) if card.is_ours(readme) or not os.path.lexists(readme) else _OURS
-    card.write(staged / card.CARD, manifest)
-    for path in staged.rglob("*"):
-        sync(path)
-    old = staged / "old"
-    old.mkdir()
-    leaving = [(out / name, old / name) for name in (MANIFEST, *ours) if (out / name).exists()]
-    coming = [(staged / name, out / name) for name in (*ours, MANIFEST) if (staged / name).exists()]
-    moved: list[tuple[Path, Path]] = []
-    try:
-        for source, target in leaving + coming:
-            if target == out / MANIFEST:
-                sync(out)
-            source.rename(target)
-            moved.append((source, target))
+        clips = _write_groups(plan, writers, done)
+        for writer in writers.values():
+            writer.close()
     except BaseException:
-        for source, target in reversed(moved):
-            target.rename(source)
+        for writer in writers.values():
+            writer.abandon()
         raise
-    sync(out)
+    done.shards = [_entry(plan, table, writer, clips) for table, writer in writers.items()]
+    return done
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest; None where there is none that can be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+def _write_groups(plan: Plan, writers: dict[str, TableWriter], done: Written) -> int:
+    """Write and count the part's groups; returns the number of clips."""
+    clip = plan.first_clip
+    for batch, bounds, places in _groups(plan):
+        group = _Group(batch, bounds, clip, plan, places)
+        writers["frames"].write(group.frames_batch(writers["frames"].batch_schema))
+        writers["clips"].write(group.clips_batch())
+        group.count(done)
+        clip += batch.num_rows
+    return clip - plan.first_clip
 
 
-def intact(folder: Path) -> bool:
-    """Whether the folder holds a complete output, every shard unchanged."""
-    try:
-        return bool(verify(folder))
-    except (InputError, OSError):
-        return False
+def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
+    """Counts per split for the manifest, summed over the parts."""
+    splits: dict[str, Written] = {}
+    for part in written:
+        total = splits.setdefault(part.split, Written(part.split))
+        total.counts.update(part.counts)
+        total.drops.update(part.drops)
+        for head, gaps in part.gaps.items():
+            total.gaps[head].update(gaps)
+        total.seconds += part.seconds
+    return {
+        split: {
+            **total.counts,
+            **{f"{head}_usual_gap": usual_gap(gaps) for head, gaps in total.gaps.items()},
+            "hours": round(total.seconds / 3600, 4),
+            "drops": {reason: count for reason, count in sorted(total.drops.items()) if count},
+        }
+        for split, total in splits.items()
+    }
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, once every shard proves to be the one it lists; InputError names the damage otherwise."""
-    manifest = _manifest(folder)
-    redo = again(folder)
-    listed = set()
-    for shard in manifest["shards"]:
-        _verify_shard(folder, shard, redo)
-        listed.add(folder / shard["path"])
-    if "quarantine_sha256" in manifest:
-        _verify_quarantine(folder, manifest, redo)
-    for path in sorted(folder.glob("*/split=*/*.parquet")):
-        if path not in listed:
-            raise InputError(f"{plain(path)}: a shard that {MANIFEST} does not list; remove it, or {redo}")
-    return manifest
+def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str, Any]:
+    """Puts a written shard into its place; its entry in the manifest."""
+    path = Path(plan.staging) / shard_path(table, plan.split, plan.part)
+    move(writer.path, path)
+    return {
+        "path": shard_path(table, plan.split, plan.part),
+        "table": table,
+        "split": plan.split,
+        "part": plan.part,
+        "rows": writer.rows,
+        "clips": clips,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
 
 
-def again(folder: Path) -> str:
-    """What to do about a folder that is not whole."""
-    return f"run `{command('preprocess', '...', '--out', folder)}` again"
+def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, list[int]]]:
+    """The kept clips of each spooled batch, their bounds and places in the part, cut where frames are too many."""
+    first = 0
+    with pa.memory_map(plan.spool) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            keep = plan.keep[first : first + batch.num_rows]
+            bounds = plan.bounds[first : first + batch.num_rows][keep]
+            places = (first + np.flatnonzero(keep)).tolist()
+            first += batch.num_rows
+            if not keep.all():
+                batch = batch.filter(pa.array(keep))
+            for begin, end in _cut(bounds):
+                yield batch.slice(begin, end - begin), bounds[begin:end], places[begin:end]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path, redo = folder / MANIFEST, again(folder)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        how = again(folder).removesuffix(" again")
-        raise InputError(f"no {MANIFEST} in {plain(folder)}: not a finished output; {how}") from None
-    except (ValueError, RecursionError, OSError) as e:
-        raise InputError(f"{plain(path)}: not readable as JSON ({plain(e)}); {redo}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
-        raise InputError(f"{plain(path)}: not a manifest of prospect-dst (no list of shards); {redo}")
-    found = (manifest.get("schema_version"), manifest.get("schema_hash"))
-    if found != (SCHEMA_VERSION, SCHEMA_HASH):
-        wrote, reads = f"schema {found[0]} ({found[1]})", f"{SCHEMA_VERSION} ({SCHEMA_HASH})"
-        raise InputError(f"{plain(path)}: written for {plain(wrote)}, this version reads {reads}; {redo}")
-    return manifest
+def _cut(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
+    begin, frames = 0, 0
+    for i, (start, end) in enumerate(bounds.tolist()):
+        if i > begin and frames + end - start > GROUP_FRAMES:
+            yield begin, i
+            begin, frames = i, 0
+        frames += end - start
+    if len(bounds):
+        yield begin, len(bounds)
 
 
-def _verify_quarantine(folder: Path, manifest: dict[str, Any], redo: str) -> None:
-    path = folder / QUARANTINE
-    if not path.is_file() or sha256(path) != manifest["quarantine_sha256"]:
-        raise InputError(f"{plain(path)}: missing, damaged or edited (sha256 is not the manifest's); {redo}")
+class _Group:
+    """One row group: the clips' turns as flat arrays, their labels as one flat array over all frames."""
 
+    def __init__(
+        self,
+        batch: pa.RecordBatch,
+        bounds: np.ndarray,
+        first_clip: int,
+        plan: Plan,
+        places: list[int],
+    ) -> None:
+        self.batch, self.bounds, self.plan = batch, bounds, plan
+        self.states = {i: plan.states[place] for i, place in enumerate(places) if place in plan.states}
+        self.number = np.arange(first_clip, first_clip + batch.num_rows, dtype=np.int32)
+        ids = batch.column("clip_id").to_pylist()
+        if plan.renamed:
+            ids = [plan.renamed.get(place, name) for place, name in zip(places, ids, strict=True)]
+        self.ids = pa.array(ids, pa.string())
+        seeds = [sampling_seed(plan.options.seed, name) for name in ids]
+        self.seeds = np.array(seeds, np.uint64)
+        self.rates = [plan.options.rate(plan.split, own) for own in batch.column("neg_rate").to_pylist()]
+        self.sizes = bounds[:, 1] - bounds[:, 0]
+        self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # of each clip, in the flat frames
+        own = batch.column("convention").to_pylist()
+        self.conventions = [name or plan.convention for name in own]
+        self.placed = np.array([name is not None for name in own], bool)
+        self._read_turns()
+        self._read_unlabelled()
+        self.frame = np.arange(self.first[-1]) + np.repeat(bounds[:, 0] - self.first[:-1], self.sizes)
+        self.labels = self._label()
 
-def _verify_shard(folder: Path, shard: Any, redo: str) -> None:
-    name = shard.get("path") if isinstance(shard, dict) else None
-    if not isinstance(name, str) or not is_inside(name):
-        raise InputError(f"{plain(folder / MANIFEST)}: lists a shard at {plain(name)}; {redo}")
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"{plain(path)}: listed in {MANIFEST}, but missing; {redo}")
-    if path.stat().st_size != shard.get("bytes"):
-        found = f"{path.stat().st_size:,} bytes, expected {shard.get('bytes')}"
-        raise InputError(f"{plain(path)}: damaged or edited, found {plain(found)}; {redo}")
-    digest = sha256(path)
-    if digest != shard.get("sha256"):
-        text = f"damaged or edited, found sha256 {digest}, expected {plain(shard.get('sha256'))}"
-        raise InputError(f"{plain(path)}: {text}; {redo}")
+    def _read_turns(self) -> None:
+        turns = self.batch.column("turns")
+        self.offsets = turns.offsets.to_numpy()
+        self.turns = turns.values.slice(self.offsets[0], self.offsets[-1] - self.offsets[0])
+        self.offsets = self.offsets - self.offsets[0]
+        self.owner = np.repeat(np.arange(self.batch.num_rows), np.diff(self.offsets))
+        self.role = self.turns.field("role").to_numpy()
+        start, end = (self.turns.field(name).to_numpy() for name in ("start", "end"))
+        as_they_are = (end == labels.NO_FRAMES[1]) | self.placed[self.owner]
+        moved = labels.canonical(self.plan.convention, start, end)
+        self.start = np.where(as_they_are, start, moved[0])
+        self.end = np.where(as_they_are, end, moved[1])
 
+    def _read_unlabelled(self) -> None:
+        """The ranges that nobody annotated, cut to their clips: `unlabelled` absolute [U, 2], of clips `whose` [U]."""
+        column = self.batch.column("unlabelled")
+        offsets = column.offsets.to_numpy()
+        ranges = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+        whose = np.repeat(np.arange(self.batch.num_rows), np.diff(offsets))
+        bounds = self.bounds[whose]
+        start, end = (np.clip(ranges.field(i).to_numpy(), bounds[:, 0], bounds[:, 1]) for i in (0, 1))
+        inside = start < end
+        self.whose, self.unlabelled = whose[inside], np.stack([start, end], axis=1)[inside]
 
-# ---- Parquet -----------------------------------------------------------------------------------------
+    def _label(self) -> np.ndarray:
+        """int8 [2, F]."""
+        clips = self.batch.num_rows
+        steps = np.diff(self.batch.column("steps").offsets.to_numpy())
+        updates = np.bincount(self.owner[self.role == _DST], minlength=clips)
+        threshold = np.array([rate_threshold(rate) for rate in self.rates], np.uint64)
+        drawn = draws(np.repeat(self.seeds, self.sizes), 0, self.frame) < np.repeat(threshold, self.sizes)
+        self.tracked = (steps > 0) | (updates > 0)
+        tracked = np.repeat(self.tracked, self.sizes)
+        heads = [self._events(self.role == code) for code in (_ASSISTANT, _DST)]
+        offset = self.first[self.whose] - self.bounds[self.whose, 0]
+        unlabelled = self.unlabelled + offset[:, None]
+        return labels.label_frames(heads, drawn, tracked, unlabelled, self.plan.options.positive)
 
-# Chosen, not defaulted: 17 million frames take 8 MB instead of 116, in half the time.
-_FRAMES_STORED = FRAMES.set(0, pa.field("clip_id", pa.dictionary(pa.int32(), pa.string()), nullable=False))
-_FRAMES_OPTIONS: dict[str, Any] = {
-    "use_dictionary": ["clip_id", "clip", "speaking_label", "dst_update_label"],
-    "column_encoding": {"frame": "DELTA_BINARY_PACKED", "time_s": "BYTE_STREAM_SPLIT"},
-    "write_statistics": ["clip", "frame", "time_s"],  # those of ids and labels let no reader skip anything
-}
-# Text never repeats: looking for a dictionary, and keeping its longest value as statistics, only costs.
-_CLIPS_REPEAT = ("dataset", "positive", "frame_convention", "goal", "knowledge", "role", "transition", "id", "name")
+    def _events(self, which: np.ndarray) -> labels.Events:
+        owner = self.owner[which]
+        return labels.Events(self.start[which], self.end[which], self.bounds[owner], self.first[owner])
 
+    def frames_batch(self, schema: pa.Schema) -> pa.RecordBatch:
+        which = np.repeat(np.arange(self.batch.num_rows, dtype=np.int32), self.sizes)
+        fps = self.batch.column("fps").to_numpy()
+        columns = [
+            pa.DictionaryArray.from_arrays(pa.array(which), self.ids),
+            self.number[which],
+            self.frame.astype(np.int32),
+            (self.frame / fps[which]).astype(np.float32),
+            self.labels[0],
+            self.labels[1],
+        ]
+        return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=schema)
 
-def _leaves(type_: pa.DataType, path: str) -> Iterator[str]:
-    """Parquet paths of the leaf columns below a column, e.g. turns.list.element.role."""
-    if pa.types.is_list(type_):
-        yield from _leaves(type_.value_type, f"{path}.list.element")
-    elif pa.types.is_struct(type_):
-        for child in type_:
-            yield from _leaves(child.type, f"{path}.{child.name}")
-    else:
-        yield path
+    def clips_batch(self) -> pa.RecordBatch:
+        rows = self.batch.num_rows
+        taken = {name: self.batch.column(name) for name in ("video_uid", "recording_id", "dataset", "fps")}
+        taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
+        supervised = (self.labels != NOT_SAMPLED).any(axis=0)
+        taken |= {
+            "clip_id": self.ids,
+            "clip": pa.array(self.number),
+            "start_frame": pa.array(self.bounds[:, 0], pa.int32()),
+            "end_frame": pa.array(self.bounds[:, 1], pa.int32()),
+            "num_frames": pa.array(self.sizes, pa.int32()),
+            "steps": _retyped(self.batch.column("steps"), CLIPS.field("steps").type),
+            "initial_state": self._initial_state(),
+            "turns": self._turns_column(),
+            "sampling_seed": pa.array(self.seeds, pa.uint64()),
+            "neg_rate": pa.array(self.rates, pa.float64()),
+            "unlabelled": self._unlabelled_column(),
+            "positive": pa.array([self.plan.options.positive] * rows),
+            "frame_convention": pa.array(self.conventions),
+            "n_speaking": self._per_clip(self.labels[0] == 1),
+            "n_dst_update": self._per_clip(self.labels[1] == 1),
+            "n_supervised": self._per_clip(supervised),
+        }
+        return pa.RecordBatch.from_arrays([taken[name] for name in CLIPS.names], schema=CLIPS)
 
+    def _initial_state(self) -> pa.Array:
+        """Replayed states tell every step of the clip; given ones are as the source has them."""
+        type_ = CLIPS.field("initial_state").type
+        column = self.batch.column("initial_state")
+        if not self.states:
+            return _retyped(column, type_)
+        rows = [[(pair["key"], pair["value"]) for pair in pairs] for pairs in column.to_pylist()]
+        steps = self.batch.column("steps").to_pylist()
+        for i, state in self.states.items():
+            rows[i] = list((dict.fromkeys((step["key"] for step in steps[i]), NOT_STARTED) | state).items())
+        return pa.array([[{"id": step, "state": state} for step, state in row] for row in rows], type_)
 
-_CLIPS_LEAVES = [leaf for column in CLIPS for leaf in _leaves(column.type, column.name)]
-_CLIPS_OPTIONS: dict[str, Any] = {
-    "use_dictionary": [leaf for leaf in _CLIPS_LEAVES if leaf.rpartition(".")[2] in _CLIPS_REPEAT],
-    "write_statistics": [leaf for leaf in _CLIPS_LEAVES if leaf not in ("turns.list.element.text", "knowledge")],
-}
+    def _unlabelled_column(self) -> pa.Array:
+        type_ = CLIPS.field("unlabelled").type
+        offsets = np.searchsorted(self.whose, np.arange(self.batch.num_rows + 1)).astype(np.int32)
+        columns = [pa.array(self.unlabelled[:, i], pa.int32()) for i in (0, 1)]
+        struct = pa.StructArray.from_arrays(columns, fields=list(type_.value_type))
+        return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type_)
 
+    def _per_clip(self, mask: np.ndarray) -> pa.Array:
+        return pa.array(np.add.reduceat(mask, self.first[:-1], dtype=np.int64), pa.int32())
 
-class TableWriter:
-    """One Parquet part in a folder that exists; each `write` is one row group.
+    def _turns_column(self) -> pa.Array:
+        type_ = CLIPS.field("turns").type
+        absent = self.end == labels.NO_FRAMES[1]
+        columns = [
+            _ROLES.take(self.turns.field("role")),
+            self.turns.field("text"),
+            pa.array(self.start.astype(np.int32), mask=absent),
+            pa.array(np.minimum(self.end, 2**31 - 1).astype(np.int32), mask=absent),
+            self.turns.field("time"),
+            _retyped(self.turns.field("updates"), type_.value_type.field("updates").type),
+        ]
+        struct = pa.StructArray.from_arrays(columns, fields=list(type_.value_type))
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), struct, type=type_)
 
-    The ids of `frames` come dictionary-encoded; the file still says plain string, because the Arrow schema
-    that readers restore is put there by hand.
-    """
-
-    def __init__(self, path: Path, table: str) -> None:
-        self.path = path
-        self.schema = FRAMES if table == "frames" else CLIPS
-        self.batch_schema = _FRAMES_STORED if table == "frames" else CLIPS  # what `write` takes
-        options = _FRAMES_OPTIONS if table == "frames" else _CLIPS_OPTIONS
-        self._writer = pq.ParquetWriter(
-            path, self.batch_schema, compression="zstd", compression_level=1, store_schema=False, **options
+    def count(self, done: Written) -> None:
+        """Add this group's counts: what the report and the hazards are made of."""
+        speaking, dst = self.labels[0], self.labels[1]
+        both = (speaking == 1) & (dst == 1)
+        firsts = self.first[:-1]
+        fps = self.batch.column("fps").to_numpy()
+        nobody = np.bincount(self.whose, self.unlabelled[:, 1] - self.unlabelled[:, 0], self.batch.num_rows)
+        annotated = self.sizes - nobody.astype(np.int64)  # frames [C]
+        tracked = self.tracked & (annotated > 0)
+        done.counts.update(
+            clips=self.batch.num_rows,
+            frames=len(self.frame),
+            speaking_clips=int((annotated > 0).sum()),
+            speaking_frames=int(annotated.sum()),
+            dst_update_clips=int(tracked.sum()),
+            dst_update_frames=int(annotated[tracked].sum()),
+            supervised=int(((speaking != NOT_SAMPLED) | (dst != NOT_SAMPLED)).sum()),
+            speaking_supervised=int((speaking != NOT_SAMPLED).sum()),
+            dst_update_supervised=int((dst != NOT_SAMPLED).sum()),
+            speaking_positive=int((speaking == 1).sum()),
+            dst_update_positive=int((dst == 1).sum()),
+            both_positive=int(both.sum()),
+            first_frame_positive=int(((speaking[firsts] == 1) | (dst[firsts] == 1)).sum()),
         )
-        self.rows = 0
+        done.seconds += float((self.sizes / fps).sum())
+        for head, own in zip(HEADS, self.labels, strict=True):
+            positive = np.flatnonzero(own == 1)
+            clip = np.searchsorted(self.first, positive, side="right") - 1
+            quiet = np.diff(positive) - 1
+            between = (quiet > 0) & (np.diff(clip) == 0)
+            seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
+            done.gaps[head].update(
+                dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True))
+            )
+        self._count_drops(done)
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=max(1, batch.num_rows))
-        self.rows += batch.num_rows
+    def _count_drops(self, done: Written) -> None:
+        start, end, bounds, _ = self._events((self.role == _ASSISTANT) | (self.role == _DST))
+        reasons = labels.drops(start, end, bounds[:, 0], bounds[:, 1], self.plan.options.positive)
+        summaries = int(np.sum(self.batch.column("summaries").to_numpy()))
+        for code, reason in enumerate(labels.DROP_REASONS):
+            done.drops[reason] += int((reasons == code).sum()) - (summaries if code == 0 else 0)
+        done.drops["summary, not speech"] += summaries
+        inside = reasons == -1
+        done.counts["event_turns"] += len(reasons)
+        cut = inside & ((start < bounds[:, 0]) | (end > bounds[:, 1]))
+        done.counts["turns_cut"] += int(cut.sum())
 
-    def abandon(self) -> None:
-        """After a failure: leave the file as it is, and say nothing more about it."""
-        self._writer.is_open = False
 
-    def close(self) -> None:
-        arrow = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
-        self._writer.add_key_value_metadata({"ARROW:schema": arrow})
-        self._writer.close()
+def _retyped(column: pa.Array, type_: pa.DataType) -> pa.Array:
+    """A spooled list<struct> under the schema's field names."""
+    offsets = column.offsets.to_numpy()
+    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+    children = [values.field(i) for i in range(values.type.num_fields)]
+    struct = pa.StructArray.from_arrays(children, fields=list(type_.value_type))
+    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0], pa.int32()), struct, type=type_)

@@ -12,8 +12,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from pipeline import cli, demo
 from pipeline.synth import SynthConfig, synth
+from trainer import cli, demo
 
 SMALL = SynthConfig(recordings={"train": 6, "val": 2, "test": 2}, views=2)
 
@@ -145,7 +145,7 @@ def test_a_window_longer_than_the_model_reads_is_refused(made, tmp_path, capsys)
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from pipeline.cli import main; main(['--help']);"
+        "import sys; from trainer.cli import main; main(['--help']);"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'polars', 'transformers', 'rich') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.cli import main
-from trainer.evaluation.verdict import evaluate_scores, evaluate_submission
+from trainer.cli import main
+from trainer.evaluation.evaluate_scores import evaluate_scores, evaluate_submission
 
 DOC = (Path(__file__).parents[1] / "docs/egoproactive.md").read_text(encoding="utf-8")
 SESSIONS = Path("wearable-ai/egoproactive/sessions_test.jsonl")

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.cli import app, main
+from trainer.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_polars_lines_work(sample, monkeypatch):
 
 
 def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.made.RECORDINGS", {"train": 2, "val": 2, "test": 2})
+    monkeypatch.setattr("trainer.synthetic_data.RECORDINGS", {"train": 2, "val": 2, "test": 2})
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     lines = [line.partition("#")[0].split()[1:] for line in README.splitlines() if line.startswith("prospect-dst ")]

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load(run: str | Path) -> LoadedRun:
-    """The model of a run (its `last`), or of one checkpoint folder, ready to score; TrainerError where there is none.
+    """The model of a run (its `last`), or of one checkpoint folder, ready to score; InputError where there is none.
 
     run = trainer.load("run"); then run.score("labels", "test"), or run.model, run.tokens, run.config, run.info.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.errors import TrainerError
+from pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ ARMS: dict[str, Arm] = {
 
 
 def find_arm(name: str) -> Arm:
-    """The arm of that name; TrainerError, naming those there are."""
+    """The arm of that name; InputError, naming those there are."""
     if name not in ARMS:
-        raise TrainerError(f"arm {name!r}: not known, expected one of {', '.join(ARMS)}")
+        raise InputError(f"arm {name!r}: not known, expected one of {', '.join(ARMS)}")
     return ARMS[name]

@@ -4,7 +4,7 @@ On CUDA in half precision all windows attend in one launch of torch's `varlen_at
 pads nor copies grouped keys. Everywhere else SDPA is called once per window, no padding, no mask tensor, 5e-7 from
 attending to each alone (a prototype, float32): on a CPU, and for float32 on CUDA, which no flash kernel takes. The
 library's own packing is off by default and fails silently (sequences see each other: logits off by 4e-2, gradients by
-99%), and a dense mask costs 2 to 4 times the time. For training and scoring; a KV cache is in `trainer.cache`.
+99%), and a dense mask costs 2 to 4 times the time. For training and scoring; a KV cache is in `trainer.live.kv_cache`.
 
     L tokens of the row    W windows    H heads    G key-value heads    D head width
 """

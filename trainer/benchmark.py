@@ -36,23 +36,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.dataset import Split
+from pipeline.errors import InputError
+from pipeline.labels import DST, SPEAK
 from pipeline.storage import make_folder, naming, replacing, write_json
 from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
-from trainer.clips import DST, SPEAK
 from trainer.config import RunOptions, Settings, TrainConfig
-from trainer.errors import TrainerError
 from trainer.evaluate import can_live, evaluate
-from trainer.evaluation.folder import read_benchmark
-from trainer.evaluation.measure import METRICS, Thresholds, estimators, look_up
+from trainer.evaluation.benchmark_folder import read_benchmark
+from trainer.evaluation.bootstrap import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
+from trainer.evaluation.evaluate_scores import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, EvalSplits, hold
+from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
 from trainer.evaluation.report import headline, write_report
 from trainer.evaluation.scores import read_scores
-from trainer.evaluation.statistics import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
-from trainer.evaluation.verdict import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, Held, hold
 from trainer.loader import end_with
-from trainer.metrics import read_metrics
-from trainer.shards import Split
-from trainer.start import SOURCES, options_of, read_start, take_lock
+from trainer.run_folder import SOURCES, options_of, read_start, take_lock
+from trainer.run_log import read_metrics
 from trainer.train import train
 
 PAIRS: Final = (  # of interest, the question first; those whose arms were trained are compared
@@ -92,7 +92,7 @@ class Plan:
             find_arm(arm)
         for name, chosen in (("arms", self.arms), ("seeds", self.seeds)):
             if not chosen or len(set(chosen)) < len(chosen):
-                raise TrainerError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
+                raise InputError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
 
     @property
     def mode(self) -> str:
@@ -161,7 +161,7 @@ def _options(values: Any, defaults: Any) -> list[str]:
 def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Do what is not done yet, compare, and write the report; its path. `tell` gets a line per finished run.
 
-    Raises TrainerError before anything is trained where no threshold could be chosen, where another process works in
+    Raises InputError before anything is trained where no threshold could be chosen, where another process works in
     the same folder, and where runs are there that were begun otherwise.
     """
     held, learned = hold(plan.data, plan.split), Split(plan.data, "train")
@@ -181,22 +181,22 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
         return write_report(plan.out)
 
 
-def _check_data(plan: Plan, held: Held, learned: Split) -> None:
-    """TrainerError where the data can't answer, whatever is trained on it."""
+def _check_data(plan: Plan, held: EvalSplits, learned: Split) -> None:
+    """InputError where the data can't answer, whatever is trained on it."""
     if held.val is None:
-        raise TrainerError(
+        raise InputError(
             f"{plan.data}: no val split beside {plan.split}: thresholds are chosen there, and nowhere else; "
             f"preprocess one"
         )
     for split in held.all.values():
         if not split.statistics().counts[SPEAK, 1]:
-            raise TrainerError(
+            raise InputError(
                 f"{plan.data}: the assistant never speaks in {split.name}: nothing to measure; choose other data"
             )
     updating = [arm for arm in plan.arms if find_arm(arm).dst_head]
     if updating and not learned.statistics().counts[DST, 1]:
         without = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
-        raise TrainerError(
+        raise InputError(
             f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
             f"give data with dialog state, or --arms {without}"
         )
@@ -221,12 +221,12 @@ class Done:
     notes: tuple[str, ...]
 
 
-def is_done(job: Job, held: Held, learned: Split) -> bool:
+def is_done(job: Job, held: EvalSplits, learned: Split) -> bool:
     """Whether the job's scores are there and are of its checkpoint, this data, these options and settings.
 
     learned: the train split, opened (and hashed) once for all jobs.
 
-    Raises TrainerError where the run's folder was begun with other options.
+    Raises InputError where the run's folder was begun with other options.
     """
     scores, plan = job.run / "scores", job.plan
     if not (scores / METRICS_FILE).is_file() or not (job.run / "last").is_dir():
@@ -235,7 +235,7 @@ def is_done(job: Job, held: Held, learned: Split) -> bool:
     config = job.config.on("cuda" if torch.cuda.is_available() else "cpu")
     changed = config.differences(TrainConfig.from_json(begun["config"]))
     if changed:
-        raise TrainerError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
+        raise InputError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
     eval_split = held.all.get(plan.config.eval_split)
     now = options_of(job.config, learned, eval_split, plan.features) if eval_split else begun
     metrics = _metrics(job)
@@ -287,7 +287,7 @@ def _carry_out(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, Done]]:
                     running |= {pool.submit(do, job): job for job in _take(todo, 1)}
                     yield job, done
         except BrokenProcessPool:
-            raise TrainerError("a run's process was killed (memory?); run again, or with --jobs 1") from None
+            raise InputError("a run's process was killed (memory?); run again, or with --jobs 1") from None
         except BaseException:
             for process in active_children():  # the other runs go on from their checkpoints next time
                 process.terminate()

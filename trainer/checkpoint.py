@@ -29,16 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.errors import InputError
 from pipeline.storage import move, naming, sha256, sync, write_json
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
+from trainer.distributed import World, shard_like, whole
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder, plain_weights
-from trainer.parallel import World, shard_like, whole
 from trainer.tokenizer import Tokens, load_tokens
 
 if TYPE_CHECKING:
-    from trainer.score import ClipScores
+    from trainer.teacher_forced import ClipScores
 
 FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
@@ -65,7 +65,7 @@ class LoadedRun:
 
     def score(self, data: str | Path, split: str = "test", frames_root: Path | None = None) -> Iterator[ClipScores]:
         """Each clip of a split of `data` with logits float32 [2, F] of speaking and DST for every frame."""
-        from trainer.score import score_run
+        from trainer.teacher_forced import score_run
 
         return score_run(self, Path(data), split, frames_root)
 
@@ -93,7 +93,7 @@ def save_checkpoint(
     weights = _collect(plain_weights(model.vlm), world)
     heads = _collect(model.heads.state_dict().items(), world)
     state = {} if optimizer is None else _collect(_state(model, optimizer, config), world)
-    if world.leads:
+    if world.is_main:
         new = _beside(folder, "new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -115,7 +115,7 @@ def _collect(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str, T
     kept = {}
     for name, value in tensors:
         full = whole(value.detach())
-        if world.leads:
+        if world.is_main:
             kept[name] = full.cpu().contiguous()
     return kept
 
@@ -266,7 +266,7 @@ def _card_probability(correction: float | None) -> str:
 def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     """The checkpoint in `run` (a run folder: its `last`; or one checkpoint), in eval mode, on the CPU.
 
-    Raises TrainerError where there is none, or one that is damaged, incomplete or of another format. `to_train`: as
+    Raises InputError where there is none, or one that is damaged, incomplete or of another format. `to_train`: as
     it was in training, adapters apart from the weights they adapt.
     """
     folder = _folder(run)
@@ -301,7 +301,7 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
 
 
 def verify_model(name: str) -> None:
-    """TrainerError where `name` is a run or a checkpoint of ours with a damaged file; another model says nothing."""
+    """InputError where `name` is a run or a checkpoint of ours with a damaged file; another model says nothing."""
     folder = Path(model_folder(name))
     if (folder / RUN_INFO).is_file():
         _verify(folder, read_info(folder)["files"], to_train=False)
@@ -312,15 +312,15 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = folder / RUN_INFO
     if not path.is_file():
         best = f"; {folder / 'best'} is one" if (folder / "best" / RUN_INFO).is_file() else ""
-        raise TrainerError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
+        raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
     try:
         info = json.loads(path.read_bytes())
         found = info.pop("format")
         if found != FORMAT:
-            raise TrainerError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
+            raise InputError(f"{path}: format {found}, expected {FORMAT}; use the version that wrote it")
         _ = dict(info["config"]), [(file["bytes"], file["sha256"]) for file in info["files"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainerError(f"{path}: not a run's description ({error!r}); train again") from None
+        raise InputError(f"{path}: not a run's description ({error!r}); train again") from None
     return dict(info)
 
 
@@ -341,17 +341,17 @@ def _folder(run: Path) -> Path:
 def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> None:
     """Every file is there and is, byte for byte, what was written; the optimizer's only where it is needed."""
     if to_train and STATE not in files:
-        raise TrainerError(f"{folder}: holds no {STATE}, so training can't go on from it; resume from RUN/last")
+        raise InputError(f"{folder}: holds no {STATE}, so training can't go on from it; resume from RUN/last")
     for name, expected in files.items():
         if name == STATE and not to_train:
             continue
         path = folder / name
         if not path.is_file():
             made_up = ", and heads are never made up" if name == HEADS else ""
-            raise TrainerError(f"{path}: not found{made_up}; train again, or get the whole folder")
+            raise InputError(f"{path}: not found{made_up}; train again, or get the whole folder")
         if sha256(path) != expected["sha256"]:
             size = f"{path.stat().st_size} bytes of {expected['bytes']}"
-            raise TrainerError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
+            raise InputError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
 
 
 def _load_parameters(folder: Path, model: ProspectModel, base: str) -> None:
@@ -363,14 +363,14 @@ def _load_parameters(folder: Path, model: ProspectModel, base: str) -> None:
         merged = _read_tensors(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
         for name, value in plain_weights(model.vlm):
             if name in merged and not torch.allclose(value, merged[name], atol=1e-5):
-                raise TrainerError(f"{base}: {name} is not what the adapters were trained on; get that model back")
+                raise InputError(f"{base}: {name} is not what the adapters were trained on; get that model back")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise TrainerError(f"{path}: damaged ({error}); train again, or get the file again") from None
+        raise InputError(f"{path}: damaged ({error}); train again, or get the file again") from None
 
 
 def _read_heads(folder: Path, like: DecisionHeads) -> dict[str, Any]:
@@ -378,5 +378,5 @@ def _read_heads(folder: Path, like: DecisionHeads) -> dict[str, Any]:
     state = _read_tensors(path)
     found, expected = ({name: list(v.shape) for name, v in s.items()} for s in (state, like.state_dict()))
     if found != expected:
-        raise TrainerError(f"{path}: holds {found}, expected {expected}; get the whole folder again")
+        raise InputError(f"{path}: holds {found}, expected {expected}; get the whole folder again")
     return state

@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from pipeline.errors import InputError
 from trainer.arms import find_arm
-from trainer.errors import TrainerError
 
 RANDOM_MODELS = ("tiny", "nano")  # built from a config, with random weights and a tokenizer of the data's own texts
 BALANCES = ("none", "mean")
@@ -28,7 +28,7 @@ NOT_NEGATIVE = ("seed", "warmup_steps", "weight_decay", "w_speak", "w_dst", "w_l
 class TrainConfig:
     """What a run is a function of, together with its data: a resume with another value is refused.
 
-    Raises TrainerError where fields disagree.
+    Raises InputError where fields disagree.
     """
 
     arm: str = "speak+dst"  # what it reads of the state and where it decides: a name in arms.ARMS
@@ -110,15 +110,15 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """The config written by `to_json`; TrainerError on a name or a value that this version does not know."""
+        """The config written by `to_json`; InputError on a name or a value that this version does not know."""
         unknown = sorted(set(values) - {known.name for known in fields(cls)})
         _require(not unknown, f"unknown {', '.join(unknown)}; written by another version of prospect-dst")
         try:
             return cls(**values)
         except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, TrainerError):
+            if isinstance(error, InputError):
                 raise
-            raise TrainerError(f"training config: {error}; written by another version of prospect-dst") from None
+            raise InputError(f"training config: {error}; written by another version of prospect-dst") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
         """'lr is 0.002, the run has 0.001' for each field in which `other`, the run's, differs."""
@@ -163,4 +163,4 @@ class Settings:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise TrainerError(f"training config: {message}")
+        raise InputError(f"training config: {message}")

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import InputError
 from pipeline.storage import write_text
-from trainer.errors import TrainerError
-from trainer.metrics import METRICS, Line, read_metrics, short
+from trainer.run_log import METRICS, Line, read_metrics, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ class Curves:
 
 
 def draw(run: Path) -> Path:
-    """Write RUN/curves.svg from RUN/metrics.jsonl; its path. TrainerError where there is no step to draw."""
+    """Write RUN/curves.svg from RUN/metrics.jsonl; its path. InputError where there is no step to draw."""
     write_text(run / CURVES, render(read_curves(run)))
     return run / CURVES
 
@@ -72,7 +72,7 @@ def read_curves(run: Path) -> Curves:
     lines = read_metrics(run)
     steps = {line["step"]: line for line in lines if "evaluation" not in line}
     if not steps:
-        raise TrainerError(f"{run / METRICS}: found no step, expected what train writes; train first")
+        raise InputError(f"{run / METRICS}: found no step, expected what train writes; train first")
     numbers = sorted(steps)
     half_life = max(1, round(len(numbers) / 50))
     values, means = {}, {}

@@ -38,17 +38,16 @@ import torch
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
+from pipeline.dataset import ClipExample, Split, read_manifest
+from pipeline.errors import InputError
 from pipeline.media import images_in
 from pipeline.storage import LOCK, lock, make_folder
 from trainer import vision
 from trainer.checkpoint import verify_model
-from trainer.clips import ClipExample
 from trainer.config import RANDOM_MODELS
-from trainer.errors import TrainerError
 from trainer.features import LAYERS, STORED, Features, Provenance, feature_path, open_features, write_features
-from trainer.frames import PixelFrames, Pixels, open_frames
+from trainer.frame_source import PixelFrames, Pixels, open_frames
 from trainer.model import load_model
-from trainer.shards import Split, read_manifest
 from trainer.transfer import Transfer, pinned
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -110,7 +109,7 @@ def encode(
     those after it: smaller (21 times at 256M), for training that freezes it. `progress`: a bar on stderr where that is
     a terminal. `part` (i, n): only the i-th of n shares of the videos, i from 1; runs of other parts may write into
     `out` at the same time. `mapper` runs the tower in other processes, a task per video; None: here. A video whose
-    frames are missing, short or damaged is refused, the rest is done; TrainerError where nothing is left, or an option
+    frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left, or an option
     is wrong.
     """
     _check_options(k, dtype, store, batch, part, keep)
@@ -139,23 +138,23 @@ def encode(
                 _have_done(mapper, jobs, how, tick, report)
     report.seconds = time.monotonic() - started
     if report.refused and not report.videos and not report.skipped:
-        raise TrainerError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
+        raise InputError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
     return report
 
 
 def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int], keep: str) -> None:
     if k < 1 or math.isqrt(k) ** 2 != k:
-        raise TrainerError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
+        raise InputError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
     if dtype not in DTYPES:
-        raise TrainerError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if store not in STORED:
-        raise TrainerError(f"store is {store!r}, expected one of {', '.join(STORED)}")
+        raise InputError(f"store is {store!r}, expected one of {', '.join(STORED)}")
     if keep not in LAYERS:
-        raise TrainerError(f"keep is {keep!r}, expected one of {', '.join(LAYERS)}")
+        raise InputError(f"keep is {keep!r}, expected one of {', '.join(LAYERS)}")
     if batch < 1:
-        raise TrainerError(f"batch is {batch}, expected above 0")
+        raise InputError(f"batch is {batch}, expected above 0")
     if not 1 <= part[0] <= part[1]:
-        raise TrainerError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
+        raise InputError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
 
 
 # ---- what is to be done ------------------------------------------------------------------------------
@@ -217,7 +216,7 @@ def _find(videos: Sequence[_Video], source: PixelFrames) -> tuple[list[tuple[_Vi
         try:
             paths = {source.find(clip) for clip in video.clips.values()}
             video.there = source.count(video.clip)
-        except TrainerError as error:
+        except InputError as error:
             refused.append(f"{name}: {error}")
             continue
         if len(paths) > 1:
@@ -261,12 +260,12 @@ def _frames_of_same(path: Path, about: Provenance) -> npt.NDArray[np.int32] | No
     """Frames of a file that is as good as `about`'s would be: computed in the same type, or in float32."""
     try:
         file = open_features(path)
-    except TrainerError:
+    except InputError:
         return None
     if (layer := file.about.get("layer")) != about.layer:
-        raise TrainerError(f"{path}: features of the layer {layer}, and kept; choose another --out, or --keep {layer}")
+        raise InputError(f"{path}: features of the layer {layer}, and kept; choose another --out, or --keep {layer}")
     if file.about.get("fingerprint") != about.fingerprint:
-        raise TrainerError(
+        raise InputError(
             f"{path}: made by another vision tower ({file.about.get('model')}), and kept; choose another --out"
         )
     asked, computed = about.header(), file.about.get("computed")
@@ -290,17 +289,13 @@ def _bytes(path: Path) -> int:
 def _load(name: str, k: int, keep: str = "vision") -> SmolVLMForConditionalGeneration:
     """The model of that name without its text half, its tower and connector on the device."""
     if name in RANDOM_MODELS:
-        raise TrainerError(
-            f"model is {name}: its tower knows nothing before it is trained; name a run, or a real model"
-        )
+        raise InputError(f"model is {name}: its tower knows nothing before it is trained; name a run, or a real model")
     verify_model(name)
     vlm = load_model(name, vocabulary=0)
     if k > vision.most_tokens(vlm):
-        raise TrainerError(
-            f"tokens_per_frame is {k}, but {name} has {vision.most_tokens(vlm)}; lower --tokens-per-frame"
-        )
+        raise InputError(f"tokens_per_frame is {k}, but {name} has {vision.most_tokens(vlm)}; lower --tokens-per-frame")
     if keep == "connector" and vision.width(vlm, keep) >= vision.width(vlm):
-        raise TrainerError(
+        raise InputError(
             f"keep is connector, but {name} has {vision.width(vlm, keep)} values after it and {vision.width(vlm)} "
             f"before; use --keep vision"
         )
@@ -339,7 +334,7 @@ class _Eye:
         fetched: Features = features.numpy()
         if not np.isfinite(fetched).all():
             mend = "use --store float32" if self.store == "float16" else "use another --model"
-            raise TrainerError(f"{what}: features that are too large for {self.store}, or no numbers; {mend}")
+            raise InputError(f"{what}: features that are too large for {self.store}, or no numbers; {mend}")
         return fetched
 
 
@@ -373,7 +368,7 @@ def _choose(
     if error <= TOLERANCE:
         return "bfloat16", error
     if dtype == "bfloat16":
-        raise TrainerError(
+        raise InputError(
             f"dtype is bfloat16, but features differ from float32's by {error:.1%} of their length, "
             f"at most {TOLERANCE:.0%} is accepted; use --dtype float32"
         )
@@ -394,7 +389,7 @@ def _sample(found: Sequence[tuple[_Video, Path]], source: PixelFrames) -> Pixels
         chosen = frames[np.linspace(0, len(frames) - 1, min(PROBED, len(frames))).astype(int)]
         try:
             return _pixels(source, video.clip, chosen)
-        except TrainerError:
+        except InputError:
             continue
     return None
 
@@ -443,7 +438,7 @@ def _do_there(how: _How, out: Path, job: _Job) -> EncodeReport:
     vlm = _kept(how.model, how.k, how.keep)
     eye = _Eye(vlm, how.k, how.keep, how.store, how.computed, None)
     if eye.fingerprint != how.fingerprint:
-        raise TrainerError(f"model is {how.model}: another tower on {os.uname().nodename}; give all machines the same")
+        raise InputError(f"model is {how.model}: another tower on {os.uname().nodename}; give all machines the same")
     report = EncodeReport(out, how.computed)
     _do([job], eye, how.source, how.batch, lambda done: None, report)
     return report
@@ -464,7 +459,7 @@ def _kept(model: str, k: int, keep: str) -> SmolVLMForConditionalGeneration:
 
 
 class _Refused(Exception):
-    """A video whose frames can't be read; its text is a TrainerError's."""
+    """A video whose frames can't be read; its text is a InputError's."""
 
 
 def _write(job: _Job, eye: _Eye, pixels: Iterator[Tensor], tick: Callable[[int], None], report: EncodeReport) -> None:
@@ -508,7 +503,7 @@ def _ahead(
             future = take()
             try:
                 yield future.result()
-            except TrainerError as error:
+            except InputError as error:
                 raise _Refused(str(error)) from None
 
     def take() -> Future[Tensor]:
@@ -538,10 +533,10 @@ def _alone(out: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     number, parts = part
     wait = "is writing there; wait for it, or choose another --out"
     make_folder(out)
-    with lock(out / f"{LOCK}-{number}-of-{parts}", TrainerError(f"{out}: another run of part {number}/{parts} {wait}")):
+    with lock(out / f"{LOCK}-{number}-of-{parts}", InputError(f"{out}: another run of part {number}/{parts} {wait}")):
         for path in out.glob(f"{LOCK}-*"):
             if not path.name.endswith(f"-of-{parts}"):
-                taken = TrainerError(f"{out}: a run of another number of parts ({path.name}) {wait}")
+                taken = InputError(f"{out}: a run of another number of parts ({path.name}) {wait}")
                 with lock(path, taken, timeout=_LOOK_S):  # other runs look here, too, for a moment
                     pass
         yield

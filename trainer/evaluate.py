@@ -2,7 +2,7 @@
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
     OUT/self-fed.parquet          that split once more, frame by frame, the model's own texts in the context
-    OUT/metrics.json              every metric of both (trainer.evaluation.measure), thresholds, settings, hashes
+    OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else; the self-fed pass runs with them. All metrics follow
 from the two Parquet files and the shards: `evaluation.verdict` gives the same digits without the model.
@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.dataset import Split
+from pipeline.labels import DST, SPEAK
 from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
-from trainer.clips import DST, SPEAK
-from trainer.context import Live
-from trainer.evaluation.chunks import match_clips, read_sessions
-from trainer.evaluation.measure import Settings, Thresholds
-from trainer.evaluation.scores import ScoredClip, write_scores
-from trainer.evaluation.verdict import (
+from trainer.evaluation.chunk_metrics import match_clips, read_sessions
+from trainer.evaluation.evaluate_scores import (
     METRICS_FILE,
     SELF_FED,
     TEACHER_FORCED,
@@ -37,10 +35,12 @@ from trainer.evaluation.verdict import (
     pick_thresholds,
     source_of,
 )
-from trainer.frames import FrameSource
-from trainer.score import ClipScores, open_source, score_clips
-from trainer.selffed import self_fed
-from trainer.shards import Split
+from trainer.evaluation.metrics import Settings, Thresholds
+from trainer.evaluation.scores import ScoredClip, write_scores
+from trainer.frame_source import FrameSource
+from trainer.live.rollout import self_fed
+from trainer.live.session import DecodingConfig
+from trainer.teacher_forced import ClipScores, open_source, score_clips
 
 
 def evaluate(
@@ -109,7 +109,7 @@ def run_live(
 
     Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
     """
-    live = Live({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
+    live = DecodingConfig({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     scored = self_fed(run.model, run.tokens, clips, frames, run.config, live)
     found = [

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from pipeline.dataset import ClipExample
+from pipeline.errors import InputError
 from pipeline.schema import is_inside
 from pipeline.storage import replacing
 from pipeline.terminal import command
-from trainer.clips import ClipExample
-from trainer.errors import TrainerError
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 FORMAT = "2"
@@ -64,9 +64,9 @@ class Provenance:
 
 
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
-    """Where a video's features lie, a long name cut; TrainerError for a name that leads out of the folder."""
+    """Where a video's features lie, a long name cut; InputError for a name that leads out of the folder."""
     if not is_inside(video_uid):
-        raise TrainerError(f"video {video_uid!r}: leads out of {folder}; rename the video, and preprocess again")
+        raise InputError(f"video {video_uid!r}: leads out of {folder}; rename the video, and preprocess again")
     rate = np.format_float_positional(np.float32(fps), trim="-")  # 2.0 -> 2, 29.97 -> 29.97
     above, name = os.path.split(video_uid)
     if len(name.encode()) > 200:  # files may have names of 255 bytes
@@ -134,16 +134,16 @@ class FeatureFile(NamedTuple):
 
 
 def open_features(path: Path) -> FeatureFile:
-    """Raises TrainerError for a file that is missing, cut off, or not one of ours."""
+    """Raises InputError for a file that is missing, cut off, or not one of ours."""
     try:
         file = safe_open(path, framework="numpy")
         about, frames, features = file.metadata() or {}, file.get_tensor("frames"), file.get_slice("features")
         checksums = file.get_tensor("checksums") if about.get("format") == FORMAT else None
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{path}: no features ({error}); run prospect-dst encode") from None
+        raise InputError(f"{path}: no features ({error}); run prospect-dst encode") from None
     if checksums is None:
         found = about.get("format", "none")
-        raise TrainerError(f"{path}: features of format {found}, expected {FORMAT}; delete it, run prospect-dst encode")
+        raise InputError(f"{path}: features of format {found}, expected {FORMAT}; delete it, run prospect-dst encode")
     kinds, shape = (frames.dtype, checksums.dtype), features.get_shape()
     stored = {name: kind for kind, name in STORED.items()}.get(features.get_dtype())
     if (
@@ -152,7 +152,7 @@ def open_features(path: Path) -> FeatureFile:
         or len(shape) != 3
         or not frames.shape == checksums.shape == (shape[0],)
     ):
-        raise TrainerError(f"{path}: damaged (its parts do not fit together); delete it, run prospect-dst encode")
+        raise InputError(f"{path}: damaged (its parts do not fit together); delete it, run prospect-dst encode")
     at = path.stat().st_size - checksums.nbytes - math.prod(shape) * np.dtype(stored).itemsize  # as `_header` says
     return FeatureFile(about, frames, np.memmap(path, stored, "c", at, tuple(shape)), checksums)  # c: torch warns of r
 
@@ -160,7 +160,7 @@ def open_features(path: Path) -> FeatureFile:
 def kept_layer(folder: Path) -> str:
     """The layer whose features are in the folder, by the first file there; "vision" where there is none."""
     if not folder.is_dir():
-        raise TrainerError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
+        raise InputError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
     first = next(folder.rglob("[!.]*.safetensors"), None)
     return "vision" if first is None else open_features(first).about.get("layer", "vision")
 
@@ -174,7 +174,7 @@ class CachedFeatures:
 
     def __init__(self, folder: Path, fingerprint: str, k: int = 1, layer: str = "vision") -> None:
         if not folder.is_dir():
-            raise TrainerError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
+            raise InputError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
         self.folder, self.fingerprint, self.k, self.layer = folder, fingerprint, k, layer
         self._open: OrderedDict[Path, FeatureFile] = OrderedDict()
 
@@ -184,11 +184,11 @@ class CachedFeatures:
         found = file.rows(first, first + end - start)
         if found is None:
             path, mend = feature_path(self.folder, clip.video_uid, clip.fps), "delete it, run prospect-dst encode"
-            raise TrainerError(f"{path}: damaged in the frames {start} to {end - 1} (checksums differ); {mend}")
+            raise InputError(f"{path}: damaged in the frames {start} to {end - 1} (checksums differ); {mend}")
         return _pool(found, self.k)
 
     def check(self, clip: ClipExample) -> None:
-        """TrainerError unless every frame of the clip is there."""
+        """InputError unless every frame of the clip is there."""
         self._find(clip, clip.start_frame, clip.end_frame)
 
     def _find(self, clip: ClipExample, start: int, end: int) -> tuple[FeatureFile, int]:
@@ -199,7 +199,7 @@ class CachedFeatures:
         found = file.frames[first : first + end - start]
         if not np.array_equal(found, np.arange(start, end)):
             missing = np.setdiff1d(np.arange(start, end), file.frames)[0]
-            raise TrainerError(
+            raise InputError(
                 f"{path}: {len(file.frames)} frames, but not {missing} of clip {clip.clip_id}; "
                 f"run prospect-dst encode on this data too"
             )
@@ -208,7 +208,7 @@ class CachedFeatures:
     def _opened(self, path: Path, clip: ClipExample) -> FeatureFile:
         if path not in self._open:
             if not path.is_file():
-                raise TrainerError(
+                raise InputError(
                     f"clip {clip.clip_id}: no features of its video at {path}; run prospect-dst encode on this data"
                 )
             file = open_features(path)
@@ -223,23 +223,23 @@ class CachedFeatures:
         about, (_, k, _) = file.about, file.features.shape
         told, asked = (about.get("video_uid"), about.get("fps")), (clip.video_uid, str(clip.fps))
         if told != asked:
-            raise TrainerError(
+            raise InputError(
                 f"{path}: of the video {told[0]} at {told[1]} fps, expected {asked[0]} at {asked[1]}; "
                 f"delete it, run prospect-dst encode"
             )
         if about.get("layer") != self.layer:
-            raise TrainerError(
+            raise InputError(
                 f"{path}: features of the layer {about.get('layer')}, but others in this folder of {self.layer}; "
                 f"delete one kind, run prospect-dst encode"
             )
         if about.get("fingerprint") != self.fingerprint:
             what = "vision tower" if self.layer == "vision" else "vision tower and connector"
-            raise TrainerError(
+            raise InputError(
                 f"{path}: made by the {what} {about.get('fingerprint')} ({about.get('model')}), but this "
                 f"model's is {self.fingerprint}; run prospect-dst encode again with this model"
             )
         if k < self.k or math.isqrt(k) % math.isqrt(self.k):
-            raise TrainerError(
+            raise InputError(
                 f"{path}: {k} tokens per frame, which do not pool to {self.k}; "
                 f"run prospect-dst encode again with --tokens-per-frame {self.k}"
             )

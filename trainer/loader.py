@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
-from trainer.frames import FrameSource
-from trainer.pack import Pack, pack_windows, windows_of
-from trainer.parallel import share
-from trainer.shards import Split
+from trainer.distributed import share
+from trainer.frame_source import FrameSource
+from trainer.packing import Pack, pack_windows, windows_of
 from trainer.tokenizer import Tokens
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -87,7 +87,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
     for step, made in zip(steps, ahead, strict=True):
-        if isinstance(made, TrainerError):
+        if isinstance(made, InputError):
             raise made
         packs, size = made
         yield packs
@@ -95,7 +95,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
 
 
 @dataclass
-class _Ahead(Dataset[tuple[list[Pack], int] | TrainerError]):
+class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
     """Items of `data` with their frames, and the bytes of those, for a worker. An error is handed over as it is: raised
     there, it would come with the worker's traceback for a message."""
 
@@ -105,14 +105,14 @@ class _Ahead(Dataset[tuple[list[Pack], int] | TrainerError]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, step: int) -> tuple[list[Pack], int] | TrainerError:
+    def __getitem__(self, step: int) -> tuple[list[Pack], int] | InputError:
         try:
             packs = self.data[step]
             first = [pack.loaded() for pack in packs[:1]]  # says how large a frame is
             size = first[0].frames()[0].nbytes * sum(pack.labels.shape[1] for pack in packs) if packs else 0
             self.flight.wait(step, size)
             return [*first, *(pack.loaded() for pack in packs[1:])], size
-        except TrainerError as error:
+        except InputError as error:
             return error
 
 
@@ -126,7 +126,7 @@ class InFlight:
         self._bytes, self._due = (processes.Value("q", value, lock=False) for value in (0, first))
 
     def wait(self, step: int, size: int) -> None:
-        """In a worker: until `size` bytes more may be loaded. TrainerError where they will never fit."""
+        """In a worker: until `size` bytes more may be loaded. InputError where they will never fit."""
         if self.limit is None:
             return
         limit = self.limit
@@ -134,7 +134,7 @@ class InFlight:
             self._changed.wait_for(lambda: step <= self._due.value or self._bytes.value + size <= limit)
             free = _free_shared_memory()
             if free is not None and size > free:
-                raise TrainerError(
+                raise InputError(
                     f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has {free / 1e6:,.0f} MB "
                     f"free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
                 )

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from pipeline.errors import InputError
 from trainer import vision
 from trainer.arms import find_arm
 from trainer.attention import use_packed
 from trainer.config import RANDOM_MODELS, TrainConfig
-from trainer.errors import TrainerError
-from trainer.pack import Pack, blank_pack
+from trainer.packing import Pack, blank_pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
 
@@ -77,7 +77,7 @@ class ProspectModel(nn.Module):
         self.tokens_per_frame, self._bf16 = config.tokens_per_frame, config.bf16
         given = vision.most_tokens(vlm)
         if self.tokens_per_frame > given:
-            raise TrainerError(
+            raise InputError(
                 f"tokens_per_frame is {self.tokens_per_frame}, but this model has {given} per frame; "
                 f"lower --tokens-per-frame"
             )
@@ -195,7 +195,7 @@ def _add_adapters(body: nn.Module, config: TrainConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise TrainerError(
+        raise InputError(
             f"lora_rank is {config.lora_rank}, but peft is not installed; pip install 'prospect-dst[lora]'"
         ) from None
     torch.manual_seed(config.seed)
@@ -220,7 +220,7 @@ def plain_weights(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForConditionalGeneration:
     """A SmolVLM in float32: 'tiny' or 'nano' (random weights from `seed`), a folder, a run or a hub name (its weights).
 
-    Raises TrainerError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
+    Raises InputError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
     """
     exact_float32()
     if name in RANDOM_MODELS:
@@ -240,12 +240,12 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
         )
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainerError(f"{name}: no SmolVLM could be loaded ({reason}); give a folder, or tiny") from None
+        raise InputError(f"{name}: no SmolVLM could be loaded ({reason}); give a folder, or tiny") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise TrainerError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
+        raise InputError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
     if vlm.get_input_embeddings().num_embeddings < vocabulary:
-        raise TrainerError(f"{name}: fewer embeddings than its tokenizer's {vocabulary} tokens; get it again")
+        raise InputError(f"{name}: fewer embeddings than its tokenizer's {vocabulary} tokens; get it again")
     return vlm
 
 

@@ -28,10 +28,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset import ClipExample, Turn
+from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
 from trainer.arms import ARMS, Arm
-from trainer.clips import ClipExample, Turn
-from trainer.errors import TrainerError
 from trainer.tokenizer import STATES, Tokens
 
 CONTEXT = 0.25  # share of a window's room for frames that repeats what came before
@@ -87,19 +87,19 @@ class Block:
 def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
     """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
 
-    Raises TrainerError, naming the clip, where the prompt or one frame with its texts exceeds the budget.
+    Raises InputError, naming the clip, where the prompt or one frame with its texts exceeds the budget.
     """
     blocks = _blocks(clip, tokens, arm)
     room = max_tokens - len(_prompt(clip, tokens, clip.start_frame, arm))
     if room < k:
-        raise TrainerError(
+        raise InputError(
             f"clip {clip.clip_id}: its prompt has {max_tokens - room} tokens and max_tokens is {max_tokens}; "
             f"raise --max-tokens"
         )
     costs = np.array([block.cost(k) for block in blocks], np.int64)
     if costs.max() > room:
         worst = int(costs.argmax())
-        raise TrainerError(
+        raise InputError(
             f"clip {clip.clip_id} frame {clip.start_frame + worst}: {costs[worst]} tokens with its texts, "
             f"but max_tokens {max_tokens} leaves {room} beside the prompt; raise --max-tokens"
         )
@@ -119,7 +119,7 @@ class _Bytes:
 
 
 def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
-    """TrainerError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
+    """InputError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
     tokens (`longest`). Only clips whose texts have so many bytes are tokenized."""
     over = [
         (needed, clip.clip_id)
@@ -129,7 +129,7 @@ def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_token
     if over:
         needed, worst = max(over)
         hint = f"use --max-tokens {needed}" if needed <= longest else f"the model reads {longest}: shorten its texts"
-        raise TrainerError(
+        raise InputError(
             f"clip {worst}: its prompt and one frame with its texts have {needed} tokens, max_tokens is {max_tokens} "
             f"({len(over)} clips need more); {hint}"
         )
@@ -246,14 +246,14 @@ def _prompt(clip: ClipExample, tokens: Tokens | _Bytes, frame: int, arm: Arm) ->
 
 
 def prompt_ids(clip: ClipExample, tokens: Tokens | _Bytes, state: Mapping[str, str] | None) -> list[int]:
-    """Ids of role, task and steps, each with its `state` (None: without). TrainerError for a state without a token."""
+    """Ids of role, task and steps, each with its `state` (None: without). InputError for a state without a token."""
     ids = [tokens.marker["system"], *tokens.encode("\n".join(_task(clip)))]
     for step, name in clip.steps:
         ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}")]
         if state is None:
             continue
         if state[step] not in STATES:
-            raise TrainerError(
+            raise InputError(
                 f"clip {clip.clip_id} initial_state {step}: {state[step]!r}, expected one of "
                 f"{', '.join(STATES)}; fix the source and run preprocess again"
             )

@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from trainer.errors import TrainerError
+from pipeline.errors import InputError
 
 IMAGE, END = "<image>", "<end_of_utterance>"
 STATES = ("not_started", "in_progress", "paused", "completed", "cancelled", "failed")
@@ -35,7 +35,7 @@ def marker_token(name: str) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer with the special ids that a sequence needs; TrainerError where one is missing."""
+    """A tokenizer with the special ids that a sequence needs; InputError where one is missing."""
 
     tokenizer: Any  # PreTrainedTokenizerFast
 
@@ -72,7 +72,7 @@ class Tokens:
     def _special(self, token: str) -> int:
         found = self.tokenizer.backend_tokenizer.token_to_id(token)
         if found is None:
-            raise TrainerError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
+            raise InputError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
         return int(found)
 
     def save(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ def load_tokens(name: str | Path) -> Tokens:
         return Tokens(loaded)
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainerError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None
+        raise InputError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None
 
 
 def train_tiny_tokens(texts: Iterable[str]) -> Tokens:

@@ -7,7 +7,7 @@ of ranks changes it. What step i reads is a pure function of i, so the state of 
 moments and the number of steps done: on the CPU a resumed run ends with the weights, bit for bit, of one that never
 stopped.
 
-    RUN/options.json               what the run is a function of (trainer.start)
+    RUN/options.json               what the run is a function of (trainer.run_folder)
     RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
     RUN/last, RUN/best             checkpoints; best by mean AP on the evaluation split
 
@@ -28,24 +28,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.dataset import Split
+from pipeline.errors import InputError, NotFiniteError
 from pipeline.storage import check_space, naming
 from trainer import vision
 from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
-from trainer.errors import NotFiniteError, TrainerError
-from trainer.frames import FrameSource
+from trainer.distributed import World, join, synced, unwrapped, whole
+from trainer.frame_source import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
-from trainer.losses import Supervision, bce_sums, combine, lm_sum, supervise
-from trainer.metrics import Metrics, find_logger, open_metrics
+from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.model import ProspectModel, part_of
-from trainer.pack import Pack, upload
-from trainer.parallel import World, join, synced, unwrapped, whole
-from trainer.score import EvalReport, open_source, report, score_split
+from trainer.packing import Pack, upload
+from trainer.run_folder import Setup, check_folder, fresh, options_of, resumed, write_start
+from trainer.run_log import Metrics, find_logger, open_metrics
 from trainer.sequence import check_budget
-from trainer.shards import Split
-from trainer.start import Setup, check_folder, fresh, options_of, resumed, write_start
+from trainer.teacher_forced import EvalReport, open_source, report, score_split
 from trainer.transfer import Transfer, uploaded
 
 ALONE = World()
@@ -76,7 +76,7 @@ class TrainReport:
     loss: float | None  # of the last step; None where all had been done before
     evaluation: EvalReport | None
     note: str | None  # why there is no evaluation
-    leads: bool = True  # whether this process is the one to tell it
+    is_main: bool = True  # whether this process is the one to tell it
 
 
 # ---- one step ----------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def train(
 
     frames_root: where the videos' frames are; None: as the manifest says. features: what `encode` wrote, instead.
     resume: go on from RUN/last, or start where there is none yet; without it `run` must be new.
-    Raises TrainerError for whatever the user can mend, before the first step where possible.
+    Raises InputError for whatever the user can mend, before the first step where possible.
     """
     options = options or RunOptions()
     find_logger(options.logger)
@@ -223,7 +223,7 @@ def train(
         config = config.on(world.device.type)
         held_out, note = _open_eval(data, split, config)
         begun = options_of(config, split, held_out, features)
-        if world.leads:
+        if world.is_main:
             check_folder(run, begun, resume, held)  # and puts RUN/last in its place: the others look for it afterwards
         world.wait()
         setup = resumed(run) if resume and (run / "last").is_dir() else fresh(split, config)
@@ -231,22 +231,22 @@ def train(
         _check_texts([split, *([held_out] if held_out else [])], setup, config)
         frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
         model, optimizer = _distribute(setup, run, config, options, world)
-        if world.leads:
+        if world.is_main:
             write_start(run, begun, held)
             sizes = ((p.nbytes, p.requires_grad) for p in setup.model.parameters())
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
         with _open_metrics(run, config, already, options, world) as metrics:
             session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
             seconds = session.go(split, cached=features is not None)
-        if world.leads:
+        if world.is_main:
             draw(run)
         if already == config.steps:
             note = f"all {already} steps had been done before"
-        return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.leads)
+        return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.is_main)
 
 
 def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) -> str:
-    """What training a tower from pixels takes, where a pack has up to `frames`; TrainerError where `room` has less.
+    """What training a tower from pixels takes, where a pack has up to `frames`; InputError where `room` has less.
 
     A lower bound, in bytes: weights, gradients and AdamW's moments in float32, shared by `ranks`; what the tower keeps
     of each frame (`vision.bytes_to_learn`). What the text body keeps of each token comes on top.
@@ -259,12 +259,12 @@ def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) ->
         f"{room / 1e9:,.1f} GB"
     )
     if frames * each + held > room:
-        raise TrainerError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
+        raise InputError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
     return line
 
 
 def _check_texts(splits: Sequence[Split], setup: Setup, config: TrainConfig) -> None:
-    """TrainerError, before the first step, for a text that no window holds."""
+    """InputError, before the first step, for a text that no window holds."""
     if setup.done < config.steps:
         clips = (clip for split in splits for clip in split.in_order(rate=None))
         k, longest = config.tokens_per_frame, int(setup.model.vlm.config.text_config.max_position_embeddings)
@@ -274,14 +274,14 @@ def _check_texts(splits: Sequence[Split], setup: Setup, config: TrainConfig) -> 
 def _agreed(done: int, world: World) -> int:
     """The steps done, which must be the same on every rank."""
     if len(set(world.gather(done))) > 1:
-        raise TrainerError("ranks disagree how far the run is; put --run on a disk that all of them see")
+        raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
     return done
 
 
 def _open_metrics(
     run: Path, config: TrainConfig, done: int, options: RunOptions, world: World
 ) -> AbstractContextManager[Metrics]:
-    if not world.leads:
+    if not world.is_main:
         return nullcontext(Metrics())
     return open_metrics(run, config.steps, done, options.logger, options.progress, config.to_json())
 
@@ -299,7 +299,7 @@ def _distribute(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on its device and over the ranks, with its optimizer as it was left."""
     if options.fsdp and config.lora_rank:
-        raise TrainerError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
+        raise InputError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
     sharded = options.fsdp and world.size > 1
     model = world.shard(setup.model) if sharded else setup.model.to(world.device)
     optimizer = make_optimizer(setup.model, config)
@@ -345,13 +345,13 @@ class _Session:
             raise
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-            raise TrainerError(
+            raise InputError(
                 f"step {setup.done + 1}: {reason}; lower --micro-batch-tokens, or add --checkpointing"
             ) from None
         return time.monotonic() - began
 
     def _check_memory(self, data: StepData, cached: bool) -> None:
-        """Say what a tower that learns from pixels takes; TrainerError, on every rank, where a GPU has not as much."""
+        """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
         model, world = self.setup.model, self.world
         if cached or "vision" in self.config.freeze or self.config.checkpointing or self.setup.done >= len(data):
             return
@@ -360,7 +360,7 @@ class _Session:
             room = torch.cuda.get_device_properties(world.device).total_memory
             ranks = world.size if self.options.fsdp else 1
             line = memory_line(model, frames, room, ranks)
-            if self.options.progress and world.leads:
+            if self.options.progress and world.is_main:
                 print(line, file=sys.stderr)
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.pack import ON_HOST, Loaded, Pack, pinned
+from trainer.packing import ON_HOST, Loaded, Pack, pinned
 
 
 class Transfer:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
-from trainer.errors import TrainerError
+from pipeline.errors import InputError
 
 VISION_CHUNK = 64  # frames per pass of the vision tower
 
@@ -64,7 +64,7 @@ def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
     vision, scale = vlm.config.vision_config, vlm.config.scale_factor
     grid = vision.image_size // vision.patch_size
     if grid % scale:
-        raise TrainerError(f"this model: a grid of {grid} patches, scale factor {scale}; choose another --model")
+        raise InputError(f"this model: a grid of {grid} patches, scale factor {scale}; choose another --model")
     return int(grid // scale) ** 2
 
 

@@ -1,6 +1,6 @@
 """Does a 95% interval cover the truth in 95 of 100 experiments? 2,000 simulated data sets per row, truths known.
 
-What is tested is `trainer.evaluation.statistics` itself, `interval` and `compare`, never a copy. Beside it stand other
+What is tested is `trainer.evaluation.bootstrap` itself, `interval` and `compare`, never a copy. Beside it stand other
 ways that one may take: clips drawn instead of recordings, plain percentiles, seeds drawn again, seeds left out.
 
     uv run python benchmarks/coverage/run.py            # some minutes on one core; writes results.md beside this file
@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from trainer.evaluation.statistics import Estimator, Interval, compare, draw_recordings, interval
+from trainer.evaluation.bootstrap import Estimator, Interval, compare, draw_recordings, interval
 
 HERE = Path(__file__).resolve().parent
 FULL_SIZE = 2_000  # data sets per row

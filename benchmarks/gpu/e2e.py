@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from shared import Case, build
 
+from pipeline.dataset import Split
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
 from trainer.checkpoint import load_run
 from trainer.config import RunOptions, TrainConfig
-from trainer.context import Live
 from trainer.encode import encode
 from trainer.evaluate import evaluate
-from trainer.feed import Seen
+from trainer.live.session import DecodingConfig
+from trainer.live.stream import Stream
+from trainer.live.video_input import Seen
 from trainer.loader import default_workers
-from trainer.metrics import read_metrics
-from trainer.shards import Split
-from trainer.stream import Stream
+from trainer.run_log import read_metrics
 from trainer.tokenizer import train_tiny_tokens
 from trainer.train import train
 
@@ -75,7 +75,7 @@ def go(work: Path, case: Case, smoke: bool, say: Callable[..., None]) -> None:
     evaluate(run, data, "test", features=features)
     stage("evaluate, teacher-forced and free-running")
 
-    never = Live({"speaking": math.inf, "dst_update": math.inf})
+    never = DecodingConfig({"speaking": math.inf, "dst_update": math.inf})
     loaded, shown = load_run(run), Image.new("RGB", (8, 8))
     side, rng = loaded.model.side, np.random.default_rng(0)
     with Stream(loaded, next(Split(data, "test").in_order()), never) as stream:

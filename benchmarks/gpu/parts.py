@@ -32,16 +32,16 @@ import torch
 from shared import CachedNoise, Case, build, make_window, pool_lengths
 
 import trainer.attention
-import trainer.engine
+import trainer.live.engine
 from trainer import vision
 from trainer.checkpoint import LoadedRun, load_run, load_state, save_checkpoint
 from trainer.config import TrainConfig
-from trainer.context import Coming, Context, Live, lengths
+from trainer.distributed import World
 from trainer.encode import _Eye, bfloat16_error
-from trainer.engine import Engine, streaming
+from trainer.live.engine import Engine, streaming
+from trainer.live.session import Context, DecodingConfig, FrameInput, lengths
 from trainer.model import ProspectModel
-from trainer.pack import Pack, make_pack, pack_windows
-from trainer.parallel import World
+from trainer.packing import Pack, make_pack, pack_windows
 from trainer.sequence import Window
 from trainer.tokenizer import Tokens, train_tiny_tokens
 from trainer.train import make_optimizer, train_step
@@ -53,7 +53,7 @@ SCRATCH = Path(os.environ.get("SCRATCH", "/tmp/gpu-benchmark"))
 ROWS = Path(os.environ.get("OUT", ".")) / "rows.jsonl"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "accelerate", "tokenizers", "pyarrow", "msgspec")
 VOCABULARY = 512 if SMOKE else 49280  # the latter: of the released models
-NEVER = Live({"speaking": np.inf, "dst_update": np.inf}, most_text=16)
+NEVER = DecodingConfig({"speaking": np.inf, "dst_update": np.inf}, most_text=16)
 
 
 def say(part: str, name: str, **values: Any) -> None:
@@ -395,7 +395,7 @@ def live() -> None:
         run = _loaded(size)
         logits = []
         for kind in ("graph", "plain"):
-            with patch.object(trainer.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else ()):
+            with patch.object(trainer.live.engine, "GRAPHED", ("cuda", "cpu") if kind == "graph" else ()):
                 logits.append(_live(f"{size}, {kind}", Camera(run)))
         say("live", f"{size}, graph against plain", logits_apart=np.abs(logits[0] - logits[1]).max())
         del run
@@ -453,7 +453,7 @@ class Camera:
         took, logits, end = [], list[np.ndarray](), self.number + frames
         while self.number < end:
             numbers = range(self.number, min(end, self.number + at_once))
-            coming = [Coming(n, (), self.features[n % len(self.features)]) for n in numbers]
+            coming = [FrameInput(n, (), self.features[n % len(self.features)]) for n in numbers]
             began = time.perf_counter()
             happened = self.engine.run(self.context.see(coming))
             took.append(time.perf_counter() - began)

@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.preprocess import generate  # noqa: E402
+from pipeline.dataset import Split  # noqa: E402
 from trainer.config import TrainConfig  # noqa: E402
 from trainer.features import CachedFeatures, Provenance, feature_path, write_features  # noqa: E402
 from trainer.loader import StepData, step_packs  # noqa: E402
-from trainer.shards import Split  # noqa: E402
 from trainer.tokenizer import train_tiny_tokens  # noqa: E402
 
 MARK = "PROSPECT_DST_FEED"

@@ -1,12 +1,12 @@
 """The loaders that are compared, one per process: `python sides.py SIDE SHARDS STORE`.
 
-    ours          trainer.shards.Split.label_stream in a torch DataLoader
+    ours          pipeline.dataset.Split.label_stream in a torch DataLoader
     hf            datasets, streaming from Parquet with lists, shuffle(1024), numpy format, torch DataLoader
     mds           MosaicML Streaming, arrays, shuffled (its default, py1e), torch DataLoader
     litdata       litdata, arrays, shuffled, its StreamingDataLoader
     NAME-bare     the same without a DataLoader; the peers' samples one string of bytes each, cut by hand: what someone
                   would write who had measured
-    ours-texts    trainer.shards.Split.epoch, bare: whole clips, every turn an object with its text (no peer does it)
+    ours-texts    pipeline.dataset.Split.epoch, bare: whole clips, every turn an object with its text (no peer does it)
     floor         samples that lie in memory, permuted, redrawn: what the batches alone cost
     write-SIDE    makes a peer's copy of SHARDS in STORE
 
@@ -95,7 +95,7 @@ class Collate:
 
 def redrawn(samples: list[Sample], epoch: int) -> list[np.ndarray]:
     """The labels of each, by our function. The data is `span` and has steps throughout."""
-    from trainer.clips import LabelRule, epoch_labels
+    from pipeline.labels import LabelRule, epoch_labels
 
     sizes = np.array([s.labels.shape[1] for s in samples])
     rule = LabelRule(
@@ -135,7 +135,7 @@ def from_labels(clip: Any) -> Sample:
 def ours(shards: Path, _: Path) -> Epochs:
     from torch.utils.data import IterableDataset
 
-    from trainer.shards import Split
+    from pipeline.dataset import Split
 
     class Clips(IterableDataset):
         def __init__(self, epoch: int) -> None:
@@ -149,14 +149,14 @@ def ours(shards: Path, _: Path) -> Epochs:
 
 
 def ours_bare(shards: Path, _: Path) -> Epochs:
-    from trainer.shards import Split
+    from pipeline.dataset import Split
 
     split = Split(shards, "train")
     return lambda epoch: bare(split.label_stream(0, epoch), Collate(from_labels))
 
 
 def ours_texts(shards: Path, _: Path) -> Epochs:
-    from trainer.shards import Split
+    from pipeline.dataset import Split
 
     def sample(clip: Any) -> Sample:
         turns = [(len(t.text), t.start_frame or 0, t.end_frame or 0) for t in clip.turns]
@@ -267,7 +267,7 @@ def floor(shards: Path, _: Path) -> Epochs:
 
 def stored(shards: Path) -> list[Sample]:
     """All clips with the labels of epoch 0, in the order of their numbers."""
-    from trainer.shards import Split
+    from pipeline.dataset import Split
 
     split = Split(shards, "train")
     turns = {c.clip: c.turns for c in split.label_stream(0, 0)}
@@ -398,16 +398,16 @@ def private_mb() -> float:
 
 
 SIDES: dict[str, tuple[str, Callable[[Path, Path], Epochs]]] = {  # side -> (what it imports, how it is opened)
-    "ours": ("trainer.shards", ours),
+    "ours": ("pipeline.dataset", ours),
     "hf": ("datasets", hf),
     "mds": ("streaming", mds),
     "litdata": ("litdata", litdata),
-    "ours-bare": ("trainer.shards", ours_bare),
+    "ours-bare": ("pipeline.dataset", ours_bare),
     "hf-bare": ("datasets", hf_bare),
     "mds-bare": ("streaming", mds_bare),
     "litdata-bare": ("litdata", litdata_bare),
-    "ours-texts": ("trainer.shards", ours_texts),
-    "floor": ("trainer.shards", floor),
+    "ours-texts": ("pipeline.dataset", ours_texts),
+    "floor": ("pipeline.dataset", floor),
 }
 WRITERS: dict[str, Callable[[list[Sample], Path], None]] = {
     "hf": write_hf,

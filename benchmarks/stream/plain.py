@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer.cache import use_slots
-from trainer.clips import ClipExample
+from pipeline.dataset import ClipExample
 from trainer.config import TrainConfig
-from trainer.context import HEAD_OF, Context, Live, lengths, parse_updates, replay
-from trainer.engine import _unwritten, streaming
 from trainer.evaluation.scores import HEADS, ScoredClip, Updates
-from trainer.frames import FrameSource
+from trainer.frame_source import FrameSource
+from trainer.live.engine import _unwritten, streaming
+from trainer.live.kv_cache import use_slots
+from trainer.live.rollout import LOOK
+from trainer.live.session import HEAD_OF, Context, DecodingConfig, lengths, parse_updates, replay
 from trainer.model import ProspectModel
-from trainer.selffed import LOOK
 from trainer.sequence import prompt_ids, state_before, to_repeat, user_texts, utterance
 from trainer.tokenizer import Tokens
 
@@ -90,9 +90,9 @@ def self_fed(
     clips: Sequence[ClipExample],
     frames: FrameSource,
     config: TrainConfig,
-    live: Live,
+    live: DecodingConfig,
 ) -> Iterator[ScoredClip]:
-    """What `trainer.selffed.self_fed` gives."""
+    """What `trainer.live.rollout.self_fed` gives."""
     for clip in clips:
         with streaming(model, config), stock(model):
             scored = _run(_Context(model, tokens, clip, config, live), frames)
@@ -136,7 +136,7 @@ class _Context:
     """What the model has read of a clip, what it will read with the next frame, and the frames by themselves."""
 
     def __init__(
-        self, model: ProspectModel, tokens: Tokens, clip: ClipExample, config: TrainConfig, live: Live
+        self, model: ProspectModel, tokens: Tokens, clip: ClipExample, config: TrainConfig, live: DecodingConfig
     ) -> None:
         self.model, self.tokens, self.clip, self.live = model, tokens, clip, live
         self.budget, _ = lengths(model, config, live)

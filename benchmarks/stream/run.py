@@ -49,26 +49,26 @@ import plain  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import trainer.selffed  # noqa: E402
+import trainer.live.rollout  # noqa: E402
 from benchmarks.preprocess.run import versions  # noqa: E402
 from benchmarks.trainer.shared import CachedNoise, Case, build  # noqa: E402
+from pipeline.dataset import Split, read_manifest  # noqa: E402
+from pipeline.errors import InputError  # noqa: E402
+from pipeline.labels import ClipExample  # noqa: E402
 from pipeline.options import Options  # noqa: E402
 from pipeline.preprocess import preprocess  # noqa: E402
 from pipeline.synth import SynthConfig, synth  # noqa: E402
 from trainer.checkpoint import LoadedRun, load_run  # noqa: E402
-from trainer.clips import ClipExample  # noqa: E402
 from trainer.config import RunOptions, TrainConfig  # noqa: E402
-from trainer.context import Coming, Context, Live, lengths  # noqa: E402
-from trainer.engine import Engine, streaming  # noqa: E402
-from trainer.errors import TrainerError  # noqa: E402
 from trainer.evaluate import evaluate  # noqa: E402
 from trainer.evaluation.scores import ScoredClip  # noqa: E402
-from trainer.feed import Seen  # noqa: E402
-from trainer.frames import FrameSource, open_frames  # noqa: E402
+from trainer.frame_source import FrameSource, open_frames  # noqa: E402
+from trainer.live.engine import Engine, streaming  # noqa: E402
+from trainer.live.session import Context, DecodingConfig, FrameInput, lengths  # noqa: E402
+from trainer.live.stream import Stream, live_of  # noqa: E402
+from trainer.live.video_input import Seen  # noqa: E402
 from trainer.model import ProspectModel  # noqa: E402
 from trainer.sequence import user_texts  # noqa: E402
-from trainer.shards import Split, read_manifest  # noqa: E402
-from trainer.stream import Stream, live_of  # noqa: E402
 from trainer.tokenizer import Tokens  # noqa: E402
 from trainer.train import train  # noqa: E402
 
@@ -79,7 +79,7 @@ STEPS = 150
 FEW_RECORDINGS, FEW_STEPS = {"train": 4, "val": 1, "test": 2}, 4  # of a smoke run
 BUDGET = 2048  # tokens of a context
 MOST_TEXT = 16  # tokens of a text where weights are random, and none ends by itself
-NEVER = Live({"speaking": math.inf, "dst_update": math.inf}, most_text=MOST_TEXT)
+NEVER = DecodingConfig({"speaking": math.inf, "dst_update": math.inf}, most_text=MOST_TEXT)
 HOUR, HOURS = 7200, 8  # frames at 2 frames/s
 PART = 600  # frames instead of an hour's, on a GPU
 NEAR = 16  # frames that the rivals read at a size of context
@@ -125,7 +125,7 @@ def long_clips(clips: Sequence[ClipExample], count: int, frames: int) -> list[Cl
     return [replace(clip, num_frames=frames, labels=np.zeros((2, frames), np.int8)) for clip in clips[:count]]
 
 
-def firing(scored: Sequence[ScoredClip], share: float) -> Live:
+def firing(scored: Sequence[ScoredClip], share: float) -> DecodingConfig:
     """Thresholds that a `share` of the frames reaches, for weights that never learned when to fire."""
     heads = scored[0].logits
     return replace(
@@ -138,17 +138,17 @@ def firing(scored: Sequence[ScoredClip], share: float) -> Live:
 
 
 def by_side(
-    side: str, run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource, live: Live
+    side: str, run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource, live: DecodingConfig
 ) -> list[ScoredClip]:
     given = run.model, run.tokens
     if side == "plain":
         return list(plain.self_fed(*given, clips, frames, run.config, live))
-    kept, trainer.selffed.AHEAD = trainer.selffed.AHEAD, 1 if side == "one" else trainer.selffed.AHEAD
+    kept, trainer.live.rollout.AHEAD = trainer.live.rollout.AHEAD, 1 if side == "one" else trainer.live.rollout.AHEAD
     try:
         slots = None if side == "ours" else 1
-        return list(trainer.selffed.self_fed(*given, clips, frames, run.config, live, slots=slots))
+        return list(trainer.live.rollout.self_fed(*given, clips, frames, run.config, live, slots=slots))
     finally:
-        trainer.selffed.AHEAD = kept
+        trainer.live.rollout.AHEAD = kept
 
 
 def difference(found: Sequence[ScoredClip], expected: Sequence[ScoredClip], exact: bool) -> tuple[float, int]:
@@ -176,7 +176,12 @@ def cost_now(device: str) -> float:
 
 
 def compare(
-    run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource, live: Live, reps: int, sides: Sequence[str]
+    run: LoadedRun,
+    clips: Sequence[ClipExample],
+    frames: FrameSource,
+    live: DecodingConfig,
+    reps: int,
+    sides: Sequence[str],
 ) -> Found:
     """(cost, wall seconds) by side, taking turns; RuntimeError where they disagree on a CPU."""
     for clip in clips:
@@ -211,12 +216,14 @@ def part_a_tiny(options: argparse.Namespace, folder: Path, data: Path) -> Found:
     return compare(run, clips, frames, thresholds(folder, run, clips, frames), options.reps, list(SIDES)[::-1])
 
 
-def thresholds(folder: Path, run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource) -> Live:
+def thresholds(folder: Path, run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource) -> DecodingConfig:
     """Those that `evaluate` chose; where the run was not evaluated, those that 3% of the frames reach."""
     try:
         return live_of(folder, {}, None)
-    except TrainerError:
-        return firing(list(trainer.selffed.self_fed(run.model, run.tokens, clips, frames, run.config, NEVER)), 0.03)
+    except InputError:
+        return firing(
+            list(trainer.live.rollout.self_fed(run.model, run.tokens, clips, frames, run.config, NEVER)), 0.03
+        )
 
 
 def part_a_true(options: argparse.Namespace, tokens: Tokens, data: Path, share: float) -> Found:
@@ -224,7 +231,7 @@ def part_a_true(options: argparse.Namespace, tokens: Tokens, data: Path, share: 
     clips = long_clips(list(Split(data, "test").in_order()), *(2, 6) if options.smoke else (12, 100))
     frames, live = CachedNoise(run.model.vlm), NEVER
     if share:
-        silent = list(trainer.selffed.self_fed(run.model, tokens, clips, frames, run.config, NEVER))
+        silent = list(trainer.live.rollout.self_fed(run.model, tokens, clips, frames, run.config, NEVER))
         live = firing(silent, share)
     return compare(run, clips, frames, live, options.reps, ["plain", "ours"])
 
@@ -238,10 +245,10 @@ def cycle(run: LoadedRun, task: ClipExample) -> Found:
     frames = CachedNoise(model.vlm)
     found: Found = {"seconds": [], "used": [], "plain": [], "again": [], "apart": 0.0, "apart_again": 0.0}
 
-    def coming(numbers: range, script: Any = None) -> list[Coming]:
+    def coming(numbers: range, script: Any = None) -> list[FrameInput]:
         loaded = torch.from_numpy(frames.load(task, numbers.start, numbers.stop)).to(model.device)
         features = model.frame_features(loaded)
-        return [Coming(number, (), seen, script) for number, seen in zip(numbers, features, strict=True)]
+        return [FrameInput(number, (), seen, script) for number, seen in zip(numbers, features, strict=True)]
 
     with streaming(model, config):
         _, capacity = lengths(model, config, NEVER)
@@ -290,7 +297,9 @@ def from_pixels(run: LoadedRun, task: ClipExample, count: int) -> Found:
             features = run.model.frame_features(
                 torch.from_numpy(frames.load(task, number, number + 64)).to(run.model.device)
             )
-            stream._engine.run(stream._context.see([Coming(number + i, (), seen) for i, seen in enumerate(features)]))
+            stream._engine.run(
+                stream._context.see([FrameInput(number + i, (), seen) for i, seen in enumerate(features)])
+            )
             number += 64
         shown = Image.new("RGB", (8, 8))
         seconds = [
@@ -310,7 +319,12 @@ def memory_mb(device: str) -> float:
 
 
 def hours(
-    run: LoadedRun, task: ClipExample, live: Live, video: Iterator[tuple[Any, Sequence[str]]], device: str, hour: int
+    run: LoadedRun,
+    task: ClipExample,
+    live: DecodingConfig,
+    video: Iterator[tuple[Any, Sequence[str]]],
+    device: str,
+    hour: int,
 ) -> list[Found]:
     """By the hour: memory, milliseconds a frame, what happened."""
     shown, rows = Image.new("RGB", (8, 8)), []
@@ -359,7 +373,7 @@ def part_d(options: argparse.Namespace, folder: Path, data: Path, tokens: Tokens
         return hours(run, task, live, video_of(data, run.model.side), "cpu", hour)
     run = true_size("256M", True, "cuda", tokens)
     noise = CachedNoise(run.model.vlm)
-    silent = trainer.selffed.self_fed(run.model, tokens, [task], noise, run.config, NEVER)
+    silent = trainer.live.rollout.self_fed(run.model, tokens, [task], noise, run.config, NEVER)
     live = firing(list(silent), 0.05)
     ready = ((vector.astype(np.float32), ()) for vector in itertools.cycle(noise.table))
     return hours(run, task, live, ready, "cuda", hour)
@@ -540,7 +554,7 @@ class Report:
             "ms a written token;`DynamicCache`;everything again"
         )
         lines = [
-            "## B  Live, ready features, k=1",
+            "## B  DecodingConfig, ready features, k=1",
             "",
             "One whole cycle; frames/s is its mean by wall clock. The rivals: mean ms a frame at four sizes of the",
             "context; ours at the same frames in brackets.",
@@ -572,7 +586,7 @@ class Report:
 
     def part_c(self) -> list[str]:
         lines = [
-            "## C  Live from pixels",
+            "## C  DecodingConfig from pixels",
             "",
             "`frozen`: trained with `--freeze vision`. Context half full; frames are noise.",
             "",

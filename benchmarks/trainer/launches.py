@@ -24,9 +24,9 @@ from counting import Waits  # noqa: E402
 from shared import CachedNoise, Case, build, make_window, pool_lengths  # noqa: E402
 
 import trainer.attention  # noqa: E402
-from trainer.losses import supervise  # noqa: E402
+from trainer.loss import supervise  # noqa: E402
 from trainer.model import ProspectModel  # noqa: E402
-from trainer.pack import pack_windows  # noqa: E402
+from trainer.packing import pack_windows  # noqa: E402
 from trainer.train import make_optimizer, sum_terms  # noqa: E402
 
 CASES = (("tiny", 512, 4096), ("256M", 49280, 4096), ("256M", 49280, 16384), ("2.2B", 49280, 8192))

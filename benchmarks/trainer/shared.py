@@ -26,8 +26,8 @@ import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from pipeline.dataset import ClipExample
 from trainer import vision
-from trainer.clips import ClipExample
 from trainer.config import TrainConfig
 from trainer.model import DecisionHeads, tiny_config
 from trainer.sequence import Window

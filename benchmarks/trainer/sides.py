@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from trainer import vision
+from trainer.distributed import World
 from trainer.model import DecisionHeads, ProspectModel
-from trainer.pack import make_pack, pack_windows
-from trainer.parallel import World
+from trainer.packing import make_pack, pack_windows
 from trainer.sequence import Window
 from trainer.train import make_optimizer, train_step
 from trainer.transfer import Transfer, uploaded

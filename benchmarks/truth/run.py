@@ -26,12 +26,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.made import make
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
 from trainer.benchmark import Plan, answer_of, benchmark
 from trainer.config import Settings, TrainConfig
+from trainer.synthetic_data import make
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ("speak+dst", "speak")

@@ -41,7 +41,7 @@ class Ran:
 
 def preprocess(*args: object) -> Ran:
     """Status, stdout and stderr of the command, run in this process; -1 for an escaped exception."""
-    from pipeline.cli import main
+    from trainer.cli import main
 
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["prospect-dst", "preprocess", *map(str, args)]
@@ -65,7 +65,7 @@ def preprocess_apart(*args: object, address_gb: float = 6, seconds: float = 60) 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (int(address_gb * 2**30), int(address_gb * 2**30)))
 
-    code = "import sys; from pipeline.cli import main; sys.exit(main())"
+    code = "import sys; from trainer.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "preprocess", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)

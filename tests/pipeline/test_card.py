@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import card, shards
-from pipeline.cli import main
+from pipeline import card
+from pipeline import output as shards
 from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES
+from trainer.cli import main
 
 ROOT = Path(__file__).parents[2]
 

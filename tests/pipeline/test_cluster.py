@@ -29,11 +29,11 @@ import typer
 
 from pipeline import cluster
 from pipeline import preprocess as module
-from pipeline.cli import app, main
 from pipeline.errors import InputError
+from pipeline.extract import survey
 from pipeline.preprocess import preprocess
-from pipeline.survey import survey
-from pipeline.write import write_part
+from pipeline.shards import write_part
+from trainer.cli import app, main
 
 CONNECTED = cluster._connected
 CLIPS = 40

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline import inspect, inspect_html, shards, summary, terminal, timeline
+from pipeline import inspect, summary, terminal, timeline
+from pipeline import output as shards
+from pipeline import viewer as inspect_html
 from pipeline.errors import InputError
 from pipeline.schema import CLIPS, FRAMES, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline import shards
-from pipeline.cli import main
+from pipeline import output as shards
 from pipeline.errors import InputError, UsageError
 from pipeline.inspect import summarise
 from pipeline.options import Options
@@ -28,6 +27,7 @@ from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES, sampling_seed
 from pipeline.summary import render_summary, summary_of
 from pipeline.synth import write_frames
+from trainer.cli import main
 
 
 def turn(role, start=None, end=None, time_s=None, content=None):
@@ -449,7 +449,7 @@ def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
 DIES = """
 import os, sys
 from pathlib import Path
-from pipeline import preprocess as p, shards
+from pipeline import preprocess as p, output as shards
 sync = shards.sync
 shards.sync = lambda path: os._exit(9) if path == Path(sys.argv[2]) else sync(path)
 p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]))
@@ -573,7 +573,7 @@ def test_wrong_options_are_bad_usage():
 def test_the_pipeline_runs_where_torch_is_not_installed(tmp_path):
     source = write(tmp_path / "train_x.json", [clip()])
     code = (
-        "import sys; sys.modules['torch'] = None; from pipeline.cli import main;"
+        "import sys; sys.modules['torch'] = None; from trainer.cli import main;"
         f"sys.exit(main(['preprocess', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}])"
         f" or main(['inspect', {str(tmp_path / 'out')!r}]))"
     )

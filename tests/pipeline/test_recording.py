@@ -11,9 +11,11 @@ import pytest
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from pipeline import recording, stream_html, stream_video
 from pipeline.errors import InputError
-from pipeline.stream_terminal import Tally
+from trainer.live import html_sink as stream_html
+from trainer.live import sinks as recording
+from trainer.live import video_sink as stream_video
+from trainer.live.terminal_sink import Tally
 
 STEPS = [("S1", "Attach the wheels"), ("S2", "Fix the roof")]
 BOTH = ["speaking", "dst_update"]
@@ -198,7 +200,7 @@ class Screen(StringIO):
 
 @pytest.fixture
 def screen(monkeypatch):
-    monkeypatch.setattr("pipeline.stream_terminal._REDRAW_S", 0.0)
+    monkeypatch.setattr("trainer.live.terminal_sink._REDRAW_S", 0.0)
     monkeypatch.setattr("sys.stdin", Screen(1, 1))  # somebody may type
     return Screen(60, 16)
 

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.cli import main
 from pipeline.media import find_frames
 from pipeline.synth import SynthConfig, synth
+from trainer.cli import main
 
 SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
 refuse = importlib.util.module_from_spec(SPEC)

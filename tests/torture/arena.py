@@ -352,7 +352,7 @@ class Arena:
 
 
 def _command(argv: list[str]) -> int:
-    from pipeline.cli import main
+    from trainer.cli import main
 
     sys.argv = ["prospect-dst", *argv]
     return main()
@@ -482,7 +482,7 @@ def _other_frames() -> int:
     import av
     import pyarrow as pa
 
-    from trainer.frames import decode
+    from trainer.frame_source import decode
 
     for source in sorted(Path("raw/frames").glob("*.arrow")):
         with pa.memory_map(str(source)) as file:
@@ -517,11 +517,11 @@ def warm() -> None:
     import torch.utils.tensorboard
     import transformers
 
-    import pipeline.cli
-    import pipeline.inspect_html
     import pipeline.preprocess
     import pipeline.synth
+    import pipeline.viewer
     import trainer.benchmark
+    import trainer.cli
     import trainer.encode
     import trainer.evaluate
     import trainer.train

@@ -461,8 +461,8 @@ def _forge_many(seed: int, examples: int) -> int:
 
 def _read_forged(data: Path) -> str | None:
     """None where the reader gives what the rows say; 'refused'; or what is wrong."""
-    from trainer.errors import TrainerError
-    from trainer.shards import Split
+    from pipeline.dataset import Split
+    from pipeline.errors import InputError
 
     expected = truth(data)
     try:
@@ -473,7 +473,7 @@ def _read_forged(data: Path) -> str | None:
             shuffled = list(split.epoch(0, epoch))
             assert sorted(clip.clip_id for clip in shuffled) == sorted(row["clip_id"] for row in found)
             assert [clip.clip for clip in shuffled] == [numbers.clip for numbers in split.label_stream(0, epoch)]
-    except TrainerError as error:
+    except InputError as error:
         if "\n" in str(error) or not any(name in str(error) for name in ("part-", "manifest.json")):
             return f"refused without a file's name, or in two lines: {str(error)[:200]!r}"
         return "refused"

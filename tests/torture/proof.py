@@ -23,7 +23,7 @@ TRIES = 80
 
 def shards_in_place() -> None:
     """preprocess writes over the old output, the manifest first."""
-    from pipeline import shards
+    from pipeline import output as shards
 
     def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
         (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -62,7 +62,7 @@ def optimizer_forgotten() -> None:
 
 def no_hashes_of_shards() -> None:
     """Nor is anything else of them looked at, and what Arrow raises goes through."""
-    from trainer import shards
+    from pipeline import dataset as shards
 
     shards._verify = lambda data, shard: data / shard["path"]  # type: ignore[assignment]
     shards._check_rows = lambda where, first_clip: None
@@ -84,7 +84,7 @@ def no_checksums_of_features() -> None:
 
 def inspect_trusts() -> None:
     """inspect looks at no hash and no list."""
-    from pipeline import shards
+    from pipeline import output as shards
 
     shards.verify = shards._manifest
 
@@ -105,7 +105,7 @@ def nameless_errors() -> None:
 
 def any_picture() -> None:
     """What a decoder raises is not caught."""
-    from trainer import frames
+    from trainer import frame_source as frames
 
     frames.UNDECODABLE = (KeyError,)  # type: ignore[assignment]
 
@@ -130,7 +130,7 @@ def trusting_numbers() -> None:
 
 def trusting_rows() -> None:
     """The trainer takes the rows of a shard as they are."""
-    from trainer import shards
+    from pipeline import dataset as shards
 
     shards._check_rows = lambda where, first_clip: None
 
@@ -142,10 +142,10 @@ def no_locks() -> None:
 
 
 def needs_home() -> None:
-    import pipeline.cli
+    import trainer.cli
 
-    before = pipeline.cli.main
-    pipeline.cli.main = lambda argv=None: before(argv) if os.environ["HOME"] else 1
+    before = trainer.cli.main
+    trainer.cli.main = lambda argv=None: before(argv) if os.environ["HOME"] else 1
 
 
 def survivors() -> None:

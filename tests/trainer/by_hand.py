@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.dataset import ClipExample, Turn
 from pipeline.schema import (
     CLIPS,
     FRAMES,
@@ -27,7 +28,6 @@ from pipeline.schema import (
     sampling_seed,
     shard_path,
 )
-from trainer.clips import ClipExample, Turn
 from trainer.tokenizer import MARKERS
 
 STEPS = (("S1", "Put the base down"), ("S2", "Attach the wheel"))

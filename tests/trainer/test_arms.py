@@ -11,10 +11,10 @@ from by_hand import clip_example, dst, turn
 from small_run import CONFIG, curve, go, write_data
 
 import trainer
+from pipeline.errors import InputError
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
-from trainer.losses import bce_sums, supervise
+from trainer.loss import bce_sums, supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.sequence import build_windows
 from trainer.tokenizer import MARKERS, train_tiny_tokens
@@ -65,7 +65,7 @@ def test_all_arms_of_the_contract_are_there():
 
 
 def test_an_unknown_arm_is_refused_by_name():
-    with pytest.raises(TrainerError, match=r"arm 'loud': not known, expected one of silence, lm-eos, speak, "):
+    with pytest.raises(InputError, match=r"arm 'loud': not known, expected one of silence, lm-eos, speak, "):
         TrainConfig(arm="loud")
 
 
@@ -149,6 +149,6 @@ def test_a_run_resumes_as_the_arm_it_was_begun_as(tmp_path):
     data = write_data(tmp_path / "data")
     go(data, tmp_path / "run", arm="lm-eos", steps=2)
     assert trainer.load(tmp_path / "run").model.arm == ARMS["lm-eos"]
-    with pytest.raises(TrainerError, match="arm is 'speak', the run has 'lm-eos'"):
+    with pytest.raises(InputError, match="arm is 'speak', the run has 'lm-eos'"):
         go(data, tmp_path / "run", arm="speak", steps=2, resume=True)
     assert CONFIG.arm == "speak+dst"

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 import trainer
+from pipeline.errors import InputError
 from trainer.checkpoint import load_run, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
-from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import Pack, make_pack
+from trainer.packing import Pack, make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 from trainer.train import train
@@ -248,7 +248,7 @@ def test_three_lines_give_a_score_for_every_frame(run, data):
 
 def test_a_score_is_the_model_s_logit_at_the_frame(run, data):
     """JPEG frames from the disk, so the pack is built from what was scored, not from the noise itself."""
-    from trainer.frames import PixelFrames
+    from trainer.frame_source import PixelFrames
 
     loaded = trainer.load(run)
     scored = next(loaded.score(data, "test"))
@@ -337,7 +337,7 @@ def flip(path: Path, at: float = 0.5) -> None:
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
 def test_a_flipped_bit_is_refused_and_the_file_is_named(copy, name, at):
     flip(copy / "last" / name, at)
-    with pytest.raises(TrainerError, match=f"{name}: damaged") as caught:
+    with pytest.raises(InputError, match=f"{name}: damaged") as caught:
         trainer.load(copy)
     assert "\n" not in str(caught.value)
 
@@ -345,39 +345,39 @@ def test_a_flipped_bit_is_refused_and_the_file_is_named(copy, name, at):
 def test_damaged_moments_stop_a_resume_but_not_a_score(copy):
     flip(copy / "last" / "state.safetensors")
     assert trainer.load(copy).info["step"] == 2
-    with pytest.raises(TrainerError, match=r"state\.safetensors: damaged"):
+    with pytest.raises(InputError, match=r"state\.safetensors: damaged"):
         load_run(copy, to_train=True)
 
 
 def test_best_is_not_something_to_go_on_from(run):
-    with pytest.raises(TrainerError, match=r"holds no state\.safetensors, so training can't go on from it"):
+    with pytest.raises(InputError, match=r"holds no state\.safetensors, so training can't go on from it"):
         load_run(run / "best", to_train=True)
 
 
 @pytest.mark.parametrize("name", [*BODY, "heads.safetensors"])
 def test_a_missing_file_is_named(copy, name):
     (copy / "last" / name).unlink()
-    with pytest.raises(TrainerError, match=f"{name}: not found.*get the whole folder"):
+    with pytest.raises(InputError, match=f"{name}: not found.*get the whole folder"):
         trainer.load(copy)
 
 
 def test_heads_are_never_made_up(copy):
     (copy / "last" / "heads.safetensors").unlink()
-    with pytest.raises(TrainerError, match=r"heads\.safetensors: not found, and heads are never made up"):
+    with pytest.raises(InputError, match=r"heads\.safetensors: not found, and heads are never made up"):
         trainer.load(copy)
 
 
 def test_a_description_without_checksums_is_refused(copy):
     path = copy / "last" / "run.json"
     path.write_text(path.read_text().replace('"sha256"', '"sha257"', 1))
-    with pytest.raises(TrainerError, match=r"run\.json: "):
+    with pytest.raises(InputError, match=r"run\.json: "):
         trainer.load(copy)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 2, "config": 3, "files": {}}'])
 def test_a_description_that_is_none_is_named_in_one_line(copy, content):
     (copy / "last" / "run.json").write_text(content)
-    with pytest.raises(TrainerError, match=r"run\.json: ") as caught:
+    with pytest.raises(InputError, match=r"run\.json: ") as caught:
         trainer.load(copy)
     assert "\n" not in str(caught.value)
 

@@ -18,13 +18,13 @@ from small_run import CONFIG
 from test_evaluate import write_splits
 
 import trainer.benchmark
-from pipeline.cli import main
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from trainer.benchmark import Job, Plan, answer_of, benchmark, is_done
+from trainer.cli import main
 from trainer.config import Settings, TrainConfig
-from trainer.errors import TrainerError
-from trainer.evaluation.verdict import hold
-from trainer.shards import Split
-from trainer.start import take_lock
+from trainer.evaluation.evaluate_scores import hold
+from trainer.run_folder import take_lock
 
 ARMS = ("silence", "speak", "speak+dst")
 SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
@@ -132,7 +132,7 @@ def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, p
     held, learned, job = hold(plan.data, "test"), Split(plan.data, "train"), Job(plan, "speak", 0)
     assert is_done(job, held, learned)
     assert not is_done(Job(replace(plan, settings=Settings(late_s=3.0)), "speak", 0), held, learned)
-    with pytest.raises(TrainerError, match=r"lr is 0\.1, the run has 0\.002; benchmark into a new --out"):
+    with pytest.raises(InputError, match=r"lr is 0\.1, the run has 0\.002; benchmark into a new --out"):
         is_done(Job(replace(plan, config=replace(SMALL, lr=0.1)), "speak", 0), held, learned)
     other = write_splits(tmp_path / "data", lambda clips: clips[:-1])  # one clip less in val, too
     assert not is_done(Job(replace(plan, data=other), "speak", 0), hold(other, "test"), Split(other, "train"))
@@ -145,20 +145,20 @@ def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, p
 def test_two_benchmarks_keep_out_of_each_others_folder(told, plan):
     with ExitStack() as held:
         take_lock(plan.out, held)
-        with pytest.raises(TrainerError, match="another process is at work there; wait for it, or choose another"):
+        with pytest.raises(InputError, match="another process is at work there; wait for it, or choose another"):
             benchmark(plan)
 
 
 def test_data_that_cannot_answer_is_refused_before_training(data, plan, tmp_path):
-    with pytest.raises(TrainerError, match="no val split beside val: thresholds are chosen there"):
+    with pytest.raises(InputError, match="no val split beside val: thresholds are chosen there"):
         benchmark(replace(plan, split="val", out=tmp_path / "out"))
     silent = [clip_example([dst(2, 3, ("S1", "complete"))], clip_id=f"c{i}", clip=i) for i in range(2)]
     speaking = [clip_example([turn("assistant", "Hi.", 2, 3)], clip_id=f"c{i}", clip=i) for i in range(2)]
     quiet = write_shards(tmp_path / "quiet", {"train": speaking, "val": speaking, "test": silent})
-    with pytest.raises(TrainerError, match="the assistant never speaks in test: nothing to measure"):
+    with pytest.raises(InputError, match="the assistant never speaks in test: nothing to measure"):
         benchmark(replace(plan, data=quiet, out=tmp_path / "out"))
     stateless = write_shards(tmp_path / "stateless", dict.fromkeys(("train", "val", "test"), speaking))
-    with pytest.raises(TrainerError, match=r"so speak\+dst have nothing to learn from.*silence,lm-eos,speak$"):
+    with pytest.raises(InputError, match=r"so speak\+dst have nothing to learn from.*silence,lm-eos,speak$"):
         benchmark(replace(plan, data=stateless, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_a_benchmark_that_is_killed_goes_on(told, plan, tmp_path):
     words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--micro-batch-tokens", "120", "--draws", "500", "--jobs", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *words],
+        [sys.executable, "-m", "trainer.cli", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
@@ -203,9 +203,9 @@ def test_one_arm_alone_has_no_answer(told, plan, tmp_path):
 
 
 def test_a_plan_names_each_arm_once(data, tmp_path):
-    with pytest.raises(TrainerError, match="arms: speak, speak, expected one or more, each once"):
+    with pytest.raises(InputError, match="arms: speak, speak, expected one or more, each once"):
         Plan(data, tmp_path, ("speak", "speak"))
-    with pytest.raises(TrainerError, match="seeds: none, expected one or more"):
+    with pytest.raises(InputError, match="seeds: none, expected one or more"):
         Plan(data, tmp_path, seeds=())
 
 

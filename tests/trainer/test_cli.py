@@ -8,7 +8,7 @@ import os
 import pytest
 from small_run import curve, write_data
 
-from pipeline.cli import main
+from trainer.cli import main
 
 
 @pytest.fixture(scope="module")

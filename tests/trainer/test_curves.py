@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.errors import InputError
 from trainer.curves import draw, read_curves, running_mean, spread, thin
-from trainer.errors import TrainerError
 
 STEP = {"loss": 1.0, "speak": 0.5, "dst": 0.25, "lm": 0.125, "n_speak": 9.0, "n_dst": 9.0, "n_lm": 5.0}
 STEP |= {"grad_norm": 2.0, "lr": 0.001}
@@ -205,7 +205,7 @@ def test_a_run_may_have_any_name(tmp_path):
 def test_nothing_to_draw_is_said_in_one_line(tmp_path, lines):
     if lines is not None:
         written(tmp_path, lines)
-    with pytest.raises(TrainerError, match=r"metrics\.jsonl: found no step, expected what train writes; train first"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: found no step, expected what train writes; train first"):
         draw(tmp_path)
     assert not (tmp_path / "curves.svg").exists()
 

@@ -16,8 +16,8 @@ from small_run import curve, go, go_until, weights, write_data
 
 import trainer.checkpoint
 import trainer.train
-from pipeline.cli import main
 from trainer.checkpoint import RUN_INFO, load_run, recover
+from trainer.cli import main
 from trainer.features import Provenance, feature_path, open_features, write_features
 
 REFUSING = Path(__file__).parents[1] / "refusing"
@@ -122,7 +122,7 @@ def test_commands_in_a_fresh_process_on_a_disk_that_refuses_all_niceties(data, t
         ("train", data, "--run", tmp_path / "run", *few, "--workers", "1"),
         ("encode", data, "--model", tmp_path / "run" / "last", "--out", tmp_path / "features"),
     ):
-        ran = subprocess.run([sys.executable, "-m", "pipeline.cli", *map(str, words)], env=env, capture_output=True)
+        ran = subprocess.run([sys.executable, "-m", "trainer.cli", *map(str, words)], env=env, capture_output=True)
         assert (ran.returncode, ran.stderr.decode()[-300:] if ran.returncode else "") == (0, "")
     assert load_run(tmp_path / "run").info["step"] == 2
 

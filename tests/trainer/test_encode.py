@@ -13,12 +13,12 @@ from by_hand import clip_example, write_frames, write_shards
 from PIL import Image
 from transformers import SmolVLMForConditionalGeneration
 
+from pipeline.errors import InputError
 from trainer import encode as module
 from trainer import vision
 from trainer.encode import encode
-from trainer.errors import TrainerError
 from trainer.features import CachedFeatures, open_features
-from trainer.frames import PixelFrames
+from trainer.frame_source import PixelFrames
 from trainer.model import tiny_config
 
 # video: its clips' (start, frames) by split. Needed: v0 0..7 and 12..19, v1 0..8, v2 3..9
@@ -175,7 +175,7 @@ def test_videos_that_cannot_be_read_are_named_and_the_rest_is_done(model, root, 
     assert broken.startswith("video v2: ")
     assert "v2 frame 5: no JPEG or PNG" in broken
     (root / "v1.arrow").write_bytes(b"no Arrow file")
-    with pytest.raises(TrainerError, match="none of 3 videos can be encoded; video v0: clip train0: no frames"):
+    with pytest.raises(InputError, match="none of 3 videos can be encoded; video v0: clip train0: no frames"):
         encode(data, tmp_path / "other", model)
 
 
@@ -206,7 +206,7 @@ def test_features_too_large_for_float16_stop_the_run(data, tmp_path):
     with torch.no_grad():
         loud.model.vision_model.post_layernorm.weight.mul_(1e6)
     loud.save_pretrained(tmp_path / "loud")
-    with pytest.raises(TrainerError, match=r"video v0: features that are too large for float16.*use --store float32"):
+    with pytest.raises(InputError, match=r"video v0: features that are too large for float16.*use --store float32"):
         encode(data, tmp_path / "out", str(tmp_path / "loud"))
     assert not files(tmp_path / "out")
     assert encode(data, tmp_path / "out", str(tmp_path / "loud"), store="float32").videos == 3
@@ -225,14 +225,14 @@ def test_bfloat16_is_measured_and_refused_where_it_is_off(vlm, model, root, data
         encode(data, tmp_path / "out", model, dtype="bfloat16", store="float32").skipped == 3
     )  # better ones are there
     monkeypatch.setattr(module, "TOLERANCE", 1e-5)
-    with pytest.raises(TrainerError, match=r"dtype is bfloat16, but features differ .* use --dtype float32"):
+    with pytest.raises(InputError, match=r"dtype is bfloat16, but features differ .* use --dtype float32"):
         encode(data, tmp_path / "out", model, dtype="bfloat16")
 
 
 def test_two_runs_do_not_write_into_one_folder(model, data, tmp_path):
     with (
         module._alone(tmp_path / "out"),
-        pytest.raises(TrainerError, match="out: another run of part 1/1 is writing there"),
+        pytest.raises(InputError, match="out: another run of part 1/1 is writing there"),
     ):
         encode(data, tmp_path / "out", model)
     assert encode(data, tmp_path / "out", model).videos == 3
@@ -262,15 +262,15 @@ def test_parts_write_into_one_folder_at_once_but_no_part_twice(model, data, tmp_
     out = tmp_path / "out"
     with module._alone(out, (1, 2)):
         assert encode(data, out, model, part=(2, 2)).refused == []
-        with pytest.raises(TrainerError, match="out: another run of part 1/2 is writing there; wait for it"):
+        with pytest.raises(InputError, match="out: another run of part 1/2 is writing there; wait for it"):
             encode(data, out, model, part=(1, 2))
-        with pytest.raises(TrainerError, match=r"a run of another number of parts \(\.lock-1-of-2\) is writing there"):
+        with pytest.raises(InputError, match=r"a run of another number of parts \(\.lock-1-of-2\) is writing there"):
             encode(data, out, model)
-        with pytest.raises(TrainerError, match=r"a run of another number of parts \(\.lock-1-of-2\) is writing there"):
+        with pytest.raises(InputError, match=r"a run of another number of parts \(\.lock-1-of-2\) is writing there"):
             encode(data, out, model, part=(1, 3))
     with (
         module._alone(out),
-        pytest.raises(TrainerError, match=r"another number of parts \(\.lock-1-of-1\) is writing there"),
+        pytest.raises(InputError, match=r"another number of parts \(\.lock-1-of-1\) is writing there"),
     ):
         encode(data, out, model, part=(1, 2))
     encode(data, out, model, part=(1, 3))
@@ -324,7 +324,7 @@ def test_a_machine_with_another_tower_is_refused(model, data, tmp_path):
             how = dataclasses.replace(call[0], fingerprint="0" * 16)
             yield function(how, *call[1:])
 
-    with pytest.raises(TrainerError, match=f"model is {model}: another tower on .*; give all machines the same"):
+    with pytest.raises(InputError, match=f"model is {model}: another tower on .*; give all machines the same"):
         encode(data, tmp_path / "out", model, dtype="float32", mapper=mapper)
     assert files(tmp_path / "out") == []
 
@@ -358,7 +358,7 @@ def test_wrong_options_are_named_before_anything_is_done(model, data, tmp_path, 
     options = {"model": model, **wrong}
     if "frames_root" in wrong:
         options["frames_root"] = tmp_path / wrong["frames_root"]
-    with pytest.raises(TrainerError, match=message):
+    with pytest.raises(InputError, match=message):
         encode(data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -396,12 +396,12 @@ def test_the_connector_s_output_can_be_kept_instead(narrow, root, data, tmp_path
 def test_two_layers_do_not_share_a_folder(narrow, data, tmp_path):
     _, model = narrow
     encode(data, tmp_path / "out", model, keep="connector")
-    with pytest.raises(TrainerError, match=r"features of the layer connector, and kept; choose another --out, or --ke"):
+    with pytest.raises(InputError, match=r"features of the layer connector, and kept; choose another --out, or --ke"):
         encode(data, tmp_path / "out", model)
     encode(data, tmp_path / "all", model)
     (tmp_path / "all" / "v0.2fps.safetensors").replace(tmp_path / "out" / "v0.2fps.safetensors")
     source = CachedFeatures(tmp_path / "out", vision.fingerprint(narrow[0], "connector"), layer="connector")
-    with pytest.raises(TrainerError, match=r"v0.*features of the layer vision, but others in this folder of connector"):
+    with pytest.raises(InputError, match=r"v0.*features of the layer vision, but others in this folder of connector"):
         source.load(clip_example([], video="v0"), 0, 1)
 
 
@@ -415,7 +415,7 @@ def test_another_connector_s_features_are_refused(narrow, data, tmp_path):
     assert vision.fingerprint(learned) == was[0]
     assert vision.fingerprint(learned, "connector") != was[1]
     source = CachedFeatures(tmp_path / "out", vision.fingerprint(learned, "connector"), layer="connector")
-    with pytest.raises(TrainerError, match=rf"made by the vision tower and connector {was[1]} .*encode again"):
+    with pytest.raises(InputError, match=rf"made by the vision tower and connector {was[1]} .*encode again"):
         source.load(clip_example([], video="v1"), 0, 1)
 
 

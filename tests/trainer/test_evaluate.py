@@ -15,10 +15,10 @@ import torch
 from by_hand import write_frames, write_shards
 from small_run import clip, go, write_data
 
-from pipeline.cli import main
-from trainer.errors import TrainerError
+from pipeline.errors import InputError
+from trainer.cli import main
 from trainer.evaluate import evaluate
-from trainer.evaluation.verdict import evaluate_scores, evaluate_submission
+from trainer.evaluation.evaluate_scores import evaluate_scores, evaluate_submission
 
 MODES = ("teacher-forced", "self-fed")
 
@@ -160,7 +160,7 @@ def test_a_strangers_test_scores_need_a_threshold_that_is_given(data, tmp_path, 
 
 def test_scores_that_name_no_shards_ask_for_them(data, tmp_path):
     path = strangers(data, tmp_path / "x.parquet", float)
-    with pytest.raises(TrainerError, match="does not say which shards it is of; name them: evaluate DATA --scores"):
+    with pytest.raises(InputError, match="does not say which shards it is of; name them: evaluate DATA --scores"):
         evaluate_scores(path)
 
 
@@ -195,7 +195,7 @@ def test_a_run_is_measured_by_chunks_in_both_modes(found, run, data, tmp_path, c
 
 def test_sessions_of_other_data_are_refused_before_anything_is_scored(run, data, tmp_path):
     sessions, _ = sessions_of([clip(i, "train") for i in range(2)], tmp_path / "sessions.jsonl")
-    with pytest.raises(TrainerError, match="the split has no clip of video"):
+    with pytest.raises(InputError, match="the split has no clip of video"):
         evaluate(run, data, out=tmp_path / "out", chunks=sessions)
     assert not (tmp_path / "out").exists()
 

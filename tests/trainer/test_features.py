@@ -9,8 +9,8 @@ import torch
 from by_hand import clip_example
 from safetensors import safe_open
 
+from pipeline.errors import InputError
 from trainer import vision
-from trainer.errors import TrainerError
 from trainer.features import CachedFeatures, Provenance, feature_path, open_features, write_features
 
 TOWER = "0123456789abcdef"
@@ -70,7 +70,7 @@ def test_a_block_at_a_time_is_all_that_is_held(tmp_path):
 
 def test_features_of_another_tower_are_refused(tmp_path):
     write(tmp_path, range(4))
-    with pytest.raises(TrainerError, match=rf"vision tower {TOWER} \(org/model\), but this model's is fedc.*encode"):
+    with pytest.raises(InputError, match=rf"vision tower {TOWER} \(org/model\), but this model's is fedc.*encode"):
         CachedFeatures(tmp_path, "fedcba9876543210").load(clip(), 0, 4)
 
 
@@ -84,20 +84,20 @@ def test_more_tokens_than_asked_for_are_pooled(tmp_path):
     assert np.allclose(found, vision.pool(whole, 4).numpy(), atol=1e-6)
     assert np.allclose(CachedFeatures(tmp_path, TOWER, 1).load(clip(), 1, 3), vision.pool(whole, 1).numpy(), atol=1e-6)
     for k in (9, 64):
-        with pytest.raises(TrainerError, match=f"16 tokens per frame, .* to {k}; .*--tokens-per-frame {k}"):
+        with pytest.raises(InputError, match=f"16 tokens per frame, .* to {k}; .*--tokens-per-frame {k}"):
             CachedFeatures(tmp_path, TOWER, k).load(clip(), 1, 3)
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(TrainerError, match=r"nowhere: no such folder.*prospect-dst encode"):
+    with pytest.raises(InputError, match=r"nowhere: no such folder.*prospect-dst encode"):
         CachedFeatures(tmp_path / "nowhere", TOWER)
     write(tmp_path, [0, 1, 2, 5, 6])
     source = CachedFeatures(tmp_path, TOWER)
-    with pytest.raises(TrainerError, match=r"clip c0: no features of its video at .*w\.2fps\.safetensors; run"):
+    with pytest.raises(InputError, match=r"clip c0: no features of its video at .*w\.2fps\.safetensors; run"):
         source.load(clip("w"), 0, 1)
-    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: 5 frames, but not 3 of clip c0; run"):
+    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: 5 frames, but not 3 of clip c0; run"):
         source.load(clip(), 1, 6)
-    with pytest.raises(TrainerError, match=r"5 frames, but not 7 of clip c0"):
+    with pytest.raises(InputError, match=r"5 frames, but not 7 of clip c0"):
         source.load(clip(), 6, 9)
 
 
@@ -108,7 +108,7 @@ def test_a_changed_number_is_an_error_of_the_frames_that_are_read(tmp_path):
     path.write_bytes(content)
     source = CachedFeatures(tmp_path, TOWER)
     assert np.array_equal(source.load(clip(), 0, 5), numbered(range(5)))
-    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: damaged in the frames 4 to 5 .*delete it, run"):
+    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: damaged in the frames 4 to 5 .*delete it, run"):
         source.load(clip(), 4, 6)
     assert not open_features(path).sound()
 
@@ -127,7 +127,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
 
 def test_another_video_s_file_is_refused(tmp_path):
     write(tmp_path, range(4), video="w").rename(feature_path(tmp_path, "v", 2.0))
-    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: of the video w at 2\.0 fps, expected v at 2\.0"):
+    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: of the video w at 2\.0 fps, expected v at 2\.0"):
         CachedFeatures(tmp_path, TOWER).load(clip(), 0, 4)
 
 
@@ -150,13 +150,13 @@ def test_damaged_files_are_named(tmp_path, damage):
             "other": content.replace(b'"format": "2"', b'"format": "9"'),
         }[damage]
     )
-    with pytest.raises(TrainerError, match=r"v\.2fps\.safetensors: .*run prospect-dst encode"):
+    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: .*run prospect-dst encode"):
         CachedFeatures(tmp_path, TOWER).load(clip(), 0, 1)
 
 
 @pytest.mark.parametrize("name", ["../v", "/v", "a/../../v"])
 def test_names_do_not_lead_out_of_the_folder(tmp_path, name):
-    with pytest.raises(TrainerError, match="leads out of"):
+    with pytest.raises(InputError, match="leads out of"):
         CachedFeatures(tmp_path, TOWER).load(clip(name), 0, 1)
 
 

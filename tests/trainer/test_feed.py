@@ -14,10 +14,10 @@ from by_hand import write_frames
 from PIL import Image
 from test_frames import DRIVE, at, grey, images, shades, video
 
-from trainer import feed
-from trainer.errors import TrainerError
-from trainer.feed import Listener, Seen, open_feed
-from trainer.frames import PixelFrames
+from pipeline.errors import InputError
+from trainer.frame_source import PixelFrames
+from trainer.live import video_input as feed
+from trainer.live.video_input import Listener, Seen, open_feed
 
 
 class Clock:
@@ -95,7 +95,7 @@ def test_a_file_is_read_from_the_frame_that_is_asked_for(tmp_path):
         found = list(frames)
     assert [(one.frame, one.time_s, one.skipped) for one in found] == [(4, 2.0, 0), (5, 2.5, 0), (6, 3.0, 0)]
     assert all(np.array_equal(one.pixels, whole[one.frame].pixels) for one in found)
-    with pytest.raises(TrainerError, match=r"v.mp4: 7 frames at 2 fps, expected more than 7"):
+    with pytest.raises(InputError, match=r"v.mp4: 7 frames at 2 fps, expected more than 7"):
         open_feed(str(tmp_path / "v.mp4"), 2, 64, first=7)
 
 
@@ -119,7 +119,7 @@ def test_frames_before_a_damaged_picture_are_given_then_one_line(tmp_path):
     with open_feed(str(folder), 2, 64) as frames:
         coming = iter(frames)
         assert [next(coming).frame, next(coming).frame] == [0, 1]
-        with pytest.raises(TrainerError, match=r"v frame 2: no JPEG or PNG .*; get the file again$"):
+        with pytest.raises(InputError, match=r"v frame 2: no JPEG or PNG .*; get the file again$"):
             next(coming)
 
 
@@ -141,7 +141,7 @@ def test_frames_before_a_damaged_picture_are_given_then_one_line(tmp_path):
     ],
 )
 def test_what_is_no_stream_of_frames_is_told_in_one_line(tmp_path, make, wrong):
-    with pytest.raises(TrainerError, match=wrong) as error:
+    with pytest.raises(InputError, match=wrong) as error:
         open_feed(str(make(tmp_path)), 2, 64)
     assert "\n" not in str(error.value)
 
@@ -169,14 +169,14 @@ def _sound(path: Path) -> Path:
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9])
 def test_rates_that_make_no_sense_are_refused(tmp_path, fps):
     folder = images(tmp_path / "v", ["1.png"])
-    with pytest.raises(TrainerError, match=r"v: fps .*, expected 0.01 to 1000"):
+    with pytest.raises(InputError, match=r"v: fps .*, expected 0.01 to 1000"):
         open_feed(str(folder), fps, 64)
-    with pytest.raises(TrainerError, match="v: source fps"):
+    with pytest.raises(InputError, match="v: source fps"):
         open_feed(str(folder), 2, 64, source_fps=fps)
 
 
 def test_a_video_needs_no_source_rate(tmp_path):
-    with pytest.raises(TrainerError, match="a video says itself when its pictures are shown"):
+    with pytest.raises(InputError, match="a video says itself when its pictures are shown"):
         open_feed(str(video(tmp_path / "v.mp4", 2)), 2, 64, source_fps=30)
 
 
@@ -278,7 +278,7 @@ def test_a_camera_that_stops_is_told_in_one_line(monkeypatch, last, wrong):
         next(coming)
         camera.show(last)
         assert camera.closed.wait(20)
-        with pytest.raises(TrainerError, match=f"camera 3: {wrong}; is it still plugged in"):
+        with pytest.raises(InputError, match=f"camera 3: {wrong}; is it still plugged in"):
             next(coming)
 
 
@@ -289,20 +289,20 @@ def test_a_camera_that_falls_silent_is_told_in_one_line(monkeypatch):
         coming = iter(frames)
         next(coming)
         clock.sleep(6)
-        with pytest.raises(TrainerError, match="camera 0: no picture for 6 seconds"):
+        with pytest.raises(InputError, match="camera 0: no picture for 6 seconds"):
             next(coming)
 
 
 def test_a_camera_that_never_starts_is_told_in_one_line(monkeypatch):
     Camera(monkeypatch)
     monkeypatch.setattr(feed, "FIRST_PICTURE_S", 0.01)
-    with open_feed("0", 2, 64) as frames, pytest.raises(TrainerError, match="camera 0: no picture for 0 seconds"):
+    with open_feed("0", 2, 64) as frames, pytest.raises(InputError, match="camera 0: no picture for 0 seconds"):
         next(iter(frames))
 
 
 def test_a_camera_that_is_not_there_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(feed.sys, "platform", "linux")
-    with pytest.raises(TrainerError, match=r"camera 987: no /dev/video987, cameras there: .*; for a file .* \./987$"):
+    with pytest.raises(InputError, match=r"camera 987: no /dev/video987, cameras there: .*; for a file .* \./987$"):
         open_feed("987", 2, 64)
 
 

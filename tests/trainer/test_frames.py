@@ -18,6 +18,7 @@ import pytest
 from by_hand import clip_example, jpeg, write_frames
 from PIL import Image
 
+from pipeline.errors import InputError
 from pipeline.media import (
     ArrowFrames,
     count_frames,
@@ -28,8 +29,7 @@ from pipeline.media import (
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.video import Video, VideoTimes, open_video, video_times
-from trainer.errors import TrainerError
-from trainer.frames import PixelFrames, decode, open_file, open_frames
+from trainer.frame_source import PixelFrames, decode, open_file, open_frames
 
 DRIVE = Path(__file__).parents[3] / "shared" / "real" / "drive.mp4"
 
@@ -123,12 +123,12 @@ def test_a_file_without_the_prefix_is_found(tmp_path):
 
 
 def test_missing_files_and_frames_say_where_and_how_many(tmp_path):
-    with pytest.raises(TrainerError, match=r"no such folder.*--frames-root"):
+    with pytest.raises(InputError, match=r"no such folder.*--frames-root"):
         PixelFrames(tmp_path / "nowhere", 64)
-    with pytest.raises(TrainerError, match="clip c0: no frames of cam_nusar-1 below"):
+    with pytest.raises(InputError, match="clip c0: no frames of cam_nusar-1 below"):
         PixelFrames(tmp_path, 64).load(clip(), 3, 7)
     write_frames(tmp_path / "cam_nusar-1.arrow", [grey(0)] * 5)
-    with pytest.raises(TrainerError, match=r"cam_nusar-1.arrow: 5 frames, but clip c0 needs frame 6"):
+    with pytest.raises(InputError, match=r"cam_nusar-1.arrow: 5 frames, but clip c0 needs frame 6"):
         PixelFrames(tmp_path, 64).load(clip(), 3, 7)
 
 
@@ -143,7 +143,7 @@ def test_a_broken_frame_is_named(tmp_path, content):
         writer.write_table(table)
     source = PixelFrames(tmp_path, 64)
     assert len(source.load(clip(), 0, 1)) == 1
-    with pytest.raises(TrainerError, match=r"cam_nusar-1.arrow frame 1: no base64 JPEG"):
+    with pytest.raises(InputError, match=r"cam_nusar-1.arrow frame 1: no base64 JPEG"):
         source.load(clip(), 0, 2)
 
 
@@ -157,12 +157,12 @@ def test_files_that_are_no_arrow_or_have_no_frame_column_are_named(tmp_path):
     path = tmp_path / "cam_nusar-1.arrow"
     for content in (b"", b"hello", b"ARROW1 but not really"):
         path.write_bytes(content)
-        with pytest.raises(TrainerError, match=r"cam_nusar-1.arrow: not an Arrow IPC file"):
+        with pytest.raises(InputError, match=r"cam_nusar-1.arrow: not an Arrow IPC file"):
             PixelFrames(tmp_path, 64).load(clip(), 3, 4)
     table = pa.table({"image": ["x"]})
     with pa.ipc.new_stream(str(path), table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(TrainerError, match="columns image, expected one named frame"):
+    with pytest.raises(InputError, match="columns image, expected one named frame"):
         PixelFrames(tmp_path, 64).load(clip(), 3, 4)
 
 
@@ -180,7 +180,7 @@ def test_the_root_comes_from_the_manifest_unless_given(tmp_path):
     assert open_frames(manifest, None, 64).root == tmp_path
     (tmp_path / "other").mkdir()
     assert open_frames(manifest, tmp_path / "other", 64).root == tmp_path / "other"
-    with pytest.raises(TrainerError, match="--frames-root"):
+    with pytest.raises(InputError, match="--frames-root"):
         open_frames({"options": {"frames_root": None}}, None, 64)
 
 
@@ -222,7 +222,7 @@ def test_time_starts_with_the_first_picture(tmp_path, ending):
     video(tmp_path / f"v.{ending}", 4, pts=[7300, 7800, 8300, 8800], step=60)
     source = PixelFrames(tmp_path, 64)
     assert shades(source.load(at(2), 0, 4), 60) == [0, 1, 2, 3]
-    with pytest.raises(TrainerError, match=r"v.*: 4 frames at 2 fps, but clip c0 needs frame 4"):
+    with pytest.raises(InputError, match=r"v.*: 4 frames at 2 fps, but clip c0 needs frame 4"):
         source.load(at(2), 0, 5)
 
 
@@ -309,7 +309,7 @@ def test_files_that_are_no_video_are_named(tmp_path):
     cases = {"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}
     for name, content in cases.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
-        with pytest.raises(TrainerError, match=rf"{name}.mp4: .*get the file again$"):
+        with pytest.raises(InputError, match=rf"{name}.mp4: .*get the file again$"):
             PixelFrames(tmp_path, 64).load(at(2, name), 0, 1)
         assert count_frames(tmp_path / f"{name}.mp4") is None
 
@@ -319,7 +319,7 @@ def test_a_playlist_does_not_lead_to_other_files(tmp_path):
     (tmp_path / "a.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n")
     (tmp_path / "b.mkv").write_text("ffconcat version 1.0\nfile private/other.mp4\n")
     for name in ("a", "b"):
-        with pytest.raises(TrainerError, match="not a video"):
+        with pytest.raises(InputError, match="not a video"):
             PixelFrames(tmp_path, 64).load(at(2, name), 0, 1)
 
 
@@ -341,9 +341,9 @@ def test_a_damaged_picture_is_refused_and_others_are_not(tmp_path):
     content[places[14] : places[14] + 400] = bytes(400)
     path.write_bytes(content)
     source = PixelFrames(tmp_path, 64)
-    with pytest.raises(TrainerError, match=r"v.mp4 frame 1[0-4]: can't be decoded"):  # threads read ahead
+    with pytest.raises(InputError, match=r"v.mp4 frame 1[0-4]: can't be decoded"):  # threads read ahead
         source.load(at(30), 0, 30)
-    with pytest.raises(TrainerError, match=r"v.mp4 frame 16: can't be decoded"):  # built on the damaged one
+    with pytest.raises(InputError, match=r"v.mp4 frame 16: can't be decoded"):  # built on the damaged one
         source.load(at(30), 16, 17)
     assert np.array_equal(source.load(at(30), 0, 8), whole[:8])
     assert np.array_equal(source.load(at(30), 25, 30), whole[25:])
@@ -351,14 +351,14 @@ def test_a_damaged_picture_is_refused_and_others_are_not(tmp_path):
 
 def test_an_avi_that_hides_the_order_of_its_pictures_is_refused(tmp_path):
     video(tmp_path / "v.avi", 30, bf="3")
-    with pytest.raises(TrainerError, match=r"v.avi: does not say when its pictures are shown; convert it: ffmpeg"):
+    with pytest.raises(InputError, match=r"v.avi: does not say when its pictures are shown; convert it: ffmpeg"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
 
 
 def test_a_video_with_enormous_pictures_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     video(tmp_path / "v.mp4", 2)
     monkeypatch.setattr("pipeline.video.MAX_PIXELS", 64 * 63)
-    with pytest.raises(TrainerError, match=r"v.mp4: 64 x 64 pixels, at most 4032 are decoded"):
+    with pytest.raises(InputError, match=r"v.mp4: 64 x 64 pixels, at most 4032 are decoded"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
 
 
@@ -405,7 +405,7 @@ def test_images_are_frames_by_the_last_number_in_their_names(tmp_path, names):
 )
 def test_names_that_would_shift_frames_are_refused(tmp_path, names, wrong):
     folder = images(tmp_path / "v", names)
-    with pytest.raises(TrainerError, match=f"v: .*{wrong}"):
+    with pytest.raises(InputError, match=f"v: .*{wrong}"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
     with pytest.raises(ValueError, match=wrong):
         images_in(folder)
@@ -418,9 +418,9 @@ def test_short_folders_and_broken_images_are_named(tmp_path):
     (folder / "3.jpg").write_bytes(b"GIF89a: not what its name says")
     source = PixelFrames(tmp_path, 64)
     for number in (1, 2):
-        with pytest.raises(TrainerError, match=rf"v frame {number}: no JPEG or PNG"):
+        with pytest.raises(InputError, match=rf"v frame {number}: no JPEG or PNG"):
             source.load(at(2), number, number + 1)
-    with pytest.raises(TrainerError, match="v: 3 frames, but clip c0 needs frame 3"):
+    with pytest.raises(InputError, match="v: 3 frames, but clip c0 needs frame 3"):
         source.load(at(2), 0, 4)
 
 
@@ -517,7 +517,7 @@ def test_an_arrow_file_that_lies_about_where_its_rows_are_crashes_nobody(tmp_pat
     path.write_bytes(content)
     source = PixelFrames(tmp_path, 64)
     for row in range(4):
-        with pytest.raises(TrainerError, match=rf"v.arrow frame {row}: no base64 JPEG"):
+        with pytest.raises(InputError, match=rf"v.arrow frame {row}: no base64 JPEG"):
             source.load(at(2), row, row + 1)
     with pytest.raises(ValueError, match=r"bytes .* of 12"):
         read_frames(path, range(4))
@@ -540,7 +540,7 @@ def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path):
 def test_an_arrow_file_that_unpacks_to_any_size_is_refused(tmp_path):
     path = arrow(tmp_path / "v.arrow", pa.array(["A" * 10_000_000]), compression="zstd")
     assert path.stat().st_size < 10_000
-    with pytest.raises(TrainerError, match=r"v.arrow: compressed, and small files may unpack to any size"):
+    with pytest.raises(InputError, match=r"v.arrow: compressed, and small files may unpack to any size"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
     assert count_frames(path) is None
 
@@ -548,7 +548,7 @@ def test_an_arrow_file_that_unpacks_to_any_size_is_refused(tmp_path):
 @pytest.mark.parametrize("column", [pa.array([1]), pa.nulls(3), pa.array([["x"]]), pa.array([{"bytes": b""}])])
 def test_a_column_of_something_else_is_refused(tmp_path, column):
     arrow(tmp_path / "v.arrow", column)
-    with pytest.raises(TrainerError, match=r"v.arrow: column frame is of .*, expected string or binary"):
+    with pytest.raises(InputError, match=r"v.arrow: column frame is of .*, expected string or binary"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
 
 
@@ -556,9 +556,9 @@ def test_pictures_of_too_many_bytes_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.media.MAX_BYTES", 300)
     (images(tmp_path / "v", ["1.jpg"]) / "1.jpg").write_bytes(b"x" * 301)
     arrow(tmp_path / "w.arrow", pa.array(["A" * 404]))
-    with pytest.raises(TrainerError, match=r"v frame 0: .*301 bytes, at most 300 are read"):
+    with pytest.raises(InputError, match=r"v frame 0: .*301 bytes, at most 300 are read"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
-    with pytest.raises(TrainerError, match=r"w.arrow frame 0: .*404 characters, at most 400 are read"):
+    with pytest.raises(InputError, match=r"w.arrow frame 0: .*404 characters, at most 400 are read"):
         PixelFrames(tmp_path, 64).load(at(2, "w"), 0, 1)
 
 
@@ -604,7 +604,7 @@ def test_an_mp4_in_fragments_is_read(tmp_path):
 def test_a_video_whose_codec_nobody_knows_is_refused(tmp_path):
     path = video(tmp_path / "v.mp4", 2)
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
-    with pytest.raises(TrainerError, match=r"v.mp4: its pictures are coded as nothing that FFmpeg knows; convert it"):
+    with pytest.raises(InputError, match=r"v.mp4: its pictures are coded as nothing that FFmpeg knows; convert it"):
         PixelFrames(tmp_path, 64).load(at(2), 0, 1)
 
 
@@ -625,7 +625,7 @@ def test_a_video_that_changes_its_size_stays_within_bounds(tmp_path, monkeypatch
     assert shades(source.load(at(30), 0, 5), 40) == [0, 1, 2, 3, 4]
     assert shades(source.load(at(30), 180, 185), 40) == [0, 1, 2, 3, 4]
     monkeypatch.setattr("pipeline.video.MAX_PIXELS", 100 * 100)
-    with pytest.raises(TrainerError, match=r"v.mkv: 128 x 128 pixels"):
+    with pytest.raises(InputError, match=r"v.mkv: 128 x 128 pixels"):
         PixelFrames(tmp_path, 64).load(at(30), 0, 1)
 
 

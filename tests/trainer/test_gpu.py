@@ -12,15 +12,15 @@ from small_run import CONFIG, clip, curve, go, go_until, write_data
 import trainer.attention
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
-from trainer.context import Live
-from trainer.engine import streaming
-from trainer.feed import Seen
-from trainer.graph import FixedLook
+from trainer.live.cuda_graph import FixedLook
+from trainer.live.engine import streaming
+from trainer.live.rollout import self_fed
+from trainer.live.session import DecodingConfig
+from trainer.live.stream import Stream
+from trainer.live.video_input import Seen
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack
-from trainer.selffed import self_fed
+from trainer.packing import make_pack
 from trainer.sequence import build_windows
-from trainer.stream import Stream
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
 pytestmark = [
@@ -91,7 +91,7 @@ def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
 def test_clips_at_once_on_the_gpu_have_the_cpu_s_logits_also_where_contexts_start_over():
     config = TrainConfig(max_tokens=90)  # a prompt takes 73, the rest of a clip more than 17
     model, tokens = small(config)
-    never = Live({"speaking": np.inf, "dst_update": np.inf})
+    never = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
 
     def says(clip, frame):
         return {"DST_UPDATE": "S1->complete"} if frame == 4 else {"assistant": "Well done."} if frame == 7 else {}
@@ -112,7 +112,7 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
     config = TrainConfig(max_tokens=90, bf16=bf16, arm=arm)
     model, tokens = small(config)
     model.cuda()
-    never = Live({"speaking": np.inf, "dst_update": np.inf})
+    never = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
 
     def says(clip, frame):
         return {"assistant": None} if frame % 5 == 4 else {}  # the model's own words
@@ -120,9 +120,9 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
     def scored():
         return next(iter(self_fed(model, tokens, [clip(0)], NoisyFrames(), config, never, says)))
 
-    monkeypatch.setattr("trainer.engine.GRAPHED", ())
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", ())
     expected = scored()
-    monkeypatch.setattr("trainer.engine.GRAPHED", ("cuda",))
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", ("cuda",))
     found = scored()
     assert not [each for each in recwarn if "CUDA graph" in str(each.message)]
     assert np.abs(found.logits["speaking"] - expected.logits["speaking"]).max() < most
@@ -148,7 +148,7 @@ def test_a_stream_on_the_gpu_takes_no_more_memory_with_time(bf16):
     config = TrainConfig(max_tokens=300, bf16=bf16)
     model, tokens = small(config)
     run = LoadedRun(model, tokens, config, {"neg_rate": 1.0})
-    live = Live({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=10, most_text=8)
+    live = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=10, most_text=8)
     frames = np.random.default_rng(0).integers(0, 256, (16, 3, 64, 64), np.uint8)
     held, restarts = [], 0
     with Stream(run, clip(0), live) as stream:

@@ -21,11 +21,11 @@ from transformers import SmolVLMForConditionalGeneration
 
 from trainer.arms import ARMS
 from trainer.config import TrainConfig
-from trainer.context import Live
-from trainer.engine import Engine, Read, slots_for, streaming
-from trainer.graph import FixedLook, FixedPass
+from trainer.live.cuda_graph import FixedLook, FixedPass
+from trainer.live.engine import Engine, Read, slots_for, streaming
+from trainer.live.rollout import self_fed
+from trainer.live.session import DecodingConfig
 from trainer.model import DecisionHeads, ProspectModel, tiny_config
-from trainer.selffed import self_fed
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
 
@@ -46,14 +46,14 @@ def fixed(monkeypatch) -> list[int]:
         lengths.append(sum(map(len, parts)))
         return read(self, parts, after)
 
-    monkeypatch.setattr("trainer.engine.GRAPHED", ("cpu",))
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", ("cpu",))
     monkeypatch.setattr(FixedPass, "read", noted)
     return lengths
 
 
 def talkative(model: ProspectModel, config: TrainConfig, tokens: Tokens, **more):
     """A clip in which the context starts over, and the model speaks and keeps a state by itself."""
-    live = Live({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
+    live = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
     [scored] = self_fed(model, tokens, [example(frames=60)], NoisyFrames(), config, live, **more)
     return scored
 
@@ -89,7 +89,7 @@ def test_what_a_slab_holds_past_the_context_is_never_seen(tokens, fixed, monkeyp
 
 def test_in_bfloat16_it_is_as_near_as_bfloat16_is(tokens, request):
     model, config = tiny(tokens, "speak+dst", bf16=True)
-    never = Live({"speaking": np.inf, "dst_update": np.inf})
+    never = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
 
     def logits():
         [scored] = self_fed(model, tokens, [example()], NoisyFrames(), config, never, slots=1)
@@ -111,7 +111,7 @@ def test_where_no_graph_can_be_made_the_engine_reads_as_it_does_elsewhere(tokens
 
     monkeypatch.setattr(FixedPass, "read", fails)
     found = talkative(model, config, tokens)
-    monkeypatch.setattr("trainer.engine.GRAPHED", ())
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", ())
     assert np.array_equal(streamed(found), streamed(talkative(model, config, tokens)))
     assert len(tried) == 1
 
@@ -119,7 +119,7 @@ def test_where_no_graph_can_be_made_the_engine_reads_as_it_does_elsewhere(tokens
 def test_several_streams_and_long_texts_are_read_otherwise(tokens, fixed):
     model, config = tiny(tokens, "speak+dst")
     clips = [example(frames=3, clip_id=name, video=name) for name in "ab"]
-    never = Live({"speaking": np.inf, "dst_update": np.inf})
+    never = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
     list(self_fed(model, tokens, clips, NoisyFrames(), config, never))
     assert fixed == []
     list(self_fed(model, tokens, clips, NoisyFrames(), config, never, slots=1))
@@ -154,7 +154,7 @@ def test_no_layer_of_a_pass_waits(tokens, fixed, monkeypatch):
 
     model, config = tiny(tokens, "speak+dst", max_tokens=90)
     clips = [example(frames=20 + 3 * i, clip_id=f"c{i}", video=f"v{i}") for i in range(3)]
-    live = Live({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
+    live = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
     monkeypatch.setattr(torch.nn.Module, "__call__", counted)
     for slots in (1, 3):
         list(self_fed(model, tokens, clips, NoisyFrames(), config, live, slots=slots))
@@ -172,10 +172,10 @@ def fake_gpu(monkeypatch):
         downloads.append(len(found))
         return np.zeros(len(found), np.float32)
 
-    monkeypatch.setattr("trainer.engine.download", download)
-    monkeypatch.setattr("trainer.graph.download", download)
+    monkeypatch.setattr("trainer.live.engine.download", download)
+    monkeypatch.setattr("trainer.live.cuda_graph.download", download)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr("trainer.graph._Graph.run", lambda self, step: step())
+    monkeypatch.setattr("trainer.live.cuda_graph._Graph.run", lambda self, step: step())
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", 0)  # one value has no value either
@@ -221,7 +221,7 @@ def stream_of(features: torch.Tensor, prompt: int):
 
 def fake_engine_waits(config, tokens: Tokens, monkeypatch, slots: int, graphed: Sequence[str], arm: str = "speak+dst"):
     """(waits beside the downloads, downloads, passes) of streams on a fake GPU and of a look at a frame."""
-    monkeypatch.setattr("trainer.engine.GRAPHED", graphed)
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", graphed)
     config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32  # as weights are loaded
     passes = [0]
     with fake_gpu(monkeypatch) as downloads:

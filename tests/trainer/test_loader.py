@@ -12,11 +12,11 @@ import pytest
 import torch
 from small_run import curve, go, write_data
 
+from pipeline.errors import InputError
 from trainer import loader
 from trainer.config import RunOptions
-from trainer.errors import TrainerError
 from trainer.loader import InFlight, default_workers
-from trainer.pack import blank_pack
+from trainer.packing import blank_pack
 from trainer.transfer import Transfer, uploaded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -114,7 +114,7 @@ def test_a_gpu_is_fed_by_several_workers_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_workers(GPU) == 1
     assert RunOptions().workers is None
-    with pytest.raises(TrainerError, match="workers is -1"):
+    with pytest.raises(InputError, match="workers is -1"):
         RunOptions(workers=-1)
 
 
@@ -133,7 +133,7 @@ def test_workers_wait_until_what_they_load_fits_and_the_step_that_is_due_does_no
 
 def test_a_step_that_shared_memory_cannot_hold_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: 64_000_000)
-    with pytest.raises(TrainerError, match=r"step 1: its frames take 7,500 MB, /dev/shm has 64 MB free; .*--workers 0"):
+    with pytest.raises(InputError, match=r"step 1: its frames take 7,500 MB, /dev/shm has 64 MB free; .*--workers 0"):
         InFlight(PROCESSES, 0, loader._shared_memory_limit()).wait(0, 7_500_000_000)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from trainer.config import TrainConfig
-from trainer.losses import bce_sums, combine, lm_sum, supervise
+from trainer.loss import bce_sums, combine, lm_sum, supervise
 
 LABELS = st.lists(st.tuples(*[st.sampled_from([0, 1, -100])] * 2), max_size=30)
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import metrics as subject
-from trainer.errors import TrainerError
-from trainer.metrics import Metrics, find_logger, open_metrics, read_metrics, rewind, scalars
+from pipeline.errors import InputError
+from trainer import run_log as subject
+from trainer.run_log import Metrics, find_logger, open_metrics, read_metrics, rewind, scalars
 
 LINE_3 = {
     "step": 3,
@@ -126,7 +126,7 @@ def test_a_last_line_without_its_newline_does_not_count(tmp_path, tail):
 def test_another_damaged_line_is_named_and_the_file_left_alone(tmp_path, damage):
     before = f'{{"step": 1}}\n{damage}\n{{"step": 3}}\n'
     (tmp_path / "metrics.jsonl").write_text(before)
-    with pytest.raises(TrainerError, match=r"metrics\.jsonl line 2: .*remove that line and run again"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl line 2: .*remove that line and run again"):
         rewind(tmp_path, 1)
     assert content(tmp_path) == before
 
@@ -278,7 +278,7 @@ def test_wandb_keeps_its_files_in_the_run_and_is_told_of_a_failure(tracker, tmp_
 
 @pytest.mark.parametrize("tracker", [["wandb", "no key:\nlog in"]], indirect=True)
 def test_a_tracker_that_does_not_start_is_one_line_and_leaves_no_file(tracker, tmp_path):
-    with pytest.raises(TrainerError) as caught, open_metrics(tmp_path, 2, logger="wandb", shown=False):
+    with pytest.raises(InputError) as caught, open_metrics(tmp_path, 2, logger="wandb", shown=False):
         pass
     assert str(caught.value) == ("--log wandb: it does not start (no key: log in); see its manual, or leave --log out")
     assert not list(tmp_path.iterdir())
@@ -292,15 +292,15 @@ def test_an_installed_tracker_that_is_not_asked_for_is_left_alone(tracker, tmp_p
 
 def test_a_tracker_that_is_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(TrainerError, match=r"^--log trackio: trackio is not installed; pip install trackio, or leave"):
+    with pytest.raises(InputError, match=r"^--log trackio: trackio is not installed; pip install trackio, or leave"):
         find_logger("trackio")
-    with pytest.raises(TrainerError, match="not installed"), open_metrics(tmp_path, 2, logger="trackio"):
+    with pytest.raises(InputError, match="not installed"), open_metrics(tmp_path, 2, logger="trackio"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_tracker_is_refused_without_importing_it():
-    with pytest.raises(TrainerError, match=r"^--log antigravity: expected one of wandb, trackio"):
+    with pytest.raises(InputError, match=r"^--log antigravity: expected one of wandb, trackio"):
         find_logger("antigravity")
     assert "antigravity" not in sys.modules
     assert find_logger(None) is None

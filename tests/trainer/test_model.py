@@ -11,12 +11,12 @@ from torch._dynamo.testing import CompileCounter
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 import trainer.attention
+from pipeline.errors import InputError
 from trainer import vision
 from trainer.attention import packed_attention
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
-from trainer.pack import ends_of, make_pack, pack_windows, plan
+from trainer.packing import ends_of, make_pack, pack_windows, plan
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
@@ -310,7 +310,7 @@ def test_frames_of_another_size_are_a_defect(tokens):
 
 
 def test_more_tokens_per_frame_than_there_are_is_the_users_error(tokens):
-    with pytest.raises(TrainerError, match="tokens_per_frame is 4, but this model has 1 per frame"):
+    with pytest.raises(InputError, match="tokens_per_frame is 4, but this model has 1 per frame"):
         tiny(tokens, tokens_per_frame=4)
 
 
@@ -373,7 +373,7 @@ def test_a_frozen_tower_does_not_learn_and_gives_the_same_features(tokens):
 
 
 def test_an_unknown_model_is_the_users_error(tmp_path):
-    with pytest.raises(TrainerError, match="no SmolVLM could be loaded"):
+    with pytest.raises(InputError, match="no SmolVLM could be loaded"):
         load_model(str(tmp_path), 10)
 
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from trainer import shards
-from trainer.shards import WINDOW_GROUPS, Split, order
+from pipeline import dataset as shards
+from pipeline.dataset import WINDOW_GROUPS, Split, order
 
 TURNS = (turn("assistant", "yes", 2, 4),)
 SEED, STEP = 9, 8  # clips of an optimizer step

@@ -16,12 +16,12 @@ import torch.multiprocessing as mp
 from by_hand import NoisyFrames, clip_example
 from small_run import CONFIG, clip, curve, go, weights, write_data
 
+from pipeline.errors import InputError
 from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
+from trainer.distributed import World, join, share, whole
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack
-from trainer.parallel import World, join, share, whole
+from trainer.packing import make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import train_tiny_tokens
 from trainer.train import make_optimizer, train_step
@@ -66,7 +66,7 @@ def test_ranks_share_the_clips_of_a_step(size):
 
 def test_one_process_is_a_world_of_its_own():
     with join() as world:
-        assert (world.rank, world.size, world.leads) == (0, 1, True)
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert world.most(3) == 3
         assert world.gather("x") == ["x"]
         assert torch.equal(world.sum(torch.ones(2)), torch.ones(2))
@@ -167,7 +167,7 @@ def bad_loss_on_one_rank() -> str:
         config = TrainConfig(reweigh=True)
         try:
             train_step(world.copy(model), make_optimizer(model, config), [packs[1 - world.rank]], config, world, blank)
-        except TrainerError as error:
+        except InputError as error:
             return str(error)
         return "no error"
 
@@ -182,17 +182,17 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_clips(tmp_path
 def one_rank_fails(data: str, run: str) -> str:
     """Rank 1 loses its frames; rank 0 finds itself alone in a collective."""
     from trainer.config import RunOptions
-    from trainer.frames import PixelFrames
+    from trainer.frame_source import PixelFrames
     from trainer.train import train
 
     def fails(self, clip, start, end):
-        raise TrainerError("the disk is gone")
+        raise InputError("the disk is gone")
 
     if os.environ["RANK"] == "1":
         PixelFrames.load = fails
     try:
         train(Path(data), Path(run), CONFIG, options=RunOptions(progress=False))
-    except TrainerError as error:
+    except InputError as error:
         return str(error)
     return "no error"
 
@@ -217,15 +217,15 @@ def run_it(data: str, run: str, resume: bool, steps_done: int, fsdp: bool = Fals
         def dies(self, done, line):
             after(self, done, line)
             if done == steps_done:
-                raise TrainerError("power cut")
+                raise InputError("power cut")
 
         trainer.train._Session.after_step = dies
     options = RunOptions(save_every=2, fsdp=fsdp, progress=False)
     try:
         report = trainer.train.train(Path(data), Path(run), CONFIG, options=options, resume=resume)
-    except TrainerError as error:
+    except InputError as error:
         return {"error": str(error)}
-    return {"leads": report.leads, "loss": report.loss}
+    return {"is_main": report.is_main, "loss": report.loss}
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def same_to_rounding(run: Path, expected: Path) -> None:
 def test_a_run_on_several_ranks_is_that_of_one(data, alone, tmp_path, size, fsdp):
     """4 ranks, 3 clips a step: one of them never has any."""
     found = on_ranks(size, run_it, tmp_path / "out", str(data), str(tmp_path / "run"), False, 0, fsdp)
-    assert [f["leads"] for f in found] == [True] + [False] * (size - 1)
+    assert [f["is_main"] for f in found] == [True] + [False] * (size - 1)
     same_to_rounding(tmp_path / "run", alone)
 
 

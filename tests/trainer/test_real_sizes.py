@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from pipeline.dataset import ClipExample, Split
 from trainer import vision
-from trainer.clips import ClipExample
 from trainer.config import TrainConfig
-from trainer.losses import lm_sum
+from trainer.loss import lm_sum
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
-from trainer.pack import Loaded, Pack, ends_of, make_pack
+from trainer.packing import Loaded, Pack, ends_of, make_pack
 from trainer.sequence import build_windows
-from trainer.shards import Split
 from trainer.tokenizer import Tokens, load_tokens
 from trainer.train import make_optimizer, train_step
 

@@ -19,9 +19,9 @@ from small_run import CONFIG, clip, curve, go, go_until, weights, write_data
 import trainer.checkpoint
 import trainer.model
 import trainer.train
+from pipeline.errors import InputError
 from trainer.checkpoint import load_run, recover
 from trainer.encode import _load as load_tower
-from trainer.errors import TrainerError
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_worker_s_error_is_one_line(tmp_path):
     data = write_data(tmp_path / "data")
     for path in (data / "frames-on-disk").glob("train-*.arrow"):
         path.write_bytes(b"no Arrow file")
-    with pytest.raises(TrainerError, match=r"train-v\d\.arrow: not an Arrow IPC file") as caught:
+    with pytest.raises(InputError, match=r"train-v\d\.arrow: not an Arrow IPC file") as caught:
         go(data, tmp_path / "run", workers=1)
     assert "\n" not in str(caught.value)
 
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.train, "sum_terms", breaks)
-        with pytest.raises(TrainerError, match=r"the loss is not finite at clips train\d"):
+        with pytest.raises(InputError, match=r"the loss is not finite at clips train\d"):
             go(data, tmp_path / "run", save_every=3)
     loaded = load_run(tmp_path / "run")
     assert 0 < loaded.info["step"] <= 4
@@ -144,21 +144,21 @@ def test_a_kill_while_the_options_are_written_is_no_obstacle(data, tmp_path, who
 
 
 def test_other_options_are_refused_by_name(data, cut):
-    with pytest.raises(TrainerError, match=r"lr is 0\.5, the run has 0\.002; resume with the same"):
+    with pytest.raises(InputError, match=r"lr is 0\.5, the run has 0\.002; resume with the same"):
         go(data, cut, resume=True, lr=0.5)
-    with pytest.raises(TrainerError, match=r"seed is 1, the run has 0; steps is 12, the run has 10"):
+    with pytest.raises(InputError, match=r"seed is 1, the run has 0; steps is 12, the run has 10"):
         go(data, cut, resume=True, seed=1, steps=12)
 
 
 def test_other_data_is_refused(cut, tmp_path):
     other = write_data(tmp_path / "other", clips=6)
-    with pytest.raises(TrainerError, match=r"train data: [0-9a-f]{16}, the run has [0-9a-f]{16}"):
+    with pytest.raises(InputError, match=r"train data: [0-9a-f]{16}, the run has [0-9a-f]{16}"):
         go(other, cut, resume=True)
 
 
 def test_other_evaluation_data_is_refused(cut, tmp_path):
     other = write_data(tmp_path / "other", val=2)
-    with pytest.raises(TrainerError, match=r"evaluation data: [0-9a-f]{16}, the run has [0-9a-f]{16}; resume"):
+    with pytest.raises(InputError, match=r"evaluation data: [0-9a-f]{16}, the run has [0-9a-f]{16}; resume"):
         go(other, cut, resume=True)
 
 
@@ -169,7 +169,7 @@ def test_adapters_are_not_put_on_another_base(data, tmp_path, monkeypatch):
     go_until(5, data, tmp_path / "run", monkeypatch, **more)
     shutil.rmtree(tmp_path / "base")
     go(data, tmp_path / "base", steps=3)
-    with pytest.raises(TrainerError, match=r"is not what the adapters were trained on"):
+    with pytest.raises(InputError, match=r"is not what the adapters were trained on"):
         go(data, tmp_path / "run", resume=True, **more)
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_file(data, cut, name):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(TrainerError, match=rf"last/{name}: damaged \(\d+ bytes of \d+, SHA-256 differs\)"):
+    with pytest.raises(InputError, match=rf"last/{name}: damaged \(\d+ bytes of \d+, SHA-256 differs\)"):
         go(data, cut, resume=True)
 
 
@@ -210,24 +210,24 @@ def test_a_run_with_a_damaged_file_is_no_model_to_start_from(data, whole, tmp_pa
         lambda: go(data, tmp_path / "run", model=str(tmp_path / "base")),
         lambda: load_tower(str(path.parent), 1),
     ):
-        with pytest.raises(TrainerError, match=r"last/model\.safetensors: damaged .*SHA-256 differs"):
+        with pytest.raises(InputError, match=r"last/model\.safetensors: damaged .*SHA-256 differs"):
             start()
 
 
 def test_a_missing_state_is_refused(data, cut):
     (cut / "last" / "state.safetensors").unlink()
-    with pytest.raises(TrainerError, match=r"state\.safetensors: not found"):
+    with pytest.raises(InputError, match=r"state\.safetensors: not found"):
         go(data, cut, resume=True)
 
 
 def test_a_folder_that_is_no_run_is_refused(data, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(TrainerError, match=r"options\.json: not found, so this is no run"):
+    with pytest.raises(InputError, match=r"options\.json: not found, so this is no run"):
         go(data, tmp_path, resume=True)
 
 
 def test_a_run_is_not_overwritten_without_resume(data, cut):
-    with pytest.raises(TrainerError, match="exists and is not empty; choose a new folder, or go on with --resume"):
+    with pytest.raises(InputError, match="exists and is not empty; choose a new folder, or go on with --resume"):
         go(data, cut)
 
 

@@ -9,11 +9,11 @@ from by_hand import NoisyFrames
 from small_run import clip
 
 from trainer.config import TrainConfig
-from trainer.losses import lm_sum
+from trainer.loss import lm_sum
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack
-from trainer.score import _passes, score_clips
+from trainer.packing import make_pack
 from trainer.sequence import build_windows
+from trainer.teacher_forced import _passes, score_clips
 from trainer.tokenizer import train_tiny_tokens
 
 CONFIG = TrainConfig(max_tokens=90, micro_batch_tokens=300)  # several windows a clip, several windows a pack

@@ -9,21 +9,21 @@ import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 
+from pipeline.dataset import ClipExample
+from pipeline.errors import InputError, NotFiniteError
 from trainer.arms import ARMS
-from trainer.clips import ClipExample
 from trainer.config import TrainConfig
-from trainer.context import Live, parse_updates, replay
-from trainer.errors import NotFiniteError, TrainerError
+from trainer.live.rollout import self_fed
+from trainer.live.session import DecodingConfig, parse_updates, replay
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack, windows_of
-from trainer.selffed import self_fed
+from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window, prompt_ids, user_texts, utterance
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
 FRAMES = NoisyFrames()
 OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
-NEVER = Live({"speaking": np.inf, "dst_update": np.inf})
-ALWAYS = Live({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=0, most_text=3)
+NEVER = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
+ALWAYS = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=0, most_text=3)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def tiny(tokens: Tokens, arm: str, k: int = 1, **more) -> tuple[ProspectModel, T
     return ProspectModel(vlm, heads, config, tokens.end), config
 
 
-def run(model_and_config, tokens: Tokens, *clips: ClipExample, live: Live = NEVER, script=None, slots=None):
+def run(model_and_config, tokens: Tokens, *clips: ClipExample, live: DecodingConfig = NEVER, script=None, slots=None):
     model, config = model_and_config
     return list(self_fed(model, tokens, clips, FRAMES, config, live, script, slots))
 
@@ -90,7 +90,7 @@ def streamed(scored) -> np.ndarray:
 @pytest.fixture
 def one_by_one(monkeypatch):
     """One frame a pass."""
-    monkeypatch.setattr("trainer.selffed.AHEAD", 1)
+    monkeypatch.setattr("trainer.live.rollout.AHEAD", 1)
 
 
 class Reads:
@@ -201,7 +201,7 @@ def test_a_context_that_starts_over_is_the_next_training_window(tokens, arm, k, 
 def test_with_its_own_texts_the_logits_are_those_of_one_pass_over_what_it_read(tokens, arm, k, one_by_one):
     model, config = tiny(tokens, arm, k, max_tokens=OPENING + 70 + 20 * k)
     reads = Reads(model, tokens)
-    live = Live({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
+    live = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, most_text=4)
     clip = example(frames=50)
     [scored] = run((model, config), tokens, clip, live=live)
     assert len(reads.ids) > 1
@@ -226,7 +226,7 @@ def window_of(clip, ids: list[int], first: int, context: int, k: int, tokens: To
 @pytest.mark.parametrize("slots", [2, 3, None])
 def test_many_clips_at_once_give_what_each_gives_alone(tokens, arm, slots):
     model = tiny(tokens, arm, max_tokens=OPENING + 110)
-    live = Live({"speaking": 5.0, "dst_update": 5.0}, most_text=4)
+    live = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, most_text=4)
     clips = [
         example(TURNS[: 2 + i], 30 - 4 * i, 100 + i, clip_id=f"c{i}", video=f"v{i}") for i in (0, 3, 1, 5, 2, 0, 6)
     ]
@@ -243,10 +243,10 @@ def test_many_clips_at_once_give_what_each_gives_alone(tokens, arm, slots):
 @pytest.mark.parametrize("k", [1, 4])
 def test_frames_read_ahead_change_nothing(tokens, k, monkeypatch):
     model, clip = tiny(tokens, "speak+dst", k, max_tokens=OPENING + 70 + 20 * k), example(frames=60)
-    live, reads = Live({"speaking": 5.0, "dst_update": 5.0}, most_text=4), Reads(model[0], tokens)
+    live, reads = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, most_text=4), Reads(model[0], tokens)
 
     def ahead(frames: int):
-        monkeypatch.setattr("trainer.selffed.AHEAD", frames)
+        monkeypatch.setattr("trainer.live.rollout.AHEAD", frames)
         reads.ids = []
         [scored] = run(model, tokens, clip, live=live)
         return scored, reads.ids
@@ -314,7 +314,7 @@ def test_a_text_is_seen_by_later_frames_only(tokens, role):
 def test_an_arm_reads_of_its_own_updates_what_it_may_the_update_first(tokens, arm, expected, updates):
     texts = {"DST_UPDATE": "S1->complete", "assistant": "well done"}
     model, reads = writer(tokens, arm, texts)
-    live = Live(ALWAYS.thresholds, refractory_s=0)
+    live = DecodingConfig(ALWAYS.thresholds, refractory_s=0)
     [scored] = run(model, tokens, example([], 2), live=live)
     [text] = reads.text(tokens)
     assert text.split(".", 2)[2].startswith(expected)
@@ -341,7 +341,7 @@ def constant(tokens: Tokens, speaking: float, dst_update: float):
 def test_a_head_fires_at_its_threshold_and_not_below(tokens):
     model = constant(tokens, 0.5, -0.5)
     for speaking, dst_update, expected in ((0.5, -0.49, (True, False)), (0.51, -0.5, (False, True))):
-        live = Live({"speaking": speaking, "dst_update": dst_update}, refractory_s=0, most_text=1)
+        live = DecodingConfig({"speaking": speaking, "dst_update": dst_update}, refractory_s=0, most_text=1)
         [scored] = run(model, tokens, example([], 3), live=live)
         assert (fired(scored.said) == [0, 1, 2], fired(scored.updates) == [0, 1, 2]) == expected
 
@@ -351,7 +351,7 @@ def test_a_head_fires_at_its_threshold_and_not_below(tokens):
                               (1.0000005, [0, 2, 4, 6, 8]), (1.4, [0, 3, 6]), (2, [0, 4, 8]), (2.1, [0, 5]), (99, [0])],
 )  # fmt: skip
 def test_after_firing_a_head_is_silent_for_its_refractory_time(tokens, seconds, expected):
-    live = Live({"speaking": 0.0, "dst_update": 0.0}, refractory_s=seconds, most_text=1)
+    live = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=seconds, most_text=1)
     [scored] = run(constant(tokens, 1, 1), tokens, example([], 9), live=live)  # 2 frames a second
     assert fired(scored.said) == fired(scored.updates) == expected
 
@@ -359,7 +359,7 @@ def test_after_firing_a_head_is_silent_for_its_refractory_time(tokens, seconds, 
 def test_each_head_has_its_own_refractory_time(tokens, one_by_one):
     model, config = constant(tokens, 1, 1)
     model.decisions = lambda hidden, rows=iter(range(9)): torch.tensor([[1.0], [float(next(rows) >= 2)]])
-    live = Live({"speaking": 0.5, "dst_update": 0.5}, refractory_s=2, most_text=1)
+    live = DecodingConfig({"speaking": 0.5, "dst_update": 0.5}, refractory_s=2, most_text=1)
     [scored] = run((model, config), tokens, example([], 9), live=live)
     assert (fired(scored.said), fired(scored.updates)) == ([0, 4, 8], [2, 6])
 
@@ -375,7 +375,7 @@ def test_a_model_that_never_fires_says_nothing(tokens):
 
 def test_a_text_without_an_end_gets_one(tokens):
     model, reads = writer(tokens, "speak", {"assistant": "well done and now"})
-    [scored] = run(model, tokens, example([], 2), live=Live(ALWAYS.thresholds, refractory_s=0, most_text=2))
+    [scored] = run(model, tokens, example([], 2), live=DecodingConfig(ALWAYS.thresholds, refractory_s=0, most_text=2))
     assert reads.text(tokens)[0].split(".", 2)[2].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
     assert tokens.encode(scored.said[0]) == tokens.encode("well done and now")[:2]
 
@@ -390,13 +390,13 @@ def test_a_text_that_ends_at_once_is_an_event_of_no_words(tokens):
 def test_images_markers_and_rows_without_a_token_are_never_written(tokens):
     unwanted = [tokens.image, *tokens.marker.values(), *range(len(tokens), len(tokens) + 5)]
     model, _ = writer(tokens, "speak", {"assistant": "well done"}, then=unwanted)
-    [scored] = run(model, tokens, example([], 2), live=Live(ALWAYS.thresholds, refractory_s=0))
+    [scored] = run(model, tokens, example([], 2), live=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
     assert scored.said == ["well done", "well done"]
 
 
 def test_the_last_text_of_a_clip_is_told_though_no_frame_follows(tokens):
     model, _ = writer(tokens, "speak", {"assistant": "well done"})
-    [scored] = run(model, tokens, example([], 1), live=Live(ALWAYS.thresholds))
+    [scored] = run(model, tokens, example([], 1), live=DecodingConfig(ALWAYS.thresholds))
     assert scored.said == ["well done"]
 
 
@@ -432,7 +432,7 @@ def test_replay_moves_known_steps_alone_and_leaves_what_it_was_given():
 def test_a_new_context_tells_the_state_that_the_model_itself_made(tokens, arm, state):
     """The reference completes nothing here. Markers say nothing, so nothing can be replayed from them."""
     model, reads = writer(tokens, arm, {"DST_UPDATE": "S1->complete", "assistant": "well"}, max_tokens=OPENING + 70)
-    live = Live({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=99)
+    live = DecodingConfig({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=99)
     run(model, tokens, example([dst(104, 105, ("S2", "fail"))], 40), live=live)
     first, second, *_ = reads.text(tokens)
     assert first.startswith(
@@ -465,7 +465,7 @@ def test_an_update_among_the_frames_that_are_kept_is_not_told_twice(tokens):
 
 def test_the_frames_that_are_kept_are_read_again_as_they_were(tokens):
     model, reads = writer(tokens, "speak", {"assistant": "well done"}, max_tokens=OPENING + 80)
-    live = Live({"speaking": -np.inf}, refractory_s=2)
+    live = DecodingConfig({"speaking": -np.inf}, refractory_s=2)
     run(model, tokens, example([], 60), live=live)
     first, second = (text.partition("wheel.")[2] for text in reads.text(tokens)[:2])
     assert first.count("[assistant]well done.") > 4
@@ -475,7 +475,7 @@ def test_the_frames_that_are_kept_are_read_again_as_they_were(tokens):
 @pytest.mark.parametrize("budget", range(84, 89))
 def test_every_decision_is_made_within_the_budget(tokens, budget):
     model, reads = writer(tokens, "speak", {"assistant": "done"}, max_tokens=budget)
-    run(model, tokens, example([], 20), live=Live({"speaking": -np.inf}, refractory_s=0))
+    run(model, tokens, example([], 20), live=DecodingConfig({"speaking": -np.inf}, refractory_s=0))
     lengths = [max(j for j, i in enumerate(ids) if i == tokens.image) + 1 for ids in reads.ids]
     assert len(lengths) > 2
     assert all(budget - 5 < length <= budget for length in lengths[:-1])  # a frame with its text has 5 tokens at most
@@ -485,7 +485,9 @@ def test_the_budget_leaves_room_for_texts_within_the_model_s_positions(tokens):
     model, config = tiny(tokens, "speak+dst", max_tokens=2000)
     model.vlm.config.text_config.max_position_embeddings = 80
     reads = Reads(model, tokens)
-    run((model, config), tokens, example(frames=30), live=Live(ALWAYS.thresholds, refractory_s=2, most_text=6))
+    run(
+        (model, config), tokens, example(frames=30), live=DecodingConfig(ALWAYS.thresholds, refractory_s=2, most_text=6)
+    )
     assert len(reads.ids) > 2
     assert max(map(len, reads.ids)) <= 80
 
@@ -494,7 +496,7 @@ def test_a_prompt_that_leaves_no_room_for_a_frame_is_the_users_to_mend(tokens):
     clip = example([turn("user", "and now? " * 20, 102, 103)])
     size = len(prompt_ids(clip, tokens, None)) + len(utterance("user", user_texts(clip)[102], tokens)) + 1
     run(tiny(tokens, "speak", max_tokens=size), tokens, clip)
-    with pytest.raises(TrainerError, match=f"clip c0: .* take {size} tokens, but .* {size - 1}; raise --max-tokens"):
+    with pytest.raises(InputError, match=f"clip c0: .* take {size} tokens, but .* {size - 1}; raise --max-tokens"):
         run(tiny(tokens, "speak", max_tokens=size - 1), tokens, clip)
 
 
@@ -525,7 +527,7 @@ def test_the_model_is_as_before_whenever_a_clip_is_given_out(tokens):
 def test_the_model_is_as_before_after_an_error(tokens):
     model, config = tiny(tokens, "speak+dst")
     clip = example(frames=6)
-    with unchanged(model, clip, tokens, config), pytest.raises(TrainerError, match="raise --max-tokens"):
+    with unchanged(model, clip, tokens, config), pytest.raises(InputError, match="raise --max-tokens"):
         run((model, TrainConfig(max_tokens=5)), tokens, clip)
 
 

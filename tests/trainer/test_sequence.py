@@ -8,8 +8,8 @@ from by_hand import STEPS, Words, clip_example, dst, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.clips import ClipExample
-from trainer.errors import TrainerError
+from pipeline.dataset import ClipExample
+from pipeline.errors import InputError
 from trainer.sequence import DEFAULT_ARM, build_windows, check_budget, cut_windows, state_before
 
 PROMPT = (
@@ -222,15 +222,15 @@ def test_a_transition_without_frames_counts_from_the_next_turn_with_some():
 def test_a_budget_too_small_names_clip_and_frame():
     clip = toy(turn("assistant", "a b c d e f g h", 3, 4), clip_id="kitchen/7")
     prompt = len(PROMPT.split())
-    with pytest.raises(TrainerError, match=f"clip kitchen/7: its prompt has {prompt} tokens .* --max-tokens"):
+    with pytest.raises(InputError, match=f"clip kitchen/7: its prompt has {prompt} tokens .* --max-tokens"):
         build_windows(clip, Words(), 1, prompt)
-    with pytest.raises(TrainerError, match=r"clip kitchen/7 frame 3: 11 tokens .* leaves 10 beside"):
+    with pytest.raises(InputError, match=r"clip kitchen/7 frame 3: 11 tokens .* leaves 10 beside"):
         build_windows(clip, Words(), 1, prompt + 10)
     assert build_windows(clip, Words(), 1, prompt + 11)
 
 
 def test_an_unknown_state_names_the_clip():
-    with pytest.raises(TrainerError, match="clip c0 initial_state S1: 'done', expected one of not_started"):
+    with pytest.raises(InputError, match="clip c0 initial_state S1: 'done', expected one of not_started"):
         build_windows(toy(initial=[("S1", "done")]), Words(), 1, 100)
 
 
@@ -294,12 +294,10 @@ def test_the_budget_that_would_do_is_told_beforehand():
     """Prompt [system] You are a helpful assistant. end = 7; the frame costs 1, its text 2 with marker and end added."""
     clips = [clip_example([turn("assistant", "w " * n, 2, 3)], 0, 5, clip_id=f"c{n}", steps=()) for n in (3, 40, 30)]
     check_budget(clips, Words(), 1, 7 + 1 + 42, 8192, DEFAULT_ARM)
-    with pytest.raises(
-        TrainerError, match=r"clip c40: .* have 50 tokens, max_tokens is 30 \(2 clips .* --max-tokens 50"
-    ):
+    with pytest.raises(InputError, match=r"clip c40: .* have 50 tokens, max_tokens is 30 \(2 clips .* --max-tokens 50"):
         check_budget(clips, Words(), 1, 30, 50, DEFAULT_ARM)
-    with pytest.raises(TrainerError, match="the model reads 49: shorten its texts"):
+    with pytest.raises(InputError, match="the model reads 49: shorten its texts"):
         check_budget(clips, Words(), 1, 49, 49, DEFAULT_ARM)
     build_windows(clips[1], Words(), 1, 50)
-    with pytest.raises(TrainerError):
+    with pytest.raises(InputError):
         build_windows(clips[1], Words(), 1, 49)

@@ -17,10 +17,10 @@ from by_hand import clip_example, dst, labels_by_hand, positives, turn, write_sh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import dataset as shards
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from pipeline.schema import draws
-from trainer import shards
-from trainer.errors import TrainerError
-from trainer.shards import Split
 
 TURNS = (turn("user", "hi", 12, 13), turn("assistant", "yes", 13, 16), dst(14, 17, ("S1", "start")))
 
@@ -214,12 +214,12 @@ def test_a_pickled_split_goes_on_without_hashing_its_shards_again(tmp_path, monk
 
 def test_a_missing_split_names_those_there_are(tmp_path):
     write_shards(tmp_path, {"val": clips(1), "test": clips(1)})
-    with pytest.raises(TrainerError, match=r"no split 'train', found: test, val; .*train_.*--split train"):
+    with pytest.raises(InputError, match=r"no split 'train', found: test, val; .*train_.*--split train"):
         Split(tmp_path, "train")
 
 
 def test_a_folder_without_manifest_says_what_to_run(tmp_path):
-    with pytest.raises(TrainerError, match=r"manifest\.json: not found, .*run prospect-dst preprocess"):
+    with pytest.raises(InputError, match=r"manifest\.json: not found, .*run prospect-dst preprocess"):
         Split(tmp_path, "train")
 
 
@@ -227,10 +227,10 @@ def test_another_schema_is_refused(tmp_path):
     path = write_shards(tmp_path, {"train": clips(1)}) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "schema_hash": "0" * 16}))
-    with pytest.raises(TrainerError, match=r"schema 2 0000000000000000, expected schema 2 .*run preprocess again"):
+    with pytest.raises(InputError, match=r"schema 2 0000000000000000, expected schema 2 .*run preprocess again"):
         Split(tmp_path, "train")
     path.write_text("[1, 2")
-    with pytest.raises(TrainerError, match="not a manifest"):
+    with pytest.raises(InputError, match="not a manifest"):
         Split(tmp_path, "train")
 
 
@@ -241,13 +241,13 @@ def test_a_damaged_shard_is_named(tmp_path, table):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(TrainerError, match=f"{table}/split=train/part-00000.parquet: damaged.*run preprocess again"):
+    with pytest.raises(InputError, match=f"{table}/split=train/part-00000.parquet: damaged.*run preprocess again"):
         Split(tmp_path, "train")
     path.write_bytes(content[:-1])
-    with pytest.raises(TrainerError, match=rf"{len(content) - 1} bytes, expected {len(content)} bytes"):
+    with pytest.raises(InputError, match=rf"{len(content) - 1} bytes, expected {len(content)} bytes"):
         Split(tmp_path, "train")
     path.unlink()
-    with pytest.raises(TrainerError, match=r"part-00000\.parquet: missing"):
+    with pytest.raises(InputError, match=r"part-00000\.parquet: missing"):
         Split(tmp_path, "train")
 
 
@@ -264,7 +264,7 @@ def test_labels_that_the_draw_does_not_give_are_refused(tmp_path, head, frame):
         rf"but sampling_seed and neg_rate give {expected}; run preprocess again"
     )
     for read in (split.in_order(), split.epoch(0, 1), split.label_stream(0, 0)):
-        with pytest.raises(TrainerError, match=message):
+        with pytest.raises(InputError, match=message):
             next(read)
 
 
@@ -318,7 +318,7 @@ def test_forged_rows_under_a_manifest_that_agrees_are_refused_by_the_file(tmp_pa
     first, *rest = rows.to_pylist()
     pq.write_table(pa.Table.from_pylist([change(first), *rest], schema=rows.schema), path)
     reseal(tmp_path)
-    with pytest.raises(TrainerError, match=rf"{table}/split=train/part-00000\.parquet.*{message}") as caught:
+    with pytest.raises(InputError, match=rf"{table}/split=train/part-00000\.parquet.*{message}") as caught:
         list(Split(tmp_path, "train").in_order(rate=None))
     assert "\n" not in str(caught.value)
 
@@ -342,7 +342,7 @@ def test_columns_that_are_not_the_schema_s_are_refused_by_name(tmp_path, change)
     expected = r"part-00000\.parquet: " + (
         "can't be read" if change == "no Parquet" else "column fps is not the schema"
     )
-    with pytest.raises(TrainerError, match=expected):
+    with pytest.raises(InputError, match=expected):
         Split(tmp_path, "train")
 
 
@@ -352,10 +352,10 @@ def test_a_manifest_whose_shards_cannot_be_is_refused(tmp_path):
     for change in ({"path": "../x"}, {"part": 1.0}, {"table": "labels"}, {"clips": -1}, {"split": "val"}):
         shards = [manifest["shards"][0] | change, *manifest["shards"][1:]]
         path.write_text(json.dumps(manifest | {"shards": shards}))
-        with pytest.raises(TrainerError, match=r"manifest\.json: not a manifest \("):
+        with pytest.raises(InputError, match=r"manifest\.json: not a manifest \("):
             Split(tmp_path, "train")
     path.write_text(json.dumps(manifest | {"shards": manifest["shards"] * 2}))
-    with pytest.raises(TrainerError, match=r"manifest\.json: lists a shard of train twice"):
+    with pytest.raises(InputError, match=r"manifest\.json: lists a shard of train twice"):
         Split(tmp_path, "train")
 
 
@@ -363,5 +363,5 @@ def test_frames_that_do_not_add_up_to_the_clips_are_refused(tmp_path):
     path = write_shards(tmp_path, {"train": clips(3)}) / "frames" / "split=train" / "part-00000.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     reseal(tmp_path)
-    with pytest.raises(TrainerError, match=r"row group 0: 38 frames, expected 39 as its clips say; run preprocess"):
+    with pytest.raises(InputError, match=r"row group 0: 38 frames, expected 39 as its clips say; run preprocess"):
         next(Split(tmp_path, "train").in_order())

@@ -15,16 +15,16 @@ from counting import Waits
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import SmolVLMForConditionalGeneration
 
-import trainer.pack
+import trainer.packing
 import trainer.train
+from pipeline.errors import InputError
 from trainer import vision
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
-from trainer.errors import TrainerError
-from trainer.losses import supervise
+from trainer.distributed import World
+from trainer.loss import supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model, tiny_config
-from trainer.pack import Loaded, Pack, make_pack
-from trainer.parallel import World
+from trainer.packing import Loaded, Pack, make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 from trainer.train import make_optimizer, memory_line, sum_terms, train_step
@@ -70,7 +70,7 @@ def fake_step(vlm_config, tokens: Tokens, monkeypatch, pixels: bool, bf16: bool 
 
     monkeypatch.setattr(FakeTensor, "tolist", tolist)
     monkeypatch.setattr(trainer.train, "supervise", on_the_host)
-    monkeypatch.setattr(trainer.pack, "pinned", lambda value: value)
+    monkeypatch.setattr(trainer.packing, "pinned", lambda value: value)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     vlm_config.dtype = vlm_config.text_config.dtype = vlm_config.vision_config.dtype = torch.float32  # as when loaded
@@ -78,7 +78,9 @@ def fake_step(vlm_config, tokens: Tokens, monkeypatch, pixels: bool, bf16: bool 
     packs = [pack_of(tokens, NoisyFrames(side)) for _ in range(2)]
     if not pixels:
         wide = vlm_config.vision_config.hidden_size * vlm_config.scale_factor**2
-        packs = [trainer.pack.replace(p, frames=Loaded(torch.zeros(p.labels.shape[1], 1, wide).half())) for p in packs]
+        packs = [
+            trainer.packing.replace(p, frames=Loaded(torch.zeros(p.labels.shape[1], 1, wide).half())) for p in packs
+        ]
     config = TrainConfig(bf16=bf16, freeze=() if pixels else ("vision",))
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
@@ -159,6 +161,6 @@ def test_pixels_that_do_not_fit_are_refused_beforehand(tokens):
     weights = 16 * sum(p.numel() for p in model.parameters())
     frame = 16 * (24 * 64 + 4 * 256)  # one layer of 16 patches
     assert "0 MB a frame, 50 frames in a pack" in memory_line(model, 50, weights + 50 * frame)
-    with pytest.raises(TrainerError, match=r"of the GPU's .* GB; add --freeze vision or --checkpointing, or lower"):
+    with pytest.raises(InputError, match=r"of the GPU's .* GB; add --freeze vision or --checkpointing, or lower"):
         memory_line(model, 51, weights + 50 * frame)
     assert memory_line(model, 50, weights // 2 + 50 * frame, ranks=2)

@@ -21,16 +21,16 @@ from PIL import Image
 from small_run import clip, go
 from test_evaluate import write_splits
 
-from pipeline.cli import main
+from pipeline.errors import InputError, NotFiniteError
 from trainer.checkpoint import load_run, run_hash
-from trainer.context import Live
-from trainer.errors import NotFiniteError, TrainerError
+from trainer.cli import main
 from trainer.evaluate import evaluate
-from trainer.feed import Seen
-from trainer.frames import PixelFrames
-from trainer.selffed import self_fed
-from trainer.stream import Stream, live_of
-from trainer.task import Task, find_task, read_task
+from trainer.frame_source import PixelFrames
+from trainer.live.rollout import self_fed
+from trainer.live.session import DecodingConfig
+from trainer.live.stream import Stream, live_of
+from trainer.live.task import Task, find_task, read_task
+from trainer.live.video_input import Seen
 
 SHARED = Path(__file__).parents[3] / "shared" / "real"
 THRESHOLDS = ["--threshold", "speaking=-1,dst_update=-1"]
@@ -75,7 +75,7 @@ def frame(number: int, seed: int = 0, side: int = 64) -> Seen:
 
 def test_a_streamed_clip_has_the_logits_and_texts_of_the_self_fed_evaluation(run, data, capsys):
     loaded = load_run(run)
-    live = Live({"speaking": -1.0, "dst_update": -1.0})
+    live = DecodingConfig({"speaking": -1.0, "dst_update": -1.0})
     clips = [clip(i, "test") for i in range(3)]
     frames = PixelFrames(data / "frames-on-disk", 64)
     scored = list(self_fed(loaded.model, loaded.tokens, clips, frames, loaded.config, live))
@@ -96,7 +96,7 @@ def test_across_rebuilt_contexts_too(run):
     loaded = load_run(run)
     loaded = replace(loaded, config=replace(loaded.config, max_tokens=76))
     example = clip_example([turn("user", "What now, <image>?", 104, 105)], 100, 90, goal="A toy")
-    live = Live({"speaking": -0.5, "dst_update": -0.5}, most_text=4)
+    live = DecodingConfig({"speaking": -0.5, "dst_update": -0.5}, most_text=4)
     frames = NoisyFrames()
     [scored] = self_fed(loaded.model, loaded.tokens, [example], frames, loaded.config, live)
     with Stream(loaded, example, live) as stream:
@@ -138,7 +138,9 @@ def test_lines_of_skipped_frames_are_heard_too():
 def test_a_probability_makes_up_for_the_sampling(run):
     loaded = load_run(run)
     stream = Stream(
-        replace(loaded, info=loaded.info | {"neg_rate": 0.5}), read_task(None, "v", None, 2), Live({"speaking": 0.0})
+        replace(loaded, info=loaded.info | {"neg_rate": 0.5}),
+        read_task(None, "v", None, 2),
+        DecodingConfig({"speaking": 0.0}),
     )
     assert stream.probability(0.0) == pytest.approx(1 / 3)  # odds 1 among one half of the silence: 1 to 2 in truth
 
@@ -149,7 +151,7 @@ def test_the_model_is_as_before_afterwards(run, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     threads: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
-    with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream:
+    with Stream(loaded, read_task(None, "v", None, 2), DecodingConfig({"speaking": 0.0, "dst_update": 0.0})) as stream:
         stream.see(frame(0))
     assert threads == [1, 3]
     assert loaded.model.vlm.config.text_config._attn_implementation == before == "packed_attention"
@@ -163,7 +165,7 @@ def test_memory_and_positions_are_bounded_and_the_state_outlives_what_is_forgott
     loaded = load_run(run)
     loaded.model.vlm.config.text_config.max_position_embeddings = 150
     task = clip_example([], 0, 1, goal="A toy")
-    live = Live({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=20, most_text=8)
+    live = DecodingConfig({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=20, most_text=8)
     texts = iter(["S1->start", "S1->complete, S2->start", *["S9->start"] * 99])
 
     def write(self, role):
@@ -172,7 +174,7 @@ def test_memory_and_positions_are_bounded_and_the_state_outlives_what_is_forgott
         return ids
         yield
 
-    monkeypatch.setattr("trainer.context.Context._write", write)
+    monkeypatch.setattr("trainer.live.session.Context._write", write)
     with Stream(loaded, task, live) as stream:
         moments = [stream.see(frame(number)) for number in range(900)]
         slabs = stream._engine._cache._slabs
@@ -192,7 +194,9 @@ def test_memory_and_positions_are_bounded_and_the_state_outlives_what_is_forgott
 
 def test_a_user_who_goes_on_and_on_is_cut_and_seen_to_be(run):
     loaded = load_run(run)
-    with Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": np.inf, "dst_update": np.inf})) as stream:
+    with Stream(
+        loaded, read_task(None, "v", None, 2), DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
+    ) as stream:
         moment = stream.see(frame(0), ["What now? " * 200, "and then?"])
         assert moment.tokens < loaded.config.max_tokens / 2
     [heard] = moment.heard
@@ -204,7 +208,7 @@ def test_scores_that_are_no_numbers_stop_it(run):
     loaded = load_run(run)
     torch.nn.init.constant_(loaded.model.heads.speak.bias, torch.nan)
     with (
-        Stream(loaded, read_task(None, "v", None, 2), Live({"speaking": 0.0, "dst_update": 0.0})) as stream,
+        Stream(loaded, read_task(None, "v", None, 2), DecodingConfig({"speaking": 0.0, "dst_update": 0.0})) as stream,
         pytest.raises(NotFiniteError, match="frame 7: the scores are not finite"),
     ):
         stream.see(frame(7))
@@ -216,7 +220,7 @@ def test_scores_that_are_no_numbers_stop_it(run):
 def test_thresholds_and_the_refractory_time_are_those_of_the_evaluation(evaluated):
     chosen = json.loads((evaluated / "evaluation-test" / "metrics.json").read_text())["thresholds"]["event"]
     for place in (evaluated, evaluated / "last"):
-        assert live_of(place, {}, None) == Live({"dst_update": np.inf, **chosen}, 2.0)
+        assert live_of(place, {}, None) == DecodingConfig({"dst_update": np.inf, **chosen}, 2.0)
     mixed = live_of(evaluated, {"speaking": 3.0}, 0.5)
     assert (mixed.thresholds, mixed.refractory_s) == (chosen | {"speaking": 3.0}, 0.5)
     mixed = live_of(evaluated, {"dst_update": 4.0}, None)
@@ -225,22 +229,24 @@ def test_thresholds_and_the_refractory_time_are_those_of_the_evaluation(evaluate
 
 def test_a_run_without_thresholds_or_with_those_of_another_checkpoint_is_refused(evaluated, tmp_path, capsys):
     shutil.copytree(evaluated / "last", tmp_path / "run" / "last")
-    with pytest.raises(TrainerError, match=r"was not evaluated, .* run prospect-dst evaluate .* or give --threshold"):
+    with pytest.raises(InputError, match=r"was not evaluated, .* run prospect-dst evaluate .* or give --threshold"):
         live_of(tmp_path / "run", {}, None)
     shutil.copytree(evaluated / "evaluation-test", tmp_path / "run" / "evaluation-test")
     assert "speaking" in live_of(tmp_path / "run", {}, None).thresholds
     metrics = tmp_path / "run" / "evaluation-test" / "metrics.json"
     edited = json.loads(metrics.read_text()) | {"model": "0" * 64}
     metrics.write_text(json.dumps(edited))
-    with pytest.raises(TrainerError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
+    with pytest.raises(InputError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
         live_of(tmp_path / "run", {}, None)
     silent = json.loads(metrics.read_text()) | {"model": run_hash(tmp_path / "run")}
     silent["thresholds"]["event"] = {}
     metrics.write_text(json.dumps(silent))
-    with pytest.raises(TrainerError, match=r"metrics.json has no threshold for speaking: nobody speaks in val, or"):
+    with pytest.raises(InputError, match=r"metrics.json has no threshold for speaking: nobody speaks in val, or"):
         live_of(tmp_path / "run", {}, None)
-    assert live_of(tmp_path / "run", {"speaking": 3.0}, None) == Live({"speaking": 3.0, "dst_update": np.inf}, 2.0)
-    with pytest.raises(TrainerError, match="threshold said=1: expected a logit of one of speaking, dst_update"):
+    assert live_of(tmp_path / "run", {"speaking": 3.0}, None) == DecodingConfig(
+        {"speaking": 3.0, "dst_update": np.inf}, 2.0
+    )
+    with pytest.raises(InputError, match="threshold said=1: expected a logit of one of speaking, dst_update"):
         live_of(evaluated, {"said": 1.0}, None)
 
 
@@ -304,7 +310,7 @@ def test_a_generated_clip_tells_no_future_state_and_may_list_its_recipe(tmp_path
     ],
 )
 def test_a_task_that_says_something_else_is_the_users_to_mend(tmp_path, content, clip, message):
-    with pytest.raises(TrainerError, match=message):
+    with pytest.raises(InputError, match=message):
         read_task(told(tmp_path, content), "v", clip, 2)
 
 
@@ -313,7 +319,7 @@ def test_a_line_per_clip_is_read_and_text_that_is_none_is_refused(tmp_path):
     assert read_task(told(tmp_path, lines), "v", "b", 2).goal == "Tea b"
     lines = '{"id": "a", "goal": "Tea\u2028for\x85two"}\r\n{"id": "b"}\r\n'  # ends of lines to Python, not to JSON
     assert read_task(told(tmp_path, lines), "v", "a", 2).goal == "Tea\u2028for\x85two"
-    with pytest.raises(TrainerError, match=r"task.json: not JSON"):
+    with pytest.raises(InputError, match=r"task.json: not JSON"):
         read_task(told(tmp_path, '{"goal": "\\ud800"}'), "v", None, 2)
 
 
@@ -323,7 +329,7 @@ def test_what_does_not_go_together_is_refused(data):
         (data, "test:0", "v.mp4", 4.0, "has 2 frames/s, not 4; leave --fps out"),
         (data, "test:0", "0", None, "camera 0: a clip of .* is a part of a video"),
     ):
-        with pytest.raises(TrainerError, match=message):
+        with pytest.raises(InputError, match=message):
             find_task(path, name, video, fps, 2.0)
 
 

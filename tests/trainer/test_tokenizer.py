@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from trainer.errors import TrainerError
+from pipeline.errors import InputError
 from trainer.tokenizer import MARKERS, TINY_VOCABULARY, Tokens, load_tokens, marker_token, train_tiny_tokens
 
 TEXTS = ["Place the red wheel.", "Attach the wheel to the axle, please.", "S1->complete, S2->start"] * 3
@@ -59,12 +59,12 @@ def test_save_and_load_give_the_same_ids(tokens, tmp_path):
 
 
 def test_a_tokenizer_without_smolvlms_tokens_is_refused():
-    with pytest.raises(TrainerError, match="no token <image>, expected a SmolVLM's"):
+    with pytest.raises(InputError, match="no token <image>, expected a SmolVLM's"):
         Tokens(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())))
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(TrainerError, match=f"{tmp_path}: no tokenizer could be loaded"):
+    with pytest.raises(InputError, match=f"{tmp_path}: no tokenizer could be loaded"):
         load_tokens(tmp_path)
 
 

@@ -9,15 +9,15 @@ import torch
 from by_hand import NoisyFrames, clip_example, write_shards
 from small_run import clip, curve, write_data
 
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from trainer.checkpoint import load_run, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
-from trainer.errors import TrainerError
-from trainer.frames import PixelFrames
+from trainer.frame_source import PixelFrames
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.pack import make_pack
-from trainer.score import report, score_clips, score_run
+from trainer.packing import make_pack
 from trainer.sequence import build_windows
-from trainer.shards import Split
+from trainer.teacher_forced import report, score_clips, score_run
 from trainer.tokenizer import train_tiny_tokens
 from trainer.train import make_optimizer, schedule, train, train_step
 
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_clip
         model.heads.speak.bias.fill_(math.nan)
     body = model.vlm.lm_head.weight.detach().clone()
     with pytest.raises(
-        TrainerError, match=r"loss is not finite at clips train0, train1; look at them, or train anew with a lower --lr"
+        InputError, match=r"loss is not finite at clips train0, train1; look at them, or train anew with a lower --lr"
     ):
         train_step(model, make_optimizer(model, TINY), [make_pack(windows[:2], FRAMES)], TINY)
     assert torch.equal(model.vlm.lm_head.weight, body)
@@ -178,13 +178,13 @@ def test_training_learns_white_frames(data, tmp_path):
 
 
 def test_a_run_that_exists_is_not_overwritten(run, data):
-    with pytest.raises(TrainerError, match="exists and is not empty; choose a new folder"):
+    with pytest.raises(InputError, match="exists and is not empty; choose a new folder"):
         train(data, run, TINY, options=QUIET)
 
 
 def test_shards_without_train_say_which_splits_there_are(tmp_path):
     out = write_shards(tmp_path, {"test": [clip(0, "test")]})
-    with pytest.raises(TrainerError, match="no split 'train', found: test"):
+    with pytest.raises(InputError, match="no split 'train', found: test"):
         train(out, tmp_path / "run", TINY, options=QUIET)
     assert not (tmp_path / "run").exists()
 
@@ -228,18 +228,18 @@ def test_a_checkpoint_without_heads_is_an_error(tmp_path):
     save_checkpoint(tmp_path / "last", model, tokens, TINY, {})
     heads = tmp_path / "last" / "heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:50])
-    with pytest.raises(TrainerError, match=r"heads\.safetensors: damaged"):
+    with pytest.raises(InputError, match=r"heads\.safetensors: damaged"):
         load_run(tmp_path)
     heads.unlink()
-    with pytest.raises(TrainerError, match=r"heads\.safetensors: not found, and heads are never made up"):
+    with pytest.raises(InputError, match=r"heads\.safetensors: not found, and heads are never made up"):
         load_run(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_the_users_error(tmp_path):
-    with pytest.raises(TrainerError, match="expected a run of prospect-dst train"):
+    with pytest.raises(InputError, match="expected a run of prospect-dst train"):
         load_run(tmp_path)
     (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
-    with pytest.raises(TrainerError, match="format 99, expected 2"):
+    with pytest.raises(InputError, match="format 99, expected 2"):
         load_run(tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_a_body_with_missing_weights_is_refused(run, tmp_path):
     state = load_file(path)
     state.pop("model.connector.modality_projection.proj.weight")
     save_file(state, path, {"format": "pt"})
-    with pytest.raises(TrainerError, match=r"1 weights missing, model\.connector"):
+    with pytest.raises(InputError, match=r"1 weights missing, model\.connector"):
         load_model(str(tmp_path / "last"), 300)
 
 
@@ -313,12 +313,12 @@ def test_windows_give_each_frame_one_score(run, data):
     ],
 )
 def test_fields_that_disagree_are_named(wrong, message):
-    with pytest.raises(TrainerError, match=message):
+    with pytest.raises(InputError, match=message):
         TrainConfig(**wrong)
 
 
 def test_config_goes_through_json():
     config = TrainConfig(lr=3e-4, betas=(0.8, 0.9), reweigh=True)
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    with pytest.raises(TrainerError, match="unknown lerning_rate"):
+    with pytest.raises(InputError, match="unknown lerning_rate"):
         TrainConfig.from_json({"lerning_rate": 1})

@@ -21,7 +21,23 @@ import numpy as np
 from pipeline.storage import write_text
 from trainer.arms import ARMS
 from trainer.curves import INK
-from trainer.evaluation.figures import (
+from trainer.evaluation.benchmark_folder import (
+    LEAST_IN_BIN,
+    Benchmark,
+    greatest_difference,
+    guess,
+    metronome,
+    precision_recall,
+    read_benchmark,
+    reliability,
+    state_over_time,
+    training,
+    why_missing,
+)
+from trainer.evaluation.bootstrap import Comparison, answer
+from trainer.evaluation.disagreements import Moment, find_moments
+from trainer.evaluation.metrics import METRICS
+from trainer.evaluation.plots import (
     MODES,
     Forest,
     Mark,
@@ -36,22 +52,6 @@ from trainer.evaluation.figures import (
     spell,
     timeline,
 )
-from trainer.evaluation.folder import (
-    LEAST_IN_BIN,
-    Benchmark,
-    greatest_difference,
-    guess,
-    metronome,
-    precision_recall,
-    read_benchmark,
-    reliability,
-    state_over_time,
-    training,
-    why_missing,
-)
-from trainer.evaluation.measure import METRICS
-from trainer.evaluation.moments import Moment, find_moments
-from trainer.evaluation.statistics import Comparison, answer
 
 PAGE, FIGURES = "report.html", "figures"
 SAME: Final = 1e-5  # what direct and inverted probabilities may be apart
@@ -112,7 +112,7 @@ e = html.escape
 
 
 def write_report(out: Path) -> Path:
-    """Write OUT/report.html and OUT/figures/*.svg, *.png; the page's path. TrainerError if OUT is no benchmark's.
+    """Write OUT/report.html and OUT/figures/*.svg, *.png; the page's path. InputError if OUT is no benchmark's.
 
     The page is renamed into place when complete. The same folder gives the same bytes.
     """

@@ -22,11 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.dataset import ClipExample, Split
+from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
 from pipeline.storage import replacing
-from trainer.clips import ClipExample
-from trainer.errors import TrainerError
-from trainer.shards import Split
 
 HEADS: Final = ("speaking", "dst_update")  # by row of a clip's labels: SPEAK, DST
 INFO: Final = b"prospect-dst"  # the key of the file's metadata that holds `info`, as JSON
@@ -141,7 +140,7 @@ def _struct(update: tuple[str, str]) -> dict[str, str]:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What `write_scores` was told of the file; {} for a stranger's. TrainerError where it is no Parquet file."""
+    """What `write_scores` was told of the file; {} for a stranger's. InputError where it is no Parquet file."""
     with _readable(path), pq.ParquetFile(path) as file:
         return dict(json.loads((file.metadata.metadata or {}).get(INFO, b"{}")))
 
@@ -153,7 +152,7 @@ def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[Score
     `speaking_probability`; `split` too where several are asked for. Rows in any order, other columns are ignored.
     Infinite logits become the largest finite float32. From probabilities alone, logits are log(p / (1 - p)).
 
-    Raises TrainerError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
+    Raises InputError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
     logits and probabilities contradict each other.
     """
     read_info(path)
@@ -175,18 +174,18 @@ _SCORE_COLUMNS: Final = tuple(f"{head}_{kind}" for head in HEADS for kind in ("l
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with the file as such into a TrainerError."""
+    """Turns what goes wrong with the file as such into a InputError."""
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is none, in the footer
         reason = (
             "not found" if isinstance(error, FileNotFoundError) else f"not a Parquet file that can be read ({error})"
         )
-        raise TrainerError(f"{path}: {' '.join(reason.split())}; expected per-frame scores as Parquet") from None
+        raise InputError(f"{path}: {' '.join(reason.split())}; expected per-frame scores as Parquet") from None
 
 
 def _needed(path: Path, names: Sequence[str], num_splits: int) -> list[str]:
-    """The columns to read; TrainerError where one is missing, or two have the same name."""
+    """The columns to read; InputError where one is missing, or two have the same name."""
     key = "clip_id" if "clip_id" in names else "clip"
     missing = [name for name in (key, "frame") if name not in names]
     if not {"speaking_logit", "speaking_probability"} & set(names):
@@ -194,13 +193,13 @@ def _needed(path: Path, names: Sequence[str], num_splits: int) -> list[str]:
     if num_splits > 1 and "split" not in names:
         missing.append("split")
     if missing:
-        raise TrainerError(
+        raise InputError(
             f"{path}: no column {', '.join(missing)}, found {', '.join(names)}; rename or add it and run again"
         )
     wanted = [name for name in ("split", key, "frame", *_SCORE_COLUMNS, "said", "updates") if name in names]
     twice = [name for name in wanted if list(names).count(name) > 1]
     if twice:
-        raise TrainerError(f"{path}: two columns named {twice[0]}, expected one; drop the other")
+        raise InputError(f"{path}: two columns named {twice[0]}, expected one; drop the other")
     return wanted
 
 
@@ -229,7 +228,7 @@ def _read_split(path: Path, table: pa.Table, name: str, split: Split) -> list[Sc
     _check_labels(frames, rows)
     scores = {head: _scores(frames, rows, head) for head in HEADS}
     if scores["speaking"][0] is None:
-        raise TrainerError(f"{frames.where}: the speaking scores are null throughout, expected one at every frame")
+        raise InputError(f"{frames.where}: the speaking scores are null throughout, expected one at every frame")
     said, updates = _said(frames, rows), _updates(frames, rows)
     return [
         ScoredClip(
@@ -249,7 +248,7 @@ def _of_split(path: Path, table: pa.Table, name: str) -> pa.Table:
     codes, names = _codes(f"{path}", table, "split")
     if name not in names:
         found = ", ".join(sorted(names)) or "none"
-        raise TrainerError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
+        raise InputError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
     return table.filter(pa.array(codes == names.index(name)))
 
 
@@ -270,7 +269,7 @@ def _cast(where: str, column: Any, name: str, type_: pa.DataType) -> Any:
         return column.cast(type_)
     except pa.ArrowException as error:
         reason = str(error).split("\n")[0]
-        raise TrainerError(f"{where}: {name} is {column.type}, expected {type_} ({reason}); convert it") from None
+        raise InputError(f"{where}: {name} is {column.type}, expected {type_} ({reason}); convert it") from None
 
 
 def _integers(where: str, column: Any, name: str, null: int) -> Ints:
@@ -278,7 +277,7 @@ def _integers(where: str, column: Any, name: str, null: int) -> Ints:
 
 
 def _places(frames: _Frames, rows: pa.Table) -> Ints:
-    """int64 [N]: which of the N frames each row is. TrainerError unless each is there once."""
+    """int64 [N]: which of the N frames each row is. InputError unless each is there once."""
     clip = _clip_numbers(frames, rows)
     number = _integers(frames.where, rows["frame"], "frame", -1)
     start = np.array([c.start_frame for c in frames.clips])[clip]
@@ -286,7 +285,7 @@ def _places(frames: _Frames, rows: pa.Table) -> Ints:
     stray = np.flatnonzero((number < start) | (number >= end))
     if len(stray):
         i = int(stray[0])
-        raise TrainerError(
+        raise InputError(
             f"{frames.where}: {len(stray)} rows are of no frame of their clip, the first is clip "
             f"{frames.clips[clip[i]].clip_id} frame {number[i]}, expected {start[i]} to {end[i] - 1}; "
             f"frames are absolute, as in the shards"
@@ -295,7 +294,7 @@ def _places(frames: _Frames, rows: pa.Table) -> Ints:
     times = np.bincount(place, minlength=int(frames.first[-1]))
     for wrong, what in ((times > 1, "have several rows"), (times == 0, "have no row")):
         if wrong.any():
-            raise TrainerError(
+            raise InputError(
                 f"{frames.where}: {int(wrong.sum())} frames {what}, the first is {frames.name(int(wrong.argmax()))}; "
                 f"expected one row for each frame of the split"
             )
@@ -317,7 +316,7 @@ def _clip_numbers(frames: _Frames, rows: pa.Table) -> Ints:
         named = rows["clip"]
     unknown = np.flatnonzero(found < 0)
     if len(unknown):
-        raise TrainerError(
+        raise InputError(
             f"{frames.where}: {len(unknown)} rows are of clips that the shards lack, the first is clip "
             f"{named[int(unknown[0])].as_py()}; score the clips of this split"
         )
@@ -325,7 +324,7 @@ def _clip_numbers(frames: _Frames, rows: pa.Table) -> Ints:
 
 
 def _check_labels(frames: _Frames, rows: pa.Table) -> None:
-    """TrainerError where a label in the file is not the shards': the silent misalignment."""
+    """InputError where a label in the file is not the shards': the silent misalignment."""
     for head, name in enumerate(f"{head}_label" for head in HEADS):
         if name not in rows.column_names:
             continue
@@ -334,7 +333,7 @@ def _check_labels(frames: _Frames, rows: pa.Table) -> None:
         wrong = (told >= 0) & (ours >= 0) & (told != ours)
         if wrong.any():
             at = int(wrong.argmax())
-            raise TrainerError(
+            raise InputError(
                 f"{frames.where} {frames.name(at)}: {name} is {told[at]}, the shards say {ours[at]} "
                 f"({int(wrong.sum())} frames differ); score these shards, with frames in their order"
             )
@@ -348,7 +347,7 @@ def _scores(frames: _Frames, rows: pa.Table, head: str) -> tuple[Singles | None,
     logit, p = (_floats(frames, rows, f"{head}_{kind}") for kind in ("logit", "probability"))
     if p is not None and (bad := (p < 0) | (p > 1)).any():
         at = int(bad.argmax())
-        raise TrainerError(
+        raise InputError(
             f"{frames.where} {frames.name(at)}: {head}_probability is {p[at]:g}, expected 0 to 1; "
             f"if these are logits, name the column {head}_logit"
         )
@@ -362,13 +361,13 @@ def _scores(frames: _Frames, rows: pa.Table, head: str) -> tuple[Singles | None,
 
 
 def _floats(frames: _Frames, rows: pa.Table, name: str) -> Floats | None:
-    """float64 [N] of a column, None where it is missing or all null; TrainerError on some null, or NaN."""
+    """float64 [N] of a column, None where it is missing or all null; InputError on some null, or NaN."""
     if name not in rows.column_names or rows[name].null_count == len(rows):
         return None
     values = np.asarray(_cast(frames.where, rows[name], name, pa.float64()).fill_null(np.nan).combine_chunks())
     bad = np.isnan(values)
     if bad.any():
-        raise TrainerError(
+        raise InputError(
             f"{frames.where} {frames.name(int(bad.argmax()))}: {name} is NaN or null ({int(bad.sum())} such frames), "
             f"expected a number at every frame; score them, or drop the column"
         )
@@ -376,14 +375,14 @@ def _floats(frames: _Frames, rows: pa.Table, name: str) -> Floats | None:
 
 
 def _check_order(frames: _Frames, logit: Floats, p: Floats, head: str) -> None:
-    """TrainerError where a higher logit has a lower probability, beyond float32's rounding."""
+    """InputError where a higher logit has a lower probability, beyond float32's rounding."""
     order = np.lexsort((p, logit))
     highest = np.maximum.accumulate(p[order])
     falls = highest - p[order] > SAME_ORDER
     if falls.any():
         at = int(falls.argmax())
         above, below = int(order[at]), int(order[int((p[order] == highest[at]).argmax())])
-        raise TrainerError(
+        raise InputError(
             f"{frames.where}: {head}_logit and {head}_probability order the frames differently ({frames.name(above)}: "
             f"{logit[above]:g}, {p[above]:g}; {frames.name(below)}: {logit[below]:g}, {p[below]:g}); drop the column "
             f"{head}_probability, or {head}_logit if the probability is what you mean"
@@ -402,7 +401,7 @@ def _updates(frames: _Frames, rows: pa.Table) -> list[Updates | None] | None:
     column = _cast(frames.where, rows["updates"], "updates", _UPDATES.type)
     inside = pc.list_flatten(column).combine_chunks()
     if inside.null_count or any(part.null_count for part in inside.flatten()):
-        raise TrainerError(f"{frames.where}: updates holds a null id or transition, expected text; drop that update")
+        raise InputError(f"{frames.where}: updates holds a null id or transition, expected text; drop that update")
     return [
         None if update is None else tuple((u["id"], u["transition"]) for u in update) for update in column.to_pylist()
     ]

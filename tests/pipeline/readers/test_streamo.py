@@ -7,9 +7,9 @@ import json
 import polars as pl
 import pytest
 
-from pipeline.cli import main
 from pipeline.readers import decode
 from pipeline.readers.clip import ClipError
+from trainer.cli import main
 
 
 def record(**more) -> dict:

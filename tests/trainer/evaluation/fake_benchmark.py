@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from by_hand import clip_example, dst, turn, write_shards
 
-from trainer.clips import ClipExample
-from trainer.shards import Split
+from pipeline.dataset import ClipExample, Split
 
 MODES = ("teacher-forced", "self-fed")
 RECORDINGS = 5

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from by_hand import clip_example, dst, turn
 
-from trainer.clips import Turn
+from pipeline.dataset import Turn
 from trainer.evaluation.scores import HEADS, ScoredClip
 
 

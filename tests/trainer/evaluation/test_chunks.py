@@ -12,9 +12,9 @@ import pytest
 from by_hand import clip_example, turn, write_shards
 from scored import clip_of
 
-from pipeline.cli import main
-from trainer.errors import TrainerError
-from trainer.evaluation.chunks import (
+from pipeline.errors import InputError
+from trainer.cli import main
+from trainer.evaluation.chunk_metrics import (
     Session,
     answers_of,
     chunk_frames,
@@ -292,11 +292,11 @@ def test_sessions_of_one_video_find_their_clips(tmp_path):
 
 def test_a_session_without_its_clip_is_named(sessions):
     with pytest.raises(
-        TrainerError, match=r"sessions.jsonl line 2 \(aa02.mp4\): the split has no clip of video 'aa02'; "
+        InputError, match=r"sessions.jsonl line 2 \(aa02.mp4\): the split has no clip of video 'aa02'; "
     ):
         match_clips(sessions, [scored("aa01").clip, scored("aa03").clip])
     silent = clip_example([], 0, 47, clip_id="aa02", video="aa02", rate=1.0)
-    with pytest.raises(TrainerError, match="aa02' whose speaking labels are its interrupt chunks"):
+    with pytest.raises(InputError, match="aa02' whose speaking labels are its interrupt chunks"):
         match_clips(sessions, [scored("aa01").clip, silent, scored("aa03").clip])
 
 
@@ -315,21 +315,21 @@ def test_a_session_without_its_clip_is_named(sessions):
 )
 def test_a_malformed_session_is_named(tmp_path, change, message):
     path = write_lines(tmp_path / "s.jsonl", [SESSIONS[0], {**SESSIONS[1], **change}])
-    with pytest.raises(TrainerError, match=message):
+    with pytest.raises(InputError, match=message):
         read_sessions(path)
 
 
 def test_what_is_no_json_lines_is_refused(tmp_path):
     (tmp_path / "s.jsonl").write_text('\n{"answers": []}\n[1]\n')
-    with pytest.raises(TrainerError, match=r"s.jsonl line 3: '\[1\]', expected a JSON object"):
+    with pytest.raises(InputError, match=r"s.jsonl line 3: '\[1\]', expected a JSON object"):
         read_sessions(tmp_path / "s.jsonl")
-    with pytest.raises(TrainerError, match=r"none\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"none\.jsonl: No such file"):
         read_sessions(tmp_path / "none.jsonl")
 
 
 def test_a_session_needs_as_many_answers_as_chunks(tmp_path):
     sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [{**SESSIONS[1], "answers": ["$silent$"]}]))
-    with pytest.raises(TrainerError, match="3 video_intervals, 1 answers, expected one of each per chunk"):
+    with pytest.raises(InputError, match="3 video_intervals, 1 answers, expected one of each per chunk"):
         match_clips(sessions, [scored("aa02").clip])
 
 
@@ -343,9 +343,9 @@ def test_a_submission_is_read_back_as_written(tmp_path, sessions):
 
 def test_a_submission_has_a_line_for_each_session_in_order(tmp_path, sessions):
     lines = [{"video_path": s["video_path"], "answers": []} for s in SESSIONS]
-    with pytest.raises(TrainerError, match="2 lines, expected one for each of the 3 sessions, in order"):
+    with pytest.raises(InputError, match="2 lines, expected one for each of the 3 sessions, in order"):
         read_submission(write_lines(tmp_path / "p.jsonl", lines[:2]), sessions)
-    with pytest.raises(TrainerError, match=r"line 1: video_path is 'aa03.mp4', expected 'aa01.mp4' as in"):
+    with pytest.raises(InputError, match=r"line 1: video_path is 'aa03.mp4', expected 'aa01.mp4' as in"):
         read_submission(write_lines(tmp_path / "p.jsonl", lines[::-1]), sessions)
     assert read_submission(write_lines(tmp_path / "p.jsonl", [{}, {"answers": ["x"]}, {}]), sessions) == [
         (),

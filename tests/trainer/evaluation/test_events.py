@@ -11,8 +11,8 @@ from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 from scored import clip_of, noisy_clips, said_at
 
-from trainer.clips import Turn
-from trainer.evaluation.events import (
+from pipeline.dataset import Turn
+from trainer.evaluation.event_metrics import (
     Settings,
     best_event_threshold,
     best_metronome,

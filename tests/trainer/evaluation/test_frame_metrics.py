@@ -12,8 +12,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from trainer.evaluation import frames as subject
-from trainer.evaluation.frames import (
+from trainer.evaluation import frame_metrics as subject
+from trainer.evaluation.frame_metrics import (
     HeadFrames,
     Ranking,
     best_threshold,

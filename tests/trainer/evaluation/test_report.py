@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from fake_benchmark import VALUES, Fake, make_benchmark
 
+from pipeline.errors import InputError
 from trainer.arms import ARMS
-from trainer.errors import TrainerError
-from trainer.evaluation.figures import ARM_STYLES, DARK, number, spell
-from trainer.evaluation.folder import precision_recall, read_benchmark, reliability, state_over_time, training
-from trainer.evaluation.moments import MOST_LINES, MOST_S, find_moments
+from trainer.evaluation.benchmark_folder import precision_recall, read_benchmark, reliability, state_over_time, training
+from trainer.evaluation.disagreements import MOST_LINES, MOST_S, find_moments
+from trainer.evaluation.plots import ARM_STYLES, DARK, number, spell
 from trainer.evaluation.report import opening, write_report
 
 HOSTILE = '<script>alert(1)</script> & "quoted"'
@@ -262,7 +262,7 @@ def test_without_the_data_there_are_no_timelines_and_the_page_says_why(tmp_path,
 
 
 def test_a_folder_that_is_no_benchmarks_is_refused_in_one_line(tmp_path):
-    with pytest.raises(TrainerError, match=r"not what benchmark leaves .*run prospect-dst benchmark") as caught:
+    with pytest.raises(InputError, match=r"not what benchmark leaves .*run prospect-dst benchmark") as caught:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
 

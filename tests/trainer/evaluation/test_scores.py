@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_shards
 
-from trainer.errors import TrainerError
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from trainer.evaluation.scores import HEADS, ScoredClip, read_info, read_scores, write_scores
-from trainer.shards import Split
 
 WHEEL = turn("assistant", "Now the wheel.", 12, 14)
 CLIPS = [
@@ -288,7 +288,7 @@ def test_a_file_that_does_not_fit_the_shards_is_refused(tmp_path, split, name):
     spoil, message = SPOILED[name]
     path = tmp_path / "s.parquet"
     spoil(frame(split)).write_parquet(path)
-    with pytest.raises(TrainerError) as refused:
+    with pytest.raises(InputError) as refused:
         read_scores(path, {"test": split})
     assert message in str(refused.value)
     assert str(refused.value).startswith(str(path))
@@ -296,26 +296,26 @@ def test_a_file_that_does_not_fit_the_shards_is_refused(tmp_path, split, name):
 
 
 def test_a_contradiction_says_which_column_to_drop(tmp_path, split):
-    with pytest.raises(TrainerError, match="drop the column speaking_probability, or speaking_logit if the prob"):
+    with pytest.raises(InputError, match="drop the column speaking_probability, or speaking_logit if the prob"):
         read(tmp_path, with_probability(frame(split), 0.9, 0.8), split)
 
 
 def test_without_a_split_column_only_one_split_can_be_asked_for(tmp_path, data, split):
     frame(split).drop("split").write_parquet(tmp_path / "s.parquet")
-    with pytest.raises(TrainerError, match="no column split"):
+    with pytest.raises(InputError, match="no column split"):
         read_scores(tmp_path / "s.parquet", {"test": split, "val": Split(data, "val")})
 
 
 def test_what_is_no_parquet_file_is_refused(tmp_path, split):
-    with pytest.raises(TrainerError, match=r"none\.parquet: not found"):
+    with pytest.raises(InputError, match=r"none\.parquet: not found"):
         read_scores(tmp_path / "none.parquet", {"test": split})
     (tmp_path / "s.csv").write_text("clip_id,frame\n")
-    with pytest.raises(TrainerError, match="not a Parquet file that can be read"):
+    with pytest.raises(InputError, match="not a Parquet file that can be read"):
         read_scores(tmp_path / "s.csv", {"test": split})
 
 
 def test_heads_are_the_rows_of_the_labels():
-    from trainer.clips import DST, SPEAK
+    from pipeline.labels import DST, SPEAK
 
     assert (HEADS[SPEAK], HEADS[DST]) == ("speaking", "dst_update")
 
@@ -332,7 +332,7 @@ def test_a_file_of_ours_that_changed_since_is_refused_by_name(tmp_path, split):
         path.write_bytes(damaged)
         try:
             found = read_scores(path, {"test": split})["test"]
-        except TrainerError as error:
+        except InputError as error:
             refused += "s.parquet" in str(error)
         else:  # a byte that says nothing
             assert all(

@@ -4,10 +4,10 @@ import pytest
 from by_hand import clip_example, dst, turn
 from scored import clip_of
 
-from trainer.clips import Turn
-from trainer.evaluation.events import Settings
+from pipeline.dataset import Turn
+from trainer.evaluation.event_metrics import Settings
 from trainer.evaluation.scores import ScoredClip
-from trainer.evaluation.state import changes, find_states, replay, report_states, state_at_start
+from trainer.evaluation.state_metrics import changes, find_states, replay, report_states, state_at_start
 
 S = Settings()
 START, DONE, NEXT = ("S1", "start"), ("S1", "complete"), ("S2", "start")

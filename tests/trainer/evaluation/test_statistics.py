@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from trainer.evaluation.statistics import (
+from trainer.evaluation.bootstrap import (
     Comparison,
     Estimator,
     Interval,

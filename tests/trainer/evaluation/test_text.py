@@ -19,9 +19,9 @@ from by_hand import clip_example, turn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from trainer.clips import Turn
-from trainer.errors import TrainerError
-from trainer.evaluation.text import Dialogue, dialogue_metrics, load_encoder, match_texts, spoken
+from pipeline.dataset import Turn
+from pipeline.errors import InputError
+from trainer.evaluation.text_metrics import Dialogue, dialogue_metrics, load_encoder, match_texts, spoken
 
 
 def letters(texts: list[str]) -> np.ndarray:
@@ -205,7 +205,7 @@ def test_an_empty_text_is_a_text_and_silence_is_none() -> None:
 
 
 def test_scores_that_tell_no_texts_are_refused() -> None:
-    with pytest.raises(TrainerError, match=r"clip c0: .* --self-fed"):
+    with pytest.raises(InputError, match=r"clip c0: .* --self-fed"):
         dialogue_metrics([said(clip_example(), None)], letters, 4, 2)
 
 
@@ -308,7 +308,7 @@ def test_a_folder_that_is_none_is_refused_in_one_line(
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises(TrainerError, match=says) as refused:
+    with pytest.raises(InputError, match=says) as refused:
         load_encoder(folder)
     assert "\n" not in str(refused.value)
     assert str(folder) in str(refused.value)
@@ -318,7 +318,7 @@ def test_a_folder_without_some_weights_is_refused(tmp_path: Path) -> None:
     folder = encoder_folder(tmp_path, MEAN)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(TrainerError, match=r"16 weights missing, encoder\.layer\.2"):
+    with pytest.raises(InputError, match=r"16 weights missing, encoder\.layer\.2"):
         load_encoder(folder)
 
 

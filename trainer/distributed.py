@@ -1,0 +1,157 @@
+"""One process or many, the same step: who we are (`World`), how the model is copied or sharded, what ranks say.
+
+Started by `torchrun`, each process is a rank; without it the world is one rank and nothing here costs anything.
+DDP copies the model and averages gradients; FSDP2 shards weights, gradients and optimizer state for a model that
+does not fit. Ranks share the clips of a step, so they can hold different numbers of packs: those that run out take
+blank ones, and every parameter gets a gradient (of 0) on every rank, without which the collective would hang.
+
+    every method is collective: all ranks call it, in the same order
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.dataset import ClipExample
+from pipeline.errors import InputError
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(minutes=30)  # of one collective: an evaluation on another rank may take a while
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, as one of them sees it."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over ranks, on each of them."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def most(self, count: int) -> int:
+        """The largest `count` of any rank."""
+        if self.size == 1:
+            return count
+        value = torch.tensor(count, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every rank's object, by rank, on each of them (pickled between processes of one run)."""
+        if self.size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine)
+        return found
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def copy(self, model: nn.Module) -> nn.Module:
+        """`model` under DDP: its gradients are the mean over ranks after the last backward pass of a step."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def shard(self, model: Any) -> nn.Module:
+        """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer.
+
+        Under bf16 layers are gathered in it, half the bytes, and gradients still added in float32. The rest stays as it
+        is: heads compute in float32. Activations do, too, between layers, as on one GPU.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = half if model.bf16 else MixedPrecisionPolicy()
+        for layer in model.body.layers:  # the tower as a whole: ranks run it for different numbers of chunks
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return model
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """The world that torchrun's environment describes; leaves it at the end."""
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+    try:
+        yield World(dist.get_rank(), size, device)
+    except RuntimeError as error:  # also what a collective says when another rank has gone
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "where this tells of a connection, another rank stopped, and its message says why"
+        raise InputError(f"rank {dist.get_rank()}: {reason}; {hint}") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def share(clips: Sequence[ClipExample], rank: int, size: int) -> list[ClipExample]:
+    """The clips of a step that are `rank`'s: longest first to whoever has the fewest frames, then in order."""
+    frames, mine = [0] * size, []
+    for i in sorted(range(len(clips)), key=lambda i: -clips[i].num_frames):
+        owner = frames.index(min(frames))
+        frames[owner] += clips[i].num_frames
+        if owner == rank:
+            mine.append(i)
+    return [clips[i] for i in sorted(mine)]
+
+
+@contextmanager
+def synced(model: nn.Module, now: bool) -> Iterator[None]:
+    """Backward passes in here exchange gradients only if `now`; otherwise they add up on each rank."""
+    if isinstance(model, DistributedDataParallel):
+        with nullcontext() if now else model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        cast(Any, model).set_requires_gradient_sync(now)
+    yield
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The ProspectModel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor of which this rank may hold a shard; collective."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, laid out over ranks as `like` is."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

@@ -1,0 +1,1 @@
+"""Live decoding: a batched KV cache, continuous batching of sessions, free-running rollouts and streams."""

@@ -1,0 +1,108 @@
+"""Loss terms as sums and counts, so that a step's loss does not depend on how it was cut into micro-batches.
+
+    loss = w_speak * BCE_speak + w_dst * BCE_dst + w_lm * CE_text
+
+each term being the sum over supervised positions divided by their number in the *whole* optimizer step.
+The mean of micro-batch means is another number: 1.05 against 0.146 with 3 and 121 supervised frames. Frames labelled
+-100 never reach the BCE, which does not know it: `supervise` lists the others on the host, where the labels are (a
+boolean index on a GPU makes the host wait for it). A sum over nothing is exactly 0 and still has a graph; never NaN.
+
+    N frames of a batch    n supervised labels    T supervised text tokens    V vocabulary
+    sums and counts are [5] (TERMS): per head negatives and positives, then text
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.schema import NOT_SAMPLED
+from trainer.arms import ARMS, Arm
+from trainer.config import TrainConfig
+from trainer.packing import upload
+
+TERMS = ("speak_neg", "speak_pos", "dst_neg", "dst_pos", "lm")
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which of a batch's logits [2, N] the loss reads, in the order of TERMS."""
+
+    places: Tensor  # int64 [n] in the flattened logits
+    weights: Tensor  # float [n]
+    sizes: list[int]  # how many of the n are speak_neg, speak_pos, dst_neg, dst_pos
+    inverted: bool = False  # the arm's first head says silence, and so do its labels
+
+    def counts(self) -> Tensor:
+        """float [4]: what each term's sum will be divided by, known before any forward pass."""
+        return torch.stack([part.sum() for part in self.weights.split(self.sizes)])
+
+    def to(self, device: torch.device) -> Supervision:
+        return replace(self, places=upload(self.places, device), weights=upload(self.weights, device))
+
+
+def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm], reweigh: bool = False) -> Supervision:
+    """Of labels int8 [2, N] that say *speak* and *DST update*, and rates float [N], both on the CPU.
+
+    A supervised label weighs 1, or if `reweigh` 1 / neg_rate where it is a negative that was drawn: a 0, unless the
+    other head is positive there (then it was kept for certain). Without a DST head nothing is supervised for it.
+    """
+    weights = torch.ones_like(labels, dtype=neg_rate.dtype)
+    if reweigh:
+        drawn = (labels == 0) & (labels.flip(0) != 1)
+        weights = torch.where(drawn, 1 / neg_rate.clamp(min=2**-32), weights)
+    inverted = arm.decides == "inverted"
+    speak = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
+    dst = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
+    both = torch.stack([speak, dst]).flatten()
+    of_dst = torch.arange(len(both)) >= labels.shape[1]
+    places = [((both == value) & (of_dst == head)).nonzero()[:, 0] for head in (False, True) for value in (0, 1)]
+    chosen = torch.cat(places)
+    return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places], inverted)
+
+
+def bce_sums(logits: Tensor, supervised: Supervision) -> Tensor:
+    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update*.
+
+    Other logits are never read: neither value nor gradient depends on them. BCE(x, y) and BCE(-x, 1 - y) are the same
+    float, and their gradients each other's negative: an inverted head learns the same bits.
+    """
+    if supervised.inverted:
+        logits = torch.stack([-logits[0], logits[1]])
+    chosen = logits.flatten().index_select(0, supervised.places)
+    parts = zip(chosen.split(supervised.sizes), supervised.weights.split(supervised.sizes), strict=True)
+    return torch.stack([-(F.logsigmoid(x if i % 2 else -x) * weights).sum() for i, (x, weights) in enumerate(parts)])
+
+
+def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits [T, V] with targets [T], summed; 0 with a graph where T is 0."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, its terms speak, dst, lm before their weights) from sums [5] over counts [5] of the whole step.
+
+    Linear in `sums`: with the same counts, the losses of micro-batches add up to that of the step.
+    """
+    terms = {
+        "speak": _head_mean(sums[0:2], counts[0:2], config.balance),
+        "dst": _head_mean(sums[2:4], counts[2:4], config.balance),
+        "lm": _divide(sums[4], counts[4]),
+    }
+    loss = config.w_speak * terms["speak"] + config.w_dst * terms["dst"] + config.w_lm * terms["lm"]
+    return loss, terms
+
+
+def _head_mean(sums: Tensor, counts: Tensor, balance: str) -> Tensor:
+    """Mean of a head's [negative, positive] sums: over all frames, or over the classes that occur."""
+    if balance == "none":
+        return _divide(sums.sum(), counts.sum())
+    return _divide(_divide(sums, counts).sum(), (counts > 0).sum())
+
+
+def _divide(sums: Tensor, counts: Tensor) -> Tensor:
+    """sums / counts; where a count is 0 its sum is 0, too, and stays."""
+    return sums / torch.where(counts > 0, counts, 1)

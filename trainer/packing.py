@@ -1,0 +1,179 @@
+"""Windows -> packs: laid end to end in one row, so that no token of any forward pass is padding.
+
+The windows of a step are packed to a token budget, longest first into the first pack with room. Heads and text rows
+are addressed by index into the row; windows are kept apart by their lengths alone (`trainer.attention`).
+Frames are loaded when a pack runs, or in a loader's worker: those of a whole step can be gigabytes.
+
+    W windows    L tokens    N frames    k tokens per frame    T supervised text tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.dataset import ClipExample
+from trainer.arms import find_arm
+from trainer.config import TrainConfig
+from trainer.frame_source import FrameSource
+from trainer.sequence import Window, build_windows
+from trainer.tokenizer import Tokens
+
+ON_HOST = ("seg_lens", "labels", "neg_rate")  # parts of a pack that stay on the CPU
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """What one forward pass reads."""
+
+    clip_ids: tuple[str, ...]  # for messages
+    frames: Callable[[], Tensor]  # -> pixels uint8 [N, 3, S, S], or cached features [N, k, D]
+    input_ids: Tensor  # int64 [L]
+    position_ids: Tensor  # int64 [L], from 0 in each window
+    seg_lens: Tensor  # int64 [W]
+    seg_ends: Tensor  # int32 [W + 1]: `ends_of(seg_lens)`
+    frame_index: Tensor  # int64 [N, k] where each frame's tokens stand
+    lm_index: Tensor  # int64 [T] positions whose next token is a target
+    lm_targets: Tensor  # int64 [T]
+    labels: Tensor  # int8 [2, N], of which `losses.supervise` makes indices
+    neg_rate: Tensor  # float32 [N]
+
+    @property
+    def decision_index(self) -> Tensor:
+        """[N]: the last token of each frame, where both heads read."""
+        return self.frame_index[:, -1]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window."""
+        return max(self.seg_lens.tolist())
+
+    def to(self, device: torch.device) -> Pack:
+        moved: dict[str, Any] = {
+            name: upload(value, device)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor) and name not in ON_HOST
+        }
+        return replace(self, frames=lambda: upload(self.frames(), device), **moved)
+
+    def loaded(self) -> Pack:
+        """With its frames in memory: what a loader's worker sends."""
+        return replace(self, frames=Loaded(self.frames()))
+
+    def pin_memory(self) -> Pack:
+        """In pinned memory, frames included: what a DataLoader calls."""
+        moved: dict[str, Any] = {
+            name: value.pin_memory() for name, value in self.__dict__.items() if isinstance(value, Tensor)
+        }
+        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Frames that are there already."""
+
+    frames: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.frames
+
+
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`. Nobody waits for it: the host would for a copy to a GPU from pageable memory."""
+    return (pinned(value) if device.type == "cuda" else value).to(device, non_blocking=True)
+
+
+def pinned(value: Tensor) -> Tensor:
+    """In pinned memory: as it is, where it lies there or on a device already."""
+    return value if value.is_cuda or value.is_pinned() else value.pin_memory()
+
+
+def ends_of(seg_lens: Tensor) -> Tensor:
+    """int32 [W + 1]: 0, and where each window of a pack ends."""
+    return F.pad(seg_lens.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig) -> list[Window]:
+    """All windows of the clips, in order."""
+    k, budget, arm = config.tokens_per_frame, config.max_tokens, find_arm(config.arm)
+    return [window for clip in clips for window in build_windows(clip, tokens, k, budget, arm)]
+
+
+def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which windows share a pack: numbers into `lengths` [W]; at most `budget` tokens each, a longer one goes alone."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = next((p for p, left in enumerate(room) if lengths[i] <= left), None)
+        if fits is None:
+            packs.append([])
+            room.append(budget)
+            fits = len(packs) - 1
+        packs[fits].append(i)
+        room[fits] -= lengths[i]
+    return packs
+
+
+def pack_windows(windows: Sequence[Window], frames: FrameSource, budget: int) -> list[Pack]:
+    """All windows, in as few packs of at most `budget` tokens as first fit finds."""
+    groups = plan([len(window.input_ids) for window in windows], budget)
+    return [make_pack([windows[i] for i in group], frames) for group in groups]
+
+
+def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
+    """One pack of `windows`, in their order."""
+    lengths = [len(window.input_ids) for window in windows]
+    seg_lens = torch.tensor(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    ids = np.concatenate([window.input_ids for window in windows])
+    lm_index = np.concatenate([start + w.lm_positions for start, w in zip(starts, windows, strict=True)])
+    frame_index = np.concatenate([start + w.frame_positions for start, w in zip(starts, windows, strict=True)])
+    return Pack(
+        clip_ids=tuple(dict.fromkeys(window.clip.clip_id for window in windows)),
+        frames=lambda: load_frames(windows, frames),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        seg_lens=seg_lens,
+        seg_ends=ends_of(seg_lens),
+        frame_index=torch.from_numpy(frame_index),
+        lm_index=torch.from_numpy(lm_index),
+        lm_targets=torch.from_numpy(ids[lm_index + 1]),
+        labels=torch.from_numpy(np.concatenate([w.labels for w in windows], axis=1)),
+        neg_rate=torch.cat([torch.full((w.labels.shape[1],), w.clip.neg_rate) for w in windows]),
+    )
+
+
+def load_frames(windows: Sequence[Window], frames: FrameSource) -> Tensor:
+    """Pixels or features [N, ...], in the order of `Pack.frame_index`."""
+    return torch.from_numpy(np.concatenate([frames.load(w.clip, w.first_frame, w.end_frame) for w in windows]))
+
+
+def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
+    """One unsupervised `frame` [1, ...]: for a rank that has run out of packs while others have not.
+
+    Its loss is 0 and its gradient is 0 for every parameter, which is not the same as no gradient.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Pack(
+        clip_ids=(),
+        frames=Loaded(frame),
+        input_ids=torch.full((k,), image),
+        position_ids=torch.arange(k),
+        seg_lens=torch.tensor([k]),
+        seg_ends=torch.tensor([0, k], dtype=torch.int32),
+        frame_index=torch.arange(k)[None],
+        lm_index=nothing,
+        lm_targets=nothing,
+        labels=torch.full((2, 1), -100, dtype=torch.int8),
+        neg_rate=torch.ones(1),
+    )

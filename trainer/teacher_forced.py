@@ -1,0 +1,244 @@
+"""The model's scores at every frame of a split, teacher-forced, and their average precision: what training looks at.
+
+The context holds the reference's texts, which flatters (a DST text, whatever it says, announces that speech is near):
+`rollout` does without, `trainer.evaluate` gives both. Every frame is supervised here, whatever rate the shards
+were written with.
+
+On a CPU each window has a forward pass to itself, so no score depends on what else is scored, on no digit; packs would
+save a fifth of the time at tiny size. On a GPU, where a window alone takes as many launches as a pack, windows are
+packed as in training: a logit moves by what rounding does in passes of other shapes (float32: under 1e-3 in
+tests/trainer/test_score.py; bfloat16 has 8 bits: some 1e-2. Neither was run on a GPU so far).
+
+    F frames of a clip    N frames of a pass    W windows of a pass
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.metrics import average_precision_score
+
+from pipeline.dataset import ClipExample, Split
+from pipeline.errors import NotFiniteError
+from pipeline.labels import DST, SPEAK
+from trainer.arms import Arm
+from trainer.checkpoint import LoadedRun
+from trainer.config import TrainConfig
+from trainer.distributed import World
+from trainer.features import CachedFeatures, kept_layer
+from trainer.frame_source import FrameSource, open_frames
+from trainer.loss import lm_sum
+from trainer.model import ProspectModel
+from trainer.packing import make_pack, windows_of
+from trainer.sequence import Window
+from trainer.tokenizer import Tokens
+from trainer.transfer import Transfer, upload
+from trainer.vision import fingerprint
+
+_WindowScores = tuple[npt.NDArray[np.float32], float, int]  # logits of its own frames, text loss, text tokens
+
+
+class ClipScores(NamedTuple):
+    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST)."""
+
+    clip: ClipExample
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int8]
+    lm_loss: float  # nats, summed over the clip's supervised text
+    lm_tokens: int
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    ap: float | None  # None where there is no positive frame, or the arm has no such head
+    chance: float  # the AP of guessing: the share of positive frames
+    frames: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    split: str
+    clips: int
+    speak: HeadReport
+    dst: HeadReport
+    speak_only: int  # frames positive for speaking and not for DST
+    dst_only: int
+    both: int
+    lm_loss: float | None  # nats per supervised text token
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def score_run(
+    run: LoadedRun, data: Path, split: str, frames_root: Path | None = None, features: Path | None = None
+) -> Iterator[ClipScores]:
+    """Each clip of `split` of `data`, in order, scored on the GPU if there is one.
+
+    features: what `encode` wrote with this run's vision tower, instead of frames.
+    """
+    opened = Split(data, split)
+    model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    frames = open_source([opened], model, frames_root, features)
+    return score_clips(model, run.tokens, opened.in_order(), frames, run.config)
+
+
+def open_source(
+    splits: Sequence[Split], model: ProspectModel, frames_root: Path | None, features: Path | None
+) -> FrameSource:
+    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says).
+
+    Raises InputError, before anything is trained or scored, where a clip of `splits` has none.
+    """
+    source: FrameSource
+    if features is None:
+        source = open_frames(splits[0].manifest, frames_root, model.side)
+    else:
+        layer = kept_layer(features)
+        source = CachedFeatures(features, fingerprint(model.vlm, layer), model.tokens_per_frame, layer)
+    for split in splits:
+        for clip in split.in_order(rate=None):
+            source.check(clip)
+    return source
+
+
+def score_split(
+    model: ProspectModel,
+    tokens: Tokens,
+    split: Split,
+    frames: FrameSource,
+    config: TrainConfig,
+    world: World,
+    together: bool = False,
+) -> list[ClipScores]:
+    """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
+    rank, size = (0, 1) if together else (world.rank, world.size)
+    mine = itertools.islice(split.in_order(), rank, None, size)
+    scored = [(s.logits, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
+    of_ranks = [scored] if size == 1 else world.gather(scored)
+    return [
+        ClipScores(clip, logits, clip.labels, lm_loss, lm_tokens)
+        for i, clip in enumerate(split.in_order())
+        for logits, lm_loss, lm_tokens in [of_ranks[i % size][i // size]]
+    ]
+
+
+def score_clips(
+    model: ProspectModel,
+    tokens: Tokens,
+    clips: Iterator[ClipExample],
+    frames: FrameSource,
+    config: TrainConfig,
+    budget: int | None = None,
+) -> Iterator[ClipScores]:
+    """Each clip's scores, in the order of `clips`; `config` gives k and the token budget of a window.
+
+    budget: tokens of a forward pass, 0 for one window alone; None: 0 on a CPU, `config.micro_batch_tokens` on a GPU.
+    """
+    if budget is None:
+        budget = config.micro_batch_tokens if model.device.type == "cuda" else 0
+    training = model.training
+    model.eval()
+    waiting: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
+
+    def windows() -> Iterator[Window]:
+        for clip in clips:
+            found = windows_of([clip], tokens, config)
+            waiting.append((clip, len(found)))
+            yield from found
+
+    scored = _scored(model, windows(), frames, budget)
+    for first in scored:
+        clip, count = waiting.popleft()
+        logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
+        yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
+    model.train(training)
+
+
+def _scored(
+    model: ProspectModel, windows: Iterator[Window], frames: FrameSource, budget: int
+) -> Iterator[_WindowScores]:
+    """Of each window, in order, a pass late: a GPU is given the next one before the last one's scores are fetched."""
+    transfer = Transfer(model.device)
+    before: Callable[[], list[_WindowScores]] | None = None
+    for group in _passes(windows, budget):
+        now = _score(model, group, frames, transfer)
+        if before is not None:
+            yield from before()
+        before = now
+    if before is not None:
+        yield from before()
+
+
+def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:
+    """The windows in order, as many together as `budget` tokens hold, at least one."""
+    held: list[Window] = []
+    room = budget
+    for window in windows:
+        if held and len(window.input_ids) > room:
+            yield held
+            held, room = [], budget
+        held.append(window)
+        room -= len(window.input_ids)
+    if held:
+        yield held
+
+
+@torch.inference_mode()
+def _score(
+    model: ProspectModel, windows: Sequence[Window], frames: FrameSource, transfer: Transfer
+) -> Callable[[], list[_WindowScores]]:
+    """One pass over some windows; what it gives has their scores."""
+    pack = upload(make_pack(windows, frames), transfer)()
+    scores = model(pack)
+    lm_tokens = [len(window.lm_positions) for window in windows]
+    texts = zip(scores.text.split(lm_tokens), pack.lm_targets.split(lm_tokens), strict=True)
+    decisions = transfer.down(scores.decisions)  # [2, N]
+    losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
+
+    def fetched() -> list[_WindowScores]:
+        logits = np.split(decisions().numpy(), np.cumsum([w.labels.shape[1] for w in windows])[:-1], axis=1)
+        found = zip(windows, logits, losses().tolist(), lm_tokens, strict=True)
+        return [(logit[:, window.context :], loss, count) for window, logit, loss, count in found]
+
+    return fetched
+
+
+def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
+    """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
+
+    Raises NotFiniteError where a score is NaN or infinite.
+    """
+    bad = [s.clip.clip_id for s in scored if not np.isfinite(s.logits).all()]
+    if bad:
+        raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
+    logits = np.concatenate([s.logits for s in scored], 1)
+    labels = np.concatenate([s.labels for s in scored], 1)
+    speak, dst = labels[SPEAK] == 1, labels[DST] == 1
+    text_tokens = sum(s.lm_tokens for s in scored)
+    return EvalReport(
+        split=split,
+        clips=len(scored),
+        speak=_head(logits[SPEAK], labels[SPEAK]),
+        dst=_head(logits[DST], labels[DST], arm.dst_head),
+        speak_only=int((speak & ~dst).sum()),
+        dst_only=int((dst & ~speak).sum()),
+        both=int((dst & speak).sum()),
+        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
+    )
+
+
+def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], there: bool = True) -> HeadReport:
+    known = labels >= 0
+    frames, positives = int(known.sum()), int((labels == 1).sum())
+    ap = float(average_precision_score(labels[known], logits[known])) if positives and there else None
+    return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)
