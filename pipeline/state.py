@@ -1,28 +1,53 @@
-"""Replay of the dialog state: what a step's state is after its transitions, and before each clip of a conversation.
+"""Replay of the dialog state: after transitions, at every frame, and before each clip of a conversation.
 
 Generated files give split conversations a wrong initial state (the segment's end state, or none). The state before a
 clip is therefore replayed over the earlier clips of its conversation; a given state counts only where there are none.
+
+    F frames, S steps
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Final
 
-from pipeline.schema import TRANSITIONS
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.schema import STATES, TRANSITIONS
 
 NOT_STARTED: Final = "not_started"
-Updates = Iterable[tuple[str, str]]  # (step id, transition), in order
+Update = tuple[str, str]  # (step id, transition)
 
 
-def replay(before: Mapping[str, str], updates: Updates) -> dict[str, str]:
+def initial_state(steps: Iterable[str], given: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The state of every step id: as `given`, else not started."""
+    return dict.fromkeys(steps, NOT_STARTED) | dict(given)
+
+
+def replay(before: Mapping[str, str], updates: Iterable[Update]) -> dict[str, str]:
     """The state after `updates`; a step left out of `before` is not started."""
     return dict(before) | {step: TRANSITIONS[transition] for step, transition in updates}
 
 
-def contradicts(before: Mapping[str, str], updates: Updates) -> bool:
+def replay_frames(
+    before: Mapping[str, str], updates: Iterable[tuple[int, Update]], frames: int
+) -> npt.NDArray[np.int64]:
+    """int64 [F, S]: index in STATES of each step of `before` at the end of every frame.
+
+    updates: (frame, update) in order, frames counted from 0. Unknown steps and transitions change nothing.
+    """
+    column = {step: i for i, step in enumerate(before)}
+    states = np.tile(np.array([STATES.index(state) for state in before.values()], np.int64), (frames, 1))
+    for frame, (step, transition) in updates:
+        if step in column and transition in TRANSITIONS:
+            states[frame:, column[step]] = STATES.index(TRANSITIONS[transition])
+    return states
+
+
+def contradicts(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
     for step, transition in _first(updates):
         was = before.get(step, NOT_STARTED)
@@ -31,7 +56,7 @@ def contradicts(before: Mapping[str, str], updates: Updates) -> bool:
     return False
 
 
-def lacks(before: Mapping[str, str], updates: Updates) -> bool:
+def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
     return any(
         transition in ("complete", "pause", "resume") and before.get(step, NOT_STARTED) == NOT_STARTED
@@ -39,7 +64,7 @@ def lacks(before: Mapping[str, str], updates: Updates) -> bool:
     )
 
 
-def _first(updates: Updates) -> Iterable[tuple[str, str]]:
+def _first(updates: Iterable[Update]) -> Iterable[Update]:
     """The first update of each step."""
     first: dict[str, str] = {}
     for step, transition in updates:
@@ -51,7 +76,7 @@ def _first(updates: Updates) -> Iterable[tuple[str, str]]:
 class Segment:
     """One clip of a conversation."""
 
-    first_turn: int  # event frame of its first turn
+    first_turn: int  # event frame of its first turn; no update of the clip is earlier
     updates: Sequence[tuple[int, str, str]]  # (event frame, step id, transition), in order
     given: Mapping[str, str] | None  # None: not given, or impossible
 
@@ -64,32 +89,25 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     """
     order = sorted(range(len(segments)), key=lambda i: segments[i].first_turn)
     first = segments[order[0]].first_turn
-    base: Mapping[str, str] = next((s.given for s in segments if s.first_turn == first and s.given), {})
-    states: list[dict[str, str]] = [{}] * len(segments)
-    running = dict(base)  # after all updates of earlier clips that lie before this clip's first turn
+    state = dict(next((s.given for s in segments if s.first_turn == first and s.given), {}))
+    updates: list[tuple[int, tuple[int, str, str]]] = []  # (first turn of the clip that it is from, update)
     known: set[tuple[int, str, str]] = set()
-    pending: list[tuple[int, int, str, str]] = []  # heap (frame, order of entry, step id, transition) of the later ones
-    entered = count = 0
     for i in order:
-        segment = segments[i]
-        if segment.first_turn == first:
-            states[i] = dict(segment.given or base)
+        fresh = [update for update in segments[i].updates if update not in known]
+        known.update(fresh)
+        updates += [(segments[i].first_turn, update) for update in fresh]
+    updates.sort(key=lambda item: item[1][0])
+    frames = [update[0] for _, update in updates]
+    states: list[dict[str, str]] = [{}] * len(segments)
+    done = 0
+    for i in order:
+        start = segments[i].first_turn
+        if start == first:
+            states[i] = dict(segments[i].given or state)
             continue
-        while segments[order[entered]].first_turn < segment.first_turn:
-            fresh = [update for update in segments[order[entered]].updates if update not in known]
-            known.update(fresh)
-            for frame, step, transition in fresh:
-                heappush(pending, (frame, count, step, transition))
-                count += 1
-            entered += 1
-        while pending and pending[0][0] < segment.first_turn:
-            _, _, step, transition = heappop(pending)
-            running[step] = TRANSITIONS[transition]
-        now = []
-        while pending and pending[0][0] == segment.first_turn:
-            now.append(heappop(pending))
-        own = set(segment.updates) if now else set()
-        states[i] = replay(running, ((step, move) for frame, _, step, move in now if (frame, step, move) not in own))
-        for update in now:
-            heappush(pending, update)
+        before = bisect_left(frames, start)
+        state = replay(state, [update[1:] for _, update in updates[done:before]]) if before > done else state
+        now, own = updates[before : bisect_right(frames, start)], set(segments[i].updates)
+        states[i] = replay(state, [update[1:] for source, update in now if source < start and update not in own])
+        done = before
     return states

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.state import Segment, contradicts, lacks, replay, states_before
+from pipeline.schema import STATES
+from pipeline.state import Segment, contradicts, initial_state, lacks, replay, replay_frames, states_before
 
 STEPS = st.sampled_from(["S1", "S2", "S3"])
 MOVES = st.sampled_from(["start", "complete", "pause", "resume", "cancel", "reset", "fail"])
@@ -81,3 +83,10 @@ def test_equal_updates_at_one_moment_of_one_clip_all_count():
 def test_states_that_cannot_be_before_the_updates(before, updates, wrong, lacking):
     assert contradicts(before, updates) == wrong
     assert lacks(before, updates) == lacking
+
+
+def test_states_at_the_end_of_every_frame():
+    start = initial_state(["S1", "S2"], {"S2": "paused"})
+    updates = [(1, ("S1", "start")), (1, ("S9", "start")), (1, ("S2", "dance")), (3, ("S1", "complete"))]
+    names = np.array(STATES)[replay_frames(start, updates, 4)].tolist()
+    assert names == [["not_started", "paused"], *[["in_progress", "paused"]] * 2, ["completed", "paused"]]
