@@ -486,7 +486,6 @@ def stream(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object per frame on stdout, for programs")] = False,
     html: Annotated[Path | None, typer.Option(help="keep a page with the timeline, to hover over")] = None,
-    mp4: Annotated[Path | None, typer.Option(help="keep a video with the timeline drawn")] = None,
 ) -> int:
     """Run a trained model live: it sees frame after frame, speaks, keeps the state; type to talk to it."""
     from dataclasses import asdict
@@ -500,7 +499,7 @@ def stream(
 
     loaded = load_run(run)
     live = live_of(run, _numbers("--threshold", threshold or [], "speaking=0.5"), refractory_s)
-    html, mp4 = _recordings(html, mp4, Path(video), task)
+    html = _recording(html, Path(video), task)
     if json and sys.stdout is None:
         raise UsageError("--json: stdout is closed")
     about_task = find_task(task, clip, video, fps, trained=loaded.info.get("fps", 2.0))
@@ -511,7 +510,6 @@ def stream(
         about: Any = stream.about(feed.name) | {"run": str(run)}
         sinks = [recording.json_lines(sys.stdout) if json else recording.terminal(console(), about)]
         sinks += [recording.html(html, about)] if html else []
-        sinks += [recording.mp4(mp4, about)] if mp4 else []
         for sink in sinks:
             open_now.enter_context(sink)
         heard = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else it is the shell loop's around this
@@ -524,9 +522,8 @@ def stream(
                 moment = asdict(stream.see(seen, said))
                 for sink in sinks:
                     sink.show(moment, seen.image)
-    for path in (html, mp4):
-        if path is not None and path.exists():
-            typer.echo(f"wrote {plain(path)} ({path.stat().st_size / 1e6:,.1f} MB)", err=json)
+    if html is not None and html.exists():
+        typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1e6:,.1f} MB)", err=json)
     return ended[0] if ended else 0
 
 
@@ -578,18 +575,18 @@ def _names(given: list[str]) -> list[str]:
     return [item.strip() for item in ",".join(given).split(",") if item.strip()]
 
 
-def _recordings(html: Path | None, mp4: Path | None, video: Path, task: Path | None) -> tuple[Path | None, Path | None]:
-    """Both, links followed; UsageError where one would replace what is read, each other, or no file at all."""
-    kept = [path.resolve() for path in (html, mp4) if path is not None]
-    read = [path.resolve() for path in (video, task) if path is not None]
-    if len({*kept, *read}) < len({*read}) + len(kept):
-        raise UsageError("VIDEO, --task, --html and --mp4 name the same file twice")
-    for path in kept:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UsageError(f"{path}: no regular file, expected the name of one to write")
-        if video.is_dir() and path.parent == video.resolve():
-            raise UsageError(f"{path}: among the images that are read, expected another folder")
-    return html and html.resolve(), mp4 and mp4.resolve()
+def _recording(html: Path | None, video: Path, task: Path | None) -> Path | None:
+    """The page to write, links followed; UsageError where it would replace what is read, or is no file."""
+    if html is None:
+        return None
+    html = html.resolve()
+    if html in (video.resolve(), task and task.resolve()):
+        raise UsageError("--html names a file that is read, expected another one")
+    if html.exists() and not html.is_file() and not html.is_dir():
+        raise UsageError(f"{html}: no regular file, expected the name of one to write")
+    if video.is_dir() and html.parent == video.resolve():
+        raise UsageError(f"{html}: among the images that are read, expected another folder")
+    return html
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from .arena import Arena, Ran, fault, files
 from .attacks import LOST, OTHER, REFUSED, SAME, Verdict, damage, must
 
 VIDEO = "mp4/frames/nusar-test-0000__view0.mp4"
-KEPT = ("--html", "kept/page.html", "--mp4", "kept/movie.mp4")
+KEPT = ("--html", "kept/page.html")
 ARGV = ("stream", "run", VIDEO, "--task", "raw/test_training.json", "--clip", "0", "--threshold",
         "speaking=0,dst_update=0", "--json")  # fmt: skip
 
@@ -95,7 +95,7 @@ def _no_room(arena: Arena, rng: random.Random) -> Verdict:
     else:
         prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size + 400_000, size + 400_000))  # noqa: E731
     ran = arena.run(*ARGV, *KEPT, prepare=prepare)
-    return _judge(arena, ran, f"{size:,} bytes of room for the page and the movie")
+    return _judge(arena, ran, f"{size:,} bytes of room for the page")
 
 
 def _bad_checkpoint(arena: Arena, rng: random.Random) -> Verdict:

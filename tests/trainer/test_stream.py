@@ -357,14 +357,11 @@ def write_video(path: Path, seconds: float = 4.0, fps: int = 30, side: int = 96,
 
 def test_a_video_at_30_fps_runs_start_to_end_and_is_kept(run, tmp_path, capsys):
     write_video(tmp_path / "v.mp4")
-    kept = ["--html", tmp_path / "v.html", "--mp4", tmp_path / "out.mp4"]
-    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS, *kept)
+    found = streamed(capsys, run, tmp_path / "v.mp4", *THRESHOLDS, "--html", tmp_path / "v.html")
     assert [moment["frame"] for moment in found] == list(range(8))
     assert [moment["time_s"] for moment in found] == [i / 2 for i in range(8)]
     assert all(0 < moment["probabilities"]["speaking"] < 1 for moment in found)
     assert (tmp_path / "v.html").stat().st_size > 1000
-    with av.open(str(tmp_path / "out.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) >= 8
 
 
 def test_a_recording_never_replaces_the_video(run, tmp_path, capsys):
@@ -373,8 +370,8 @@ def test_a_recording_never_replaces_the_video(run, tmp_path, capsys):
     (tmp_path / "link.mp4").symlink_to(tmp_path / "v.mp4")
     (tmp_path / "sub").mkdir()
     for video, kept in (("v.mp4", "v.mp4"), ("v.mp4", "sub/../v.mp4"), ("link.mp4", "v.mp4")):
-        assert main(["stream", str(run), f"{tmp_path}/{video}", *THRESHOLDS, "--mp4", f"{tmp_path}/{kept}"]) == 2
-        assert "name the same file twice" in capsys.readouterr().err
+        assert main(["stream", str(run), f"{tmp_path}/{video}", *THRESHOLDS, "--html", f"{tmp_path}/{kept}"]) == 2
+        assert "names a file that is read" in capsys.readouterr().err
     assert (tmp_path / "v.mp4").read_bytes() == before
 
 
@@ -384,7 +381,7 @@ def test_a_recording_replaces_nothing_that_is_read_and_no_device(run, tmp_path, 
     os.mkfifo(tmp_path / "pipe.html")
     task = told(tmp_path, {"goal": "Tea"})
     for more, message in (
-        (["--task", task, "--html", task], "name the same file twice"),
+        (["--task", task, "--html", task], "names a file that is read"),
         (["--html", tmp_path / "images" / "0.png"], "among the images that are read"),
         (["--html", tmp_path / "pipe.html"], "no regular file"),
     ):
@@ -416,12 +413,10 @@ def test_a_stream_that_is_stopped_keeps_its_recording(run, data, tmp_path, monke
     monkeypatch.setattr(Stream, "see", stopped)
     before = signal.getsignal(signal.SIGTERM)
     video = data / "frames-on-disk" / "test-v0.arrow"
-    args = ["--html", tmp_path / "kept.html", "--mp4", tmp_path / "kept.mp4", *THRESHOLDS]
+    args = ["--html", tmp_path / "kept.html", *THRESHOLDS]
     assert main(["stream", str(run), str(video), *map(str, args)]) == status
     assert signal.getsignal(signal.SIGTERM) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html", "kept.mp4"]
-    with av.open(str(tmp_path / "kept.mp4")) as kept:
-        assert sum(1 for _ in kept.decode(video=0)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html"]
 
 
 def test_the_user_s_lines_are_heard_in_time(run, tmp_path, capsys, monkeypatch):

@@ -3,9 +3,6 @@
 A moment is plain data (the trainer's `Moment` as a dict), so that nothing here needs a model. Every sink holds a
 bounded amount however long the stream is, and is whole and valid up to the last moment when it is closed, also by
 an error or Ctrl-C. A file takes its name when it is closed; a stream without a moment leaves no file.
-
-Curves are drawn with the threshold at half height, linear below and above it: what fires is in the upper half, also
-for a head whose threshold is at 0.05.
 """
 
 from __future__ import annotations
@@ -68,7 +65,7 @@ class Closing:
 
 
 def terminal(console: Console, about: About) -> Sink:
-    """A live timeline where the console is a terminal; else a plain line per event."""
+    """A line per event."""
     from trainer.live.terminal_sink import TerminalSink
 
     return TerminalSink(console, about)
@@ -84,13 +81,6 @@ def html(path: Path, about: About) -> Sink:
     from trainer.live.html_sink import HtmlSink
 
     return HtmlSink(path, about)
-
-
-def mp4(path: Path, about: About) -> Sink:
-    """A video with the timeline drawn under the picture. InputError where the file cannot be written."""
-    from trainer.live.video_sink import VideoSink
-
-    return VideoSink(path, about)
 
 
 class _JsonLines(Closing):
@@ -118,7 +108,6 @@ def finite(value: Any) -> Any:
 
 # ---- words -------------------------------------------------------------------------------------------
 
-HEAD_NAMES: Final = {"speaking": "speak", "dst_update": "DST"}
 MARKS: Final = {"not_started": "[ ]", "in_progress": "[>]", "completed": "[x]"}
 _MOST_STEPS: Final = 12  # on one line
 
@@ -157,15 +146,6 @@ def state_marks(state: Mapping[str, str]) -> str:
     done = sum(name == "completed" for name in state.values())
     shown = [step for step, name in state.items() if name not in ("completed", "not_started")][:_MOST_STEPS]
     return f"{done} of {len(state)} done" + "".join(f" {MARKS.get(state[step], '[-]')} {plain(step)}" for step in shown)
-
-
-def height(probability: float | None, threshold: float) -> float:
-    """Where in 0..1 a probability is drawn: its threshold at 0.5, linear below and above; nothing known: 0."""
-    if probability is None or not math.isfinite(probability):
-        return 0.0
-    if probability < threshold:
-        return 0.5 * max(0.0, probability) / threshold
-    return 0.5 if threshold >= 1 else 0.5 + 0.5 * (min(1.0, probability) - threshold) / (1 - threshold)
 
 
 def thresholds(about: About) -> dict[str, float]:
