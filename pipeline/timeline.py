@@ -8,7 +8,6 @@ colour too; where a clip is too long for the screen, one column shows the strong
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any, Final
 
 import numpy as np
 import polars as pl
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import InputError
 from pipeline.inspect import split_names
-from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.schema import NOT_SAMPLED
+from pipeline.state import NOT_STARTED, replay
 from pipeline.summary import HEADS, HUES
 from pipeline.terminal import clock, plain
 
@@ -86,112 +86,86 @@ def _some(index: pl.DataFrame, count: int = 4) -> str:
     return ", ".join(names) + (", ..." if index.height > count else "")
 
 
-def replay(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """State of every step after each turn, one dict per turn; a step nothing is said of is not started."""
-    state = {step["id"]: "not_started" for step in row["steps"]}
-    state |= {step["id"]: step["state"] for step in row["initial_state"]}
-    states = []
+def states_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """State of every step before the first turn and after each turn; a step nothing is said of is not started."""
+    state = {step["id"]: NOT_STARTED for step in row["steps"]}
+    states = [state | {step["id"]: step["state"] for step in row["initial_state"]}]
     for turn in row["turns"]:
-        state = state | {u["id"]: TRANSITIONS.get(u["transition"], u["transition"]) for u in turn["updates"]}
-        states.append(state)
+        states.append(replay(states[-1], ((u["id"], u["transition"]) for u in turn["updates"])))
     return states
-
-
-def timeline(folder: Path, clip: str) -> RenderableType:
-    """One clip to look at: header, labels of both heads on a ruler, turns with the state they lead to."""
-    return Timeline(find_clip(folder, clip))
 
 
 GLYPHS: Final = {1: "█", 0: "─", NOT_SAMPLED: "·"}
 ASCII_GLYPHS: Final = {1: "#", 0: "-", NOT_SAMPLED: "."}
 _MARGIN = 9  # width of the track names
+_MAX_ROWS = 20  # wrapped rows; a longer clip has K frames in a column, which shows the strongest label
 
 
+def timeline(folder: Path, clip: str) -> Timeline:
+    """One clip: header, labels of both heads on a ruler, turns with the state they lead to."""
+    return Timeline(find_clip(folder, clip))
+
+
+@dataclass(frozen=True)
 class Timeline:
-    """Rich renderable of a clip. Each sign means one thing, so that it reads without colour too.
+    """A clip as rich prints it, as wide as the console."""
 
-    One column is one frame; past `max_rows` wrapped rows a column holds K frames and shows the strongest.
-    """
-
-    def __init__(self, view: ClipView, max_rows: int = 20) -> None:
-        self.view = view
-        self.max_rows = max_rows
+    view: ClipView
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = ASCII_GLYPHS if options.ascii_only else GLYPHS
         columns = max(20, (min(options.max_width, 170) - _MARGIN) // 20 * 20)
-        per_column = -(-len(self.view.speaking) // (columns * self.max_rows))
-        yield _header(self.view)
-        yield _legend(glyphs, per_column)
+        per_column = -(-len(self.view.speaking) // (columns * _MAX_ROWS))
+        yield _header(self.view.row, self.view.split)
+        names = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
+        legend = "   ".join(f"{glyphs[label]} {name}" for label, name in names.items())
+        many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
+        yield Text(f"\n{legend}   numbers: turns below{many}\n", style="dim")
         yield from _tracks(self.view, glyphs, columns, per_column)
-        yield _turns(self.view)
+        yield _turns(self.view.row)
 
 
-def _header(view: ClipView) -> Table:
-    row = view.row
+def _header(row: Mapping[str, Any], split: str) -> Table:
     start, end, fps = row["start_frame"], row["end_frame"], row["fps"]
-    times = f"{clock(start / fps)} to {clock(end / fps)}"
-    span = f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {times}"
-    read = f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}"
-    n = f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised"
+    facts = {
+        "clip": f"{row['clip_id']}  ({split}, number {row['clip']})",
+        "video": row["video_uid"],
+        "recording": row["recording_id"],
+        "frames": f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {clock(start / fps)} to {clock(end / fps)}",
+        "labels": f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised; "
+        f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}",
+        "goal": row["goal"],
+    }
     grid = Table.grid()
     grid.add_column(min_width=_MARGIN + 1, style="dim")
     grid.add_column(overflow="fold")
-    for name, value in (
-        ("clip", f"{row['clip_id']}  ({view.split}, number {row['clip']})"),
-        ("video", row["video_uid"]),
-        ("recording", row["recording_id"]),
-        ("frames", span),
-        ("labels", f"{n}; {read}"),
-        ("goal", row["goal"]),
-    ):
+    for name, value in facts.items():
         if value:
             grid.add_row(name, Text(plain(value)))
     return grid
-
-
-def _legend(glyphs: Mapping[int, str], per_column: int) -> Text:
-    names = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
-    text = "   ".join(f"{glyphs[label]} {name}" for label, name in names.items())
-    many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
-    return Text(f"\n{text}   numbers: turns below{many}\n", style="dim")
 
 
 def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column: int) -> Iterator[Text]:
     """Wrapped rows of a ruler, the turns' numbers and both heads' labels, then an empty line."""
     start, fps = view.row["start_frame"], view.row["fps"]
     edges = np.arange(0, len(view.speaking), per_column)
-    tracks = {
-        "speaking": np.maximum.reduceat(view.speaking, edges),
-        "DST": np.maximum.reduceat(view.dst, edges),
-    }
-    marks = _marks(view, per_column)
-    for left in range(0, len(edges), columns):
-        right = min(left + columns, len(edges))
-        ticks = {c: f"╷{(f := start + c * per_column)} {clock(f / fps)}" for c in range(left, right, 20)}
-        yield Text(f"{'frame':<{_MARGIN}}{_place(ticks, left, columns)}", style="dim")
-        yield Text(f"{'turn':<{_MARGIN}}{_place(marks, left, right - left)}", style="dim")
-        for head, labels in tracks.items():
-            name = (f"{head:<{_MARGIN}}", HUES[head])
-            yield Text.assemble(name, _track(labels[left:right], glyphs, HUES[head]))
-        yield Text("")
-
-
-def _track(labels: np.ndarray, glyphs: Mapping[int, str], hue: str) -> Text:
-    text = Text()
-    for label in labels.tolist():
-        text.append(glyphs[label], style=f"bold {hue}" if label == 1 else "dim")
-    return text
-
-
-def _marks(view: ClipView, per_column: int) -> dict[int, str]:
-    """Column -> number of the turn that begins there; '3-5' where several do."""
-    begins: dict[int, list[int]] = {}
+    labels = {"speaking": np.maximum.reduceat(view.speaking, edges), "DST": np.maximum.reduceat(view.dst, edges)}
+    begins: dict[int, list[int]] = {}  # column -> numbers of the turns that begin there
     for number, turn in enumerate(view.row["turns"], 1):
         if turn["start_frame"] is not None:
-            column = (turn["start_frame"] - view.row["start_frame"]) // per_column
-            begins.setdefault(column, []).append(number)
-    return {column: f"{n[0]}-{n[-1]}" if len(n) > 1 else str(n[0]) for column, n in begins.items()}
+            begins.setdefault((turn["start_frame"] - start) // per_column, []).append(number)
+    numbers = {column: f"{n[0]}-{n[-1]}" if len(n) > 1 else str(n[0]) for column, n in begins.items()}
+    for left in range(0, len(edges), columns):
+        right = min(left + columns, len(edges))
+        ticks = {c: f"╷{(frame := start + c * per_column)} {clock(frame / fps)}" for c in range(left, right, 20)}
+        yield Text(f"{'frame':<{_MARGIN}}{_place(ticks, left, columns)}", style="dim")
+        yield Text(f"{'turn':<{_MARGIN}}{_place(numbers, left, right - left)}", style="dim")
+        for head, of_head in labels.items():
+            track = Text.assemble((f"{head:<{_MARGIN}}", HUES[head]))
+            for label in of_head[left:right].tolist():
+                track.append(glyphs[label], style=f"bold {HUES[head]}" if label == 1 else "dim")
+            yield track
+        yield Text("")
 
 
 def _place(labels: Mapping[int, str], left: int, width: int) -> str:
@@ -204,38 +178,32 @@ def _place(labels: Mapping[int, str], left: int, width: int) -> str:
     return line
 
 
-def _turns(view: ClipView) -> Table:
+def _turns(row: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("frames", no_wrap=True)
-    table.add_column("role", no_wrap=True)
+    for name, justify, style in (
+        ("#", "right", "dim"),
+        ("time", "right", ""),
+        ("frames", "left", ""),
+        ("role", "left", ""),
+    ):
+        table.add_column(name, justify=justify, style=style, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("text", overflow="fold", ratio=1)
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
-    for number, (turn, state) in enumerate(zip(view.row["turns"], replay(view.row), strict=True), 1):
-        start, end = turn["start_frame"], turn["end_frame"]
-        time = turn["time_s"] if turn["time_s"] is not None or start is None else start / view.row["fps"]
-        text = Text(_updates(turn))
-        for note in (turn_note(view.row, turn), state_line(state) if turn["updates"] else ""):
+    for number, (turn, state) in enumerate(zip(row["turns"], states_of(row)[1:], strict=True), 1):
+        start = turn["start_frame"]
+        time = turn["time_s"] if turn["time_s"] is not None or start is None else start / row["fps"]
+        text = Text(plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]) or turn["text"]))
+        for note in (turn_note(row, turn), state_line(state) if turn["updates"] else ""):
             text.append(f"\n{plain(note)}" if note else "", style="dim")
-        table.add_row(
-            str(number),
-            "-" if time is None else clock(time, tenths=True),
-            "-" if start is None else f"{start}..{end}",
-            Text(plain(turn["role"]), style=hues.get(turn["role"], "")),
-            text,
-        )
+        seconds = "-" if time is None else clock(time, tenths=True)
+        frames = "-" if start is None else f"{start}..{turn['end_frame']}"
+        role = Text(plain(turn["role"]), style=hues.get(turn["role"], ""))
+        table.add_row(str(number), seconds, frames, role, text)
     return table
 
 
-def _updates(turn: Mapping[str, Any]) -> str:
-    if not turn["updates"]:
-        return plain(turn["text"])
-    return plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]))
-
-
 def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
-    """Why a turn that could label frames of the clip labels none, or only some; '' where it does its work."""
+    """Why a turn that could label frames of the clip labels none, or only some; '' where it labels all of its own."""
     start, end = turn["start_frame"], turn["end_frame"]
     if turn["role"] not in ("assistant", "DST_UPDATE"):
         return ""
@@ -252,9 +220,7 @@ def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
 
 def state_line(state: Mapping[str, str]) -> str:
     """'state: completed S1 S2 | in progress S3 | not started S4', steps in order."""
-    steps: dict[str, list[str]] = {}
-    for step, name in state.items():
-        steps.setdefault(name, []).append(step)
-    order = Counter({"completed": 3, "in_progress": 2, "not_started": -1})
-    names = sorted(steps, key=lambda name: -order[name])
-    return "state: " + " | ".join(f"{name.replace('_', ' ')} {' '.join(steps[name])}" for name in names)
+    order = {"completed": 0, "in_progress": 1, "not_started": 3}
+    names = sorted(dict.fromkeys(state.values()), key=lambda name: order.get(name, 2))
+    steps = {name: " ".join(step for step, its in state.items() if its == name) for name in names}
+    return "state: " + " | ".join(f"{name.replace('_', ' ')} {steps[name]}" for name in names)

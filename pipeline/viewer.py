@@ -1,15 +1,16 @@
-"""One self-contained page about an output folder: numbers, charts, and timelines to hover over.
+"""The HTML viewer: one self-contained page (viewer.html) for `inspect --html` and `stream --html`.
 
-The page is `inspect.html` (style and script, no libraries, no network) with one block of JSON put in. All
-text from the data reaches the page as JSON and is set with `textContent`, never as markup; a content policy
-with the script's own hash lets nothing else run. Labels are run-length coded, about 1 byte per frame at rate
-0.5, and the timelines stop at 5 MB: 200 clips of 5 minutes with their text take 1.3.
+The template holds style and script, without libraries and without network; Python adds one block of JSON. Text from the
+data reaches the page as JSON and is set with `textContent`, never as markup, and a content policy with the script's own
+hash lets nothing else run. Labels are run-length coded (about 1 byte a frame at rate 0.5), timelines stop at MAX_BYTES.
 """
 
 from __future__ import annotations
 
-import html
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.resources import files
@@ -17,80 +18,99 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Final
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from pipeline.errors import InputError
-from pipeline.html_page import coded, policy
 from pipeline.inspect import summarise
 from pipeline.output import verify
-from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.schema import NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.summary import Split, Summary, all_hazards, drops_by_reason
 from pipeline.terminal import plain
-from pipeline.timeline import ClipView, clip_index, read_clips, turn_note
+from pipeline.timeline import ClipView, clip_index, read_clips, states_of, turn_note
 
 MAX_BYTES: Final = 5_000_000  # of timelines; at least one is always shown
 MAX_FRAMES: Final = 20_000  # shown of one clip
 MAX_TURNS: Final = 400  # shown of one clip
-MAX_TEXT: Final = 400  # characters shown of one turn
+MAX_TEXT: Final = 400  # characters shown of one text
 GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is open
+
+
+# ---- any page ----------------------------------------------------------------------------------------
+
+
+def page_around_data(title: str) -> tuple[str, str]:
+    """What stands before and after the page's JSON, which may be long and is written by the caller (`coded`)."""
+    template = files("pipeline").joinpath("viewer.html").read_text(encoding="utf-8")
+    hashes = {tag: _hash(template, tag) for tag in ("script", "style")}
+    policy = f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data:"
+    shell = jinja2.Template(template, autoescape=True).render(title=title, policy=Markup(policy), data="\0")
+    before, after = shell.split("\0")
+    return before, after
+
+
+def coded(data: Any) -> str:
+    """Data as JSON for a script element: ASCII, on one line, `<`, `>` and `&` as \\uXXXX; ValueError on NaN."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def short(text: str) -> str:
+    """Text to show, at most MAX_TEXT characters of it."""
+    text = plain(text)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _hash(template: str, tag: str) -> str:
+    body = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
+
+
+# ---- the page of an output folder --------------------------------------------------------------------
 
 
 def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[str, Any] | None = None) -> None:
     """Write the page to `out`, whole or not at all; `manifest`: what `verify` gave, if it was called already."""
     manifest = verify(folder) if manifest is None else manifest
-    data = page_data(folder, manifest, summarise(folder), max_clips)
-    page = fill(files("pipeline").joinpath("inspect.html").read_text(encoding="utf-8"), data)
+    before, after = page_around_data(f"{folder.resolve().name} - labels")
+    page = before + coded(page_data(folder, manifest, summarise(folder), max_clips)) + after
     if out.is_dir():
         raise InputError(f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html")
     write_text(out, page)
-
-
-def fill(template: str, data: Mapping[str, Any]) -> str:
-    """The template with its title, content policy and data; `<`, `>` and `&` of the data become \\uXXXX."""
-    title = html.escape(f"{data['folder']} - labels")
-    for mark, text in (
-        ("POLICY", policy(template)),
-        ("TITLE", title),
-        ("DATA", coded(data)),
-    ):  # data last: it may hold marks
-        before, after = template.split("{{" + mark + "}}", 1)
-        template = before + text + after
-    return template
 
 
 def page_data(folder: Path, manifest: Mapping[str, Any], summary: Summary, max_clips: int) -> dict[str, Any]:
     """Everything the page shows, as JSON types."""
     order = {split.name: i for i, split in enumerate(summary.splits)}
     clips = list(_within(MAX_BYTES, _clips(folder, max_clips)))
+    kept = ("clips", "quarantined", "frame_convention", "sha256")
     return {
+        "page": "labels",
         "folder": plain(folder.resolve().name),
         "recordings": summary.recordings,
         "edges": GAP_EDGES,
         "splits": [_split(split, manifest) for split in summary.splits],
         "hazards": all_hazards(summary, manifest),
-        "inputs": [_input(source) for source in manifest.get("inputs") or []],
-        "transitions": TRANSITIONS,
+        "inputs": [
+            {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
+            for source in manifest.get("inputs") or []
+        ],
         "clips": sorted(clips, key=lambda clip: (order[clip["split"]], clip["clip"])),
     }
 
 
-def _input(source: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("clips", "quarantined", "frame_convention", "sha256")
-    return {"name": Path(str(source.get("path", "?"))).name} | {k: source[k] for k in kept if k in source}
-
-
 def _split(split: Split, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    data = asdict(split)
-    for name, head in split.heads.items():
-        data["heads"][name] |= {"median": head.median_gap, "gaps": _bins(head.gaps)}
-    return data | {"drops": {reason: n for reason, (n,) in drops_by_reason([split], manifest).items()}}
-
-
-def _bins(gaps: Mapping[float, int]) -> list[int]:
-    """How many gaps lie in each of [edge, next edge)."""
-    found = np.searchsorted(GAP_EDGES, list(gaps), side="right") - 1
-    return np.bincount(found, weights=list(gaps.values()), minlength=len(GAP_EDGES)).astype(int).tolist()
+    heads = {}
+    for name, head in zip(("speaking", "dst_update"), split.heads.values(), strict=True):
+        bins = np.searchsorted(GAP_EDGES, list(head.gaps), side="right") - 1
+        counts = np.bincount(bins, weights=list(head.gaps.values()), minlength=len(GAP_EDGES)).astype(int)
+        heads[name] = asdict(head) | {"median": head.median_gap, "gaps": counts.tolist()}
+    drops = {reason: n for reason, (n,) in drops_by_reason([split], manifest).items()}
+    return asdict(split) | {"heads": heads, "drops": drops}
 
 
 def _within(budget: int, clips: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -106,9 +126,8 @@ def _within(budget: int, clips: Iterator[dict[str, Any]]) -> Iterator[dict[str, 
 
 def _clips(folder: Path, max_clips: int) -> Iterator[dict[str, Any]]:
     """Clips of all splits in turn, so that a page cut short has lost from each."""
-    index = clip_index(folder)
-    rows = index.select("split", "part", "clip").rows()
-    by_split = [list(found) for _, found in groupby(rows, key=lambda row: row[0])]
+    rows = clip_index(folder).select("split", "part", "clip").rows()
+    by_split = [list(of_split) for _, of_split in groupby(rows, key=lambda row: row[0])]
     streams = [_views(folder, picked) for picked in spread(by_split, max_clips)]
     for clips in zip_longest(*streams):
         yield from (clip_data(view) for view in clips if view)
@@ -132,58 +151,47 @@ def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
 
 
 def clip_data(view: ClipView) -> dict[str, Any]:
+    """A clip's labels, turns and states. A turn: [role, text, start, end, seconds, updates, note, state or None]."""
     row = view.row
+    initial, *states = states_of(row)
+    turns = []
+    for turn, state in list(zip(row["turns"], states, strict=True))[:MAX_TURNS]:
+        start, time = turn["start_frame"], turn["time_s"]
+        seconds = start / row["fps"] if time is None and start is not None else time
+        updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
+        shown = [turn["role"], short(turn["text"]), start, turn["end_frame"], seconds, updates, turn_note(row, turn)]
+        turns.append([*shown, _state(state) if updates else None])
     return {
-        "id": _short(row["clip_id"]),
+        "id": short(row["clip_id"]),
         "split": view.split,
         "clip": row["clip"],
-        "recording": _short(row["recording_id"]),
-        "goal": _short(row["goal"] or ""),
+        "recording": short(row["recording_id"]),
+        "goal": short(row["goal"] or ""),
         "fps": row["fps"],
         "start": row["start_frame"],
         "frames": row["num_frames"],
         "rate": row["neg_rate"],
-        "steps": [[_short(step["id"]), _short(step["name"])] for step in row["steps"][:100]],
-        "initial": {_short(step["id"]): _short(step["state"]) for step in row["initial_state"][:100]},
-        "turns": [_turn(row, turn) for turn in row["turns"][:MAX_TURNS]],
+        "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
+        "initial": _state(initial),
+        "turns": turns,
         "more_turns": max(0, len(row["turns"]) - MAX_TURNS),
         "labels": run_lengths(view.speaking[:MAX_FRAMES], view.dst[:MAX_FRAMES]),
     }
 
 
-def _turn(row: Mapping[str, Any], turn: Mapping[str, Any]) -> list[Any]:
-    """[role, text, start, end, seconds, updates, note]"""
-    start, time = turn["start_frame"], turn["time_s"]
-    seconds = start / row["fps"] if time is None and start is not None else time
-    updates = [[_short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
-    return [
-        turn["role"],
-        _short(turn["text"]),
-        start,
-        turn["end_frame"],
-        seconds,
-        updates,
-        turn_note(row, turn),
-    ]
+def _state(state: Mapping[str, str]) -> dict[str, str]:
+    return {short(step): short(name) for step, name in list(state.items())[:100]}
 
 
-def _short(text: str) -> str:
-    text = plain(text)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-
-
-def run_lengths(speaking: np.ndarray, dst: np.ndarray) -> str:
+def run_lengths(speaking: np.ndarray, dst_update: np.ndarray) -> str:
     """Labels [F] of both heads as 'a2e7i': a letter and, above 1, how often it repeats.
 
-    The letter is abc def ghi[3 * rank(speaking) + rank(dst)], ranks 0 positive, 1 supervised, 2 not sampled.
+    The letter is abc def ghi[3 * rank(speaking) + rank(dst_update)], ranks 0 positive, 1 supervised, 2 not sampled.
     """
     if not len(speaking):
         return ""
-    code = 3 * _rank(speaking) + _rank(dst)
+    ranks = [np.where(labels == 1, 0, np.where(labels == NOT_SAMPLED, 2, 1)) for labels in (speaking, dst_update)]
+    code = 3 * ranks[0] + ranks[1]
     starts = np.flatnonzero(np.r_[True, code[1:] != code[:-1]])
     runs = zip(code[starts].tolist(), np.diff(np.r_[starts, len(code)]).tolist(), strict=True)
     return "".join("abcdefghi"[c] + (str(n) if n > 1 else "") for c, n in runs)
-
-
-def _rank(labels: np.ndarray) -> np.ndarray:
-    return np.where(labels == 1, 0, np.where(labels == NOT_SAMPLED, 2, 1))

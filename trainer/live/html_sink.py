@@ -9,20 +9,18 @@ JSON and is set with `textContent`, as in `inspect_html`.
 from __future__ import annotations
 
 import base64
-import html
 import math
 import tempfile
 from collections.abc import Iterator
-from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from PIL import Image
 
-from pipeline.html_page import coded, policy
 from pipeline.storage import naming, replacing
 from pipeline.terminal import plain
+from pipeline.viewer import coded, page_around_data
 from trainer.live.sinks import About, Closing, Moment, finite, prepare, thresholds
 
 PICTURE_BYTES: Final = 5_000_000  # of pictures every PICTURE_S, thinned
@@ -89,12 +87,8 @@ class HtmlSink(Closing):
                     page.write(part)
 
     def _page(self) -> Iterator[bytes]:
-        template = files("trainer.live").joinpath("stream.html").read_text(encoding="utf-8")
-        before, after = template.split("{{DATA}}", 1)
-        title = html.escape(f"{plain(self.about['video'])} - stream")
-        for mark, text in (("POLICY", policy(template, "; img-src data:")), ("TITLE", title)):
-            before = before.replace("{{" + mark + "}}", text, 1)
-        yield f'{before}{{"about":{coded(self._about())},"moments":['.encode()
+        before, after = page_around_data(f"{plain(self.about['video'])} - stream")
+        yield f'{before}{{"page":"stream","about":{coded(self._about())},"moments":['.encode()
         yield from self._rows()
         yield b'],"pictures":{'
         pictures = sorted((self.regular.kept | self.special.kept).items())
