@@ -31,6 +31,7 @@ import numpy.typing as npt
 from pipeline.dataset import ClipExample, Turn
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.updates import write_updates
 from trainer.arms import ARMS, Arm
 from trainer.tokenizer import STATES, Tokens
 
@@ -204,7 +205,7 @@ def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     for turn in clip.turns:
         frame = _text_frame(turn, clip)
         if turn.role == role and frame is not None and clip.start_frame <= frame < clip.end_frame:
-            said.setdefault(frame, []).append(turn.text)
+            said.setdefault(frame, []).append(write_updates(turn.updates) if role == "DST_UPDATE" else turn.text)
     return said
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline.dataset import ClipExample
+from pipeline.state import replay
+from pipeline.updates import parse_updates
 from trainer.config import TrainConfig
 from trainer.evaluation.scores import HEADS, ScoredClip, Updates
 from trainer.frame_source import FrameSource
 from trainer.live.engine import _unwritten, streaming
 from trainer.live.kv_cache import use_slots
 from trainer.live.rollout import LOOK
-from trainer.live.session import HEAD_OF, Context, DecodingConfig, lengths, parse_updates, replay
+from trainer.live.session import HEAD_OF, Context, DecodingConfig, lengths
 from trainer.model import ProspectModel
 from trainer.sequence import prompt_ids, state_before, to_repeat, user_texts, utterance
 from trainer.tokenizer import Tokens

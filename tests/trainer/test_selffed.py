@@ -14,7 +14,7 @@ from pipeline.errors import InputError, NotFiniteError
 from trainer.arms import ARMS
 from trainer.config import TrainConfig
 from trainer.live.rollout import self_fed
-from trainer.live.session import DecodingConfig, parse_updates, replay
+from trainer.live.session import DecodingConfig
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window, prompt_ids, user_texts, utterance
@@ -398,31 +398,6 @@ def test_the_last_text_of_a_clip_is_told_though_no_frame_follows(tokens):
     model, _ = writer(tokens, "speak", {"assistant": "well done"})
     [scored] = run(model, tokens, example([], 1), live=DecodingConfig(ALWAYS.thresholds))
     assert scored.said == ["well done"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("S1->complete, S2->start", (("S1", "complete"), ("S2", "start"))),
-        ("S1->complete,S2 -> start", (("S1", "complete"), ("S2", "start"))),
-        ("S1->jump, S2->start", (("S2", "start"),)),
-        ("S9->start", (("S9", "start"),)),
-        ("a->b->fail", (("a->b", "fail"),)),
-        ("->start, S1->, complete, S1", ()),
-        ("", ()),
-    ],
-)
-def test_updates_are_read_from_text_and_what_does_not_read_so_is_left_out(text, expected):
-    assert parse_updates(text) == expected
-
-
-def test_replay_moves_known_steps_alone_and_leaves_what_it_was_given():
-    before = {"S1": "in_progress", "S2": "not_started"}
-    assert replay(before, [("S1", "complete"), ("S9", "start"), ("S2", "start"), ("S2", "pause")]) == {
-        "S1": "completed",
-        "S2": "paused",
-    }
-    assert before == {"S1": "in_progress", "S2": "not_started"}
 
 
 # ---- the context's budget ------------------------------------------------------------------------------

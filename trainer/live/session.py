@@ -16,7 +16,7 @@ context's last frame may run past the former. The steps here ask an `Engine` to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
-from pipeline.schema import TRANSITIONS
+from pipeline.state import replay
+from pipeline.updates import parse_updates
 from trainer.config import TrainConfig
 from trainer.evaluation.scores import HEADS, Updates
 from trainer.live.engine import Part, Read, Steps
@@ -167,8 +168,9 @@ class Context:
             self._add(utterance("DST_UPDATE", [], self.tokens))
             return None, ()
         text = yield from self._reply("DST_UPDATE", text)
-        self._held[-1].updates = parse_updates(text)
-        return text, self._held[-1].updates
+        made = parse_updates(text)
+        self._held[-1].updates = tuple(update for update in made if update[0] in self._state)
+        return text, made
 
     def _reply(self, role: str, text: str | None) -> Steps[str]:
         """A text after the last frame, written by the model where it is None."""
@@ -224,7 +226,7 @@ class _Held:
 
     block: Block
     frame: Tensor  # [k, H]
-    updates: Updates = ()
+    updates: Updates = ()  # of steps that the task has
 
     @property
     def parts(self) -> list[Part]:
@@ -236,17 +238,3 @@ def lengths(model: ProspectModel, config: TrainConfig, live: DecodingConfig) -> 
     texts = len(REPLIES) * (live.most_text + 2)
     budget = min(config.max_tokens, model.vlm.config.text_config.max_position_embeddings - texts)
     return budget, budget + texts
-
-
-# ---- what a state update says ------------------------------------------------------------------------
-
-
-def parse_updates(text: str) -> Updates:
-    """The (step id, transition) pairs of 'S1->complete, S2->start', in order; what does not read so is left out."""
-    pairs = [[half.strip() for half in piece.rpartition("->")[::2]] for piece in text.split(",")]
-    return tuple((step, transition) for step, transition in pairs if step and transition in TRANSITIONS)
-
-
-def replay(state: Mapping[str, str], updates: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The state after `updates`; those of steps that it does not have change nothing."""
-    return dict(state) | {step: TRANSITIONS[transition] for step, transition in updates if step in state}
