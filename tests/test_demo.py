@@ -169,4 +169,4 @@ def test_both_heads_learn_to_see(tmp_path):
     assert run("train", data, "--run", tmp_path / "run", "--steps", 160) == 0
     lines = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = lines[-1]["evaluation"]
-    assert min(found["speak"]["ap"], found["dst"]["ap"]) > 0.9
+    assert min(found["speaking"]["ap"], found["dst_update"]["ap"]) > 0.9

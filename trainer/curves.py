@@ -36,8 +36,8 @@ Values = npt.NDArray[np.float64]
 CURVES: Final = "curves.svg"
 WIDTH: Final = 800
 INK, MUTED, GRID = "#1f2328", "#57606a", "#d0d7de"  # as in docs/learned.svg
-NAMES: Final = {"loss": "total", "speak": "speaking", "dst": "DST", "lm": "text"}
-COLOURS: Final = {"loss": INK, "speak": "#2563eb", "dst": "#d97706", "lm": "#0d9488"}
+NAMES: Final = {"loss": "total", "speaking": "speaking", "dst_update": "DST", "lm": "text"}
+COLOURS: Final = {"loss": INK, "speaking": "#2563eb", "dst_update": "#d97706", "lm": "#0d9488"}
 DRAWN: Final = (*COLOURS, "grad_norm", "lr")
 _FONTS = "system-ui, -apple-system, 'Segoe UI', sans-serif"
 _BUCKETS, _LOG_FROM = 400, 10**1.5
@@ -204,7 +204,7 @@ def _about(curves: Curves) -> str:
     if not curves.evaluations:
         return f"Not evaluated. {how}"
     found = curves.evaluations[-1]["evaluation"]
-    heads = [f"{NAMES[head]} AP {short(found[head]['ap'])}" for head in ("speak", "dst")]
+    heads = [f"{NAMES[head]} AP {short(found[head]['ap'])}" for head in ("speaking", "dst_update")]
     return f"{_plain(found['split'], 12)}: {', '.join(heads)}. {how}"
 
 
@@ -223,7 +223,7 @@ def _precision(axes: Axes, curves: Curves) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     ends = []
-    for head in ("speak", "dst"):
+    for head in ("speaking", "dst_update"):
         found = [line["evaluation"][head] for line in curves.evaluations]
         aps, chance, colour = np.array([_number(f["ap"]) for f in found]), _number(found[-1]["chance"]), COLOURS[head]
         if not np.isfinite(aps).any():

@@ -1,6 +1,6 @@
 """Loss terms as sums and counts, so that a step's loss does not depend on how it was cut into micro-batches.
 
-    loss = w_speak * BCE_speak + w_dst * BCE_dst + w_lm * CE_text
+    loss = w_speak * BCE_speaking + w_dst * BCE_dst_update + w_lm * CE_text
 
 each term being the sum over supervised positions divided by their number in the *whole* optimizer step.
 The mean of micro-batch means is another number: 1.05 against 0.146 with 3 and 121 supervised frames. Frames labelled
@@ -24,7 +24,7 @@ from trainer.arms import ARMS, Arm
 from trainer.config import TrainConfig
 from trainer.packing import upload
 
-TERMS = ("speak_neg", "speak_pos", "dst_neg", "dst_pos", "lm")
+TERMS = ("speaking_neg", "speaking_pos", "dst_update_neg", "dst_update_pos", "lm")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Supervision:
 
     places: Tensor  # int64 [n] in the flattened logits
     weights: Tensor  # float [n]
-    sizes: list[int]  # how many of the n are speak_neg, speak_pos, dst_neg, dst_pos
+    sizes: list[int]  # how many of the n belong to each head and class
     inverted: bool = False  # the arm's first head says silence, and so do its labels
 
     def counts(self) -> Tensor:
@@ -83,16 +83,16 @@ def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its terms speak, dst, lm before their weights) from sums [5] over counts [5] of the whole step.
+    """(loss, its terms speaking, dst_update, lm before their weights) from sums [5] over counts [5] of the whole step.
 
     Linear in `sums`: with the same counts, the losses of micro-batches add up to that of the step.
     """
     terms = {
-        "speak": _head_mean(sums[0:2], counts[0:2], config.balance),
-        "dst": _head_mean(sums[2:4], counts[2:4], config.balance),
+        "speaking": _head_mean(sums[0:2], counts[0:2], config.balance),
+        "dst_update": _head_mean(sums[2:4], counts[2:4], config.balance),
         "lm": _divide(sums[4], counts[4]),
     }
-    loss = config.w_speak * terms["speak"] + config.w_dst * terms["dst"] + config.w_lm * terms["lm"]
+    loss = config.w_speak * terms["speaking"] + config.w_dst * terms["dst_update"] + config.w_lm * terms["lm"]
     return loss, terms
 
 

@@ -5,9 +5,9 @@ metrics.jsonl is the record. Each line is flushed as it comes: kill -9 costs at 
 apart, under "clock"; the rest is the same, bit for bit, whether a run was interrupted or not. Strict JSON: what is
 not finite is null. wandb and trackio get the same numbers, if asked for. 0.4 ms a step, TensorBoard included.
 
-    {"step": 3, "loss": 1.2, "speak": 0.6, "dst": 0.4, "lm": 0.2, "n_speak": 390.0, ..., "grad_norm": 0.9, "lr": 2e-3,
-     "tokens": 3400, "padding": 0.01, "clock": {"seconds": 0.8, "tokens_per_s": 4250.0}}
-    {"step": 50, "evaluation": {"split": "val", "speak": {"ap": 0.7, "chance": 0.1, ...}, "dst": {...}, ...}}
+    {"step": 3, "loss": 1.2, "speaking": 0.6, "dst_update": 0.4, "lm": 0.2, "n_speaking": 390.0, ..., "grad_norm": 0.9,
+     "lr": 2e-3, "tokens": 3400, "padding": 0.01, "clock": {"seconds": 0.8, "tokens_per_s": 4250.0}}
+    {"step": 50, "evaluation": {"split": "val", "speaking": {"ap": 0.7, "chance": 0.1, ...}, "dst_update": {...}, ...}}
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Write = Callable[[Line], None]
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 LOGGERS: Final = ("wandb", "trackio")
-LOSSES: Final = {"loss": "loss/total", "speak": "loss/speak", "dst": "loss/dst", "lm": "loss/lm"}
+LOSSES: Final = {"loss": "loss/total", "speaking": "loss/speaking", "dst_update": "loss/dst_update", "lm": "loss/lm"}
 _RECENT_STEPS, _QUIET_S = 20, 30.0
 
 
@@ -179,7 +179,11 @@ def _of_step(line: Line) -> Line:
 
 
 def _of_evaluation(found: Line) -> Line:
-    heads = {f"{head}_{what}": found.get(head, {}).get(what) for head in ("speak", "dst") for what in ("ap", "chance")}
+    heads = {
+        f"{head}_{what}": found.get(head, {}).get(what)
+        for head in ("speaking", "dst_update")
+        for what in ("ap", "chance")
+    }
     return {f"eval/{found['split']}/{name}": v for name, v in {**heads, "lm_loss": found.get("lm_loss")}.items()}
 
 
@@ -322,7 +326,7 @@ def _losses_text(line: Line) -> str:
 
 def _evaluation_text(line: Line, total: int) -> str:
     found = line["evaluation"]
-    known = [(name, found[name]) for name in ("speak", "dst") if name in found]
+    known = [(name, found[name]) for name in ("speaking", "dst_update") if name in found]
     heads = [f"{name} AP {short(head['ap'])} (chance {short(head['chance'])})" for name, head in known]
     return f"step {line['step']}/{total}  on {found['split']}: {'  '.join(heads)}"
 

@@ -68,10 +68,10 @@ class HeadReport:
 class EvalReport:
     split: str
     clips: int
-    speak: HeadReport
-    dst: HeadReport
-    speak_only: int  # frames positive for speaking and not for DST
-    dst_only: int
+    speaking: HeadReport
+    dst_update: HeadReport
+    speaking_only: int  # frames positive for speaking and not for DST
+    dst_update_only: int
     both: int
     lm_loss: float | None  # nats per supervised text token
 
@@ -228,10 +228,10 @@ def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
     return EvalReport(
         split=split,
         clips=len(scored),
-        speak=_head(logits[SPEAK], labels[SPEAK]),
-        dst=_head(logits[DST], labels[DST], arm.dst_head),
-        speak_only=int((speak & ~dst).sum()),
-        dst_only=int((dst & ~speak).sum()),
+        speaking=_head(logits[SPEAK], labels[SPEAK]),
+        dst_update=_head(logits[DST], labels[DST], arm.dst_head),
+        speaking_only=int((speak & ~dst).sum()),
+        dst_update_only=int((dst & ~speak).sum()),
         both=int((dst & speak).sum()),
         lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
     )

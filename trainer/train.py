@@ -56,11 +56,11 @@ class StepResult:
     """Of one optimizer step over all ranks: loss, its unweighted terms, what each was averaged over, gradient norm."""
 
     loss: float
-    speak: float
-    dst: float
+    speaking: float
+    dst_update: float
     lm: float
-    n_speak: float
-    n_dst: float
+    n_speaking: float
+    n_dst_update: float
     n_lm: float
     grad_norm: float
     tokens: int  # that were read, of all ranks
@@ -378,7 +378,7 @@ class _Session:
         )
         self.evaluation = report(split.name, scored, self.setup.model.arm)
         self.metrics.evaluation({"step": step, "evaluation": self.evaluation.to_json()})
-        found = [head.ap for head in (self.evaluation.speak, self.evaluation.dst) if head.ap is not None]
+        found = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
         mean = self.world.gather(sum(found) / len(found) if found else -1.0)[0]  # rank 0's: all save, or none
         if mean > self.setup.best:
             self.setup.best = mean

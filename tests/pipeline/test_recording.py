@@ -206,7 +206,9 @@ def test_the_page_runs_its_own_script_alone_and_text_stays_text(tmp_path):
     assert data["moments"][0][5]["a"] == HOSTILE.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd").replace(
         "\ud800", "\ufffd"
     )
-    assert "http:" not in re.sub(r"http://www.w3.org/2000/svg", "", (tmp_path / "x.html").read_text())  # no address but SVG's name
+    assert "http:" not in re.sub(
+        r"http://www.w3.org/2000/svg", "", (tmp_path / "x.html").read_text()
+    )  # no address but SVG's name
 
 
 def test_a_number_that_is_none_and_a_head_that_is_none_leave_the_page_whole(tmp_path):

@@ -128,11 +128,11 @@ def test_without_a_dst_head_the_dst_loss_counts_nothing(tmp_path):
     for arm in ("speak", "lm-eos"):
         go(data, tmp_path / arm, arm=arm)
         (line, *_) = curve(tmp_path / arm)
-        assert line["loss"] == pytest.approx(line["speak"] + line["lm"], rel=1e-6)
-        assert (line["dst"], line["n_dst"]) == (0, 0)
+        assert line["loss"] == pytest.approx(line["speaking"] + line["lm"], rel=1e-6)
+        assert (line["dst_update"], line["n_dst_update"]) == (0, 0)
         evaluation = next(line["evaluation"] for line in curve(tmp_path / arm) if "evaluation" in line)
-        assert evaluation["dst"]["ap"] is None
-        assert evaluation["speak"]["ap"] is not None
+        assert evaluation["dst_update"]["ap"] is None
+        assert evaluation["speaking"]["ap"] is not None
 
 
 def test_every_arm_trains_on_the_same_frames_in_the_same_order(tmp_path):
@@ -140,7 +140,7 @@ def test_every_arm_trains_on_the_same_frames_in_the_same_order(tmp_path):
     counts = {}
     for arm in ARMS:
         go(data, tmp_path / arm, arm=arm, steps=3)
-        counts[arm] = [line["n_speak"] for line in curve(tmp_path / arm) if "loss" in line]
+        counts[arm] = [line["n_speaking"] for line in curve(tmp_path / arm) if "loss" in line]
     assert len(set(map(tuple, counts.values()))) == 1
     assert len(counts["speak"]) == 3
 

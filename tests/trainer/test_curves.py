@@ -12,7 +12,15 @@ import pytest
 from pipeline.errors import InputError
 from trainer.curves import draw, read_curves, running_mean, spread, thin
 
-STEP = {"loss": 1.0, "speak": 0.5, "dst": 0.25, "lm": 0.125, "n_speak": 9.0, "n_dst": 9.0, "n_lm": 5.0}
+STEP = {
+    "loss": 1.0,
+    "speaking": 0.5,
+    "dst_update": 0.25,
+    "lm": 0.125,
+    "n_speaking": 9.0,
+    "n_dst_update": 9.0,
+    "n_lm": 5.0,
+}
 STEP |= {"grad_norm": 2.0, "lr": 0.001}
 
 
@@ -27,7 +35,7 @@ def steps(count: int, **changes) -> list[dict]:
 
 
 def evaluation(step: int, speak: float | None, dst: float | None, split: str = "val") -> dict:
-    heads = {"speak": {"ap": speak, "chance": 0.125}, "dst": {"ap": dst, "chance": 0.0625}}
+    heads = {"speaking": {"ap": speak, "chance": 0.125}, "dst_update": {"ap": dst, "chance": 0.0625}}
     return {"step": step, "evaluation": {"split": split, **heads, "lm_loss": None}}
 
 
@@ -53,7 +61,7 @@ def test_what_was_logged_twice_counts_once_and_one_split_is_shown(tmp_path):
     lines += [{**STEP, "step": 2, "loss": 3.0}, evaluation(1, 0.5, 0.5), evaluation(2, 0.875, 0.5)]
     curves = read_curves(written(tmp_path, lines))
     assert curves.values["loss"].tolist() == [1.0, 3.0]
-    assert [(e["step"], e["evaluation"]["speak"]["ap"]) for e in curves.evaluations] == [(1, 0.5), (2, 0.875)]
+    assert [(e["step"], e["evaluation"]["speaking"]["ap"]) for e in curves.evaluations] == [(1, 0.5), (2, 0.875)]
 
 
 def test_the_running_mean_is_of_sums_over_sums_in_both_directions():
@@ -171,10 +179,10 @@ AWKWARD = {
     "one step": steps(1),
     "two steps": steps(2),
     "a resumed tail": [{**STEP, "step": n} for n in range(90, 121)],
-    "all zero": steps(3, loss=0.0, speak=0.0, dst=0.0, lm=0.0, grad_norm=0.0, lr=0.0),
+    "all zero": steps(3, loss=0.0, speaking=0.0, dst_update=0.0, lm=0.0, grad_norm=0.0, lr=0.0),
     "zeros among decades": [*steps(3, loss=100.0), {**STEP, "step": 4, "loss": 0.0, "grad_norm": 0.0}],
-    "nothing supervised": steps(3, n_speak=0.0, n_dst=0.0, n_lm=0.0),
-    "all null": steps(3, loss=None, speak=None, dst=None, lm=None, grad_norm=None, lr=None),
+    "nothing supervised": steps(3, n_speaking=0.0, n_dst_update=0.0, n_lm=0.0),
+    "all null": steps(3, loss=None, speaking=None, dst_update=None, lm=None, grad_norm=None, lr=None),
     "fewer numbers": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}],
     "a rate for each part": steps(3, lr={"text": 0.1, "heads": 0.2}),
     "no positive frame": [*steps(2), evaluation(2, None, None)],

@@ -116,10 +116,10 @@ def test_pooled_mean_is_not_the_mean_of_means():
 def test_balance_mean_weighs_classes_equally_over_the_step():
     logits, labels = [[0.0, 0.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0]], [[0, 0, 0, 1], [0, 0, 0, -100]]
     _, terms = sums_of(logits, labels, balance="mean")
-    assert float(terms["speak"]) == pytest.approx((bce(0, 0) + bce(3, 1)) / 2)
-    assert float(terms["dst"]) == pytest.approx(bce(1, 0))  # one class occurs: its mean alone
+    assert float(terms["speaking"]) == pytest.approx((bce(0, 0) + bce(3, 1)) / 2)
+    assert float(terms["dst_update"]) == pytest.approx(bce(1, 0))  # one class occurs: its mean alone
     _, terms = sums_of(logits, labels, balance="none")
-    assert float(terms["speak"]) == pytest.approx((3 * bce(0, 0) + bce(3, 1)) / 4)
+    assert float(terms["speaking"]) == pytest.approx((3 * bce(0, 0) + bce(3, 1)) / 4)
 
 
 def test_reweigh_counts_drawn_negatives_as_one_over_the_rate():

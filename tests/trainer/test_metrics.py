@@ -16,11 +16,11 @@ from trainer.run_log import Metrics, find_logger, open_metrics, read_metrics, re
 LINE_3 = {
     "step": 3,
     "loss": 1.25,
-    "speak": 0.5,
-    "dst": 0.25,
+    "speaking": 0.5,
+    "dst_update": 0.25,
     "lm": 0.0,
-    "n_speak": 390.0,
-    "n_dst": 39.0,
+    "n_speaking": 390.0,
+    "n_dst_update": 39.0,
     "n_lm": 0.0,
     "grad_norm": 2.5,
     "lr": 0.002,
@@ -31,8 +31,8 @@ LINE_3 = {
 EVALUATION = {
     "split": "val",
     "clips": 7,
-    "speak": {"ap": 0.75, "chance": 0.125, "frames": 80, "positives": 10},
-    "dst": {"ap": None, "chance": 0.0, "frames": 80, "positives": 0},
+    "speaking": {"ap": 0.75, "chance": 0.125, "frames": 80, "positives": 10},
+    "dst_update": {"ap": None, "chance": 0.0, "frames": 80, "positives": 0},
     "lm_loss": 1.5,
 }
 
@@ -70,7 +70,7 @@ def test_a_step_is_one_line_with_the_clock_apart(tmp_path):
     with open_metrics(tmp_path, 10, shown=False) as metrics:
         metrics.step(LINE_3)
         assert content(tmp_path) == (  # before anything is closed
-            '{"step": 3, "loss": 1.25, "speak": 0.5, "dst": 0.25, "lm": 0.0, "n_speak": 390.0, "n_dst": 39.0, '
+            '{"step": 3, "loss": 1.25, "speaking": 0.5, "dst_update": 0.25, "lm": 0.0, "n_speaking": 390.0, "n_dst_update": 39.0, '
             '"n_lm": 0.0, "grad_norm": 2.5, "lr": 0.002, "tokens": 3400, "padding": 0.012, '
             '"clock": {"seconds": 0.8, "tokens_per_s": 4250.0}}\n'
         )
@@ -170,10 +170,10 @@ def test_metrics_without_anybody_to_tell_take_lines_and_write_nothing(tmp_path, 
 def test_scalars_have_the_names_and_leave_out_what_was_not_measured():
     assert scalars(LINE_3 | {"clock": {"seconds": 0.8, "tokens_per_s": 4250.0}, "note": "x", "skew": math.nan}) == {
         "loss/total": 1.25,
-        "loss/speak": 0.5,
-        "loss/dst": 0.25,
-        "supervised/speak": 390.0,
-        "supervised/dst": 39.0,
+        "loss/speaking": 0.5,
+        "loss/dst_update": 0.25,
+        "supervised/speaking": 390.0,
+        "supervised/dst_update": 39.0,
         "supervised/lm": 0.0,
         "train/grad_norm": 2.5,
         "train/lr": 0.002,
@@ -183,9 +183,9 @@ def test_scalars_have_the_names_and_leave_out_what_was_not_measured():
         "train/tokens_per_s": 4250.0,
     }
     assert scalars({"step": 3, "evaluation": EVALUATION}) == {
-        "eval/val/speak_ap": 0.75,
-        "eval/val/speak_chance": 0.125,
-        "eval/val/dst_chance": 0.0,
+        "eval/val/speaking_ap": 0.75,
+        "eval/val/speaking_chance": 0.125,
+        "eval/val/dst_update_chance": 0.0,
         "eval/val/lm_loss": 1.5,
     }
 
@@ -199,7 +199,7 @@ def test_tensorboard_shows_each_value_at_its_step(tmp_path):
     assert found["loss/total"] == [(1, 2.5), (2, 1.5)]
     assert found["train/lr"] == [(1, 0.25), (2, 0.5)]
     assert found["train/tokens_per_s"] == [(1, 100.0), (2, 200.0)]
-    assert found["eval/val/speak_ap"] == [(2, 0.75)]
+    assert found["eval/val/speaking_ap"] == [(2, 0.75)]
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint_of_a_resumed_run(tmp_path):
@@ -257,7 +257,7 @@ def test_a_tracker_that_is_asked_for_gets_config_and_numbers(tracker, tmp_path):
     run.mkdir()
     with open_metrics(run, 2, logger="trackio", shown=False, config={"lr": 0.5}) as metrics:
         metrics.step({"step": 1, "loss": 2.0})
-        metrics.evaluation({"step": 1, "evaluation": EVALUATION | {"speak": {}, "dst": {}}})
+        metrics.evaluation({"step": 1, "evaluation": EVALUATION | {"speaking": {}, "dst_update": {}}})
     assert tracker.calls == [
         ("init", {"project": "prospect-dst", "name": "run7", "group": "run7", "config": {"lr": 0.5}}),
         (1, {"loss/total": 2.0}),
@@ -319,11 +319,11 @@ def clock(monkeypatch):
 
 def test_a_log_file_gets_plain_lines(tmp_path, capsys, clock):
     with open_metrics(tmp_path, 13) as metrics:
-        metrics.step(LINE_3 | {"speak": 0.0042})
+        metrics.step(LINE_3 | {"speaking": 0.0042})
         metrics.evaluation({"step": 3, "evaluation": EVALUATION})
     assert capsys.readouterr().err.splitlines() == [
-        "step 3/13  loss 1.250  speak 4.2e-03  dst 0.250  lm -  4,250 tok/s  padding 1.2%  eta 0:08",
-        "step 3/13  on val: speak AP 0.750 (chance 0.125)  dst AP - (chance 0.000)",
+        "step 3/13  loss 1.250  speaking 4.2e-03  dst_update 0.250  lm -  4,250 tok/s  padding 1.2%  eta 0:08",
+        "step 3/13  on val: speaking AP 0.750 (chance 0.125)  dst_update AP - (chance 0.000)",
     ]
 
 
@@ -391,8 +391,8 @@ def test_a_terminal_gets_a_bar_that_ends_full(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "40/40" in shown
     assert "4,250 tok/s  padding 1.2%  eta 0:00" in shown
-    assert "loss 1.250  speak 0.500  dst 0.250  lm -" in shown
-    assert "step 39/40  on val: speak AP 0.750 (chance 0.125)" in shown
+    assert "loss 1.250  speaking 0.500  dst_update 0.250  lm -" in shown
+    assert "step 39/40  on val: speaking AP 0.750 (chance 0.125)" in shown
     assert shown.endswith("\x1b[?25h")  # the cursor is back
 
 

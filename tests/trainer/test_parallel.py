@@ -136,7 +136,7 @@ def test_two_ranks_take_the_step_of_one_process(two_ranks, name, how):
             if key != "padding":
                 assert found["step"][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
     if name == "one rank without a positive, the other without a supervised frame":
-        assert expected["step"]["n_speak"] == 6
+        assert expected["step"]["n_speaking"] == 6
 
 
 def bf16_step() -> dict:
@@ -248,7 +248,7 @@ def same_to_rounding(run: Path, expected: Path) -> None:
         assert a["step"] == b["step"]
         if "loss" in b:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-            assert (a["n_speak"], a["n_dst"], a["n_lm"]) == (b["n_speak"], b["n_dst"], b["n_lm"])
+            assert (a["n_speaking"], a["n_dst_update"], a["n_lm"]) == (b["n_speaking"], b["n_dst_update"], b["n_lm"])
 
 
 @pytest.mark.slow

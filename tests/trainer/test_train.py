@@ -74,8 +74,8 @@ def test_the_first_loss_is_that_of_the_prior():
         np.where(row[row >= 0] == 1, -math.log(p), -math.log(1 - p)).mean()
         for row, p in zip(labels, (0.2, 0.1), strict=True)
     ]
-    assert (step.speak, step.dst) == pytest.approx(tuple(expected), rel=1e-5)
-    assert step.n_speak == (labels[0] >= 0).sum()
+    assert (step.speaking, step.dst_update) == pytest.approx(tuple(expected), rel=1e-5)
+    assert step.n_speaking == (labels[0] >= 0).sum()
     assert step.n_lm == sum(len(w.lm_positions) for w in windows)
     assert step.lm < 3 * math.log(len(tokens))
 
@@ -89,7 +89,7 @@ def test_a_step_without_anything_to_supervise_is_zero_and_moves_nothing():
     before = weights(model)
     config = TrainConfig(weight_decay=0.0)
     step = train_step(model, make_optimizer(model, config), [batch, batch], config)
-    assert (step.loss, step.n_speak, step.n_dst, step.n_lm, step.grad_norm) == (0, 0, 0, 0, 0)
+    assert (step.loss, step.n_speaking, step.n_dst_update, step.n_lm, step.grad_norm) == (0, 0, 0, 0, 0)
     assert torch.equal(weights(model), before)
 
 
@@ -140,10 +140,10 @@ def test_each_part_has_its_own_peak_rate():
 def test_two_steps_end_to_end(run, data):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2]
-    assert lines[0]["n_speak"] > 0
+    assert lines[0]["n_speaking"] > 0
     assert lines[2]["evaluation"]["clips"] == 4
-    assert lines[2]["evaluation"]["speak_only"] == 8
-    assert lines[2]["evaluation"]["dst_only"] == 4
+    assert lines[2]["evaluation"]["speaking_only"] == 8
+    assert lines[2]["evaluation"]["dst_update_only"] == 4
     assert {p.name for p in run.iterdir()} - {".lock"} == {
         "metrics.jsonl",
         "curves.svg",
@@ -173,8 +173,8 @@ def test_training_learns_white_frames(data, tmp_path):
     report = train(data, tmp_path / "run", config, options=QUIET)
     first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
     assert report.loss < 0.3 * first["loss"]
-    assert report.evaluation.speak.ap > 0.9
-    assert last["evaluation"]["dst"]["ap"] > 0.9
+    assert report.evaluation.speaking.ap > 0.9
+    assert last["evaluation"]["dst_update"]["ap"] > 0.9
 
 
 def test_a_run_that_exists_is_not_overwritten(run, data):
@@ -266,9 +266,9 @@ def test_a_run_logs_the_average_precision_of_every_frame(run, data):
     labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(4)], 1)
     assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
     found = report("val", scored, loaded.model.arm)
-    assert found.speak.frames == labels.shape[1]
-    assert found.speak.chance == pytest.approx(8 / labels.shape[1])
-    assert (found.speak_only, found.dst_only, found.both) == (8, 4, 0)
+    assert found.speaking.frames == labels.shape[1]
+    assert found.speaking.chance == pytest.approx(8 / labels.shape[1])
+    assert (found.speaking_only, found.dst_update_only, found.both) == (8, 4, 0)
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]
     assert found.to_json() == logged
 

@@ -319,7 +319,7 @@ def _over_parts(name: str, shares: Sequence[Sequence[float | None]], whole: floa
 
 
 def training(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
-    """(each arm's average precision over optimizer steps as its runs logged it, `head` 'speak' or 'dst'; the split)"""
+    """(each arm's average precision over optimizer steps as its runs logged it, `head` 'speaking' or 'dst_update'; the split)"""
     curves, splits = [], ["val"]
     for arm in bench.info["arms"]:
         runs = [_evaluations(bench.run(arm, seed)) for seed in bench.info["seeds"]]

@@ -356,7 +356,7 @@ def _pair_rows(bench: Benchmark, metric: str, pairs: Sequence[tuple[str, str]]) 
 
 def _curves(bench: Benchmark) -> str:
     ranking, calibration = (_two(bench, panel) for panel in (_pr_panel, _reliability_panel))
-    steps = (_training_panel(bench, "speak", "Speaking"), _training_panel(bench, "dst", "DST update"))
+    steps = (_training_panel(bench, "speaking", "Speaking"), _training_panel(bench, "dst_update", "DST update"))
     text = _figure(bench, "precision-recall", partial(panels, ranking, "AP"), "precision over recall")
     text += _figure(bench, "reliability", partial(panels, calibration, "ECE"), "calibration")
     text += _figure(bench, "training", partial(panels, steps, "last AP"), "average precision over training steps")

@@ -127,10 +127,11 @@ def _say(value: float | None, how: str) -> str:
 def render_report(report: EvalReport) -> Any:
     """A table: average precision per head against chance, and where the positives lie."""
     table = _table("head", "average precision", "by chance", "positive frames", "of frames")
-    for name, head in (("speaking", report.speak), ("DST", report.dst)):
+    for name, head in (("speaking", report.speaking), ("DST", report.dst_update)):
         ap = "undefined" if head.ap is None else f"{head.ap:.3f}"
         table.add_row(name, ap, f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
-    cells = f"positive frames: speaking only {report.speak_only:,}, DST only {report.dst_only:,}, both {report.both:,}"
+    only = f"speaking only {report.speaking_only:,}, DST only {report.dst_update_only:,}"
+    cells = f"positive frames: {only}, both {report.both:,}"
     return Group(table, f"[dim]{cells}\nteacher-forced: the reference's texts are in the context[/]")
 
 

@@ -148,7 +148,7 @@ STATES = {  # by seed; clips in 4 parts, the last without a frame
 
 def _evaluation(step: int, ap: float, arm: str) -> dict[str, Any]:
     dst_ap = ap + 0.1 if "dst" in arm or "markers" in arm else None
-    heads = {"speak": {"ap": ap, "chance": 0.05}, "dst": {"ap": dst_ap, "chance": 0.05}}
+    heads = {"speaking": {"ap": ap, "chance": 0.05}, "dst_update": {"ap": dst_ap, "chance": 0.05}}
     return {"step": step, "evaluation": {"split": "val", **heads}}
 
 

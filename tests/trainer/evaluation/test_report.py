@@ -434,19 +434,19 @@ def test_calibration_leaves_small_bins_and_unknown_probabilities_out(small):
 
 def test_training_curves_are_means_where_all_seeds_were_evaluated(small):
     def line(step: int, ap: float | None) -> str:
-        evaluation = {"split": "dev", "speak": {"ap": ap}, "dst": {"ap": None}}
+        evaluation = {"split": "dev", "speaking": {"ap": ap}, "dst_update": {"ap": None}}
         return json.dumps({"step": step, "evaluation": evaluation}) + "\n"
 
     (small / "runs/speak/seed-0/metrics.jsonl").write_text(
         line(10, 0.5) + line(20, 0.75) + line(20, 0.7) + line(30, 0.9)
     )
     (small / "runs/speak/seed-1/metrics.jsonl").write_text(line(10, 0.25) + line(20, 0.5) + line(30, None))
-    (curve,), split = training(read_benchmark(small), "speak")
+    (curve,), split = training(read_benchmark(small), "speaking")
     assert split == "dev"
     assert curve.mean[0].tolist() == [10, 20]
     assert curve.mean[1].tolist() == pytest.approx([0.375, 0.6])
     assert [len(x) for x, _ in curve.seeds] == [3, 2]
-    assert training(read_benchmark(small), "dst")[0] == []
+    assert training(read_benchmark(small), "dst_update")[0] == []
 
 
 # ---- timelines ---------------------------------------------------------------------------------------
