@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.labels import Ints, LabelRule, Labels, Mask, epoch_labels, onset_rest
+from pipeline.labels import LabelRule, Labels, Ranges, Turns, epoch_labels, label_rule
 from pipeline.schema import (
     CLIPS,
     FRAMES,
+    LABEL_COLUMNS,
     MANIFEST,
     NOT_SAMPLED,
     POSITIVES,
@@ -47,7 +48,6 @@ from pipeline.schema import (
 from pipeline.storage import sha256
 
 WINDOW_GROUPS = 4
-LABELS = ("speaking_label", "dst_update_label")
 
 
 # ---- a clip ----
@@ -447,11 +447,11 @@ class _Group:
     def __init__(self, where: _RowGroup, first_clip: int) -> None:
         self.where, self._first_clip = where, first_clip
         clips = _read(where.clips, where.index, _NUMBERS, dictionaries=[_ROLE])
-        frames = _read(where.frames, where.index, LABELS)
+        frames = _read(where.frames, where.index, LABEL_COLUMNS)
         self._starts = _array(clips["start_frame"]).astype(np.int64)
         self._turn_at, turns = _flat(clips["turns"])
         self._turns = _turn_numbers(turns)
-        self.stored: Labels = np.stack([_array(frames[name]) for name in LABELS])
+        self.stored: Labels = np.stack([_array(frames[name]) for name in LABEL_COLUMNS])
         self.rule = self._rule(clips)
         self._frame_at = np.concatenate([[0], np.cumsum(self.rule.sizes)])
         self._drawn: tuple[tuple[int, float | None], Labels] | None = None  # ((epoch, rate), their labels)
@@ -459,18 +459,18 @@ class _Group:
 
     def _rule(self, clips: pa.Table) -> LabelRule:
         sizes = _array(clips["num_frames"]).astype(np.int64)
-        owner = np.repeat(np.arange(len(sizes)), np.diff(self._turn_at))
-        updates = np.bincount(owner[self._turns[:, 0] == ROLES.index("DST_UPDATE")], minlength=len(sizes))
-        onset = np.array(clips["positive"].to_pylist()) == "onset"
-        return LabelRule(
+        clip = np.arange(len(sizes))
+        at, ranges = _flat(clips["unlabelled"])
+        first, end = (np.from_dlpack(ranges.field(name)) for name in ("start_frame", "end_frame"))
+        return label_rule(
+            Turns(np.repeat(clip, np.diff(self._turn_at)), *self._turns.T),
+            Ranges(np.repeat(clip, np.diff(at)), first, end),
             starts=self._starts,
             sizes=sizes,
             seeds=_array(clips["sampling_seed"]),
             rates=_array(clips["neg_rate"]),
-            tracked=(np.diff(_flat(clips["steps"])[0]) > 0) | (updates > 0),
-            positives=self.stored == 1,
-            onset_rest=onset_rest(self._turns, owner, self._starts, sizes, onset),
-            unlabelled=_unlabelled(clips, self._starts, sizes),
+            steps=np.diff(_flat(clips["steps"])[0]),
+            onset=np.array(clips["positive"].to_pylist()) == "onset",
         )
 
     def check_draw(self) -> None:
@@ -483,7 +483,7 @@ class _Group:
         clip_id = _read(self.where.clips, self.where.index, ["clip_id"])["clip_id"][row]
         raise InputError(
             f"{self.where.frames} clip {clip_id} frame {self._starts[row] + at - self._frame_at[row]}: "
-            f"{LABELS[head]} is {self.stored[head, at]}, but sampling_seed and neg_rate give {drawn[head, at]}; "
+            f"{LABEL_COLUMNS[head]} is {self.stored[head, at]}, but sampling_seed and neg_rate give {drawn[head, at]}; "
             f"run preprocess again"
         )
 
@@ -599,18 +599,6 @@ def _turn_numbers(structs: pa.StructArray) -> npt.NDArray[np.int32]:
 def _decode(structs: pa.StructArray) -> tuple[Turn, ...]:
     *columns, updates = (structs.field(field.name) for field in fields(Turn))
     return tuple(map(Turn, *(column.to_pylist() for column in columns), _pairs(*_flat(updates))))
-
-
-def _unlabelled(clips: pa.Table, starts: Ints, sizes: Ints) -> Mask | None:
-    """bool [F]: frames that nobody annotated; None where there are none. starts, sizes [C]: the clips' frames."""
-    at, ranges = _flat(clips["unlabelled"])
-    if not len(ranges):
-        return None
-    owner = np.repeat(np.arange(len(sizes)), np.diff(at))
-    move = (np.cumsum(sizes) - sizes - starts)[owner]
-    edges = (np.from_dlpack(ranges.field(name)) + move for name in ("start_frame", "end_frame"))
-    opened, closed = (np.bincount(edge, minlength=int(sizes.sum()) + 1) for edge in edges)
-    return np.asarray(np.cumsum(opened - closed)[:-1] > 0)
 
 
 def _pairs(at: npt.NDArray[np.int32], structs: pa.StructArray) -> list[tuple[tuple[Any, Any], ...]]:

@@ -1,43 +1,33 @@
-"""Pure label logic: ranges in, arrays out. No clock, path, randomness or logging.
+"""The label rule: which frames are 1, 0 or -100 for each head. Used by `preprocess` (epoch 0) and by the trainer.
 
-Three conventions share the field names start_frame/end_frame; `canonical` turns each into the half-open range
-of the event's frames, `vote` says which one a set of turns follows. `label_head` then gives 1, 0 or -100 per
-frame. Everything works on flat arrays of many clips at once: no loop over frames, turns or clips.
+Three conventions share the field names start_frame/end_frame; `vote` says which one a file's turns follow, `canonical`
+turns each into the half-open range of the event's frames, `label_rule` and `epoch_labels` turn ranges into labels.
+All work on flat arrays of many clips laid end to end: no loop over frames, turns or clips.
 
-    F frames of a clip, T turns, V voting turns, C clips
+    C clips, T turns, V voting turns, F frames of all clips
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.schema import CONVENTIONS, NOT_SAMPLED, ROLES, draws, rate_threshold
+from pipeline.schema import DST_UPDATE, NOT_SAMPLED, ROLE_OF, ROLES, SPEAKING, draws, rate_threshold
 
 FLOOR_TOLERANCE: Final = 1e-6  # time * fps may fall just short of a whole frame
 AGREEMENT: Final = Fraction(9, 10)  # share of turns that a convention must explain
 MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
 BLOCK = 32  # clips drawn at a time: 20,000 frames stay in the cache; a group of 256 at once takes twice as long
-SPEAK, DST = 0, 1  # rows of every [2, ...] array: the two heads
-HEADS = {ROLES.index("assistant"): SPEAK, ROLES.index("DST_UPDATE"): DST}  # role code -> the head whose events they are
+SPEAK, DST = SPEAKING, DST_UPDATE  # older names of the rows; use schema's
+NO_FRAMES: Final = (-1, -2)  # (start, end) of a turn without frames; no real range is reversed
 
 Labels = npt.NDArray[np.int8]
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
-
-
-class Events(NamedTuple):
-    """One head's event turns: canonical absolute ranges, their clips' bounds, where those begin in the flat frames."""
-
-    start: np.ndarray  # int64 [T]
-    end: np.ndarray  # int64 [T]
-    bounds: np.ndarray  # int64 [T, 2]
-    first: np.ndarray  # int64 [T]
 
 
 def event_frame(time_s: np.ndarray, fps: np.ndarray) -> np.ndarray:
@@ -103,105 +93,92 @@ def fitting(convention: str, votes: np.ndarray) -> int:
     return int(votes[{"lead-in": 1, "event": 2, "window": 3}[convention]])
 
 
-def cut(start: np.ndarray, end: np.ndarray, bounds: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Absolute ranges ([T], [T]) cut to their clips and moved to where those lie in a flat array of frames.
-
-    bounds [T, 2]: each range's clip, [start, end) absolute; first [T]: position of that clip's first frame.
-    Returns int64 [T, 2]; what lies outside its clip becomes empty.
-    """
-    low, high = bounds[:, 0], bounds[:, 1]
-    return np.stack([np.clip(start, low, high), np.clip(end, low, high)], axis=1) + (first - low)[:, None]
+# ---- the label rule ----------------------------------------------------------------------------------
 
 
-def mark(ranges: np.ndarray, frames: int) -> np.ndarray:
-    """bool [F]: frames inside any of the half-open `ranges` [T, 2] (reversed ones are empty)."""
-    ranges = ranges[ranges[:, 1] > ranges[:, 0]]
-    lengths = ranges[:, 1] - ranges[:, 0]
-    total = int(lengths.sum())
-    if total <= frames:  # events are rare: name their frames
-        marked = np.zeros(frames, bool)
-        within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        marked[np.repeat(ranges[:, 0], lengths) + within] = True
-        return marked
-    opened = np.bincount(ranges[:, 0], minlength=frames + 1)
-    closed = np.bincount(ranges[:, 1], minlength=frames + 1)
-    return np.cumsum(opened - closed)[:frames] > 0
+class Turns(NamedTuple):
+    """Turns [T] of C clips, of any role; a range that is empty or reversed (NO_FRAMES) labels nothing."""
+
+    owner: np.ndarray  # the turn's clip
+    role: np.ndarray  # code in ROLES
+    start: np.ndarray  # canonical, absolute
+    end: np.ndarray
 
 
-def label_head(positive: np.ndarray, rest: np.ndarray, other: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """int8 labels [F] of one head: 1 where positive; -100 in the rest of an onset's range; else 0 where
-    the other head is positive or the frame was drawn; else -100.
+class Ranges(NamedTuple):
+    """Half-open absolute ranges [U] of frames of C clips."""
 
-    positive, rest, other, drawn: bool [F]; `other` is the other head's positives.
-    """
-    labels = np.where(other | drawn, np.int8(0), np.int8(NOT_SAMPLED))
-    labels[rest] = NOT_SAMPLED
-    labels[positive] = 1
-    return labels
-
-
-def label_frames(
-    heads: Sequence[Events], drawn: np.ndarray, tracked: np.ndarray, unlabelled: np.ndarray, positive: str
-) -> np.ndarray:
-    """int8 [2, F]: speaking and DST-update labels of one or many clips, laid end to end.
-
-    heads: the events of each head; drawn, tracked: bool [F], whether the frame's draw is below the rate, and
-    whether its clip says anything about the second head (else that is -100); unlabelled [U, 2]: ranges of the flat
-    frames that nobody annotated (-100 for both heads); positive: `span` or `onset`.
-    """
-    positives, rests = [], []
-    for start, end, bounds, first in heads:
-        spanned = mark(cut(start, end, bounds, first), len(drawn))
-        hits = spanned
-        if positive == "onset":
-            hits = mark(cut(start, np.minimum(start + 1, end), bounds, first), len(drawn))
-        positives.append(hits)
-        rests.append(spanned & ~hits)
-    labels = np.stack([label_head(positives[h], rests[h], positives[1 - h], drawn) for h in (0, 1)])
-    labels[1, ~tracked] = NOT_SAMPLED
-    if len(unlabelled):
-        labels[:, mark(unlabelled, len(drawn))] = NOT_SAMPLED
-    return labels
-
-
-DROP_REASONS: Final = ("no frames", "empty range", "outside the clip", "onset outside the clip")
-
-
-def drops(
-    start: np.ndarray, end: np.ndarray, clip_start: np.ndarray, clip_end: np.ndarray, positive: str
-) -> np.ndarray:
-    """int8 [T]: why each speaking or DST turn labels nothing, as an index into DROP_REASONS; -1: it labels.
-
-    start, end: canonical ranges, start -1 and end -2 for a turn without frames; clip_*: its clip's bounds.
-    """
-    reason = np.full(len(start), -1, np.int8)
-    if positive == "onset":
-        reason[(start < clip_start) | (start >= clip_end)] = 3
-    reason[(end <= clip_start) | (start >= clip_end)] = 2
-    reason[end <= start] = 1
-    reason[end == NO_FRAMES[1]] = 0
-    return reason
-
-
-NO_FRAMES: Final = (-1, -2)  # (start, end) of a turn without frames; no real range is reversed
-assert set(CONVENTIONS) == {"lead-in", "event", "window"}
-
-
-# ---- the labels of an epoch --------------------------------------------------------------------------
+    owner: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class LabelRule:
-    """What the labels of C clips follow from, in any epoch."""
+    """What the labels of C clips, laid end to end, follow from in any epoch."""
 
     starts: Ints  # [C] start_frame
     sizes: Ints  # [C] num_frames
     seeds: npt.NDArray[np.uint64]  # [C] sampling_seed
     rates: npt.NDArray[np.float64]  # [C] neg_rate
-    tracked: Mask  # [C] whether the clip says anything about the DST head
+    tracked: Mask  # [C] whether the clip has steps or DST_UPDATE turns: without, it has no labels for dst_update
     positives: Mask  # [2, F]
-    onset_rest: Mask | None  # [2, F] frames of onset events after their first; None where there are none
-    unlabelled: Mask | None  # [F] frames that nobody annotated; None where there are none
+    onset_rest: Mask | None  # [2, F] frames of onset events, of which all but the first are -100; None without any
+    unlabelled: Mask | None  # [F] frames that nobody annotated; None without any
+
+
+def label_rule(
+    turns: Turns,
+    unlabelled: Ranges,
+    *,
+    starts: Ints,
+    sizes: Ints,
+    seeds: npt.NDArray[np.uint64],
+    rates: npt.NDArray[np.float64],
+    steps: Ints,
+    onset: Mask,
+) -> LabelRule:
+    """The rule of C clips from their turns.
+
+    starts, sizes, seeds, rates [C]: as in LabelRule; steps [C]: how many task steps each has; onset [C]: whether its
+    first frame alone is positive of an event (else every frame). What lies outside its clip is cut off.
+    """
+
+    def events(end: Ints) -> Mask:
+        each = [
+            mark(Ranges(turns.owner[own], turns.start[own], end[own]), starts, sizes)
+            for own in (turns.role == ROLES.index(role) for role in ROLE_OF.values())
+        ]
+        return np.stack(each)
+
+    updates = np.bincount(turns.owner[turns.role == ROLES.index("DST_UPDATE")], minlength=len(sizes))
+    spans = events(turns.end)
+    short = onset.any()
+    onset_end = np.where(onset[turns.owner], np.minimum(turns.start + 1, turns.end), turns.end)
+    return LabelRule(
+        starts=starts,
+        sizes=sizes,
+        seeds=seeds,
+        rates=rates,
+        tracked=(steps > 0) | (updates > 0),
+        positives=events(onset_end) if short else spans,
+        onset_rest=spans & np.repeat(onset, sizes) if short else None,
+        unlabelled=mark(unlabelled, starts, sizes) if len(unlabelled.owner) else None,
+    )
+
+
+def mark(ranges: Ranges, starts: Ints, sizes: Ints) -> Mask:
+    """bool [F]: frames inside any of the ranges, cut to their clips; starts, sizes [C]: those of the clips."""
+    low, size, offset = (of_clip[ranges.owner] for of_clip in (starts, sizes, np.cumsum(sizes) - sizes))
+    first = offset + np.clip(ranges.start - low, 0, size)
+    last = np.maximum(offset + np.clip(ranges.end - low, 0, size), first)
+    order = np.argsort(first, kind="stable")
+    first, last = first[order], np.maximum.accumulate(last[order])
+    first[1:] = np.maximum(first[1:], last[:-1])  # now they are disjoint and ascending
+    lengths = last - first
+    marked = np.zeros(sizes.sum(), bool)
+    marked[np.arange(lengths.sum()) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)] = True
+    return marked
 
 
 def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labels:
@@ -210,13 +187,21 @@ def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labe
     Epoch 0 at the clips' own rates gives what Parquet holds; rate 1.0 supervises every frame, as evaluation does.
     """
     rates = rule.rates if rate is None else np.full(len(rule.sizes), rate)
-    supervised = rule.positives[::-1] | _drawn(rule, epoch, rates)  # positive for one head: silence for the other
+    return labels_of(rule, _drawn(rule, epoch, rates))
+
+
+def labels_of(rule: LabelRule, drawn: Mask) -> Labels:
+    """Labels int8 [2, F]; drawn [F]: frames that are supervised although positive for neither head.
+
+    A frame that is positive for one head is supervised for the other.
+    """
+    supervised = rule.positives[::-1] | drawn
     labels: Labels = (supervised.view(np.int8) - np.int8(1)) * np.int8(-NOT_SAMPLED)  # 1 -> 0, 0 -> -100
     if rule.onset_rest is not None:
         labels[rule.onset_rest] = NOT_SAMPLED
     np.copyto(labels, 1, where=rule.positives)
     if not rule.tracked.all():
-        labels[DST, np.repeat(~rule.tracked, rule.sizes)] = NOT_SAMPLED
+        labels[DST_UPDATE, np.repeat(~rule.tracked, rule.sizes)] = NOT_SAMPLED
     if rule.unlabelled is not None:
         labels[:, rule.unlabelled] = NOT_SAMPLED
     return labels
@@ -235,20 +220,26 @@ def _drawn(rule: LabelRule, epoch: int, rates: npt.NDArray[np.float64]) -> Mask:
     return np.concatenate(drawn)
 
 
-def onset_rest(turns: npt.NDArray[np.int32], owner: Ints, starts: Ints, sizes: Ints, onset: Mask) -> Mask | None:
-    """bool [2, F]: where events lie after their first frame, for the clips whose labels are onsets; None without any.
+# ---- turns that label nothing ------------------------------------------------------------------------
 
-    turns [T, 3]: role code, start_frame, end_frame (-1: no frames); owner [T]: the clip of each turn;
-    starts, sizes [C]: the clips' first frames and lengths; onset [C]: whether a clip's labels are onsets.
-    """
-    if not onset.any():
-        return None
-    offset, total = (np.cumsum(sizes) - sizes)[owner], int(sizes.sum())
-    first = offset + np.clip(turns[:, 1] + 1 - starts[owner], 0, sizes[owner])
-    end = offset + np.clip(turns[:, 2] - starts[owner], 0, sizes[owner])
-    rest = np.zeros((2, total), bool)
-    for code, head in HEADS.items():
-        chosen = onset[owner] & (turns[:, 0] == code) & (first < end)
-        opened, closed = (np.bincount(edge[chosen], minlength=total + 1) for edge in (first, end))
-        rest[head] = np.cumsum(opened - closed)[:-1] > 0
-    return rest
+Number = TypeVar("Number", int, npt.NDArray[np.integer[Any]])
+
+
+def labels_a_frame(start: Number, end: Number, clip_start: Number, clip_end: Number, positive: str) -> Any:
+    """Whether a speaking or DST turn labels a frame of its clip; ints or arrays, with NO_FRAMES where it has none."""
+    inside = (start < end) & (start < clip_end) & (end > clip_start)
+    return inside & (start >= clip_start) if positive == "onset" else inside
+
+
+DROP_REASONS: Final = ("no frames", "empty range", "outside the clip", "onset outside the clip")
+
+
+def drops(start: Number, end: Number, clip_start: Number, clip_end: Number, positive: str) -> npt.NDArray[np.int64]:
+    """[T]: why each speaking or DST turn labels nothing, as an index into DROP_REASONS; -1: it labels."""
+    reasons = (
+        end == NO_FRAMES[1],
+        end <= start,
+        (end <= clip_start) | (start >= clip_end),
+        ~np.asarray(labels_a_frame(start, end, clip_start, clip_end, positive)),
+    )
+    return np.select(reasons, range(len(reasons)), -1)

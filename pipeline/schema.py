@@ -38,7 +38,16 @@ TRANSITIONS: Final = {
     "reset": "not_started",
     "fail": "failed",
 }
-STATES: Final = tuple(dict.fromkeys(TRANSITIONS.values()))
+# a checkpoint knows the states' tokens by their place in this order
+STATES: Final = ("not_started", "in_progress", "paused", "completed", "cancelled", "failed")
+
+# the two heads; their order is that of the rows of every labels or logits array [2, F]
+HEADS: Final = ("speaking", "dst_update")
+SPEAKING, DST_UPDATE = 0, 1
+HEAD_TITLES: Final = {"speaking": "speaking", "dst_update": "DST"}  # in tables and pictures
+ROLE_OF: Final = {"speaking": "assistant", "dst_update": "DST_UPDATE"}  # head -> the role whose turns are its events
+HEAD_OF: Final = {role: head for head, role in ROLE_OF.items()}
+LABEL_COLUMNS: Final = ("speaking_label", "dst_update_label")
 
 
 def _field(name: str, type_: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:

@@ -22,14 +22,13 @@ from pipeline import labels
 from pipeline.hazards import usual_gap
 from pipeline.options import Options
 from pipeline.output import TableWriter
-from pipeline.schema import CLIPS, NOT_SAMPLED, ROLES, draws, rate_threshold, sampling_seed, shard_path
+from pipeline.schema import CLIPS, HEADS, NOT_SAMPLED, ROLES, sampling_seed, shard_path
 from pipeline.state import NOT_STARTED
 from pipeline.storage import move, sha256
 
 GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
 _ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
 _ROLES: Final = pa.array(ROLES)
-HEADS: Final = ("speaking", "dst_update")
 
 
 @dataclass(frozen=True)
@@ -217,21 +216,18 @@ class _Group:
 
     def _label(self) -> np.ndarray:
         """int8 [2, F]."""
-        clips = self.batch.num_rows
-        steps = np.diff(self.batch.column("steps").offsets.to_numpy())
-        updates = np.bincount(self.owner[self.role == _DST], minlength=clips)
-        threshold = np.array([rate_threshold(rate) for rate in self.rates], np.uint64)
-        drawn = draws(np.repeat(self.seeds, self.sizes), 0, self.frame) < np.repeat(threshold, self.sizes)
-        self.tracked = (steps > 0) | (updates > 0)
-        tracked = np.repeat(self.tracked, self.sizes)
-        heads = [self._events(self.role == code) for code in (_ASSISTANT, _DST)]
-        offset = self.first[self.whose] - self.bounds[self.whose, 0]
-        unlabelled = self.unlabelled + offset[:, None]
-        return labels.label_frames(heads, drawn, tracked, unlabelled, self.plan.options.positive)
-
-    def _events(self, which: np.ndarray) -> labels.Events:
-        owner = self.owner[which]
-        return labels.Events(self.start[which], self.end[which], self.bounds[owner], self.first[owner])
+        rule = labels.label_rule(
+            labels.Turns(self.owner, self.role, self.start, self.end),
+            labels.Ranges(self.whose, self.unlabelled[:, 0], self.unlabelled[:, 1]),
+            starts=self.bounds[:, 0],
+            sizes=self.sizes,
+            seeds=self.seeds,
+            rates=np.array(self.rates, np.float64),
+            steps=np.diff(self.batch.column("steps").offsets.to_numpy()),
+            onset=np.full(len(self.sizes), self.plan.options.positive == "onset"),
+        )
+        self.tracked = rule.tracked
+        return labels.epoch_labels(rule, 0)
 
     def frames_batch(self, schema: pa.Schema) -> pa.RecordBatch:
         which = np.repeat(np.arange(self.batch.num_rows, dtype=np.int32), self.sizes)
@@ -344,7 +340,8 @@ class _Group:
         self._count_drops(done)
 
     def _count_drops(self, done: Written) -> None:
-        start, end, bounds, _ = self._events((self.role == _ASSISTANT) | (self.role == _DST))
+        events = (self.role == _ASSISTANT) | (self.role == _DST)
+        start, end, bounds = self.start[events], self.end[events], self.bounds[self.owner[events]]
         reasons = labels.drops(start, end, bounds[:, 0], bounds[:, 1], self.plan.options.positive)
         summaries = int(np.sum(self.batch.column("summaries").to_numpy()))
         for code, reason in enumerate(labels.DROP_REASONS):

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from pipeline.errors import InputError
 from pipeline.inspect import split_names
+from pipeline.labels import DROP_REASONS, drops
 from pipeline.schema import NOT_SAMPLED
 from pipeline.state import NOT_STARTED, replay
 from pipeline.summary import HEADS, HUES
@@ -209,12 +210,9 @@ def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
         return ""
     if start is None:
         return "(no frames: labels nothing)"
-    if start >= end:
-        return "(empty range: labels nothing)"
-    if end <= row["start_frame"] or start >= row["end_frame"]:
-        return "(outside the clip: labels nothing)"
-    if row["positive"] == "onset" and start < row["start_frame"]:
-        return "(its onset is outside the clip: labels nothing)"
+    reason = drops(start, end, row["start_frame"], row["end_frame"], row["positive"])
+    if reason >= 0:
+        return f"({DROP_REASONS[reason]}: labels nothing)"
     return "(cut to the clip)" if start < row["start_frame"] or end > row["end_frame"] else ""
 
 

@@ -21,9 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import InputError
+from pipeline.schema import STATES
 
 IMAGE, END = "<image>", "<end_of_utterance>"
-STATES = ("not_started", "in_progress", "paused", "completed", "cancelled", "failed")
 MARKERS = ("system", "user", "assistant", "DST_UPDATE", "step", *STATES)
 TINY_VOCABULARY = 1024
 

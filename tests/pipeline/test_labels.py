@@ -8,24 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import labels
-from pipeline.labels import NO_FRAMES, Events
+from pipeline.labels import NO_FRAMES, Ranges, Turns
+from pipeline.schema import ROLES
 
 
-def events(ranges, bounds):
-    ranges = np.array(ranges, np.int64).reshape(-1, 2)
-    return Events(ranges[:, 0], ranges[:, 1], np.tile(bounds, (len(ranges), 1)), np.zeros(len(ranges), np.int64))
+def rule(speaking, dst, bounds, positive="span", tracked=True, unlabelled=()):
+    """The rule of one clip [start, end) from its event ranges."""
+    turns = [(ROLES.index("assistant"), *r) for r in speaking] + [(ROLES.index("DST_UPDATE"), *r) for r in dst]
+    turns, nobody = (np.array(a, np.int64).reshape(-1, n) for a, n in ((turns, 3), (unlabelled, 2)))
+    return labels.label_rule(
+        Turns(np.zeros(len(turns), np.int64), *turns.T),
+        Ranges(np.zeros(len(nobody), np.int64), *nobody.T),
+        starts=np.array([bounds[0]]),
+        sizes=np.array([bounds[1] - bounds[0]]),
+        seeds=np.array([7], np.uint64),
+        rates=np.array([0.5]),
+        steps=np.array([int(tracked)]),
+        onset=np.array([positive == "onset"]),
+    )
 
 
-NOBODY = np.zeros((0, 2), np.int64)  # no range that nobody annotated
-
-
-def label(speaking, dst, bounds=(10, 18), drawn=(), positive="span", tracked=True, unlabelled=()):
-    size = bounds[1] - bounds[0]
-    mask = np.zeros(size, bool)
+def label(speaking, dst, bounds=(10, 18), drawn=(), **rest):
+    mask = np.zeros(bounds[1] - bounds[0], bool)
     mask[[frame - bounds[0] for frame in drawn]] = True
-    heads = [events(speaking, bounds), events(dst, bounds)]
-    nobody = np.array(unlabelled, np.int64).reshape(-1, 2) - bounds[0]
-    return labels.label_frames(heads, mask, np.full(size, tracked), nobody, positive).tolist()
+    return labels.labels_of(rule(speaking, dst, bounds, **rest), mask).tolist()
 
 
 N = -100
@@ -84,20 +90,16 @@ def test_a_clip_without_dst_says_nothing_about_the_second_head():
     assert label([(11, 12)], [], drawn=range(10, 18), tracked=False) == [[0, 1, 0, 0, 0, 0, 0, 0], [N] * 8]
 
 
-def test_more_events_than_frames_mark_the_same_frames():
-    few, many = np.array([[1, 3], [2, 4]]), np.array([[1, 3], [2, 4]] * 10)
-    expected = [False, True, True, True, False, False]
-    assert labels.mark(few, 6).tolist() == labels.mark(many, 6).tolist() == expected
+def test_ranges_that_overlap_or_repeat_mark_their_union():
+    ranges = Ranges(np.array([0, 0, 1, 0, 1]), np.array([1, 2, -3, 1, 6]), np.array([3, 4, 1, 3, 4]))
+    marked = labels.mark(ranges, starts=np.array([0, 0]), sizes=np.array([5, 3]))
+    assert np.flatnonzero(marked).tolist() == [1, 2, 3, 5]
 
 
 def test_clips_end_to_end_do_not_touch():
-    bounds = np.array([[0, 3], [0, 3]])
-    heads = [
-        Events(np.array([2, 0]), np.array([9, 1]), bounds, np.array([0, 3])),
-        Events(*(np.zeros(0, np.int64),) * 2, np.zeros((0, 2), np.int64), np.zeros(0, np.int64)),
-    ]
-    out = labels.label_frames(heads, np.zeros(6, bool), np.ones(6, bool), NOBODY, "span")
-    assert out[0].tolist() == [N, N, 1, 1, N, N]
+    ranges = Ranges(np.array([0, 1]), np.array([2, 0]), np.array([9, 1]))
+    marked = labels.mark(ranges, starts=np.array([0, 0]), sizes=np.array([3, 3]))
+    assert marked.tolist() == [False, False, True, True, False, False]
 
 
 ranges = st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 12)).map(lambda r: (r[0], r[0] + r[1])), max_size=6)
@@ -110,15 +112,13 @@ ranges = st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 12)).map(lambda 
     st.sampled_from(["span", "onset"]),
 )
 def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws, positive):
-    bounds, drawn = (2, 32), np.array(draws)
-    heads = [events(speaking, bounds), events(dst, bounds)]
+    own, drawn = rule(speaking, dst, (2, 32), positive), np.array(draws)
     kept = []
     for rate in (0.0, 0.25, 0.7, 1.0):
         mask = drawn < round(rate * 2**32)
-        out = labels.label_frames(heads, mask, np.ones(30, bool), NOBODY, positive)
+        out = labels.labels_of(own, mask)
         kept.append(out != N)
-        all_drawn = labels.label_frames(heads, mask | True, np.ones(30, bool), NOBODY, positive)
-        assert ((out == 1) == (all_drawn == 1)).all()
+        assert ((out == 1) == (labels.labels_of(own, mask | True) == 1)).all()
     assert all((low <= high).all() for low, high in itertools.pairwise(kept))
     if positive == "span":
         assert kept[-1].all()

@@ -22,13 +22,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 from pipeline.dataset import ClipExample, Turn
+from pipeline.labels import labels_a_frame
+from pipeline.schema import ROLE_OF
 from trainer.config import Settings
 from trainer.evaluation.frame_metrics import Mask, between, beyond, fires, plain, ratio
 from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
 
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
 FAR: Final = 1e-3  # seconds: more than any rounding, less than any frame
-ROLE_OF: Final = {"speaking": "assistant", "dst_update": "DST_UPDATE"}
 CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finely around the best
 
 
@@ -37,11 +38,9 @@ CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finel
 
 def is_event(turn: Turn, clip: ClipExample) -> bool:
     """Whether the turn labels a frame of the clip: it has frames, some inside; under `onset` its first is."""
-    if turn.start_frame is None or turn.end_frame is None or turn.start_frame >= turn.end_frame:
+    if turn.start_frame is None or turn.end_frame is None:
         return False
-    if clip.positive == "onset" and turn.start_frame < clip.start_frame:
-        return False
-    return turn.start_frame < clip.end_frame and turn.end_frame > clip.start_frame
+    return bool(labels_a_frame(turn.start_frame, turn.end_frame, clip.start_frame, clip.end_frame, clip.positive))
 
 
 def instant(turn: Turn, clip: ClipExample) -> float:
