@@ -156,7 +156,7 @@ def _check_entry(shard: dict[str, Any]) -> None:
         raise ValueError(f"{shard['table']} part {shard['part']} of {shard['split']} at {shard['path']!r}")
 
 
-def _verify(data: Path, shard: dict[str, Any]) -> Path:
+def verify_shard(data: Path, shard: dict[str, Any]) -> Path:
     """The shard's path, after its size and SHA-256 proved to be the manifest's."""
     if not is_inside(shard["path"]):
         raise InputError(f"{data / MANIFEST}: lists a shard at {shard['path']!r}; run preprocess again")
@@ -211,7 +211,7 @@ class Split:
         shards = [s for s in self.manifest["shards"] if s["split"] == split]
         if not sum(s["clips"] for s in shards):
             raise InputError(_no_such_split(data, split, self.manifest))
-        paths = {(s["table"], s["part"]): _verify(data, s) for s in shards}
+        paths = {(s["table"], s["part"]): verify_shard(data, s) for s in shards}
         if len(paths) < len(shards):
             raise InputError(f"{data / MANIFEST}: lists a shard of {split} twice; run preprocess again")
         digest = "".join(sorted(f"{s['path']} {s['sha256']}\n" for s in shards))
