@@ -1,0 +1,280 @@
+"""The commands of the offline stage (preprocess, inspect, synth), and what every command of ours shares.
+
+A command parses its options, calls a plain function and returns an exit status: 0 done, 1 bad input, 2 bad usage, 3
+done with clips quarantined. What it needs is imported when it is called, so that --help answers at once. `trainer.cli`
+adds the trainer's commands; this module alone runs without torch (`python -m pipeline.cli preprocess ...`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Mapper
+
+INTERRUPTED = "stopped; nothing half-written is left"
+RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst\\[ray]')"
+of_labels, of_input, of_machine = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Labels", "Input", "Machine")
+)
+
+
+def new_app() -> typer.Typer:
+    """An app whose commands return their exit status."""
+    app = typer.Typer(
+        name="prospect-dst",
+        help="When should the assistant speak? Frame labels you can query, and a lean trainer for SmolVLM.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"max_content_width": 120},
+    )
+
+    @app.callback()
+    def options(
+        _version: Annotated[
+            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+        ] = False,
+    ) -> None: ...
+
+    return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prospect-dst {version('prospect-dst')}")
+        raise typer.Exit
+
+
+app = new_app()
+
+
+@app.command(epilog="Example: prospect-dst preprocess conversations/ --out labels --frames-root frames/")
+def preprocess(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="JSON or JSON Lines files, or folders; names tell the split", readable=False)
+    ],
+    out: Annotated[Path, typer.Option(help="output folder; replaced as a whole, or left as it was")],
+    positive: Annotated[str, of_labels(help="span: every frame of an event is positive; onset: its first")] = "span",
+    neg_rate: Annotated[
+        list[str] | None,
+        of_labels(help="share of silent frames to supervise: 0.3, or by split train=0.3,val=1"),
+    ] = None,
+    seed: Annotated[int, of_labels(help="seed of the sampling draws")] = 0,
+    pad_s: Annotated[float, of_labels(help="widen each clip by so many seconds on both sides")] = 0.0,
+    split: Annotated[str | None, of_input(help="split of inputs whose names tell none")] = None,
+    force_split: Annotated[bool, of_input(help="use --split also where a file's name tells another")] = False,
+    fps: Annotated[
+        float | None,
+        of_input(help="frames per second of clips that do not say; default: 2"),
+    ] = None,
+    bounds: Annotated[
+        str,
+        of_input(help="clip bounds: given, turns, or auto (given, unless a file's bounds span its DST updates alone)"),
+    ] = "auto",
+    frame_convention: Annotated[
+        str | None,
+        of_input(help="event, window or lead-in; default: detected per file"),
+    ] = None,
+    recording_regex: Annotated[
+        str | None,
+        of_input(help="the part of a video_uid that names the recording (first group, or whole match)"),
+    ] = None,
+    frames_root: Annotated[Path | None, of_input(help="check annotations against the frames below this folder")] = None,
+    on_error: Annotated[str, of_input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine",
+    workers: Annotated[int, of_machine(help="processes; 0: one per core. Does not change the output", min=0)] = 0,
+    ray: Annotated[str | None, of_machine(help=RAY_HELP)] = None,
+) -> int:
+    """Turn conversations into Parquet shards of per-frame labels."""
+    from pipeline.card import CARD, is_ours
+    from pipeline.options import ASSEMBLY101, Options
+    from pipeline.preprocess import preprocess as run
+    from pipeline.summary import render_summary, summary_of
+    from pipeline.terminal import console, plain, progress_bar
+
+    options = Options(
+        seed=seed,
+        positive=positive,
+        neg_rate=numbers("--neg-rate", neg_rate, "0.3, or train=0.3,val=1", anonymous="*"),
+        pad_s=pad_s,
+        split=split,
+        force_split=force_split,
+        fps=fps,
+        bounds=bounds,
+        frame_convention=frame_convention,
+        recording_regex=ASSEMBLY101 if recording_regex is None else recording_regex,
+        frames_root=None if frames_root is None else str(frames_root),
+        on_error=on_error,
+    )
+    needed = [*inputs, *([frames_root] if frames_root else [])]
+    with cluster(ray, out, needed, workers=workers) as mapper, progress_bar() as progress:
+        manifest, skipped = run(inputs, out, options, workers or cores(), progress, mapper)
+    if skipped:
+        typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
+    else:
+        console().print(render_summary(summary_of(manifest), manifest))
+    if not is_ours(out / CARD):
+        typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
+    if manifest["quarantined"]:
+        typer.echo(f"{manifest['quarantined']} refused: each has a line in {plain(out)}/quarantine.jsonl", err=True)
+    return int(manifest["status"])
+
+
+@app.command(epilog="Example: prospect-dst inspect labels --clip train:0")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
+    clip: Annotated[str | None, typer.Option(help="show one clip's timeline: its id, number, or part of an id")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page with many timelines")] = None,
+) -> int:
+    """Show what the labels look like: a summary, one clip's timeline, or a page of timelines."""
+    from pipeline import output, timeline, viewer
+    from pipeline.inspect import summarise
+    from pipeline.summary import render_summary
+    from pipeline.terminal import console, plain
+
+    manifest = output.verify(folder)
+    if clip is not None:
+        console().print(timeline.timeline(folder, clip))
+    elif html is None:
+        console().print(render_summary(summarise(folder), manifest))
+    if html is not None:
+        viewer.write_page(folder, html, manifest=manifest)
+        typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1000:,.0f} kB)")
+    return 0
+
+
+@app.command(epilog="Example: prospect-dst synth raw --train 40 --val 8 --test 8")
+def synth(
+    out: Annotated[Path, typer.Argument(help="new folder for {split}_training.json and frames/*.arrow")],
+    train: Annotated[int, typer.Option(help="recordings in the train split")] = 190,
+    val: Annotated[int, typer.Option(help="recordings in the val split")] = 15,
+    test: Annotated[int, typer.Option(help="recordings in the test split")] = 15,
+    views: Annotated[int, typer.Option(help="camera views per recording")] = 2,
+    difficulty: Annotated[float, typer.Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
+    state_tells: Annotated[
+        float, typer.Option(help="share of speech that only the task's state tells: 0 none .. 1 all")
+    ] = 0.0,
+    px: Annotated[int, typer.Option(help="side of the square frames, pixels")] = 64,
+    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
+) -> int:
+    """Make task videos with conversations, in the file formats that users have."""
+    from pipeline.synth import SynthConfig
+    from pipeline.synth import synth as run
+    from pipeline.terminal import command
+
+    recordings = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
+    config = SynthConfig(
+        recordings=recordings, views=views, difficulty=difficulty, state_tells=state_tells, px=px, seed=seed
+    )
+    for split, counts in run(out, config).splits.items():
+        typer.echo(f"{split:5} {counts.recordings} recordings, {counts.videos} videos, {counts.clips} clips")
+    typer.echo(f"next: {command('preprocess', out, '--out', 'DATA', '--frames-root', out)}")
+    return 0
+
+
+# ---- shared by all commands --------------------------------------------------------------------------
+
+
+def numbers(
+    option: str, given: list[str] | None, example: str = "heads=1e-3", anonymous: str | None = None
+) -> dict[str, float]:
+    """name=number items, over commas and repeats; a number without a name is `anonymous`'s, if that may be."""
+    found: dict[str, float] = {}
+    for item in names(given):
+        name, equals, number = item.rpartition("=")
+        try:
+            if not name.strip() and (equals or anonymous is None):
+                raise ValueError
+            found[name.strip() or str(anonymous)] = float(number)
+        except ValueError:
+            raise UsageError(f"{option} {item!r}: expected something like {example}") from None
+    return found
+
+
+def names(given: list[str] | None) -> list[str]:
+    """The items of a repeatable option, split at commas."""
+    return [item.strip() for item in ",".join(given or []).split(",") if item.strip()]
+
+
+def cluster(
+    address: str | None, out: Path, needed: list[Path], workers: int = 0, gpu: bool = False
+) -> contextlib.AbstractContextManager[Mapper | None]:
+    """The Ray cluster of that address; None where none is asked for."""
+    if address is None:
+        return contextlib.nullcontext()
+    from pipeline.cluster import ray_cluster
+
+    return ray_cluster(address, out, needed, workers, gpu)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_app(commands: typer.Typer, argv: list[str] | None) -> int:
+    """Run a command and return its exit status; every failure is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        status = commands(arguments, prog_name="prospect-dst", standalone_mode=False)
+    except UsageError as error:
+        return _fail(f"{error}; see --help", 2)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, 130)
+    except InputError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check space and permissions, then run again", 1)
+    except UnicodeEncodeError as error:
+        return _fail(f"{error.object}: not UTF-8, as Arrow needs paths to be; rename it", 1)
+    except Exception as error:
+        return _unexpected(error)
+    if status == 130:  # typer's word for Ctrl-C
+        return _fail(INTERRUPTED, 130)
+    return status if isinstance(status, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    """The exit status of what the command-line parser (typer, or click under it) raised, or of a bug of ours."""
+    name = type(error).__name__
+    if name == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if name == "Abort":
+        return _fail(INTERRUPTED, 130)
+    if hasattr(error, "format_message"):
+        return _fail(f"{' '.join(error.format_message().split())}; see --help", 2)
+    if os.environ.get("PROSPECT_DST_TRACEBACK"):
+        raise error
+    message = " ".join(f"{name}: {error}".split())
+    return _fail(f"unexpected {message}; this is a bug: PROSPECT_DST_TRACEBACK=1 shows where", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    from pipeline.terminal import plain
+
+    print(f"prospect-dst: {plain(message)}", file=sys.stderr)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_app(app, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
