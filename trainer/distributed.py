@@ -11,7 +11,7 @@ blank ones, and every parameter gets a gradient (of 0) on every rank, without wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 
 CPU = torch.device("cpu")
@@ -115,17 +114,6 @@ def join() -> Iterator[World]:
         raise InputError(f"rank {dist.get_rank()}: {reason}; {hint}") from error
     finally:
         dist.destroy_process_group()
-
-
-def share(clips: Sequence[ClipExample], rank: int, size: int) -> list[ClipExample]:
-    """The clips of a step that are `rank`'s: longest first to whoever has the fewest frames, then in order."""
-    frames, mine = [0] * size, []
-    for i in sorted(range(len(clips)), key=lambda i: -clips[i].num_frames):
-        owner = frames.index(min(frames))
-        frames[owner] += clips[i].num_frames
-        if owner == rank:
-            mine.append(i)
-    return [clips[i] for i in sorted(mine)]
 
 
 @contextmanager

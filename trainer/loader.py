@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.config import TrainConfig
-from trainer.distributed import share
 from trainer.frame_source import FrameSource
 from trainer.packing import Pack, pack_windows, windows_of
+from trainer.sampler import Sampler
 from trainer.tokenizer import Tokens
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -37,7 +37,7 @@ MOST_WORKERS = 8  # by default on a GPU
 
 @dataclass
 class StepData(Dataset[list[Pack]]):
-    """Item i: this rank's packs of optimizer step i. Each is a pure function of i, so any worker may make it."""
+    """Item i: this rank's packs of optimizer step i."""
 
     split: Split
     tokens: Tokens
@@ -46,14 +46,16 @@ class StepData(Dataset[list[Pack]]):
     rank: int = 0
     size: int = 1
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(self.split, self.config.seed)
+
     def __len__(self) -> int:
         return self.config.steps
 
     def __getitem__(self, step: int) -> list[Pack]:
-        n = self.config.clips_per_step
-        clips = [self.split.at(self.config.seed, i) for i in range(step * n, (step + 1) * n)]
-        windows = windows_of(share(clips, self.rank, self.size), self.tokens, self.config)
-        return pack_windows(windows, self.frames, self.config.micro_batch_tokens)
+        clips = self.sampler.step(step, self.config.clips_per_step, self.rank, self.size)
+        return pack_windows(windows_of(clips, self.tokens, self.config), self.frames, self.config.micro_batch_tokens)
 
 
 def default_workers(device: torch.device) -> int:
@@ -63,7 +65,7 @@ def default_workers(device: torch.device) -> int:
 
 
 def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Iterator[list[Pack]]:
-    """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`.
+    """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`. Close it to end them.
 
     pin: what workers made comes in pinned memory. Raises what making a step raises.
     """
@@ -71,10 +73,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
     if not workers:
         yield from (data[step] for step in steps)
         return
-    _allow_files()
-    _allow_sockets()
-    processes = multiprocessing.get_context("forkserver")  # forked from one that has threads, a worker can hang
-    _start_server()
+    processes = _fork_server()
     flight = InFlight(processes, first, _shared_memory_limit())
     ahead = DataLoader(
         _Ahead(data, flight),
@@ -86,12 +85,15 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> I
         worker_init_fn=partial(end_with, os.getpid()),
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
-    for step, made in zip(steps, ahead, strict=True):
-        if isinstance(made, InputError):
-            raise made
-        packs, size = made
-        yield packs
-        flight.used(step, size)
+    try:
+        for step, made in zip(steps, ahead, strict=True):
+            if isinstance(made, InputError):
+                raise made
+            packs, size = made
+            yield packs
+            flight.used(step, size)
+    finally:
+        flight.used(len(data), 0)  # no worker waits any longer
 
 
 @dataclass
@@ -158,8 +160,8 @@ def _free_shared_memory() -> int | None:
     """Bytes; None where the system has no /dev/shm."""
     if not SHARED_MEMORY.is_dir():
         return None
-    found = os.statvfs(SHARED_MEMORY)
-    return found.f_bavail * found.f_frsize
+    disk = os.statvfs(SHARED_MEMORY)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _local_ranks() -> int:
@@ -181,28 +183,20 @@ def end_with(owner: int, worker: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _start_server() -> None:
-    """Start the process that workers are forked from, with this module. PYTHONSAFEPATH: its interpreter would search
-    the working folder before the installed packages, and run a trainer.py that lies there."""
+def _fork_server() -> BaseContext:
+    """The process that workers are forked from, with this module imported: forked from one with threads, they can hang.
+
+    Every tensor that a worker sends is an open file, so their limit is raised; sockets below a long TMPDIR would have
+    names of over 107 bytes. PYTHONSAFEPATH: else a trainer.py in the working folder would be imported instead of ours.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if len(os.fsencode(tempfile.gettempdir())) > 60:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     forkserver.set_forkserver_preload(["trainer.loader"])
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
+    forkserver.ensure_running()
+    if before is None:
         del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
-
-
-def _allow_sockets() -> None:
-    """Workers' sockets lie below TMPDIR and may have names of 107 bytes in all: /tmp where it is too long."""
-    if len(os.fsencode(tempfile.gettempdir())) > 60:
-        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
-
-
-def _allow_files() -> None:
-    """Raise the limit on open files as far as it may be: every tensor that a worker sends is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return multiprocessing.get_context("forkserver")

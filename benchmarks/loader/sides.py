@@ -136,34 +136,37 @@ def ours(shards: Path, _: Path) -> Epochs:
     from torch.utils.data import IterableDataset
 
     from pipeline.dataset import Split
+    from trainer.sampler import Sampler
 
     class Clips(IterableDataset):
         def __init__(self, epoch: int) -> None:
             self.epoch = epoch
 
         def __iter__(self) -> Iterator[Any]:
-            return split.label_stream(0, self.epoch)
+            return stream.label_stream(self.epoch)
 
-    split = Split(shards, "train")
+    stream = Sampler(Split(shards, "train"), 0)
     return lambda epoch: loaded(Clips(epoch), Collate(from_labels))
 
 
 def ours_bare(shards: Path, _: Path) -> Epochs:
     from pipeline.dataset import Split
+    from trainer.sampler import Sampler
 
-    split = Split(shards, "train")
-    return lambda epoch: bare(split.label_stream(0, epoch), Collate(from_labels))
+    stream = Sampler(Split(shards, "train"), 0)
+    return lambda epoch: bare(stream.label_stream(epoch), Collate(from_labels))
 
 
 def ours_texts(shards: Path, _: Path) -> Epochs:
     from pipeline.dataset import Split
+    from trainer.sampler import Sampler
 
     def sample(clip: Any) -> Sample:
         turns = [(len(t.text), t.start_frame or 0, t.end_frame or 0) for t in clip.turns]
         return Sample(clip.clip, clip.start_frame, 0, 0.0, clip.labels, np.array(turns, np.int32))
 
-    split = Split(shards, "train")
-    return lambda epoch: bare(split.epoch(0, epoch), Collate(sample))
+    stream = Sampler(Split(shards, "train"), 0)
+    return lambda epoch: bare(stream.epoch(epoch), Collate(sample))
 
 
 # --- the peers ------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def stored(shards: Path) -> list[Sample]:
     from pipeline.dataset import Split
 
     split = Split(shards, "train")
-    turns = {c.clip: c.turns for c in split.label_stream(0, 0)}
+    turns = [split.labels(number).turns for number in range(len(split))]
     return [
         Sample(c.clip, c.start_frame, signed(c.sampling_seed), c.neg_rate, c.labels, turns[c.clip])
         for c in split.in_order(rate=None)

@@ -113,7 +113,7 @@ def _clip_row(clip: ClipExample) -> dict[str, Any]:
         "initial_state": [{"id": i, "state": state} for i, state in clip.initial_state],
         "unlabelled": [{"start_frame": a, "end_frame": b} for a, b in clip.unlabelled],
         "turns": [
-            {**t.__dict__, "updates": [{"id": i, "transition": what} for i, what in t.updates]} for t in clip.turns
+            {**t._asdict(), "updates": [{"id": i, "transition": what} for i, what in t.updates]} for t in clip.turns
         ],
         "n_speaking": int((clip.labels[0] == 1).sum()),
         "n_dst_update": int((clip.labels[1] == 1).sum()),

@@ -19,7 +19,7 @@ from small_run import CONFIG, clip, curve, go, weights, write_data
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
-from trainer.distributed import World, join, share, whole
+from trainer.distributed import World, join, whole
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
@@ -51,17 +51,6 @@ def on_ranks(size: int, task, out: Path, *args) -> list:
 
 
 # ---- who does what -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_share_the_clips_of_a_step(size):
-    clips = [clip_example([], 0, n, clip_id=f"c{i}") for i, n in enumerate((30, 10, 10, 10, 40))]
-    shares = [[c.clip_id for c in share(clips, rank, size)] for rank in range(size)]
-    assert sorted(c for s in shares for c in s) == ["c0", "c1", "c2", "c3", "c4"]
-    if size == 2:
-        assert shares == [["c2", "c4"], ["c0", "c1", "c3"]]
-    if size == 8:
-        assert sum(not s for s in shares) == 3
 
 
 def test_one_process_is_a_world_of_its_own():
