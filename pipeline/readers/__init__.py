@@ -13,24 +13,18 @@ from pipeline.readers.index import MAX_CLIP_BYTES
 # the first that fits
 READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, streamo.READER, proassist.READER, prospect.READER)
 
-# Files of the same projects that cannot be used: top-level fields that tell them, and what to use instead.
-_UNUSABLE: Final = (
-    (
-        {"events"},
+# files of the same projects that cannot be used: the field that they have for a conversation, and what to use instead
+_UNUSABLE: Final = {
+    "events": (
         "events without a conversation (their times are gone)",
         "a conversation; use the {split}.json beside it with --fps 2, or the newest sparse_sequence_generator",
     ),
-    (
-        {"conversations"},
+    "conversations": (
         "conversations (generated dialogs; no frames were made)",
         "one conversation with frames; run the generator's next stage and use its {split}_training.json",
     ),
-    (
-        {"messages"},
-        "messages (a chat that was made for one model)",
-        "the raw file that it was converted from",
-    ),
-)
+    "messages": ("messages (a chat that was made for one model)", "the raw file that it was converted from"),
+}
 
 
 def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
@@ -47,24 +41,18 @@ def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
 
 def _reader_of(raw: bytes) -> Reader:
     """The reader of the clip's schema, by its top-level fields. Raises ClipError."""
-    names = _names(raw)
-    if "conversation" not in names:
-        for fields, found, expected in _UNUSABLE:
-            if fields <= names:
-                raise ClipError("conversation", found, expected)
+    try:
+        names = frozenset(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]))
+    except NOT_STRICT:
+        tree = lenient(raw)
+        if not isinstance(tree, dict):
+            raise ClipError("clip", type(tree).__name__, "object") from None
+        names = frozenset(tree)
+    for name, (found, expected) in _UNUSABLE.items():
+        if name in names and "conversation" not in names:
+            raise ClipError("conversation", found, expected)
     for reader in READERS:
         if reader.recognises(names, raw):
             return reader
     known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
     raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")
-
-
-def _names(raw: bytes) -> frozenset[str]:
-    """A clip's top-level field names. Raises ClipError where it is no JSON object."""
-    try:
-        return frozenset(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]))
-    except NOT_STRICT:
-        tree = lenient(raw)
-    if not isinstance(tree, dict):
-        raise ClipError("clip", type(tree).__name__, "object")
-    return frozenset(tree)

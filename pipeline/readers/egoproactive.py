@@ -14,24 +14,9 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.labels import FLOOR_TOLERANCE
-from pipeline.readers.clip import (
-    MAX_FRAME,
-    Clip,
-    ClipError,
-    Range,
-    Reader,
-    brief,
-    check_bounds,
-    check_fps,
-    check_path,
-    check_uid,
-    columns,
-    parse,
-    text_of,
-)
+from pipeline.readers import checks
+from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Range, Reader, brief, columns, parse
 
-FIELDS: Final = "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query"
 INTERRUPT: Final = "$interrupt$"
 
 
@@ -54,41 +39,43 @@ def recognises(names: Collection[str], raw: bytes) -> bool:
 
 
 def read(raw: bytes, fps: float | None) -> Clip:
-    record, ignored = parse(raw, _RECORD), []  # type: tuple[Record, list[str]]
+    record = parse(raw, _RECORD)
+    ignored: list[str] = []
     path = record.video_path.removeprefix("./")
-    check_path("video_path", path)
-    fps, _ = check_fps(record.fps, fps)
+    checks.path(path, "video_path")
+    fps, _ = checks.fps(record.fps, fps)
     chunks = chunk_frames(record.video_intervals, fps)
     if len(record.answers) != len(chunks):
         raise ClipError("answers", str(len(record.answers)), f"one for each of the {len(chunks)} video_intervals")
-    rows: list[tuple[Any, ...]] = []
-    query = text_of(record.query, "query", ignored)
-    if query:
-        start = record.video_intervals[0][0]
-        rows.append(("user", query, start, chunks[0][0], chunks[0][0] + 1))
+    turns: list[tuple[Any, ...]] = []
+    if query := checks.text(record.query, "query", ignored):
+        turns.append(("user", query, record.video_intervals[0][0], chunks[0][0], chunks[0][0] + 1))
     for (start, _), frames, answer in zip(record.video_intervals, chunks, record.answers, strict=True):
         if (text := interrupt_text(answer)) is not None:
-            rows.append(("assistant", text, start, *frames))
+            turns.append(("assistant", text, start, *frames))
+    seconds = max(record.duration_in_sec or 0.0, 0.0)
+    edges = [0, *(edge for chunk in chunks for edge in chunk), MAX_FRAME]
     clip = Clip(
         schema="egoproactive",
         video_uid=PurePosixPath(path).stem,
-        turns=columns(rows),
+        turns=columns(turns),
         fps=fps,
         start_frame=0,
-        end_frame=max(chunks[-1][1], _ceil((record.duration_in_sec or 0.0) * fps)),
+        end_frame=max(chunks[-1][1], checks.frame_after(seconds, fps, "duration_in_sec")),
         convention="event",
         dataset="egoproactive",
         frames_file=path,
-        goal=text_of(record.task, "task", ignored),
-        unlabelled=_gaps(chunks),
+        goal=checks.text(record.task, "task", ignored),
+        unlabelled=[(end, start) for end, start in zip(edges[::2], edges[1::2], strict=True) if end < start],
         ignored=ignored,
         given_away=_given_away(record.dialog, record.answers),
     )
-    check_uid(clip.video_uid)
-    return check_bounds(clip)
+    checks.path(clip.video_uid, "video_uid")
+    return checks.bounds(clip)
 
 
-READER: Final = Reader("egoproactive", FIELDS, recognises, read)
+NEEDS: Final = "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query"
+READER: Final = Reader("egoproactive", NEEDS, recognises, read)
 
 
 def interrupt_text(answer: str) -> str | None:
@@ -104,23 +91,11 @@ def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[R
     before = 0.0
     for number, (start, end) in enumerate(intervals):
         if not (before <= start <= end and math.isfinite(end)):
-            raise ClipError(
-                f"video_intervals[{number}]", brief([start, end]), "seconds, ascending, after the chunk before"
-            )
+            field, expected = f"video_intervals[{number}]", "seconds, ascending, after the chunk before"
+            raise ClipError(field, brief([start, end]), expected)
         before = end
-    if before * fps > MAX_FRAME:
-        raise ClipError("video_intervals", brief(before), f"at most {MAX_FRAME} frames")
-    return [(_ceil(start * fps), _ceil(end * fps)) for start, end in intervals]
-
-
-def _ceil(frames: float) -> int:
-    return math.ceil(frames - FLOOR_TOLERANCE) if frames < MAX_FRAME else MAX_FRAME
-
-
-def _gaps(chunks: Sequence[Range]) -> list[Range]:
-    """The ranges of frames that lie in no chunk."""
-    edges = [0, *(edge for chunk in chunks for edge in chunk), MAX_FRAME]
-    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+    edges = (checks.frame_after(edge, fps, "video_intervals") for pair in intervals for edge in pair)
+    return list(zip(edges, edges, strict=True))
 
 
 def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int, bool]:

@@ -2,13 +2,12 @@
 
 A JSON array, one clip object, or JSON Lines, told apart by content. msgspec finds the spans without building a clip
 (a memory-mapped array of 1.1 GB: 0.6 s, 24 bytes a clip). An array that it refuses as a whole (one NaN, a byte-order
-mark, a truncated tail) is walked by the standard library, two to four times slower and in a bounded window, up to
-where its syntax breaks; the rest is reported as one stretch.
+mark, a truncated tail) is walked by the standard library, two to four times slower, up to where its syntax breaks; the
+rest is reported as one stretch.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import mmap
 import re
@@ -16,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -26,8 +25,11 @@ from pipeline.readers.clip import LENIENT, NOT_STRICT, ClipError, brief, syntax
 
 MAX_CLIP_BYTES: Final = 64 << 20
 CLIP_NAMES: Final = frozenset(("conversation", "video_uid", "video_path", "video_intervals"))
+WINDOW = 1 << 18  # bytes decoded at first to find a clip's end
+MARGIN: Final = 16  # characters: an error this close to the window's end may only mean that it is too small
 _BOM: Final = b"\xef\xbb\xbf"
-_SPACE: Final = b" \t\r\n"
+_SPACE: Final = re.compile(rb"[ \t\r\n]*")
+Data = bytes | mmap.mmap
 
 
 @dataclass
@@ -48,36 +50,40 @@ def index(path: Path) -> Index:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
-        with path.open("rb") as file:
-            if status.st_size == 0:
-                raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _index(path, data, file)
+        if status.st_size == 0:
+            raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _index(path, data)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read: {syntax(error)}") from None
 
 
-def _index(path: Path, data: mmap.mmap, file: BinaryIO) -> Index:
-    start = 3 if data[:3] == _BOM else 0
-    while start < len(data) and data[start] in _SPACE:
-        start += 1
+def line_spans(data: Data) -> Iterator[tuple[int, int]]:
+    """The bytes of each line of JSON Lines that is not blank; lines end at \\n alone (U+2028 may stand in a text)."""
+    start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
+    while start < len(data):
+        stop = data.find(b"\n", start)
+        stop = len(data) if stop < 0 else stop
+        if stop - start > MAX_CLIP_BYTES or data[start:stop].strip():
+            yield start, stop
+        start = stop + 1
+
+
+def _index(path: Path, data: mmap.mmap) -> Index:
+    start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
     opening = data[start : start + 1]
     if opening == b"[":
-        return _index_array(data, file)
-    if _looks_like_lines(data, start):
-        return Index("lines", _line_spans(data))
-    if opening != b"{":
-        found = _kind(data[start : start + 20])
-        raise InputError(
-            f"{path}: found {found}, expected a JSON array of clips, one clip object, or JSON Lines, as UTF-8"
-        )
-    try:
-        msgspec.json.decode(memoryview(data)[start:], type=msgspec.Raw)
-        return Index("object", np.array([[start, len(data)]], np.int64))
-    except NOT_STRICT:
-        return Scanner(file).index("object")
+        return _array(data, start)
+    if _looks_like_lines(data):
+        return Index("lines", _spans(line_spans(data)))
+    if opening == b"{":
+        return _walk(data, start, "object")
+    raise InputError(
+        f"{path}: found {_kind(data[start : start + 20])}, expected a JSON array of clips, one clip object, "
+        "or JSON Lines, as UTF-8"
+    )
 
 
 def _kind(head: bytes) -> str:
@@ -91,29 +97,24 @@ def _kind(head: bytes) -> str:
     return brief(head)
 
 
-def _index_array(data: mmap.mmap, file: BinaryIO) -> Index:
+def _array(data: mmap.mmap, start: int) -> Index:
     try:
         clips = msgspec.json.decode(data, type=list[msgspec.Raw])
     except NOT_STRICT:
-        return Scanner(file).index("array")
+        return _walk(data, start, "array")
     base = np.frombuffer(data, np.uint8).ctypes.data
     starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
     sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-    del clips
+    del clips  # they hold the memory map
     return Index("array", np.stack([starts, starts + sizes], axis=1).reshape(-1, 2))
 
 
-def _looks_like_lines(data: mmap.mmap, start: int) -> bool:
+def _looks_like_lines(data: Data) -> bool:
     """Whether the first line, or after broken ones another, is by itself a clip (not so in a pretty-printed object)."""
-    for number in range(16):
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
+    for number, (start, stop) in zip(range(16), line_spans(data), strict=False):
         names = _object_names(data[start:stop]) if stop - start <= MAX_CLIP_BYTES else frozenset()
         if names & CLIP_NAMES or (number == 0 and names):
             return True
-        start = stop + 1
-        if start >= len(data):
-            break
     return False
 
 
@@ -126,121 +127,63 @@ def _object_names(line: bytes) -> frozenset[str]:
     return frozenset(tree) if isinstance(tree, dict) else frozenset()
 
 
-def _line_spans(data: mmap.mmap) -> np.ndarray:
-    spans, start = [], 3 if data[:3] == _BOM else 0
-    while start < len(data):
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
-        if stop - start > MAX_CLIP_BYTES or data[start:stop].strip():
-            spans.append((start, stop))
-        start = stop + 1
-    return np.array(spans, np.int64).reshape(-1, 2)
+def _spans(pairs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> np.ndarray:
+    return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
 # ---- what msgspec refuses as a whole -----------------------------------------------------------------
 
 
-class Scanner:
-    """Walks an array (or one object) that is not strict JSON, clip by clip, up to where its syntax breaks.
-
-    Memory: one window of text, or the largest clip.
-    """
-
-    WINDOW = 4 << 20
-    MARGIN = 16  # an error this close to the window's end may only mean: read on
-
-    def __init__(self, file: BinaryIO) -> None:
-        file.seek(0)
-        self._read = file.read
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self.text, self.at, self.byte, self.done = "", 0, 0, False  # window, cursor in it and in the file
-        self._fill()
-        if self.text.startswith("\ufeff"):
-            self._advance(1)
-        self._skip_space()
-
-    def index(self, form: str) -> Index:
-        """The spans of whole clips; `broken` says where the walk ended early, and why."""
-        spans: list[tuple[int, int]] = []
-        problem = ""
-        for span, problem in self._walk(form == "array"):
-            if not problem:
-                spans.append(span)
-        broken = []
+def _walk(data: Data, start: int, form: str) -> Index:
+    """The clips of an array, or of one object, at `start` by the standard library, up to where the syntax breaks."""
+    spans: list[tuple[int, int]] = []
+    at, problem, closed = start, "", False
+    if form == "array":
+        at = _after_space(data, start + 1)
+        closed = data[at : at + 1] == b"]"
+        at += closed
+    while not closed:
+        end, problem = _value_end(data, at)
         if problem:
-            begin = self.byte
-            self._skip_rest()
-            error = ClipError("JSON", problem, "a clip; what follows was not read")
-            broken.append((len(spans), error, (begin, self.byte)))
-        return Index(form, np.array(spans, np.int64).reshape(-1, 2), broken)
-
-    def _walk(self, array: bool) -> Iterator[tuple[tuple[int, int], str]]:
-        """Spans of clips (with ""), and at last, where the syntax breaks, what is wrong there."""
-        self._advance(1 if array else 0)
-        self._skip_space()
-        if array and self._peek() == "]":
-            self._advance(1)
-        else:
-            while True:
-                begin, problem = self.byte, self._value()
-                yield (begin, self.byte), problem
-                if problem or not array:
-                    break
-                self._skip_space()
-                char = self._peek()
-                if char not in (",", "]"):
-                    yield (self.byte, self.byte), f"{brief(char) if char else 'the end of the file'} after a clip"
-                    return
-                self._advance(1)
-                if char == "]":
-                    break
-                self._skip_space()
-            if problem:
-                return
-        self._skip_space()
-        if self._peek():
-            yield (self.byte, self.byte), f"{brief(self.text[self.at : self.at + 20])} after the end"
-
-    def _value(self) -> str:
-        """Step over the JSON value at the cursor; what is wrong with it, or ""."""
-        while True:
-            try:
-                _, end = LENIENT.raw_decode(self.text, self.at)
-                self._advance(end - self.at)
-                return ""
-            except json.JSONDecodeError as error:
-                cut = error.pos >= len(self.text) - self.MARGIN or error.msg.startswith("Unterminated string")
-                if self.done or not cut or len(self.text) - self.at > MAX_CLIP_BYTES:
-                    return f"{error.msg} at character {error.pos - self.at} of the clip"
-                self._fill(len(self.text) - self.at)
-            except (ValueError, RecursionError) as error:
-                return syntax(error)
-
-    def _skip_rest(self) -> None:
-        while self._peek():
-            self._advance(len(self.text) - self.at)
-            self._fill()
-
-    def _skip_space(self) -> None:
-        while True:
-            match = _WHITE.match(self.text, self.at)
-            self._advance(match.end() - self.at if match else 0)
-            if self.at < len(self.text) or self.done:
-                return
-            self._fill()
-
-    def _peek(self) -> str:
-        return self.text[self.at : self.at + 1]
-
-    def _advance(self, count: int) -> None:
-        self.byte += len(self.text[self.at : self.at + count].encode("utf-8", "surrogateescape"))
-        self.at += count
-
-    def _fill(self, more: int = 0) -> None:
-        """Read on, at least one window; what lies before the cursor is dropped."""
-        data = self._read(max(more, self.WINDOW))
-        self.done = not data
-        self.text, self.at = self.text[self.at :] + self._utf8.decode(data, final=self.done), 0
+            break
+        spans.append((at, end))
+        at = _after_space(data, end)
+        if form == "object":
+            break
+        sign = data[at : at + 1]
+        if sign not in (b",", b"]"):
+            problem = f"{brief(_text(data, at, 1)) if sign else 'the end of the file'} after a clip"
+            break
+        closed, at = sign == b"]", _after_space(data, at + 1)
+    if not problem and at < len(data):
+        problem = f"{brief(_text(data, at, 20))} after the end"
+    error = ClipError("JSON", problem, "a clip; what follows was not read")
+    return Index(form, _spans(spans), [(len(spans), error, (at, len(data)))] if problem else [])
 
 
-_WHITE = re.compile(r"[ \t\r\n]*")
+def _value_end(data: Data, start: int) -> tuple[int, str]:
+    """(where the JSON value at `start` ends, what is wrong with it or "")."""
+    size = WINDOW
+    while True:
+        text = data[start : start + size].decode("utf-8", "surrogateescape")
+        whole = start + size >= len(data)
+        try:
+            _, end = LENIENT.raw_decode(text)
+            if whole or end < len(text) - MARGIN:
+                return start + len(text[:end].encode("utf-8", "surrogateescape")), ""
+        except json.JSONDecodeError as error:
+            cut = error.pos >= len(text) - MARGIN or error.msg.startswith("Unterminated string")
+            if whole or not cut or size > MAX_CLIP_BYTES:
+                return start, f"{error.msg} at character {error.pos} of the clip"
+        except (ValueError, RecursionError) as error:
+            return start, syntax(error)
+        size *= 4
+
+
+def _after_space(data: Data, at: int) -> int:
+    match = _SPACE.match(data, at)
+    return match.end() if match else at
+
+
+def _text(data: Data, at: int, length: int) -> str:
+    return data[at : at + 4 * length].decode("utf-8", "surrogateescape")[:length]

@@ -13,22 +13,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from pipeline.readers.clip import (
-    EVERYWHERE,
-    Clip,
-    ClipError,
-    Reader,
-    Update,
-    check_bounds,
-    check_rate,
-    check_time,
-    columns,
-    parse,
-    whole,
-)
+from pipeline.readers import checks
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Frame, Reader, Update, columns, parse
 from pipeline.readers.prospect import Record, checked_content, clip_of
 
-FIELDS: Final = "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx"
 SUMMARY_REQUEST: Final = "Please summarize"  # a system turn; the reply is the model's note to itself
 
 
@@ -36,8 +24,8 @@ class Turn(msgspec.Struct, gc=False):
     role: Literal["system", "user", "assistant", "DST_UPDATE", "frames"]
     content: str | list[Update] | None = None
     time: float | None = None
-    start: Any = None  # of a `frames` turn
-    end: Any = None
+    start: Frame | None = None  # of a `frames` turn
+    end: Frame | None = None
 
 
 class ProAssistRecord(Record, gc=False):
@@ -58,18 +46,18 @@ def read(raw: bytes, fps: float | None) -> Clip:
     _place(clip, record.conversation)  # type: ignore[arg-type]
     clip.convention = "lead-in"
     metadata = record.metadata if type(record.metadata) is dict else {}
-    no_rate = clip.neg_rate == -1
-    if no_rate:
-        clip.neg_rate = None
-    if no_rate or metadata.get("summary_only") is True:
+    if clip.neg_rate == -1 or metadata.get("summary_only") is True:
         clip.unlabelled = EVERYWHERE
+    if clip.neg_rate == -1:
+        clip.neg_rate = None
     if metadata.get("add_knowledge") is False:
         clip.knowledge = None
-    check_rate(clip.neg_rate)
-    return check_bounds(clip)
+    checks.rate(clip.neg_rate)
+    return checks.bounds(clip)
 
 
-READER: Final = Reader("proassist", FIELDS, recognises, read)
+NEEDS: Final = "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx"
+READER: Final = Reader("proassist", NEEDS, recognises, read)
 
 
 def _place(clip: Clip, turns: list[Turn]) -> None:
@@ -80,38 +68,39 @@ def _place(clip: Clip, turns: list[Turn]) -> None:
     'Please summarize' gets no frames.
     """
     rows: list[list[Any]] = []
-    waiting: list[list[Any]] = []  # user turns without a reply yet
-    starts: list[int] = []
-    ends: list[int] = []
+    waiting: list[list[Any]] = []  # user turns that neither a reply nor frames followed yet
+    edges: list[tuple[int, int]] = []
     summarizing = False
     for number, turn in enumerate(turns):
         if turn.role == "frames":
-            starts.append(whole(turn.start, "start", number))
-            ends.append(whole(turn.end, "end", number))
-            if ends[-1] < starts[-1]:
-                raise ClipError("end", str(ends[-1]), f"at least start {starts[-1]}", number)
-            _hear_later(waiting)
+            start, end = turn.start, turn.end
+            if start is None or end is None or end < start:
+                field = "start" if start is None else "end"
+                raise ClipError(field, "nothing" if end is None else str(end), f"at least start {start}", number)
+            edges.append((start, end))
+            _move_on(waiting)
             continue
         summary = summarizing and turn.role == "assistant"
         clip.summaries += summary
-        placed = ends and turn.role != "system" and not summary
         content = checked_content(turn.role, turn.content, number)
-        frames = (max(ends[-1] - 1, 0), max(ends[-1], 1)) if placed else (None, None)
-        row = [turn.role, content, check_time(turn.time, number), *frames]
+        row = [turn.role, content, turn.time, None, None]
         rows.append(row)
         summarizing = turn.role == "system" and content.startswith(SUMMARY_REQUEST)
-        if turn.role == "user" and placed:
-            waiting.append(row)
-        elif turn.role == "assistant":
+        if edges and turn.role != "system" and not summary:
+            last = max(edges[-1][1] - 1, 0)
+            row[3:] = last, last + 1
+            if turn.role == "user":
+                waiting.append(row)
+        if turn.role == "assistant":
             waiting.clear()
-    _hear_later(waiting)
-    clip.turns = columns(rows)  # type: ignore[arg-type]
-    clip.start_frame = min(starts, default=None) if clip.start_frame is None else clip.start_frame
-    clip.end_frame = max(ends, default=None) if clip.end_frame is None else clip.end_frame
+    _move_on(waiting)
+    clip.turns = columns(rows)
+    clip.start_frame = min((a for a, _ in edges), default=None) if clip.start_frame is None else clip.start_frame
+    clip.end_frame = max((b for _, b in edges), default=None) if clip.end_frame is None else clip.end_frame
 
 
-def _hear_later(waiting: list[list[Any]]) -> None:
-    """Frames (or the end) follow: what was said is heard by the next frame. Empties `waiting`."""
+def _move_on(waiting: list[list[Any]]) -> None:
+    """Move the user turns to the next frame: frames, or the end, follow them. Empties `waiting`."""
     for row in waiting:
         row[3], row[4] = row[4], row[4] + 1
     waiting.clear()

@@ -1,58 +1,29 @@
 """The prospect schema: what the public generators write as `{split}_training.json`, and its one documented sample.
 
 Turns carry `start_frame`/`end_frame`, meant in one of three conventions that the file decides by a vote (labels.py).
-Where no turn has frames but turns have times, frame = floor(time * fps), provided that fps is given. Nearly all
-clips pass the typed decode and one look at the columns (`_usual`); the others are checked turn by turn.
-
-    T turns
+Where no turn has frames but turns have times, frame = floor(time * fps), provided that fps is given.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-import numpy as np
 
-from pipeline.labels import event_frame
-from pipeline.readers.clip import (
-    MAX_FRAME,
-    NOT_STRICT,
-    Clip,
-    ClipError,
-    Reader,
-    Update,
-    brief,
-    check_bounds,
-    check_fps,
-    check_path,
-    check_rate,
-    check_states,
-    check_time,
-    check_uid,
-    columns,
-    name_of,
-    parse,
-    text_of,
-    whole,
-    whole_or_none,
-)
-from pipeline.schema import TRANSITIONS
-
-FIELDS: Final = "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]"
+from pipeline.readers import checks
+from pipeline.readers.clip import NOT_STRICT, Clip, ClipError, Frame, Reader, Update, brief, columns, parse
+from pipeline.schema import STATES, TRANSITIONS
 
 
 class Turn(msgspec.Struct, gc=False):
-    """One entry of `conversation`; after the checks, frames are ints or None and DST content is a list."""
-
     role: Literal["system", "user", "assistant", "DST_UPDATE"]
     content: str | list[Update] | None = None
     time: float | None = None
-    start_frame: int | float | None = None
-    end_frame: int | float | None = None
+    start_frame: Frame | None = None
+    end_frame: Frame | None = None
 
 
 class Step(msgspec.Struct, gc=False):
@@ -71,12 +42,12 @@ class Record(msgspec.Struct, gc=False):
 
     video_uid: str
     conversation: list[Turn]
-    id: str | int | None = None
-    clip_idx: int | float | None = None
+    id: Annotated[str, msgspec.Meta(min_length=1)] | int | None = None
+    clip_idx: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
     dataset: Any = None
     fps: float | str | None = None
-    start_frame_idx: int | float | None = None
-    end_frame_idx: int | float | None = None
+    start_frame_idx: Frame | None = None
+    end_frame_idx: Frame | None = None
     frames_file: str | None = None
     inferred_goal: Any = None
     inferred_knowledge: Any = None
@@ -88,6 +59,12 @@ class Record(msgspec.Struct, gc=False):
 
 _RECORD = msgspec.json.Decoder(Record)
 _UPDATES = msgspec.json.Decoder(list[Update])
+_COLUMNS = operator.attrgetter("role", "content", "time", "start_frame", "end_frame")
+_CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
+
+
+def recognises(names: Collection[str], raw: bytes) -> bool:
+    return "video_uid" in names or "conversation" in names
 
 
 def read_usual(raw: bytes, fps: float | None) -> Clip | None:
@@ -96,158 +73,120 @@ def read_usual(raw: bytes, fps: float | None) -> Clip | None:
         record = _RECORD.decode(raw)
     except NOT_STRICT:
         return None
-    return _clip(record, fps, strict=True)
+    return _clip(record, fps)
 
 
 def read(raw: bytes, fps: float | None) -> Clip:
-    return _clip(parse(raw, _RECORD), fps, strict=False)
+    return _clip(parse(raw, _RECORD), fps)
 
 
-def _clip(record: Record, fps: float | None, strict: bool) -> Clip:
+NEEDS: Final = "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]"
+READER: Final = Reader("prospect", NEEDS, recognises, read)
+
+
+def _clip(record: Record, fps: float | None) -> Clip:
     clip = clip_of(record, "prospect", fps)
-    clip.turns = columns(map(_TURN, record.conversation))
-    check_rate(clip.neg_rate)
-    return check_bounds(clip if strict and _usual(*clip.turns) else _checked(clip))
+    checks.rate(clip.neg_rate)
+    clip.turns = role, content, _, start, end = columns(map(_COLUMNS, record.conversation))
+    whole = None not in start and None not in end and all(map(operator.le, start, end))
+    if not (whole and list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role))):
+        turns = [_checked(number, *turn) for number, turn in enumerate(zip(*clip.turns, strict=True))]
+        said = [(time, start) for role, _, time, start, _ in turns if role != "system"]
+        if any(time is not None for time, _ in said) and all(start is None for _, start in said):
+            turns, clip.convention = _placed_by_time(clip, turns), "event"
+        clip.turns = columns(turns)
+    return checks.bounds(clip)
 
 
-def recognises(names: Collection[str], raw: bytes) -> bool:
-    return "video_uid" in names or "conversation" in names
-
-
-READER: Final = Reader("prospect", FIELDS, recognises, read)
-
-
-def clip_of(record: Record, schema: str, default_fps: float | None) -> Clip:
+def clip_of(record: Record, schema: str, fps_option: float | None) -> Clip:
     """The Clip of a decoded record of this schema or of ProAssist's, all but its turns. Raises ClipError."""
     ignored: list[str] = []
-    metadata = record.metadata
+    metadata = record.metadata or {}
     if type(metadata) is not dict:
-        if metadata:
-            ignored.append("metadata")
+        ignored.append("metadata")
         metadata = {}
-    check_uid(record.video_uid)
-    check_path("frames_file", record.frames_file)
-    if record.id == "":
-        raise ClipError("id", '""', "a name or a number")
-    fps, fps_given = check_fps(record.fps, default_fps)
-    dst = record.dst.steps if isinstance(record.dst, Steps) else record.dst
-    steps: list[tuple[Any, Any]] = [(step.id, step.name) for step in dst or ()]
+    checks.path(record.video_uid, "video_uid")
+    checks.path(record.frames_file or None, "frames_file")
+    fps, fps_given = checks.fps(record.fps, fps_option)
+    for step, state in (record.initial_dst_state or {}).items():
+        if state not in STATES:
+            raise ClipError(f"initial_dst_state.{step}", brief(state), f"one of {', '.join(STATES)}")
+    steps = [(step.id, step.name) for step in (record.dst.steps if isinstance(record.dst, Steps) else record.dst) or ()]
     if not {type(part) for step in steps for part in step} <= {str}:
-        steps = [(str(step), text_of(name, "dst.name", ignored) or "") for step, name in steps]
-    get = metadata.get
+        steps = [(str(step), checks.text(name, "dst.name", ignored) or "") for step, name in steps]
+
+    def described(field: str, key: str) -> str | None:
+        own = checks.text(getattr(record, field), field, ignored)
+        return own or checks.text(metadata.get(key), f"metadata.{key}", ignored)
+
     return Clip(
         schema=schema,
         video_uid=record.video_uid,
         turns=(),
         fps=fps,
         fps_given=fps_given,
-        start_frame=whole_or_none(record.start_frame_idx, "start_frame_idx"),
-        end_frame=whole_or_none(record.end_frame_idx, "end_frame_idx"),
+        start_frame=record.start_frame_idx,
+        end_frame=record.end_frame_idx,
         id=record.id,
-        clip_idx=whole_or_none(record.clip_idx, "clip_idx", least=-(2**31)),
-        user=name_of(get("user_id"), "metadata.user_id", ignored),
-        dataset=text_of(record.dataset, "dataset", ignored),
+        clip_idx=record.clip_idx,
+        user=checks.name(metadata.get("user_id"), "metadata.user_id", ignored),
+        dataset=checks.text(record.dataset, "dataset", ignored),
         frames_file=record.frames_file,
-        goal=text_of(record.inferred_goal, "inferred_goal", ignored)
-        or text_of(get("task_goal"), "metadata.task_goal", ignored),
-        knowledge=text_of(record.inferred_knowledge, "inferred_knowledge", ignored)
-        or text_of(get("knowledge"), "metadata.knowledge", ignored),
-        steps=steps,
-        initial_state=check_states(record.initial_dst_state),
+        goal=described("inferred_goal", "task_goal"),
+        knowledge=described("inferred_knowledge", "knowledge"),
+        steps=steps,  # type: ignore[arg-type]
+        initial_state=record.initial_dst_state,
         neg_rate=record.neg_frame_sampling_rate,
         ignored=ignored,
     )
 
 
-_TURN = operator.attrgetter("role", "content", "time", "start_frame", "end_frame")
-_CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
-_INT: Final = {int}
+# ---- turns that need a closer look -------------------------------------------------------------------
+
+Row = tuple[Any, ...]  # a turn: role, content, time, start_frame, end_frame
 
 
-def _usual(role: Any, content: Any, time: Any, start: Any, end: Any) -> bool:
-    """Whether the turns are plainly right as they are: what `_check_turns` would find, in a tenth of its time.
-
-    Content of its role's type, all frames ints in order. Times are finite: strict JSON knows no others.
-    """
-    return (
-        list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role))
-        and set(map(type, start)) | set(map(type, end)) <= _INT
-        and all(map(operator.le, start, end))
-        and min(start, default=0) >= 0
-        and max(end, default=0) <= MAX_FRAME
-    )
-
-
-def _checked(clip: Clip) -> Clip:
-    """The clip with its turns checked and brought into form where need be."""
-    rows = []
-    for number, (role, content, time, start, end) in enumerate(zip(*clip.turns, strict=True)):
-        content = checked_content(role, content, number)
-        rows.append((role, content, check_time(time, number), *_range(start, end, number)))
-    clip.turns = columns(rows)
-    if _untimed(clip.turns):
-        return _placed_by_time(clip)
-    return clip
-
-
-def _range(start: Any, end: Any, number: int) -> tuple[int | None, int | None]:
-    """A turn's checked range; half a range is none."""
-    start = whole_or_none(start, "start_frame", number)
-    end = whole_or_none(end, "end_frame", number)
+def _checked(number: int, role: str, content: Any, time: Any, start: Any, end: Any) -> Row:
+    """A turn, brought into form; half a frame range is none."""
+    content = checked_content(role, content, number)
     if start is None or end is None:
-        return None, None
+        return role, content, time, None, None
     if end < start:
         raise ClipError("end_frame", str(end), f"at least start_frame {start}", number)
-    return start, end
+    return role, content, time, start, end
 
 
-def _untimed(turns: Sequence[Sequence[Any]]) -> bool:
-    """Whether turns have times, but none of them (the system's left out) has frames."""
-    said = [(time, start) for role, _, time, start, _ in zip(*turns, strict=True) if role != "system"]
-    return any(time is not None for time, _ in said) and all(start is None for _, start in said)
-
-
-def _placed_by_time(clip: Clip) -> Clip:
-    """Each timed turn gets the one frame that shows its time."""
+def _placed_by_time(clip: Clip, turns: list[Row]) -> list[Row]:
+    """The turns, each timed one at the one frame that shows its time."""
     if not clip.fps_given:
         raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
-    rows: list[tuple[Any, ...]] = []
-    for number, (role, content, time, _, _) in enumerate(zip(*clip.turns, strict=True)):
-        if time is None:
-            rows.append((role, content, time, None, None))
-            continue
-        frame = whole(float(event_frame(np.asarray(time), np.asarray(clip.fps))), "time", number)
-        rows.append((role, content, time, frame, frame + 1))
-    clip.turns, clip.convention = columns(rows), "event"
-    return clip
+    frames = [
+        None if turn[2] is None else checks.frame_at(turn[2], clip.fps, "time", i) for i, turn in enumerate(turns)
+    ]
+    return [(*turn[:3], frame, None if frame is None else frame + 1) for turn, frame in zip(turns, frames, strict=True)]
 
 
 def checked_content(role: str, content: Any, number: int) -> Any:
     """Text, or the updates of a DST_UPDATE: a list of {id, transition}, its JSON as text, or 'S1->start, ...'."""
+    if role == "system":
+        return content if type(content) is str else ""  # never read
+    if type(content) is (list if role == "DST_UPDATE" else str):
+        return content
     if role != "DST_UPDATE":
-        if type(content) is not str:
-            if role == "system":
-                return ""  # never read
-            raise ClipError("content", brief(content), "text", number)
-        return content
-    if type(content) is list:
-        return content
+        raise ClipError("content", brief(content), "text", number)
     if type(content) is not str:
         raise ClipError("content", brief(content), "a list of {id, transition}, or text like S1->start", number)
     if content.lstrip().startswith("["):
         try:
             return _UPDATES.decode(content)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except NOT_STRICT as error:
             raise ClipError("content", brief(content), f"a list of updates ({error})", number) from None
     updates = []
     for part in filter(str.strip, re.split(r"[,;\n]", content)):
-        match = _ARROW.fullmatch(part)
+        match = re.fullmatch(r"\s*(.+?)\s*->\s*(\w+)\s*", part)
         if not match:
             raise ClipError("content", brief(part), "text like S1->start", number)
         if match[2] not in TRANSITIONS:
             raise ClipError("content", brief(match[2]), f"one of {', '.join(TRANSITIONS)}", number)
         updates.append(Update(match[1], match[2]))  # type: ignore[arg-type]
     return updates
-
-
-_ARROW = re.compile(r"\s*(.+?)\s*->\s*(\w+)\s*")

@@ -32,7 +32,7 @@ from samples import (
     with_field,
 )
 
-from pipeline.readers.index import Scanner
+from pipeline.readers import index
 
 # ---- one broken clip between two good ones -----------------------------------------------------------
 
@@ -235,7 +235,7 @@ def damaged(rng: random.Random, text: bytes) -> bytes:
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 def test_slow_reading_loses_nothing_at_its_seams(layout: str, start: bytes, tmp_path: Path, monkeypatch):
     """0.8 MB of characters of 1 to 4 bytes, in windows of 64 kB, read the slow way because of one NaN."""
-    monkeypatch.setattr(Scanner, "WINDOW", 1 << 16)
+    monkeypatch.setattr(index, "WINDOW", 1 << 16)
     rng, texts, whole = random.Random(layout), [], []
     for i in range(100):
         clip = good(f"c{i}", inferred_knowledge="é部✓😀x" * rng.randint(0, 900))

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.dataset import ClipExample, Split, read_manifest
 from pipeline.errors import InputError
-from pipeline.readers.clip import text_of
+from pipeline.readers.checks import text as text_of
 from pipeline.schema import NOT_SAMPLED, STATES, TRANSITIONS
 from pipeline.state import contradicts
 from pipeline.terminal import command

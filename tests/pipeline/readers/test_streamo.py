@@ -115,7 +115,7 @@ def test_silence_is_no_turn():
         ({"response": [{"content": "x", "time": 1e12}]}, "response[0].time", "1000000000000.0"),
         ({"response": [{"content": "x", "st_time": 9.0, "end_time": 5.0}]}, "response[0].end_time", "5.0"),
         ({"response": [{"content": "x", "st_time": 5.0, "end_time": "", "time": ""}]}, "response[0]", "no time"),
-        ({"response": [{"content": 5, "time": 1}]}, "response[0].content", "int"),
+        ({"response": [{"content": 5, "time": 1}]}, "response[0].content", "5"),
         ({"response": [], "question": []}, "start_frame_idx, end_frame_idx", "nothing"),
         ({"video_path": "../v1.mp4"}, "video_path", '"../v1.mp4"'),
         ({"video_path": "", "video_name": ""}, "video_path", "nothing"),
