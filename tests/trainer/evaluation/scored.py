@@ -64,7 +64,7 @@ def noisy_clips(number: int, seed: int = 0, frames: int = 60, recordings: int = 
                 turns.append(dst(at, at + 1, ("S1", "start" if rng.random() < 0.5 else "complete")))
             if rng.random() < 0.7:
                 turns.append(turn("assistant", "!", at, at + 1))
-        shifted = [replace(t, start_frame=t.start_frame + 10 * i, end_frame=t.end_frame + 10 * i) for t in turns]
+        shifted = [t._replace(start_frame=t.start_frame + 10 * i, end_frame=t.end_frame + 10 * i) for t in turns]
         scored = clip_of(shifted, 10 * i, frames, name=f"c{i:02d}", recording=f"r{i % recordings}")
         logits = {
             head: np.round(3 * (scored.clip.labels[row] == 1) + rng.normal(size=frames), 1).astype(np.float32)
