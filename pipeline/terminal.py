@@ -11,6 +11,7 @@ from io import StringIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 
 def console() -> Console:
@@ -21,17 +22,18 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields report(what, done, of); the bar is on stderr, and only where that is a terminal."""
+def progress_bar() -> Iterator[Callable[..., None]]:
+    """Yields report(what, done, of, note=""); the bar is on stderr, and only where that is a terminal."""
     stderr = Console(stderr=True)
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         tasks: dict[str, int] = {}
 
-        def report(what: str, done: int, of: int) -> None:
+        def report(what: str, done: int, of: int, note: str = "") -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], completed=done, total=of)  # type: ignore[arg-type]
+                tasks[what] = bar.add_task(what, total=of, note=note)
+            bar.update(tasks[what], completed=done, total=of, note=note)  # type: ignore[arg-type]
 
         yield report
 

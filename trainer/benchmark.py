@@ -51,7 +51,7 @@ from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
 from trainer.evaluation.report import headline, write_report
 from trainer.evaluation.scores import read_scores
 from trainer.loader import end_with
-from trainer.run_folder import SOURCES, options_of, read_start, take_lock
+from trainer.run_folder import SOURCES, lock_folder, read_options, run_options
 from trainer.run_log import read_metrics
 from trainer.train import train
 
@@ -169,7 +169,7 @@ def benchmark(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> Pa
     jobs = [Job(plan, arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
     with naming(plan.out), ExitStack() as held_open:
         make_folder(plan.out)
-        take_lock(plan.out, held_open)
+        lock_folder(plan.out, held_open)
         left = [job for job in jobs if not is_done(job, held, learned)]
         if len(left) < len(jobs):
             tell(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
@@ -231,13 +231,13 @@ def is_done(job: Job, held: EvalSplits, learned: Split) -> bool:
     scores, plan = job.run / "scores", job.plan
     if not (scores / METRICS_FILE).is_file() or not (job.run / "last").is_dir():
         return False
-    begun = read_start(job.run)
+    begun = read_options(job.run)
     config = job.config.on("cuda" if torch.cuda.is_available() else "cpu")
     changed = config.differences(TrainConfig.from_json(begun["config"]))
     if changed:
         raise InputError(f"{job.run}: {'; '.join(changed)}; benchmark into a new --out")
     eval_split = held.all.get(plan.config.eval_split)
-    now = options_of(job.config, learned, eval_split, plan.features) if eval_split else begun
+    now = run_options(job.config, learned, eval_split, plan.features) if eval_split else begun
     metrics = _metrics(job)
     if not metrics:
         return False

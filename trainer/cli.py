@@ -175,10 +175,10 @@ def train(
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
     from pipeline.terminal import command, console, plain
     from trainer.evaluation.tables import render_report
-    from trainer.run_folder import start_config
+    from trainer.run_folder import resolve_config
     from trainer.train import train as fit
 
-    config = start_config(run, given.of(TrainConfig), given.chosen & {f.name for f in fields(TrainConfig)}, resume)
+    config = resolve_config(run, given.of(TrainConfig), given.chosen & {f.name for f in fields(TrainConfig)}, resume)
     report = fit(data, run, config, frames_root, features, given.make(RunOptions), resume)
     if not report.is_main:
         return 0
@@ -281,13 +281,13 @@ def benchmark(
     from pipeline.inspect import told_hazards
     from pipeline.terminal import plain
     from trainer import benchmark as of
-    from trainer.run_folder import start_config
+    from trainer.run_folder import resolve_config
     from trainer.synthetic_data import make
 
     values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
     if "eval_every" not in given.chosen:  # about eight points of the training curve
         values["eval_every"] = max(1, values["steps"] // 8)
-    config = start_config(out, values, given.chosen & set(values))
+    config = resolve_config(out, values, given.chosen & set(values))
     if str(data) == "synth" and not data.exists():
         data = make(out, state_tells, echo=typer.echo)
     plan = of.Plan(

@@ -13,7 +13,7 @@ step than on all rows).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,18 +203,18 @@ def _add_adapters(body: nn.Module, config: TrainConfig) -> None:
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), body)
 
 
-def plain_weights(vlm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of the SmolVLM as it would be without adapters: they are added into the weights they adapt."""
-    state = vlm.state_dict()
+def merge_adapters(vlm: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The SmolVLM's state dict `state` without LoRA adapters: each is added into the weight that it adapts."""
     deltas = {
-        f"{name}.weight": module.get_delta_weight("default")
+        f"{name}.base_layer.weight": module.get_delta_weight("default")
         for name, module in vlm.named_modules()
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
     }
-    for name, value in state.items():
-        if ".lora_" not in name:
-            plain = name.replace(".base_layer.", ".")
-            yield plain, value + deltas[plain].to(value.dtype) if plain in deltas else value
+    return {
+        name.replace(".base_layer.", "."): value + deltas[name].to(value) if name in deltas else value
+        for name, value in state.items()
+        if ".lora_" not in name
+    }
 
 
 def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForConditionalGeneration:

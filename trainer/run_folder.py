@@ -1,7 +1,7 @@
-"""Where a run starts: from nothing, or from RUN/last, and what it refuses to go on with.
+"""The run folder: its lock, what the run is a function of (RUN/options.json), and the resume check.
 
-RUN/options.json says what the run is a function of (options, data, where frames come from); it is written when all
-that can be checked beforehand is checked, just before the first step, and compared at every resume.
+options.json is written when all that can be checked beforehand has been, just before the first step; every resume is
+compared with it (`check_resume`).
 """
 
 from __future__ import annotations
@@ -23,107 +23,102 @@ from trainer.features import kept_layer
 from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
-START = "options.json"
+OPTIONS = "options.json"
 SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
 
 
-# ---- what a run is of --------------------------------------------------------------------------------
+def run_options(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
+    """The content of options.json. InputError where a part is to be trained whose output is cached in `features`."""
+    layer = "none" if features is None else kept_layer(features)
+    frames, frozen = {
+        "none": ("pixels", ()),
+        "vision": ("features", ("vision",)),
+        "connector": ("connector's features", ("vision", "connector")),
+    }[layer]
+    if not set(frozen) <= set(config.freeze):
+        other = ", or run prospect-dst encode --keep vision into another folder" if layer == "connector" else ""
+        raise InputError(f"{features}: these features are for frozen parts; add --freeze {','.join(frozen)}{other}")
+    sources = (split.key, held_out.key if held_out else None, frames)
+    return {"config": config.to_json(), **dict(zip(SOURCES, sources, strict=True))}
 
 
-def options_of(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
-    """The content of options.json. InputError where what cached features were made by is to learn."""
-    if features is not None and "vision" not in config.freeze:
-        raise InputError(f"{features}: features are of a tower that does not learn; add --freeze vision")
-    after_connector = features is not None and kept_layer(features) == "connector"
-    if after_connector and "connector" not in config.freeze:
-        raise InputError(
-            f"{features}: features are of a connector that does not learn; add --freeze vision,connector, or run "
-            f"prospect-dst encode --keep vision into another folder"
-        )
-    return {
-        "config": config.to_json(),
-        "train data": split.key,
-        "evaluation data": held_out.key if held_out else None,
-        "frames": "pixels" if features is None else "connector's features" if after_connector else "features",
-    }
+def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitStack) -> None:
+    """Lock the folder if it exists (until `held` is closed), restore its checkpoints, refuse what this run can't use.
 
-
-def check_folder(run: Path, begun: dict[str, Any], resume: bool, held: ExitStack) -> None:
-    """Refuse to write into something else, over a run, or on with a run that was begun otherwise.
-
-    A run that stopped before its first checkpoint may be begun anew. `held` gets the folder's lock.
+    InputError for files of somebody else, a run without `resume`, and a run of other options. A run that stopped
+    before its first checkpoint may be started anew.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: not a folder; choose another --run")
     if not run.exists() or is_vacant(run):
         return
-    take_lock(run, held)
-    recover(run / "last")
-    recover(run / "best")
-    saved = (run / "last").exists() or (run / "best").exists()
-    if not resume and (saved or not (run / START).is_file()):
+    lock_folder(run, held)
+    for name in ("last", "best"):
+        recover(run / name)
+    started = (run / OPTIONS).is_file()
+    if not resume and (not started or any((run / name).exists() for name in ("last", "best"))):
         raise InputError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if not (run / START).is_file():
-        raise InputError(f"{run / START}: not found, so this is no run that could go on; choose another --run")
     if resume:
-        _refuse_changes(run / START, read_start(run), begun)
+        check_resume(run, options)
 
 
-def write_start(run: Path, begun: dict[str, Any], held: ExitStack) -> None:
-    """Write RUN/options.json whole, or leave what is there; `held` gets the folder's lock, in place of an older one.
+def check_resume(run: Path, options: dict[str, Any]) -> None:
+    """InputError that names what the run was started with and `options` has otherwise."""
+    before = read_options(run)
+    changed = [
+        f"{name}: {options[name]}, the run has {before[name]}" for name in SOURCES if options[name] != before[name]
+    ]
+    changed += TrainConfig.from_json(options["config"]).differences(TrainConfig.from_json(before["config"]))
+    if changed:
+        raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with the same, or train into a new folder")
 
-    It tries out what checkpoints need, so that a file system which refuses it is named before the first step.
-    """
+
+def write_options(run: Path, options: dict[str, Any], held: ExitStack) -> None:
+    """Make and lock the folder, and write RUN/options.json: a file system that can't take a run is found out here."""
     make_folder(run)
     held.close()
-    take_lock(run, held)
-    write_json(run / START, begun)
+    lock_folder(run, held)
+    write_json(run / OPTIONS, options)
 
 
-def take_lock(run: Path, held: ExitStack) -> None:
-    """Keep other processes out of the folder until `held` is closed, or this process ends, however it does."""
+def lock_folder(run: Path, held: ExitStack) -> None:
+    """Keep other processes out until `held` is closed or this process ends; InputError where one is in."""
     taken = InputError(f"{run}: another process is at work there; wait for it, or choose another folder")
     held.enter_context(lock(run / LOCK, taken))
 
 
-def read_start(run: Path) -> dict[str, Any]:
-    """What RUN/options.json says, as `options_of` made it."""
-    path = run / START
+def read_options(run: Path) -> dict[str, Any]:
+    """RUN/options.json, as `run_options` made it."""
+    path = run / OPTIONS
+    if not path.is_file():
+        raise InputError(f"{path}: not found, so this is no run that could go on; choose another --run")
     try:
-        begun = json.loads(path.read_bytes())
-        _ = TrainConfig.from_json(begun["config"]), [begun[name] for name in SOURCES]
+        options = json.loads(path.read_bytes())
+        return {"config": TrainConfig.from_json(options["config"]).to_json()} | {
+            name: options[name] for name in SOURCES
+        }
     except (ValueError, KeyError, TypeError) as error:
-        hint = "damaged, or written by another version; train again into a new folder"
-        raise InputError(f"{path}: not a run's options ({error!r}): {hint}") from None
-    return dict(begun)
+        raise InputError(f"{path}: damaged, or of another version ({error!r}); train into a new folder") from None
 
 
-def start_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
-    """The config from `values`; a resumed run keeps its own, but for the fields `chosen`, which must agree with it.
+def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
+    """The config of `values`; a resumed run keeps its own but for the fields that were `chosen`.
 
     A warm-up that was not chosen is cut to the number of steps.
     """
-    if resume and (run / START).is_file():
-        kept = read_start(run)["config"]
-        return TrainConfig.from_json(kept | {name: values[name] for name in chosen})
-    steps = min(TrainConfig.warmup_steps, values["steps"])
-    return TrainConfig(**values | ({} if "warmup_steps" in chosen else {"warmup_steps": steps}))
+    if resume and (run / OPTIONS).is_file():
+        return TrainConfig.from_json(read_options(run)["config"] | {name: values[name] for name in chosen})
+    if "warmup_steps" not in chosen:
+        values = values | {"warmup_steps": min(TrainConfig.warmup_steps, values["steps"])}
+    return TrainConfig(**values)
 
 
-def _refuse_changes(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = TrainConfig.from_json(now["config"]).differences(TrainConfig.from_json(was["config"]))
-    found = [f"{name}: {now[name]}, the run has {was[name]}" for name in SOURCES if now[name] != was[name]]
-    changed = [*found, *changed]
-    if changed:
-        raise InputError(f"{path}: {'; '.join(changed)}; resume with the same, or train into a new folder")
-
-
-# ---- the model -------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------
 
 
 @dataclass
-class Setup:
-    """A model, and how far it is."""
+class TrainState:
+    """A model in training and how far it is."""
 
     model: ProspectModel
     tokens: Tokens
@@ -132,42 +127,35 @@ class Setup:
     best: float = -1.0  # mean AP on the evaluation split
 
 
-def fresh(split: Split, config: TrainConfig) -> Setup:
-    """A new model, its head biases at the log-odds that the loss sees, and what a checkpoint says of the data."""
-    known = config.model not in RANDOM_MODELS
+def new_state(split: Split, config: TrainConfig) -> TrainState:
+    """A new model; the biases of its heads start at the log-odds of the positives that the loss sees."""
     verify_model(config.model)
-    tokens = load_tokens(model_folder(config.model)) if known else train_tiny_tokens(split.texts())
-    statistics = split.statistics()
-    rates = statistics.positive_rates()
-    seen = statistics.positive_rates(of_all=True) if config.reweigh else rates
+    random = config.model in RANDOM_MODELS
+    tokens = train_tiny_tokens(split.texts()) if random else load_tokens(model_folder(config.model))
     vlm = load_model(config.model, len(tokens), config.seed)
-    longest = int(vlm.config.text_config.max_position_embeddings)
-    if config.max_tokens > longest:
+    text = vlm.config.text_config
+    if config.max_tokens > text.max_position_embeddings:
+        longest = text.max_position_embeddings
         raise InputError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
-    heads = DecisionHeads(int(vlm.config.text_config.hidden_size), (0.5, 0.5) if config.balance == "mean" else seen)
+    statistics = split.statistics()
+    rates = statistics.positive_rates(of_all=config.reweigh)
+    heads = DecisionHeads(int(text.hidden_size), (0.5, 0.5) if config.balance == "mean" else rates)
     if find_arm(config.arm).decides == "inverted":
         heads.speak.bias.data.neg_()
+    kinds = ("negative", "positive", "not_sampled")
+    counts = zip(("speaking", "dst_update"), statistics.counts.tolist(), strict=True)
     info = {
         "data_key": split.key,
-        "labels": _label_counts(statistics.counts),
-        "positive_rates": rates,
+        "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},
+        "positive_rates": statistics.positive_rates(),
         "neg_rate": statistics.neg_rate,
         "fps": next(split.in_order()).fps,
     }
-    return Setup(ProspectModel(vlm, heads, config, tokens.end), tokens, info)
+    return TrainState(ProspectModel(vlm, heads, config, tokens.end), tokens, info)
 
 
-def _label_counts(counts: Any) -> dict[str, dict[str, int]]:
-    """Statistics.counts [2, 3] with names."""
-    names = ("negative", "positive", "not_sampled")
-    return {
-        head: dict(zip(names, map(int, row), strict=True))
-        for head, row in zip(("speaking", "dst_update"), counts, strict=True)
-    }
-
-
-def resumed(run: Path) -> Setup:
-    """RUN/last as it was left; its optimizer is `load_state`'s."""
+def resumed_state(run: Path) -> TrainState:
+    """RUN/last as it was left; its optimizer is `checkpoint.load_state`'s."""
     loaded = load_run(run / "last", to_train=True)
     info = dict(loaded.info)
-    return Setup(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
+    return TrainState(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))

@@ -1,9 +1,8 @@
-"""Every step of a run where you can see it: RUN/metrics.jsonl, TensorBoard, and a bar or plain lines on stderr.
+"""The log of a run: RUN/metrics.jsonl, TensorBoard, wandb if asked for, and progress on stderr.
 
-metrics.jsonl is the record. Each line is flushed as it comes: kill -9 costs at most the line being written, and
-`rewind` takes the file back to the checkpoint that a resumed run starts from. What depends on the clock stands
-apart, under "clock"; the rest is the same, bit for bit, whether a run was interrupted or not. Strict JSON: what is
-not finite is null. wandb and trackio get the same numbers, if asked for. 0.4 ms a step, TensorBoard included.
+metrics.jsonl is the record: each line is flushed, so kill -9 costs at most the line being written, and `rewind` cuts it
+to the checkpoint that a resumed run starts from. What depends on the clock stands apart under "clock"; the rest is the
+same, bit for bit, whether a run was interrupted or not. Strict JSON: what is not finite is null.
 
     {"step": 3, "loss": 1.2, "speaking": 0.6, "dst_update": 0.4, "lm": 0.2, "n_speaking": 390.0, ..., "grad_norm": 0.9,
      "lr": 2e-3, "tokens": 3400, "padding": 0.01, "clock": {"seconds": 0.8, "tokens_per_s": 4250.0}}
@@ -16,74 +15,66 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
-from rich.text import Text
+import msgspec
 
 from pipeline.errors import InputError
+from pipeline.schema import HEADS
 from pipeline.storage import replacing
+from pipeline.terminal import clock, progress_bar
 
 Line = dict[str, Any]
-Write = Callable[[Line], None]
+Log = Callable[[Line], object]
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-LOGGERS: Final = ("wandb", "trackio")
-LOSSES: Final = {"loss": "loss/total", "speaking": "loss/speaking", "dst_update": "loss/dst_update", "lm": "loss/lm"}
-_RECENT_STEPS, _QUIET_S = 20, 30.0
-
-
-class Metrics:
-    """Hands each line to all that want it. `Metrics()` hands it to nobody: what ranks above 0 hold."""
-
-    def __init__(self, writes: Sequence[Write] = ()) -> None:
-        self._writes = tuple(writes)
-
-    def step(self, line: Line) -> None:
-        """Take an optimizer step's numbers: `step` counts from 1, `padding` in 0..1, `seconds` by the clock."""
-        self._write(_clocked(line))
-
-    def evaluation(self, line: Line) -> None:
-        """Take {"step": steps done, "evaluation": EvalReport.to_json()}, with `seconds` if it was timed."""
-        self._write(_clocked(line))
-
-    def _write(self, line: Line) -> None:
-        for write in self._writes:
-            write(line)
+LOSSES: Final = {"loss": "loss/total", **{term: f"loss/{term}" for term in (*HEADS, "lm")}}
+_QUIET_S: Final = 30.0
 
 
 @contextmanager
-def open_metrics(
+def open_log(
     run: Path,
     total_steps: int,
-    start_step: int = 0,
-    logger: str | None = None,
+    done: int = 0,
+    tracker: str | None = None,
     shown: bool = True,
-    config: dict[str, Any] | None = None,
-) -> Iterator[Metrics]:
-    """Metrics of the run in the folder `run`, which has done `start_step` steps; what was logged later is dropped.
+    config: Line | None = None,
+) -> Iterator[Log]:
+    """A function that logs a line: a step's numbers (`step` from 1, `seconds`, ...), or {"step", "evaluation"}.
 
-    `logger`: 'wandb' or 'trackio', told `config`. `shown`: progress on stderr, a bar on a terminal, else plain lines.
-    Raises InputError where the logger cannot be used; OSError, also later, where the disk is full.
+    What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`. shown: progress on stderr.
+    InputError where the tracker can't be used; OSError, also later, where the disk is full.
     """
-    package = find_logger(logger)
-    rewind(run, start_step)
-    console = Console(stderr=True, highlight=False, quiet=not shown)
+    wandb = find_tracker(tracker)
+    rewind(run, done)
     with ExitStack() as stack:
-        # the tracker starts first, for it may refuse, and writes last
-        tracked = [stack.enter_context(_tracked(package, run, config or {}))] if package else []
-        sinks = [_json_lines(run / METRICS), _tensorboard(run / TENSORBOARD, start_step, console)]
-        if shown:
-            sinks.append((_bar if console.is_terminal else _plain_lines)(console, total_steps, start_step))
-        yield Metrics([*(stack.enter_context(sink) for sink in sinks), *tracked])
+        logs = [stack.enter_context(_wandb(wandb, run, config or {}))] if wandb else []  # first, as it may refuse
+        logs += [stack.enter_context(_json_lines(run / METRICS)), stack.enter_context(_tensorboard(run, done, shown))]
+        logs += [stack.enter_context(_progress(total_steps, done))] if shown else []
+
+        def log(line: Line) -> None:
+            line = _with_clock(line)
+            for write in logs:
+                write(line)
+
+        yield log
+
+
+def _with_clock(line: Line) -> Line:
+    """The line with `seconds`, and the speed that follows from it, under `clock`."""
+    rest = {name: value for name, value in line.items() if name != "seconds"}
+    if "seconds" not in line:
+        return rest
+    seconds = line["seconds"]
+    speed = {"tokens_per_s": round(line["tokens"] / seconds, 1)} if seconds > 0 and "tokens" in line else {}
+    return {**rest, "clock": {"seconds": round(seconds, 4), **speed}}
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------
@@ -92,22 +83,18 @@ def open_metrics(
 def read_metrics(run: Path) -> list[Line]:
     """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file.
 
-    Raises InputError where another line is damaged.
+    InputError where another line is damaged.
     """
     return [line for _, line in _lines_of(run / METRICS)]
 
 
 def rewind(run: Path, step: int) -> None:
-    """Drop from RUN/metrics.jsonl the lines of later steps, and a last one that was cut off.
-
-    The rest keeps its bytes; the file is replaced whole. Raises InputError where another line is damaged.
-    """
+    """Drop from RUN/metrics.jsonl the lines of later steps, and a last one that was cut off; the file is replaced."""
     path = run / METRICS
-    if not path.exists():
-        return
-    kept = b"".join(text for text, line in _lines_of(path) if line["step"] <= step)
-    with replacing(path) as new:
-        new.write_bytes(kept)
+    if path.exists():
+        kept = b"".join(text for text, line in _lines_of(path) if line["step"] <= step)
+        with replacing(path) as new:
+            new.write_bytes(kept)
 
 
 def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
@@ -124,38 +111,17 @@ def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
 
 
 @contextmanager
-def _json_lines(path: Path) -> Iterator[Write]:
-    with path.open("a", encoding="utf-8") as file:
+def _json_lines(path: Path) -> Iterator[Log]:
+    with path.open("ab") as file:
 
         def write(line: Line) -> None:
-            file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
+            file.write(msgspec.json.encode(line) + b"\n")
             file.flush()
 
         yield write
 
 
-def _strict(value: Any) -> Any:
-    """`value` with null for each number that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _strict(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _clocked(line: Line) -> Line:
-    """The line with `seconds`, and the speed that follows from it, under `clock`."""
-    rest = {name: value for name, value in line.items() if name != "seconds"}
-    seconds = line.get("seconds")
-    if seconds is None:
-        return rest
-    clock = {"seconds": round(seconds, 4)}
-    if seconds > 0 and "tokens" in line:
-        clock["tokens_per_s"] = round(line["tokens"] / seconds, 1)
-    return {**rest, "clock": clock}
-
-
-# ---- TensorBoard, wandb, trackio ---------------------------------------------------------------------
+# ---- TensorBoard, wandb ------------------------------------------------------------------------------
 
 
 def scalars(line: Line) -> dict[str, float]:
@@ -163,159 +129,97 @@ def scalars(line: Line) -> dict[str, float]:
 
     Left out: what is not finite or not known, and a loss term with nothing to supervise (it is 0, not learnt).
     """
-    named = _of_evaluation(line["evaluation"]) if "evaluation" in line else _of_step(line)
+    named = {}
+    if "evaluation" in line:
+        found = line["evaluation"]
+        named = {f"{head}_{key}": found.get(head, {}).get(key) for head in HEADS for key in ("ap", "chance")}
+        named = {f"eval/{found['split']}/{name}": v for name, v in {**named, "lm_loss": found.get("lm_loss")}.items()}
+    else:
+        for name, value in {**line, **line.get("clock", {})}.items():
+            if name != "step" and line.get(f"n_{name}") != 0:
+                plain = f"supervised/{name[2:]}" if name.startswith("n_") else f"train/{name}"
+                named[LOSSES.get(name, plain)] = value
     return {name: float(v) for name, v in named.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
-def _of_step(line: Line) -> Line:
-    values = {name: value for name, value in {**line, **line.get("clock", {})}.items() if name != "step"}
-    named = {}
-    for name, value in values.items():
-        if name in LOSSES and values.get(f"n_{name}") == 0:
-            continue
-        plain = f"supervised/{name[2:]}" if name.startswith("n_") else f"train/{name}"
-        named[LOSSES.get(name, plain)] = value
-    return named
-
-
-def _of_evaluation(found: Line) -> Line:
-    heads = {
-        f"{head}_{what}": found.get(head, {}).get(what)
-        for head in ("speaking", "dst_update")
-        for what in ("ap", "chance")
-    }
-    return {f"eval/{found['split']}/{name}": v for name, v in {**heads, "lm_loss": found.get("lm_loss")}.items()}
-
-
 @contextmanager
-def _tensorboard(folder: Path, start_step: int, console: Console) -> Iterator[Write]:
+def _tensorboard(run: Path, done: int, shown: bool) -> Iterator[Log]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        console.print(f"no {folder}: tensorboard is not installed; {METRICS} has the same numbers", soft_wrap=True)
+        if shown:
+            missing = f"no {run / TENSORBOARD}: tensorboard is not installed; {METRICS} has the same numbers"
+            print(missing, file=sys.stderr)
         yield lambda line: None
         return
     # purge_step: what a killed run logged after its checkpoint is not shown
-    writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30) as writer:  # type: ignore[no-untyped-call]
 
-    def write(line: Line) -> None:
-        for name, value in scalars(line).items():
-            writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+        def write(line: Line) -> None:
+            for name, value in scalars(line).items():
+                writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
 
-    try:
         yield write
-    finally:
-        writer.close()  # type: ignore[no-untyped-call]
 
 
-def find_logger(name: str | None) -> ModuleType | None:
-    """The package called `name`, None for None; InputError where it is unknown or not installed."""
+def find_tracker(name: str | None) -> ModuleType | None:
+    """The package wandb for 'wandb', None for None; InputError where it is another name, or not installed."""
     if name is None:
         return None
-    if name not in LOGGERS:
-        raise InputError(f"--log {name}: expected one of {', '.join(LOGGERS)}, or leave --log out")
+    if name != "wandb":
+        raise InputError(f"--log {name}: expected wandb, or leave --log out")
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f"--log {name}: {name} is not installed; pip install {name}, or leave --log out") from None
+        raise InputError("--log wandb: wandb is not installed; pip install wandb, or leave --log out") from None
 
 
 @contextmanager
-def _tracked(package: ModuleType, run: Path, config: dict[str, Any]) -> Iterator[Write]:
-    """wandb's and trackio's common ground; a resumed run is a new one of the same name and group."""
-    which, name = package.__name__, run.resolve().name
-    project = os.environ.get(f"{which.upper()}_PROJECT", "prospect-dst")
-    place = {"dir": str(run)} if which == "wandb" else {}
+def _wandb(wandb: Any, run: Path, config: Line) -> Iterator[Log]:
+    """A resumed run is a new one of the same name and group."""
+    name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
     try:
-        package.init(project=project, name=name, group=name, config=config, **place)
+        wandb.init(project=project, name=name, group=name, config=config, dir=str(run))
     except Exception as error:
         why = " ".join(str(error).split())
-        raise InputError(f"--log {which}: it does not start ({why}); see its manual, or leave --log out") from None
+        raise InputError(f"--log wandb: it does not start ({why}); see its manual, or leave --log out") from None
+    exit_code = 1
     try:
-        yield lambda line: package.log(scalars(line), step=line["step"])
-    except BaseException:
-        package.finish(**({"exit_code": 1} if which == "wandb" else {}))
-        raise
-    package.finish()
+        yield lambda line: wandb.log(scalars(line), step=line["step"])
+        exit_code = 0
+    finally:
+        wandb.finish(exit_code=exit_code)
 
 
 # ---- on stderr ---------------------------------------------------------------------------------------
 
 
-class _Bar(Progress):
-    """A progress bar with a line of losses under it."""
-
-    losses = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield from super().get_renderables()
-        yield Text(self.losses, overflow="ellipsis", no_wrap=True)
-
-
 @contextmanager
-def _bar(console: Console, total: int, start: int) -> Iterator[Write]:
-    """For a terminal: the bar stays when all is done; evaluations are printed above it."""
-    speed = TextColumn("{task.fields[speed]}", markup=False, table_column=Column(no_wrap=True))
-    columns = (TextColumn("train"), BarColumn(bar_width=None), MofNCompleteColumn(), speed)
-    pace = _Pace(total)
-    with _Bar(*columns, console=console, expand=True, refresh_per_second=4) as bar:
-        task = bar.add_task("train", total=total, completed=start, speed="")
+def _progress(total: int, done: int) -> Iterator[Log]:
+    """A bar on a terminal; a line for the first step, the last, each tenth of the run, and after 30 s without."""
+    from torch import cuda
+
+    began = time.monotonic()
+    tenth, said, tokens, seconds = -1, 0.0, 0, 0.0
+    with progress_bar() as bar:
 
         def write(line: Line) -> None:
+            nonlocal tenth, said, tokens, seconds
+            step, now = line["step"], time.monotonic()
             if "evaluation" in line:
-                bar.print(_evaluation_text(line, total), markup=False, soft_wrap=True)
+                print(f"step {step}/{total}  {_evaluation_text(line['evaluation'])}", file=sys.stderr)
                 return
-            bar.losses = _losses_text(line)
-            bar.update(task, completed=line["step"], speed=pace.after(line))
+            tokens, seconds = tokens + line.get("tokens", 0), seconds + line.get("clock", {}).get("seconds", 0.0)
+            pace = [f"{tokens / seconds:,.0f} tok/s"] if tokens and seconds else []
+            pace.append(f"eta {clock(round((total - step) * (now - began) / (step - done)))}")
+            if cuda.is_initialized():
+                pace.append(f"peak {cuda.max_memory_allocated() / 2**30:.1f} GiB")
+            bar("train", step, total, "  ".join([f"loss {short(line['loss'])}", *pace]))
+            if tenth != step * 10 // total or now - said >= _QUIET_S:
+                tenth, said = step * 10 // total, now
+                print("  ".join([f"step {step}/{total}", _losses_text(line), *pace]), file=sys.stderr)
 
         yield write
-
-
-@contextmanager
-def _plain_lines(console: Console, total: int, start: int) -> Iterator[Write]:
-    """For a log file: the first step, the last, each tenth of the run, and one whenever 30 s have passed without."""
-    pace = _Pace(total)
-    tenth, said = -1, 0.0
-
-    def write(line: Line) -> None:
-        nonlocal tenth, said
-        if "evaluation" in line:
-            console.print(_evaluation_text(line, total), markup=False, soft_wrap=True)
-            return
-        step, now, speed = line["step"], time.monotonic(), pace.after(line)
-        if tenth == step * 10 // total and now - said < _QUIET_S:
-            return
-        tenth, said = step * 10 // total, now
-        parts = (f"step {step}/{total}", _losses_text(line), speed)
-        console.print("  ".join(part for part in parts if part), markup=False, soft_wrap=True)
-
-    yield write
-
-
-class _Pace:
-    """Tokens a second over the last 20 steps; time left at the mean pace since the first step, evaluations included."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)  # tokens, seconds
-        self._first: tuple[int, float] | None = None  # step, and when it was done
-
-    def after(self, line: Line) -> str:
-        """What there is to say after a step: speed, padding, time left, and on a GPU the peak of its memory."""
-        seconds = line.get("clock", {}).get("seconds", 0.0)
-        self._recent.append((line.get("tokens", 0), seconds))
-        tokens, spent = (sum(column) for column in zip(*self._recent, strict=True))
-        parts = [f"{tokens / spent:,.0f} tok/s" if tokens and spent else ""]
-        parts.append(f"padding {line['padding']:.1%}" if "padding" in line else "")
-        parts.append(f"eta {_duration(self._left(line['step'], seconds))}")
-        return "  ".join(part for part in (*parts, _peak_memory()) if part)
-
-    def _left(self, step: int, seconds: float) -> float:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
-        first, since = self._first
-        return (self._total - step) * (seconds if step <= first else (now - since) / (step - first))
 
 
 def _losses_text(line: Line) -> str:
@@ -324,11 +228,10 @@ def _losses_text(line: Line) -> str:
     return "  ".join(f"{name} {'-' if line.get(f'n_{name}') == 0 else short(v)}" for name, v in shown.items())
 
 
-def _evaluation_text(line: Line, total: int) -> str:
-    found = line["evaluation"]
-    known = [(name, found[name]) for name in ("speaking", "dst_update") if name in found]
-    heads = [f"{name} AP {short(head['ap'])} (chance {short(head['chance'])})" for name, head in known]
-    return f"step {line['step']}/{total}  on {found['split']}: {'  '.join(heads)}"
+def _evaluation_text(found: Line) -> str:
+    known = {head: found[head] for head in HEADS if head in found}
+    heads = [f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known.items()]
+    return f"on {found['split']}: {'  '.join(heads)}"
 
 
 def short(value: float | None) -> str:
@@ -336,14 +239,3 @@ def short(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"
-
-
-def _peak_memory() -> str:
-    from torch import cuda
-
-    return f"peak {cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda.is_initialized() else ""

@@ -79,17 +79,20 @@ class EvalReport:
         return asdict(self)
 
 
-def score_run(
-    run: LoadedRun, data: Path, split: str, frames_root: Path | None = None, features: Path | None = None
-) -> Iterator[ClipScores]:
-    """Each clip of `split` of `data`, in order, scored on the GPU if there is one.
+class Run(LoadedRun):
+    """What `trainer.load` returns: a trained model that scores clips."""
 
-    features: what `encode` wrote with this run's vision tower, instead of frames.
-    """
-    opened = Split(data, split)
-    model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    frames = open_source([opened], model, frames_root, features)
-    return score_clips(model, run.tokens, opened.in_order(), frames, run.config)
+    def score(
+        self, data: str | Path, split: str = "test", frames_root: Path | None = None, features: Path | None = None
+    ) -> Iterator[ClipScores]:
+        """Each clip of a split of `data`, in order, with logits float32 [2, F]; on the GPU if there is one.
+
+        features: what `encode` wrote with this run's vision tower, instead of frames.
+        """
+        opened = Split(Path(data), split)
+        model = self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        frames = open_source([opened], model, frames_root, features)
+        return score_clips(model, self.tokens, opened.in_order(), frames, self.config)
 
 
 def open_source(

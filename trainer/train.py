@@ -42,8 +42,8 @@ from trainer.loader import StepData, default_workers, step_packs
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.model import ProspectModel, part_of
 from trainer.packing import Pack, upload
-from trainer.run_folder import Setup, check_folder, fresh, options_of, resumed, write_start
-from trainer.run_log import Metrics, find_logger, open_metrics
+from trainer.run_folder import TrainState, check_folder, new_state, resumed_state, run_options, write_options
+from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import EvalReport, open_source, report, score_split
 from trainer.transfer import Transfer, uploaded
@@ -217,26 +217,26 @@ def train(
     Raises InputError for whatever the user can mend, before the first step where possible.
     """
     options = options or RunOptions()
-    find_logger(options.logger)
+    find_tracker(options.logger)
     with naming(run), join() as world, ExitStack() as held:
         split = Split(data, "train")
         config = config.on(world.device.type)
         held_out, note = _open_eval(data, split, config)
-        begun = options_of(config, split, held_out, features)
+        begun = run_options(config, split, held_out, features)
         if world.is_main:
             check_folder(run, begun, resume, held)  # and puts RUN/last in its place: the others look for it afterwards
         world.wait()
-        setup = resumed(run) if resume and (run / "last").is_dir() else fresh(split, config)
+        setup = resumed_state(run) if resume and (run / "last").is_dir() else new_state(split, config)
         already = _agreed(setup.done, world)
         _check_texts([split, *([held_out] if held_out else [])], setup, config)
         frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
         model, optimizer = _distribute(setup, run, config, options, world)
         if world.is_main:
-            write_start(run, begun, held)
+            write_options(run, begun, held)
             sizes = ((p.nbytes, p.requires_grad) for p in setup.model.parameters())
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
-        with _open_metrics(run, config, already, options, world) as metrics:
-            session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, metrics)
+        with _open_log(run, config, already, options, world) as log:
+            session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, log)
             seconds = session.go(split, cached=features is not None)
         if world.is_main:
             draw(run)
@@ -263,7 +263,7 @@ def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) ->
     return line
 
 
-def _check_texts(splits: Sequence[Split], setup: Setup, config: TrainConfig) -> None:
+def _check_texts(splits: Sequence[Split], setup: TrainState, config: TrainConfig) -> None:
     """InputError, before the first step, for a text that no window holds."""
     if setup.done < config.steps:
         clips = (clip for split in splits for clip in split.in_order(rate=None))
@@ -278,12 +278,12 @@ def _agreed(done: int, world: World) -> int:
     return done
 
 
-def _open_metrics(
+def _open_log(
     run: Path, config: TrainConfig, done: int, options: RunOptions, world: World
-) -> AbstractContextManager[Metrics]:
+) -> AbstractContextManager[Log]:
     if not world.is_main:
-        return nullcontext(Metrics())
-    return open_metrics(run, config.steps, done, options.logger, options.progress, config.to_json())
+        return nullcontext(lambda line: None)
+    return open_log(run, config.steps, done, options.logger, options.progress, config.to_json())
 
 
 def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | None, str | None]:
@@ -295,7 +295,7 @@ def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | N
 
 
 def _distribute(
-    setup: Setup, run: Path, config: TrainConfig, options: RunOptions, world: World
+    setup: TrainState, run: Path, config: TrainConfig, options: RunOptions, world: World
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on its device and over the ranks, with its optimizer as it was left."""
     if options.fsdp and config.lora_rank:
@@ -318,13 +318,13 @@ class _Session:
     run: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    setup: Setup
+    setup: TrainState
     config: TrainConfig
     options: RunOptions
     frames: FrameSource
     held_out: Split | None
     world: World
-    metrics: Metrics
+    log: Log
     loss: float | None = None
     evaluation: EvalReport | None = None
 
@@ -365,7 +365,7 @@ class _Session:
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
         self.setup.done, self.loss = step, line["loss"]
-        self.metrics.step(line)
+        self.log(line)
         every, last = self.config.eval_every, step == self.config.steps
         if self.held_out is not None and (last or (every and step % every == 0)):
             self._evaluate(self.held_out, step)
@@ -377,7 +377,7 @@ class _Session:
             unwrapped(self.model), self.setup.tokens, split, self.frames, self.config, self.world, self.options.fsdp
         )
         self.evaluation = report(split.name, scored, self.setup.model.arm)
-        self.metrics.evaluation({"step": step, "evaluation": self.evaluation.to_json()})
+        self.log({"step": step, "evaluation": self.evaluation.to_json()})
         found = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
         mean = self.world.gather(sum(found) / len(found) if found else -1.0)[0]  # rank 0's: all save, or none
         if mean > self.setup.best:

@@ -307,7 +307,7 @@ def test_the_card_opens_with_yaml_that_the_hub_reads(run):
     assert "smolvlm" in card.data.tags
     assert card.content.startswith("---\n")
     assert "| positive, among supervised frames |" in card.text
-    assert "Silent frames were drawn at rate 0.5" in card.text
+    assert "Silent frames were sampled at rate 0.5" in card.text
 
 
 def test_the_card_s_code_runs(run, data, capsys):
@@ -363,7 +363,7 @@ def test_a_missing_file_is_named(copy, name):
 
 def test_heads_are_never_made_up(copy):
     (copy / "last" / "heads.safetensors").unlink()
-    with pytest.raises(InputError, match=r"heads\.safetensors: not found, and heads are never made up"):
+    with pytest.raises(InputError, match=r"heads\.safetensors: not found; train again"):
         trainer.load(copy)
 
 
@@ -374,7 +374,7 @@ def test_a_description_without_checksums_is_refused(copy):
         trainer.load(copy)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 2, "config": 3, "files": {}}'])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}'])
 def test_a_description_that_is_none_is_named_in_one_line(copy, content):
     (copy / "last" / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json: ") as caught:

@@ -24,7 +24,7 @@ from trainer.benchmark import Job, Plan, answer_of, benchmark, is_done
 from trainer.cli import main
 from trainer.config import Settings, TrainConfig
 from trainer.evaluation.evaluate_scores import hold
-from trainer.run_folder import take_lock
+from trainer.run_folder import lock_folder
 
 ARMS = ("silence", "speak", "speak+dst")
 SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
@@ -144,7 +144,7 @@ def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, p
 
 def test_two_benchmarks_keep_out_of_each_others_folder(told, plan):
     with ExitStack() as held:
-        take_lock(plan.out, held)
+        lock_folder(plan.out, held)
         with pytest.raises(InputError, match="another process is at work there; wait for it, or choose another"):
             benchmark(plan)
 

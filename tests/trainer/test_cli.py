@@ -57,7 +57,7 @@ def test_train_and_evaluate_on_the_connector_s_features(data, tmp_path, capsys):
     assert f"--features {features} --freeze vision,connector" in capsys.readouterr().out
     again = ("--model", model, *FEW)
     assert train(data, tmp_path / "cached", *again, "--freeze", "vision", "--features", features) == 1
-    assert "features are of a connector that does not learn; add --freeze vision,connector" in capsys.readouterr().err
+    assert "these features are for frozen parts; add --freeze vision,connector" in capsys.readouterr().err
     assert not (tmp_path / "cached").exists()
     for run, more in (("live", ()), ("cached", ("--features", features))):
         assert train(data, tmp_path / run, *again, "--freeze", "vision,connector", *more) == 0
@@ -76,7 +76,7 @@ def test_train_and_evaluate_on_the_connector_s_features(data, tmp_path, capsys):
 
 def test_features_of_a_tower_that_learns_are_refused(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", *FEW, "--features", tmp_path) == 1
-    assert "features are of a tower that does not learn; add --freeze vision" in capsys.readouterr().err
+    assert "these features are for frozen parts; add --freeze vision" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

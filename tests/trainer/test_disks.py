@@ -67,7 +67,7 @@ def test_a_kill_while_files_are_moved_one_by_one_costs_nothing(data, whole, tmp_
     with pytest.raises(KeyboardInterrupt):
         trainer.checkpoint._move_into_place(tmp_path / ".last.new", tmp_path / "last")
     monkeypatch.setattr(trainer.checkpoint, "move", move)
-    assert not (tmp_path / "last" / RUN_INFO).exists()
+    assert (tmp_path / ".last.new" / RUN_INFO).exists()
     recover(tmp_path / "last")
     assert load_run(tmp_path, to_train=True).info["step"] == 10
     assert [path.name for path in tmp_path.iterdir()] == ["last"]

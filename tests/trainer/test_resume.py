@@ -91,15 +91,17 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(data, tmp_path, who
     assert curve(tmp_path / "run") == curve(whole)
 
 
-@pytest.mark.parametrize("lost", ["last", "best"])
-def test_a_kill_between_the_two_renames_loses_no_checkpoint(data, cut, whole, lost):
-    (cut / lost).rename(cut / f".{lost}.old")
-    (cut / f".{lost}.new").mkdir()
-    (cut / f".{lost}.new" / "model.safetensors").write_bytes(b"half")
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_kill_while_a_checkpoint_is_moved_into_place_loses_none(data, cut, whole, name):
+    draft = cut / f".{name}.new"
+    (cut / name).rename(draft)
+    (cut / name).mkdir()
+    (draft / "heads.safetensors").rename(cut / name / "heads.safetensors")
     assert load_run(cut).info["step"] == 6
-    recover(cut / lost)
-    assert (cut / lost / "run.json").is_file()
-    assert [path.name for path in cut.glob(".*")] == [".lock"]
+    recover(cut / name)
+    assert (cut / name / "run.json").is_file()
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"half")
     assert go(data, cut, resume=True).resumed_from == 6
     assert weights(cut) == weights(whole)
     assert [path.name for path in cut.glob(".*")] == [".lock"]
@@ -183,20 +185,19 @@ def test_a_damaged_checkpoint_is_refused_by_the_file(data, cut, name):
         go(data, cut, resume=True)
 
 
-@pytest.mark.parametrize(("function", "named"), [("save_file", "heads.safetensors"), (None, ".new")])
-def test_a_full_disk_names_the_checkpoint_and_leaves_the_old_one(data, cut, monkeypatch, function, named):
+@pytest.mark.parametrize(
+    "writes", ["trainer.checkpoint.save_file", "trainer.model.SmolVLMForConditionalGeneration.save_pretrained"]
+)
+def test_a_full_disk_names_the_checkpoint_and_leaves_the_old_one(data, cut, monkeypatch, writes):
     def full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     before = weights(cut)
     with monkeypatch.context() as patch:
-        if function:
-            patch.setattr(trainer.checkpoint, function, full)
-        else:
-            patch.setattr(trainer.model.SmolVLMForConditionalGeneration, "save_pretrained", full)
+        patch.setattr(writes, full)
         with pytest.raises(OSError, match="No space left") as caught:
             go(data, cut, resume=True)
-    assert str(caught.value.filename).endswith(named)
+    assert str(caught.value.filename).endswith(".new")
     assert weights(cut) == before
 
 
