@@ -1,4 +1,4 @@
-"""Options of `preprocess`: checked when made, hashed, kept in the manifest; the command line is made from the fields."""
+"""Options of `preprocess`: checked when made, hashed, kept in the manifest; its command line follows from them."""
 
 from __future__ import annotations
 
