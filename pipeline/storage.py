@@ -23,18 +23,7 @@ from filelock import FileLock, Timeout
 
 LOCK: Final = ".lock"
 _OURS = re.compile(rf"{re.escape(LOCK)}|\..+\.new|lost\+found")  # of a folder that is as good as empty
-_REFUSED: Final = {
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.EPERM,
-    errno.EACCES,
-    errno.EBUSY,
-    errno.EEXIST,
-    errno.ETXTBSY,
-    errno.EBADF,
-    errno.EISDIR,
-}  # by a file system, not by a disk that is full or broken
+_FAULTS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT, errno.ENAMETOOLONG}  # others: not offered there
 
 
 def sha256(path: Path) -> str:
@@ -44,7 +33,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder on disk, not only in memory, before going on; skipped where that is not offered."""
+    """fsync of a file or a folder; skipped where the file system does not offer it."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -52,13 +41,13 @@ def sync(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno in _FAULTS:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager
 def naming(path: Path, new: Path | None = None) -> Iterator[None]:
-    """Have an OSError name the file that is written, not its draft `new`: write() on a full disk knows none."""
+    """Have an OSError name `path`, not its temporary file `new`; write() on a full disk names no file at all."""
     try:
         yield
     except OSError as error:
@@ -80,13 +69,13 @@ def make_folder(path: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder holds nothing of anybody's: no more than a lock, a killed write, a disk's own lost+found."""
+    """Whether a folder holds no user's files: at most a lock, the temporary files of a killed run, lost+found."""
     return all(_OURS.fullmatch(name) for name in os.listdir(folder))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` at the end; after an error it is removed.
+    """A temporary file to write, which replaces `path` at the end; after an error it is removed.
 
     Its folder is made; a link is followed. OSErrors name `path`.
     """
@@ -110,20 +99,17 @@ def move(new: Path, path: Path) -> None:
     try:
         new.replace(path)
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno in _FAULTS:
             raise
         if not path.is_file():
             what = f"renaming is refused there ({error.strerror}); choose a folder on another disk"
             raise OSError(error.errno, what, str(path)) from None
         path.unlink()
-        try:
-            new.replace(path)
-        except OSError:
-            shutil.copyfile(new, path)
+        shutil.move(new, path)  # a rename, else a copy
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave what is there."""
+    """Write a file as a whole; after an error the old one is there."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 
@@ -132,14 +118,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def lock(path: Path, taken: Exception, timeout: float = 0) -> contextlib.AbstractContextManager[object]:
+def lock(path: Path, taken: Exception) -> contextlib.AbstractContextManager[object]:
     """Hold the lock file `path` until the result is left or this process ends, however it does.
 
     Raises `taken` where another process holds it. Where the file system has no locks, there is none: a lock by a
     file's existence alone would outlive a run that was killed on another machine.
     """
     try:
-        return FileLock(path, timeout=timeout, thread_local=False, fallback_to_soft=False).acquire()
+        return FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False).acquire()
     except Timeout:
         raise taken from None
     except OSError:

@@ -1,9 +1,8 @@
-"""The pictures of a video file, as a player shows them and when it shows them.
+"""Pictures of a video file, as a player shows them and when it shows them; docs/pictures.md lists what was tried.
 
-When: on the player's clock, which starts with the earliest of the file's tracks; before the first picture the first
-is shown. As: square pixels, turned and mirrored by the display matrix, the colours by the file's matrix and range,
-alpha on black. docs/pictures.md says what was held against ffmpeg's own frames. Times come from the packets, without
-decoding: those of a 10-minute video at 30 fps in 0.1 s.
+When: on the player's clock, which starts with the earliest track; before the first picture the first is shown. As:
+square pixels, turned and mirrored by the display matrix, colours by the file's matrix and range, alpha on black.
+Times come from the packets, without decoding: those of a 10-minute video at 30 fps in 0.1 s.
 
     P pictures in a video file
 """
@@ -12,8 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
-import time
 from array import array
 from collections.abc import Iterator
 from fractions import Fraction
@@ -28,45 +25,33 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-MAX_PIXELS: Final = 32_000_000  # of one picture before it is decoded: eight times 4 MP, far below a decompression bomb
+MAX_PIXELS: Final = 32_000_000  # of one picture: eight times 4 MP, far below a decompression bomb
 MAX_PICTURES: Final = 10_000_000  # of one video: two days at 60 a second
-MOST_S: Final = (
-    120.0  # to decode up to one frame that is asked for: minutes of full HD without a keyframe, on two cores
-)
 DECODERS: Final = 4  # threads of one open video
 WORTH_A_JUMP: Final = 60  # pictures: decoding fewer costs less than seeking past them
 TRIED_KEYS: Final = 3
 LATE_S: Final = 0.1  # a track that starts later than this is late; an encoder's delay (AAC: 21 to 85 ms) is not
 _UNTAGGED: Final = 2  # AVCOL_SPC_UNSPECIFIED
 _CONVERT: Final = "convert it: ffmpeg -i IT -c:v libx264 OUT.mp4"
-_KEYFRAMES: Final = "give it keyframes: ffmpeg -i IT -c:v libx264 -g 60 OUT.mp4"
 
 
 def check_size(width: int, height: int) -> None:
-    """ValueError for a picture that is not to be decoded."""
+    """ValueError for a picture that is too large to be decoded."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def on_black(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent over black: between a video's picture and the border, players have black, too."""
+    """RGB; transparent parts over black, as most video players show them."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def regular(path: Path) -> os.stat_result:
-    """ValueError where reading would wait forever (a named pipe) or never end (a device)."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("not a regular file")
-    return found
-
-
 class VideoTimes(NamedTuple):
-    """When each picture of a video file is shown. Frame i is what a player shows i/fps seconds after its clock starts,
-    or the first picture where there is none yet."""
+    """When each picture is shown. Frame i is what a player shows i/fps seconds after its clock starts, or the first
+    picture where there is none yet."""
 
     pts: np.ndarray  # int64 [P] in ticks, ascending
     keys: np.ndarray  # int64: pictures at which decoding can start, ascending
@@ -89,152 +74,110 @@ class VideoTimes(NamedTuple):
         return max(1, math.ceil((length - self.rounding) * fps))
 
     def picture(self, frame: int, fps: float) -> int:
-        """Which picture is the frame: the last one whose time is not after frame/fps, else the first."""
+        """Index of the frame's picture: the last one whose time is not after frame/fps, else the first."""
         time = (frame / fps + self.rounding) / self.tick - self.late
         return max(0, int(np.searchsorted(self.pts, int(self.pts[0]) + time, side="right")) - 1)
 
 
 def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
-    """A video file, never a playlist that leads elsewhere, and its track: the first of those marked as default, else
-    the first; never a cover. ValueError or OSError where it can't be read."""
+    """A video file and its track: the first of those marked as default, else the first; never a cover.
+
+    Playlists, which lead to other files, are not opened. ValueError or OSError where it can't be read.
+    """
     import av
     from av.stream import Disposition
 
     stills = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-
     options = {"max_pixels": str(MAX_PIXELS)}  # for the pictures that FFmpeg decodes to learn what they are
-    limits = {"protocol_whitelist": "file", "max_streams": "100"}
+    limits = {"protocol_whitelist": "file", "format_whitelist": "mov,matroska,avi", "max_streams": "100"}
     try:
-        container = av.open(
-            os.path.abspath(path),
-            format=_format(path),
-            options=options,
-            container_options=limits,
-            metadata_errors="replace",
-        )
+        container = av.open(os.path.abspath(path), options=options, container_options=limits, metadata_errors="replace")
     except av.FFmpegError as error:
         raise ValueError(f"not a video that can be read ({error.strerror or error}); get the file again") from None
     tracks = [stream for stream in container.streams.video if not stream.disposition & stills]
     tracks.sort(key=lambda stream: not stream.disposition & Disposition.default)
-    if not tracks:
-        container.close()
-        raise ValueError("no video in it, or not its end; get the file again")
-    if tracks[0].codec_context is None:
-        container.close()
+    if tracks and tracks[0].codec_context is not None:
+        return container, tracks[0]
+    container.close()
+    if tracks:
         raise ValueError(f"its pictures are coded as nothing that FFmpeg knows; {_CONVERT}")
-    return container, tracks[0]
+    raise ValueError("no video in it, or not its end; get the file again")
 
 
-def video_times(container: InputContainer, stream: VideoStream) -> VideoTimes:
-    """From the file's packets, without decoding: some 3 us and 50 bytes a picture, and one pass over the file."""
+def read_times(path: Path) -> VideoTimes:
+    """From the file's packets: some 3 us and 50 bytes a picture. ValueError or OSError where it can't be read."""
     import av
 
     timeless = f"does not say when its pictures are shown; {_CONVERT}"
-    times, lasts, starts = array("q"), array("q"), array("b")  # not packets: those hold the file's bytes
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_discard:
-                continue
-            if packet.pts is None:
-                raise ValueError(timeless)
-            times.append(packet.pts)
-            lasts.append(packet.duration or 0)
-            starts.append(packet.is_keyframe)
-            if len(times) > MAX_PICTURES:
-                raise ValueError(f"more than {MAX_PICTURES:,} pictures; cut it into parts")
-    except av.FFmpegError as error:
-        raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
-    reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # its times are then made up
-    if not times or reordered or not stream.time_base:
-        raise ValueError(timeless)
+    times, durations, starts = array("q"), array("q"), array("b")  # not packets: those hold the file's bytes
+    container, stream = open_video(path)
+    with container:
+        try:
+            for packet in container.demux(stream):
+                if not packet.size or packet.is_discard:
+                    continue
+                if packet.pts is None:
+                    raise ValueError(timeless)
+                times.append(packet.pts)
+                durations.append(packet.duration or 0)
+                starts.append(packet.is_keyframe)
+                if len(times) > MAX_PICTURES:
+                    raise ValueError(f"more than {MAX_PICTURES:,} pictures; cut it into parts")
+        except av.FFmpegError as error:
+            raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
+        made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
+        if not times or made_up or not stream.time_base:
+            raise ValueError(timeless)
+        clock, tick = container.start_time, float(stream.time_base)  # in microseconds, in seconds
     pts, first = np.unique(np.array(times), return_index=True)
-    end = int(pts[-1]) + max(0, lasts[first[-1]] or int(pts[-1]) - int(pts[-2:][0]))
-    clock = container.start_time  # in microseconds; negative: sound that only warms its decoder up
-    late_s = 0.0 if clock is None else float(pts[0] * stream.time_base) - max(clock, 0) / 1e6
-    late = round(late_s / stream.time_base) if late_s >= LATE_S else 0
-    return VideoTimes(pts, np.flatnonzero(np.array(starts)[first]), float(stream.time_base), end, late)
-
-
-def _format(path: Path) -> str:
-    """Which of the three kinds a video file is by how it begins; never a playlist."""
-    regular(path)
-    with path.open("rb") as file:
-        return {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi"}.get(file.read(4), "mov")
-
-
-# ---- decoding ----------------------------------------------------------------------------------------
+    end = int(pts[-1]) + max(0, durations[first[-1]] or int(pts[-1]) - int(pts[-2:][0]))
+    late_s = 0.0 if clock is None else float(pts[0]) * tick - max(clock, 0) / 1e6  # negative: an audio decoder's delay
+    return VideoTimes(
+        pts, np.flatnonzero(np.array(starts)[first]), tick, end, round(late_s / tick) if late_s >= LATE_S else 0
+    )
 
 
 class Video:
-    """Asked for frames in order, the file is decoded once; a jump starts decoding at the last keyframe before it.
-    A picture that the decoder finds damaged is refused, and those built on it up to the next keyframe with it."""
+    """Frames of a video file. In order, the file is decoded once; a jump starts at the last keyframe before it.
+
+    A picture that the decoder finds damaged is refused, and with it those built on it up to the next keyframe.
+    """
 
     wrong = "can't be decoded"
-    _at: int  # place of the picture that was asked for last, `_shown`; -1: none yet
-    _shown: VideoFrame | None
-    _next: tuple[int, VideoFrame] | None  # decoded, but not yet asked for
-    _coming: Iterator[tuple[int, VideoFrame]]
-    _deadline: float  # of time.monotonic, for the frame that is asked for
+    _shown: tuple[float, VideoFrame | None]  # index and picture that was asked for last
+    _next: tuple[float, VideoFrame | None]  # decoded, but not yet asked for
 
     def __init__(self, path: Path) -> None:
+        """ValueError or OSError where it can't be read."""
         self._path = path
-        self._container, self._stream = open_video(path)
-        self._times = video_times(self._container, self._stream)
-        self._start_over()
+        self._times = read_times(path)
+        self._open()
 
     def count(self, fps: float) -> int:
         return self._times.count(fps)
 
     @property
     def announced_s(self) -> float:
-        """Seconds of pictures that the file's header speaks of; 0 where it does not."""
+        """Seconds of pictures according to the file's header; 0 where it does not say."""
         stream, container = self._stream, self._container
         if stream.duration is not None and stream.time_base is not None:
             return float(stream.duration * stream.time_base)
         return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
 
     def image(self, number: int, fps: float) -> Image.Image:
+        """Frame `number`, RGB. ValueError where it can't be decoded."""
         import av
 
-        self._deadline = time.monotonic() + MOST_S
         try:
             return shown(self._picture(self._times.picture(number, fps)), self._stream.sample_aspect_ratio)
         except (av.FFmpegError, ValueError) as error:
-            self._at = len(self._times.pts)  # the decoder is lost: the next call seeks
+            self._shown = math.inf, None  # so that the next call seeks
             raise ValueError(getattr(error, "strerror", None) or str(error)) from None
 
     def close(self) -> None:
         self._container.close()
 
-    def _picture(self, wanted: int) -> VideoFrame:
-        """The last picture that is not after `wanted`, a place in time."""
-        keys = self._times.keys
-        key = keys[keys <= wanted].max(initial=0)
-        if self._at > wanted or self._at + WORTH_A_JUMP < key:
-            self._jump(wanted)
-        while self._at < wanted:
-            if self._next is None:
-                self._next = next(self._coming, None)
-            if self._next is None or self._next[0] > wanted:
-                break
-            (self._at, self._shown), self._next = self._next, None
-        if self._shown is None:
-            raise ValueError("there is no picture before it")
-        return self._shown
-
-    def _jump(self, wanted: int) -> None:
-        """Go on from a keyframe: a container may overshoot (it seeks by decoding time), so from earlier ones too."""
-        keys = self._times.keys
-        for key in keys[keys <= wanted][: -TRIED_KEYS - 1 : -1].tolist():
-            self._container.seek(int(self._times.pts[key]), stream=self._stream)
-            self._go_on(key)
-            self._next = next(self._coming, None)
-            if self._next is not None and self._next[0] <= wanted:
-                return
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._container.close()
+    def _open(self) -> None:
         self._container, self._stream = open_video(self._path)
         codec = self._stream.codec_context
         check_size(codec.width, codec.height)
@@ -243,26 +186,41 @@ class Video:
         self._go_on(0)
 
     def _go_on(self, key: int) -> None:
-        self._at, self._shown, self._next = -1, None, None
-        self._coming = self._decoded(key)
+        self._pictures = self._decode(key)
+        self._shown = self._next = -1, None
 
-    def _decoded(self, key: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(place in time, picture) from the decoder; those before `key` lack what they are built on."""
-        for picture in self._pictures():
+    def _picture(self, wanted: int) -> VideoFrame:
+        """The last picture up to index `wanted`."""
+        keys = self._times.keys[self._times.keys <= wanted]
+        if self._shown[0] > wanted or self._shown[0] + WORTH_A_JUMP < keys.max(initial=0):
+            self._seek(wanted, keys)
+        while self._next[0] <= wanted:
+            self._shown, self._next = self._next, next(self._pictures, (math.inf, None))
+        if self._shown[1] is None:
+            raise ValueError("there is no picture before it")
+        return self._shown[1]
+
+    def _seek(self, wanted: int, keys: np.ndarray) -> None:
+        """Go on from a keyframe, an earlier one where the container overshoots (it seeks by decoding time)."""
+        for key in keys[: -TRIED_KEYS - 1 : -1].tolist():
+            self._container.seek(int(self._times.pts[key]), stream=self._stream)
+            self._go_on(key)
+            self._next = next(self._pictures, (math.inf, None))
+            if self._next[0] <= wanted:
+                return
+        self._container.close()
+        self._open()
+
+    def _decode(self, key: int) -> Iterator[tuple[float, VideoFrame | None]]:
+        """(index, picture) from the decoder; those before `key` lack the pictures that they are built on."""
+        for picture in self._container.decode(self._stream):
             if picture.pts is None:
                 raise ValueError("a picture without a time")
-            place = int(np.searchsorted(self._times.pts, picture.pts, side="right")) - 1
-            if place < key:
-                continue
-            if picture.is_corrupt:
-                raise ValueError(f"picture {place} of the file is damaged")
-            yield place, picture
-
-    def _pictures(self) -> Iterator[VideoFrame]:
-        for packet in self._container.demux(self._stream):
-            if time.monotonic() > self._deadline:
-                raise ValueError(f"{MOST_S:g} seconds were not enough to decode up to it; {_KEYFRAMES}")
-            yield from packet.decode()
+            index = int(np.searchsorted(self._times.pts, picture.pts, side="right")) - 1
+            if index >= key and picture.is_corrupt:
+                raise ValueError(f"picture {index} of the file is damaged")
+            if index >= key:
+                yield index, picture
 
 
 def shown(picture: VideoFrame, aspect: Fraction | None = None) -> Image.Image:
@@ -279,14 +237,11 @@ def shown(picture: VideoFrame, aspect: Fraction | None = None) -> Image.Image:
     check_size(width, height)
     pixels = picture.format
     guessed = picture.colorspace == _UNTAGGED and not pixels.is_rgb and (picture.width >= 1280 or picture.height > 576)
+    matrix = Colorspace.ITU709 if guessed else None
     has_alpha = pixels.has_palette or any(component.is_alpha for component in pixels.components)
-    array = picture.to_ndarray(
-        format="rgba" if has_alpha else "rgb24",
-        width=width,
-        height=height,
-        src_colorspace=Colorspace.ITU709 if guessed else None,
-    )
-    side_data: Any = picture.side_data  # the matrix: x' = a x + c y, y' = b x + d y
+    kind = "rgba" if has_alpha else "rgb24"
+    array = picture.to_ndarray(format=kind, width=width, height=height, src_colorspace=matrix)
+    side_data: Any = picture.side_data  # the display matrix: x' = a x + c y, y' = b x + d y
     if Type.DISPLAYMATRIX in side_data:
         a, b, _, c, d = np.frombuffer(side_data[Type.DISPLAYMATRIX], np.int32)[:5].tolist()
         if abs(b) + abs(c) > abs(a) + abs(d):

@@ -1,12 +1,11 @@
-"""SmolVLM's eye: frames -> k feature vectors each, in two halves that may run on different days.
+"""SmolVLM's vision tower: frames -> k feature vectors each, in two halves that may run on different days.
 
     look     pixels -> tower -> pixel shuffle -> pooled to k        frozen: run once by `encode`, kept on disk
     project  features -> the connector's one linear layer           cheap: run in every step, may be trained
 
 The connector has no bias and no activation, so pooling before it gives the same numbers as after it (to float
 rounding) at 1/64 of its cost for k = 1, and what is cached still lets the connector learn. The price is size:
-D is 12,288 values a token at 256M (24 KB in float16) where the connector's output has 576: where it is frozen, too,
-`encode --keep connector` keeps that.
+D is 12,288 values a token at 256M (24 KB in float16) where the connector's output has 576.
 The tower's parts are called directly: the model's own image path drops frames that are exactly zero after
 normalisation, waits for the GPU to look whether patches are masked, and in bfloat16 transformers 5.17 gives them wrong
 positions. Here every patch of a square frame is there, and its position is its number.
@@ -18,13 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import SmolVLMForConditionalGeneration
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import SmolVLMForConditionalGeneration
 
 VISION_CHUNK = 64  # frames per pass of the vision tower
 
@@ -45,6 +47,16 @@ def look(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int, chunk: in
     """float [N, k, D] of RGB pixels 0..255 [N, 3, S, S], `chunk` frames at a time."""
     assert pixels.shape[1:] == (3, side(vlm), side(vlm)), f"frames {tuple(pixels.shape)}, side {side(vlm)}"
     return torch.cat([_look(vlm, part, k) for part in pixels.split(chunk)])
+
+
+def _look(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int) -> Tensor:
+    normalised = (pixels.float() / 255 - 0.5) / 0.5
+    tower = vlm.model.vision_model
+    patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT  # [N, P, H_v]
+    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    placed = patches + tower.embeddings.position_embedding(positions)
+    hidden = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
+    return pool(vlm.model.connector.pixel_shuffle(hidden, vlm.config.scale_factor), k)
 
 
 def project(vlm: SmolVLMForConditionalGeneration, features: Tensor) -> Tensor:
@@ -69,10 +81,10 @@ def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
 
 
 def bytes_to_learn(vlm: SmolVLMForConditionalGeneration, bf16: bool) -> int:
-    """What a tower that learns keeps of one frame for its backward pass, without checkpointing: 383 MB at 256M in bf16.
+    """Bytes of one frame's activations for the backward pass, without checkpointing: 383 MB at 256M in bf16.
 
-    Per layer and patch, H_v values: both norms' inputs in float32; queries, keys, values, what attention gives, and
-    copies of inputs that autocast makes. Of the MLP's width: its activation's input and output.
+    Per layer and patch, H_v values: both norms' inputs in float32; queries, keys, values, attention's output, and
+    autocast's copies of inputs. Of the MLP's width: its activation's input and output.
     """
     sizes = vlm.config.vision_config
     patches = (sizes.image_size // sizes.patch_size) ** 2
@@ -81,21 +93,10 @@ def bytes_to_learn(vlm: SmolVLMForConditionalGeneration, bf16: bool) -> int:
 
 
 def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> str:
-    """16 hex digits of the tower's weights, and for the layer "connector" of the connector's: features are of these,
-    whatever folder they were loaded from."""
+    """16 hex digits of a SHA-256 over the tower's weights, and for the layer "connector" the connector's."""
     digest = hashlib.sha256()
     parts = [vlm.model.vision_model, *([vlm.model.connector] if layer == "connector" else [])]
     for name, value in (item for part in parts for item in sorted(part.state_dict().items())):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _look(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int) -> Tensor:
-    normalised = (pixels.float() / 255 - 0.5) / 0.5
-    tower = vlm.model.vision_model
-    patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT  # [N, P, H_v]
-    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-    placed = patches + tower.embeddings.position_embedding(positions)
-    seen = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
-    return pool(vlm.model.connector.pixel_shuffle(seen, vlm.config.scale_factor), k)

@@ -267,7 +267,7 @@ def test_encode_on_ray_writes_the_same_bytes_also_with_a_worker_killed(
     from trainer import encode
 
     monkeypatch.setattr(cluster, "AHEAD", 1)  # one process after the other, as each imports torch
-    monkeypatch.setattr(encode, "_do_there", dies_once(encode._do_there, tmp_path / "killed", after=False))
+    monkeypatch.setattr(encode, "_encode_there", dies_once(encode._encode_there, tmp_path / "killed", after=False))
     assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
     monkeypatch.undo()
     assert (tmp_path / "killed").exists()

@@ -482,12 +482,12 @@ def _other_frames() -> int:
     import av
     import pyarrow as pa
 
-    from trainer.frame_source import decode
+    from pipeline.media import fit, read_base64
 
     for source in sorted(Path("raw/frames").glob("*.arrow")):
         with pa.memory_map(str(source)) as file:
             kind = pa.ipc.open_file if source.read_bytes()[:6] == b"ARROW1" else pa.ipc.open_stream
-            frames = [decode(text, 32) for text in kind(file).read_all()["frame"].to_pylist()]
+            frames = [fit(read_base64(text), 32) for text in kind(file).read_all()["frame"].to_pylist()]
         _write_images(Path("png/frames") / source.stem, frames)
         path = Path("mp4/frames") / f"{source.stem}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)

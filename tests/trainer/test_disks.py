@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from small_run import curve, go, go_until, weights, write_data
 
@@ -18,7 +17,6 @@ import trainer.checkpoint
 import trainer.train
 from trainer.checkpoint import RUN_INFO, load_run, recover
 from trainer.cli import main
-from trainer.features import Provenance, feature_path, open_features, write_features
 
 REFUSING = Path(__file__).parents[1] / "refusing"
 SPEC = importlib.util.spec_from_file_location("refusing", REFUSING / "sitecustomize.py")
@@ -94,20 +92,6 @@ def test_a_disk_without_space_for_a_checkpoint_is_told_before_the_first_step(dat
     with pytest.raises(OSError, match="GB free") as caught:
         go(data, tmp_path / "run")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("uid", ["v" * 255, "é" * 250, "folder/" + "v" * 300])
-def test_a_video_with_a_name_for_which_files_are_too_short_has_features(tmp_path, uid):
-    path = feature_path(tmp_path, uid, 2.0)
-    assert len(os.fsencode(path.name)) <= 200
-    assert path != feature_path(tmp_path, uid + "w", 2.0)
-    about = Provenance(uid, 2.0, "v.mp4", 1, "tiny", "", "f", 1, 64, "float32", "float16")
-    write_features(path, about, np.arange(2, dtype=np.int32), 3, [np.ones((2, 1, 3), np.float16)])
-    assert open_features(path).about["video_uid"] == uid
-
-
-def test_features_are_named_as_before(tmp_path):
-    assert feature_path(tmp_path, "P01/v" + "1" * 100, 29.97) == tmp_path / f"P01/v{'1' * 100}.29.97fps.safetensors"
 
 
 @pytest.mark.slow

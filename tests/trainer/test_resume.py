@@ -21,7 +21,7 @@ import trainer.model
 import trainer.train
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run, recover
-from trainer.encode import _load as load_tower
+from trainer.encode import load_tower
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_run_with_a_damaged_file_is_no_model_to_start_from(data, whole, tmp_pa
     path.write_bytes(content)
     for start in (
         lambda: go(data, tmp_path / "run", model=str(tmp_path / "base")),
-        lambda: load_tower(str(path.parent), 1),
+        lambda: load_tower(str(path.parent), 1, "vision", "float16", "float32"),
     ):
         with pytest.raises(InputError, match=r"last/model\.safetensors: damaged .*SHA-256 differs"):
             start()

@@ -31,9 +31,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.media import UNDECODABLE, VIDEOS, Pixels, fit
+from pipeline.media import UNDECODABLE, VIDEOS, Pixels, fit, open_pictures
 from pipeline.video import VideoTimes, shown
-from trainer.frame_source import open_file
 
 SHOWN = 640  # pixels, the longest side of `Seen.image`: enough to look at, 1.2 MB
 MIN_FPS, MAX_FPS = 0.01, 1000.0
@@ -109,7 +108,7 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
     is_video = path.suffix.lower() in VIDEOS and not path.is_dir()
     if is_video and source_fps is not None:
         raise InputError(f"{path}: a video says itself when its pictures are shown; leave the source fps out")
-    opened = open_file(path)
+    opened = open_pictures(path)
     images = 0 if is_video else opened.count(fps)
     if not is_video and not images:
         opened.close()
