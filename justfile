@@ -13,11 +13,16 @@ check:
     uv run ruff check .
     uv run ruff format --check .
     uv run mypy
+    uv run lint-imports --no-cache
 
 # repair what can be repaired
 fix:
     uv run ruff check --fix .
     uv run ruff format .
+
+# docs/imports.svg, drawn from the code
+import-graph:
+    uv run python docs/import_graph.py
 
 # what CI runs
 ci:

@@ -8,25 +8,28 @@ adds the trainer's commands; this module alone runs without torch (`python -m pi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from functools import partial
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer import Argument, Option
 
 from pipeline.errors import InputError, UsageError
+from pipeline.options import Options
 
 if TYPE_CHECKING:
     from pipeline.cluster import Mapper
 
 INTERRUPTED = "stopped; nothing half-written is left"
 RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst\\[ray]')"
-of_labels, of_input, of_machine = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("Labels", "Input", "Machine")
-)
+Config = TypeVar("Config")
 
 
 def new_app() -> typer.Typer:
@@ -42,7 +45,7 @@ def new_app() -> typer.Typer:
     @app.callback()
     def options(
         _version: Annotated[
-            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+            bool, Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
         ] = False,
     ) -> None: ...
 
@@ -58,64 +61,83 @@ def _show_version(asked: bool) -> None:
 app = new_app()
 
 
+@dataclass(frozen=True)
+class Given:
+    """Values of the options that `with_options` added to a command, and the names of those that the user wrote."""
+
+    values: dict[str, Any]
+    chosen: set[str]
+
+    def make(self, config: type[Config]) -> Config:
+        return config(**self.of(config))
+
+    def of(self, config: type) -> dict[str, Any]:
+        return {field.name: self.values[field.name] for field in fields(config) if field.name in self.values}
+
+
+def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """The command also takes an option for each field of `configs` that has a typer.Option; it gets them as `given`.
+
+    A field of type dict[str, float] is written as name=number items, a tuple of strings as names.
+    """
+    options: dict[str, Parameter] = {}
+    kinds: dict[str, Any] = {}
+    for config in configs:
+        hints = get_type_hints(config, include_extras=True)
+        for field in fields(config):
+            if get_origin(hints[field.name]) is not Annotated or field.name in without:
+                continue
+            kind, option = get_args(hints[field.name])
+            kinds[field.name] = get_origin(kind)
+            several = kinds[field.name] in (dict, tuple)
+            default = None if several or field.default is MISSING else field.default
+            annotation: Any = Annotated[list[str] | None, option] if several else hints[field.name]
+            options[field.name] = Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "given"]
+
+        @functools.wraps(command)
+        def wrapped(ctx: typer.Context, **values: Any) -> int:
+            given = {name: values.pop(name) for name in options}
+            for name, kind in kinds.items():
+                if kind is dict:
+                    given[name] = numbers(f"--{name.replace('_', '-')}", given[name])
+                elif kind is tuple:
+                    given[name] = tuple(names(given[name]))
+            sources = {name: ctx.get_parameter_source(name) for name in given}
+            chosen = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+            return command(**values, given=Given(given, chosen))
+
+        context = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        parameters = [context, *own, *options.values()]
+        wrapped.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate
+
+
 @app.command(epilog="Example: prospect-dst preprocess conversations/ --out labels --frames-root frames/")
+@with_options(Options)
 def preprocess(
     inputs: Annotated[
-        list[Path], typer.Argument(help="JSON or JSON Lines files, or folders; names tell the split", readable=False)
+        list[Path], Argument(help="JSON or JSON Lines files, or folders; names tell the split", readable=False)
     ],
-    out: Annotated[Path, typer.Option(help="output folder; replaced as a whole, or left as it was")],
-    positive: Annotated[str, of_labels(help="span: every frame of an event is positive; onset: its first")] = "span",
-    neg_rate: Annotated[
-        list[str] | None,
-        of_labels(help="share of silent frames to supervise: 0.3, or by split train=0.3,val=1"),
-    ] = None,
-    seed: Annotated[int, of_labels(help="seed of the sampling draws")] = 0,
-    pad_s: Annotated[float, of_labels(help="widen each clip by so many seconds on both sides")] = 0.0,
-    split: Annotated[str | None, of_input(help="split of inputs whose names tell none")] = None,
-    force_split: Annotated[bool, of_input(help="use --split also where a file's name tells another")] = False,
-    fps: Annotated[
-        float | None,
-        of_input(help="frames per second of clips that do not say; default: 2"),
-    ] = None,
-    bounds: Annotated[
-        str,
-        of_input(help="clip bounds: given, turns, or auto (given, unless a file's bounds span its DST updates alone)"),
-    ] = "auto",
-    frame_convention: Annotated[
-        str | None,
-        of_input(help="event, window or lead-in; default: detected per file"),
-    ] = None,
-    recording_regex: Annotated[
-        str | None,
-        of_input(help="the part of a video_uid that names the recording (first group, or whole match)"),
-    ] = None,
-    frames_root: Annotated[Path | None, of_input(help="check annotations against the frames below this folder")] = None,
-    on_error: Annotated[str, of_input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine",
-    workers: Annotated[int, of_machine(help="processes; 0: one per core. Does not change the output", min=0)] = 0,
-    ray: Annotated[str | None, of_machine(help=RAY_HELP)] = None,
+    out: Annotated[Path, Option(help="output folder; replaced as a whole, or left as it was")],
+    workers: Annotated[int, Option(help="processes; 0: one per core. Does not change the output", min=0)] = 0,
+    ray: Annotated[str | None, Option(help=RAY_HELP)] = None,
+    *,
+    given: Given,
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.card import CARD, is_ours
-    from pipeline.options import ASSEMBLY101, Options
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary, summary_of
     from pipeline.terminal import console, plain, progress_bar
 
-    options = Options(
-        seed=seed,
-        positive=positive,
-        neg_rate=numbers("--neg-rate", neg_rate, "0.3, or train=0.3,val=1", anonymous="*"),
-        pad_s=pad_s,
-        split=split,
-        force_split=force_split,
-        fps=fps,
-        bounds=bounds,
-        frame_convention=frame_convention,
-        recording_regex=ASSEMBLY101 if recording_regex is None else recording_regex,
-        frames_root=None if frames_root is None else str(frames_root),
-        on_error=on_error,
-    )
-    needed = [*inputs, *([frames_root] if frames_root else [])]
+    options = given.make(Options)
+    needed = [*inputs, *([Path(options.frames_root)] if options.frames_root else [])]
     with cluster(ray, out, needed, workers=workers) as mapper, progress_bar() as progress:
         manifest, skipped = run(inputs, out, options, workers or cores(), progress, mapper)
     if skipped:
@@ -131,9 +153,9 @@ def preprocess(
 
 @app.command(epilog="Example: prospect-dst inspect labels --clip train:0")
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="an output folder of preprocess")],
-    clip: Annotated[str | None, typer.Option(help="show one clip's timeline: its id, number, or part of an id")] = None,
-    html: Annotated[Path | None, typer.Option(help="write one self-contained page with many timelines")] = None,
+    folder: Annotated[Path, Argument(help="an output folder of preprocess")],
+    clip: Annotated[str | None, Option(help="show one clip's timeline: its id, number, or part of an id")] = None,
+    html: Annotated[Path | None, Option(help="write one self-contained page with many timelines")] = None,
 ) -> int:
     """Show what the labels look like: a summary, one clip's timeline, or a page of timelines."""
     from pipeline import output, timeline, viewer
@@ -154,17 +176,17 @@ def inspect(
 
 @app.command(epilog="Example: prospect-dst synth raw --train 40 --val 8 --test 8")
 def synth(
-    out: Annotated[Path, typer.Argument(help="new folder for {split}_training.json and frames/*.arrow")],
-    train: Annotated[int, typer.Option(help="recordings in the train split")] = 190,
-    val: Annotated[int, typer.Option(help="recordings in the val split")] = 15,
-    test: Annotated[int, typer.Option(help="recordings in the test split")] = 15,
-    views: Annotated[int, typer.Option(help="camera views per recording")] = 2,
-    difficulty: Annotated[float, typer.Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
+    out: Annotated[Path, Argument(help="new folder for {split}_training.json and frames/*.arrow")],
+    train: Annotated[int, Option(help="recordings in the train split")] = 190,
+    val: Annotated[int, Option(help="recordings in the val split")] = 15,
+    test: Annotated[int, Option(help="recordings in the test split")] = 15,
+    views: Annotated[int, Option(help="camera views per recording")] = 2,
+    difficulty: Annotated[float, Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
     state_tells: Annotated[
-        float, typer.Option(help="share of speech that only the task's state tells: 0 none .. 1 all")
+        float, Option(help="share of speech that only the task's state tells: 0 none .. 1 all")
     ] = 0.0,
-    px: Annotated[int, typer.Option(help="side of the square frames, pixels")] = 64,
-    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
+    px: Annotated[int, Option(help="side of the square frames, pixels")] = 64,
+    seed: Annotated[int, Option(help="same seed, same bytes")] = 0,
 ) -> int:
     """Make task videos with conversations, in the file formats that users have."""
     from pipeline.synth import SynthConfig
@@ -184,19 +206,17 @@ def synth(
 # ---- shared by all commands --------------------------------------------------------------------------
 
 
-def numbers(
-    option: str, given: list[str] | None, example: str = "heads=1e-3", anonymous: str | None = None
-) -> dict[str, float]:
-    """name=number items, over commas and repeats; a number without a name is `anonymous`'s, if that may be."""
+def numbers(option: str, given: list[str] | None) -> dict[str, float]:
+    """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
     found: dict[str, float] = {}
     for item in names(given):
         name, equals, number = item.rpartition("=")
         try:
-            if not name.strip() and (equals or anonymous is None):
+            if equals and not name.strip():
                 raise ValueError
-            found[name.strip() or str(anonymous)] = float(number)
+            found[name.strip() or "*"] = float(number)
         except ValueError:
-            raise UsageError(f"{option} {item!r}: expected something like {example}") from None
+            raise UsageError(f"{option} {item!r}: expected a number, or name=number items with commas") from None
     return found
 
 

@@ -1,17 +1,21 @@
-"""What decides the labels, in one frozen place: checked at construction, hashed, kept in the manifest."""
+"""Options of `preprocess`: checked when made, hashed, kept in the manifest; its command line follows from them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
+
+from typer import Option
 
 from pipeline.errors import InputError, UsageError
 from pipeline.schema import CONVENTIONS, POSITIVES
 
 ASSEMBLY101: Final = r"nusar-.*?(?=__)"  # the take, without task prefix and camera
+_labels, _input = (partial(Option, rich_help_panel=panel) for panel in ("Labels", "Input"))
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,24 @@ class Options:
     neg_rate: by split, '*' for all others; empty: the clip's own (train), else 0.5 for train and 1.0 elsewhere.
     """
 
-    seed: int = 0
-    positive: str = "span"
-    neg_rate: dict[str, float] = field(default_factory=dict)
-    pad_s: float = 0.0
-    split: str | None = None
-    force_split: bool = False  # also where a file's name tells another
-    fps: float | None = None  # of clips that do not say; None: 2
-    bounds: str = "auto"  # of clips: auto (by a vote of the file), given, or turns
-    frame_convention: str | None = None
-    recording_regex: str = ASSEMBLY101
-    frames_root: str | None = None
-    on_error: str = "quarantine"
+    seed: Annotated[int, _labels(help="seed of the sampling draws")] = 0
+    positive: Annotated[str, _labels(help="span: every frame of an event is positive; onset: its first")] = "span"
+    neg_rate: Annotated[
+        dict[str, float], _labels(help="share of silent frames to supervise: 0.3, or by split train=0.3,val=1")
+    ] = field(default_factory=dict)
+    pad_s: Annotated[float, _labels(help="widen each clip by so many seconds on both sides")] = 0.0
+    split: Annotated[str | None, _input(help="split of inputs whose names tell none")] = None
+    force_split: Annotated[bool, _input(help="use --split also where a file's name tells another")] = False
+    fps: Annotated[float | None, _input(help="frames per second of clips that do not say; default: 2")] = None
+    bounds: Annotated[
+        str, _input(help="clip bounds: given, turns, or auto (given, unless a file's span its DST updates alone)")
+    ] = "auto"
+    frame_convention: Annotated[str | None, _input(help="event, window or lead-in; default: detected per file")] = None
+    recording_regex: Annotated[
+        str, _input(help="what of a video_uid names the recording (first group, or whole match)", show_default=False)
+    ] = ASSEMBLY101
+    frames_root: Annotated[str | None, _input(help="check annotations against the frames below this folder")] = None
+    on_error: Annotated[str, _input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine"
 
     def __post_init__(self) -> None:
         _one_of("--positive", self.positive, POSITIVES)

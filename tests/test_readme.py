@@ -93,10 +93,10 @@ def test_every_command_of_the_readme_exists():
     assert commands == told
 
 
-def test_files_named_in_the_readme_exist():
-    named = re.findall(r"`((?:pipeline|trainer|tests|docs|data|benchmarks)/[\w./]+)`", README)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:pipeline|trainer|tests|docs|data|benchmarks)/[\w./]+)`", text)
+    named += re.findall(r"\]\(([^)#:]+)\)", text)
     assert named
-    for name in named:
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name
+    assert [name for name in named if not (ROOT / name).exists()] == []

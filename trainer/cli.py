@@ -7,20 +7,18 @@ needs it, never for --help.
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
-from inspect import Parameter, signature
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer import Argument, Option
 
-from pipeline.cli import RAY_HELP, cluster, names, new_app, numbers, run_app
+from pipeline.cli import RAY_HELP, Given, cluster, names, new_app, numbers, run_app, with_options
 from pipeline.cli import app as pipeline_app
 from pipeline.errors import UsageError
 from trainer.arms import ARMS
@@ -38,63 +36,6 @@ Thresholds = Annotated[
 ]
 FreeRunning = Annotated[bool, Option("--self-fed/--no-self-fed", help="also free-running: on the model's own texts")]
 EvalSplit = Annotated[str, Option(help="split to measure on; thresholds are chosen on val")]
-
-
-@dataclass(frozen=True)
-class Given:
-    """Values of the options that `with_options` added to a command, and the names of those that the user wrote."""
-
-    values: dict[str, Any]
-    chosen: set[str]
-
-    def make(self, config: type[Config]) -> Config:
-        return config(**self.of(config))
-
-    def of(self, config: type) -> dict[str, Any]:
-        return {field.name: self.values[field.name] for field in fields(config) if field.name in self.values}
-
-
-def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """The command also takes an option for each field of `configs` that has a typer.Option; it gets them as `given`.
-
-    A field of type dict[str, float] is written as name=number items, a tuple of strings as names.
-    """
-    options: dict[str, Parameter] = {}
-    kinds: dict[str, Any] = {}
-    for config in configs:
-        hints = get_type_hints(config, include_extras=True)
-        for field in fields(config):
-            if get_origin(hints[field.name]) is not Annotated or field.name in without:
-                continue
-            kind, option = get_args(hints[field.name])
-            kinds[field.name] = get_origin(kind)
-            several = kinds[field.name] in (dict, tuple)
-            default = None if several or field.default is MISSING else field.default
-            annotation: Any = Annotated[list[str] | None, option] if several else hints[field.name]
-            options[field.name] = Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "given"]
-
-        @functools.wraps(command)
-        def wrapped(ctx: typer.Context, **values: Any) -> int:
-            given = {name: values.pop(name) for name in options}
-            for name, kind in kinds.items():
-                if kind is dict:
-                    given[name] = numbers(f"--{name.replace('_', '-')}", given[name])
-                elif kind is tuple:
-                    given[name] = tuple(names(given[name]))
-            sources = {name: ctx.get_parameter_source(name) for name in given}
-            chosen = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-            return command(**values, given=Given(given, chosen))
-
-        context = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        parameters = [context, *own, *options.values()]
-        wrapped.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return wrapped
-
-    return decorate
 
 
 # ---- commands ----------------------------------------------------------------------------------------
@@ -153,7 +94,7 @@ def encode(
     frozen = "vision,connector" if keep == "connector" else "vision"
     then = command("train", data, "--run", "RUN", "--model", model, "--features", out, "--freeze", frozen, *k)
     typer.echo(f"next: {then}")
-    return 3 if report.refused else 0
+    return report.status
 
 
 @app.command(epilog="Example: prospect-dst train labels --run run --steps 1000")
@@ -246,7 +187,7 @@ def evaluate(
             raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
         from trainer.evaluation.evaluate_scores import evaluate_scores
 
-        thresholds = numbers("--threshold", threshold, "speaking=0.5")
+        thresholds = numbers("--threshold", threshold)
         where = places[-1] if places else None
         result = evaluate_scores(scores, where, split, out, settings, thresholds, sentence_encoder, chunks, submission)
     console().print(render_evaluation(result))
@@ -345,7 +286,7 @@ def stream(
     from trainer.live.video_input import Listener, open_feed
 
     loaded = load_run(run)
-    decoding = live_of(run, numbers("--threshold", threshold, "speaking=0.5"), refractory_s)
+    decoding = live_of(run, numbers("--threshold", threshold), refractory_s)
     html = _page_to_write(html, Path(video), task)
     if json and sys.stdout is None:
         raise UsageError("--json: stdout is closed")

@@ -112,7 +112,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_pat
 
 def test_a_rate_that_is_no_number_is_bad_usage(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", "--lr-by-part", "heads") == 2
-    assert "--lr-by-part 'heads': expected something like heads=1e-3" in capsys.readouterr().err
+    assert "--lr-by-part 'heads': expected a number, or name=number items" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", [1, 4])
