@@ -60,7 +60,6 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
     assert [line[0] for line in lines] == [
         "preprocess",
         "inspect",
-        "inspect",
         "synth",
         "preprocess",
         "train",
