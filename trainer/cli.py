@@ -94,7 +94,7 @@ def encode(
     frozen = "vision,connector" if keep == "connector" else "vision"
     then = command("train", data, "--run", "RUN", "--model", model, "--features", out, "--freeze", frozen, *k)
     typer.echo(f"next: {then}")
-    return report.status
+    return 3 if report.refused else 0
 
 
 @app.command(epilog="Example: prospect-dst train labels --run run --steps 1000")
