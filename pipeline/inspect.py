@@ -16,8 +16,8 @@ from pipeline import hazards
 from pipeline import output as shards
 from pipeline.errors import InputError
 from pipeline.output import again
-from pipeline.schema import NOT_SAMPLED
-from pipeline.summary import HEADS, Head, Split, Summary, all_hazards, label_hazards, split_order
+from pipeline.schema import HEADS, LABEL_COLUMNS, NOT_SAMPLED
+from pipeline.summary import Head, Split, Summary, all_hazards, split_order
 from pipeline.terminal import plain
 
 
@@ -27,7 +27,7 @@ def summarise(folder: Path) -> Summary:
     splits = [_split(folder, name) for name in names]
     recordings = {name: _recordings(folder, name) for name in names}
     distinct = len(set().union(*recordings.values()))
-    found = [hazard for split in splits for hazard in label_hazards(split)]
+    found = [hazard for split in splits for hazard in hazards.of_labels(split)]
     return Summary(splits, distinct, [*found, *hazards.of_recordings(recordings)])
 
 
@@ -55,7 +55,7 @@ def _scan(folder: Path, table: str, split: str) -> pl.LazyFrame:
 
 def _per_clip(folder: Path, split: str) -> pl.DataFrame:
     """One row per clip: its frames by cell; per head: supervised, first frame positive, says anything."""
-    speak, dst = (pl.col(column) for column in HEADS.values())
+    speak, dst = (pl.col(column) for column in LABEL_COLUMNS)
     drawn = (speak != NOT_SAMPLED) | (dst != NOT_SAMPLED)
     positive = (speak == 1) | (dst == 1)
     cells = {
@@ -67,21 +67,20 @@ def _per_clip(folder: Path, split: str) -> pl.DataFrame:
     }
     for head, label in zip(HEADS, (speak, dst), strict=True):
         cells[f"{head}_supervised"] = label != NOT_SAMPLED
-    onsets = {f"{head}_onset": pl.col("frame").filter(pl.col(column) == 1) for head, column in HEADS.items()}
     per_clip = _scan(folder, "frames", split).group_by("clip").agg(
         pl.len().cast(pl.Int64).alias("frames"),
         pl.col("frame").min().alias("start"),
         *[expr.sum().cast(pl.Int64).alias(name) for name, expr in cells.items()],
-        *[frames.min().alias(name) for name, frames in onsets.items()],
+        pl.col("frame").filter(positive).min().alias("onset"),
     )  # fmt: skip
-    first = {f"{head}_first": (pl.col(f"{head}_onset") == pl.col("start")).fill_null(False) for head in HEADS}
+    first = (pl.col("onset") == pl.col("start")).fill_null(False)
     nobody = pl.col("unlabelled").list.eval(pl.element().struct["end_frame"] - pl.element().struct["start_frame"])
     about = _scan(folder, "clips", split).select("clip", steps=pl.col("steps").list.len(), unlabelled=nobody.list.sum())
     # A clip without DST, or that nobody annotated, is -100 throughout: it says nothing, rather than "never".
     annotated = pl.col("frames") - pl.col("unlabelled")
-    dst = (annotated > 0) & ((pl.col("steps") > 0) | (pl.col("DST_supervised") > 0))
-    says = {"speaking_says": annotated > 0, "DST_says": dst, "annotated": annotated}
-    return per_clip.join(about, on="clip").with_columns(**first, **says).collect(engine="streaming")
+    dst = (annotated > 0) & ((pl.col("steps") > 0) | (pl.col("dst_update_supervised") > 0))
+    says = {"speaking_says": annotated > 0, "dst_update_says": dst, "annotated": annotated}
+    return per_clip.join(about, on="clip").with_columns(first=first, **says).collect(engine="streaming")
 
 
 def _split(folder: Path, name: str) -> Split:
@@ -90,8 +89,6 @@ def _split(folder: Path, name: str) -> Split:
         recordings=pl.col("recording_id").n_unique(),
         hours=(pl.col("num_frames") / pl.col("fps")).sum() / 3600,
         rates=pl.col("neg_rate").unique().sort().implode(),
-        conventions=pl.col("frame_convention").unique().sort().implode(),
-        positive=pl.col("positive").unique().sort().implode(),
     )  # fmt: skip
     per_clip = _per_clip(folder, name)
     cells = ["frames", "speak_only", "dst_only", "both", "silence", "not_sampled"]
@@ -99,22 +96,21 @@ def _split(folder: Path, name: str) -> Split:
         name=name,
         **clips.collect().row(0, named=True),
         **per_clip.select(pl.col(cells).sum()).row(0, named=True),
-        first=per_clip.select(pl.any_horizontal(f"{head}_first" for head in HEADS).sum()).item(),
+        first=per_clip["first"].sum(),
         heads={head: _head(folder, name, head, per_clip) for head in HEADS},
     )
 
 
 def _head(folder: Path, split: str, head: str, per_clip: pl.DataFrame) -> Head:
     says = per_clip.filter(f"{head}_says")
-    own = {"speaking": "speak_only", "DST": "dst_only"}[head]
-    gaps = _gaps(folder, split, HEADS[head])
+    own = {"speaking": "speak_only", "dst_update": "dst_only"}[head]
+    gaps = _gaps(folder, split, f"{head}_label")
     return Head(
         **says.select(
             positives=(pl.col(own) + pl.col("both")).sum(),
             frames=pl.col("annotated").sum(),
             supervised=pl.col(f"{head}_supervised").sum(),
             clips=pl.len(),
-            first=pl.col(f"{head}_first").sum(),
         ).row(0, named=True),
         gaps=gaps,
         usual_gap=hazards.usual_gap(gaps),

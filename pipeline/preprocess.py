@@ -42,7 +42,7 @@ from pipeline.resolve import Part, Source, decide, part_of
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import Plan, Written, merged, write_part
 from pipeline.storage import sha256
-from pipeline.summary import label_hazards, summary_of
+from pipeline.summary import summary_of
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
@@ -195,7 +195,7 @@ class _Run:
         for split, names in recordings.items():
             splits[split]["recordings"] = len(names)
         by_name = {split.name: split for split in summary_of({"splits": splits}).splits}
-        found = [hazard for name in splits for hazard in label_hazards(by_name[name])]
+        found = [hazard for name in splits for hazard in hazards.of_labels(by_name[name])]
         found += [hazard for name, counts in self.context.items() for hazard in hazards.of_context(name, counts)]
         found += [hazard for split, held in files.items() for hazard in hazards.of_variants(split, held)]
         found += hazards.of_recordings(recordings)

@@ -6,8 +6,8 @@ agree, which a test holds them to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +16,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import hazards
+from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.terminal import percent, plain
 
-HEADS: Final = {"speaking": "speaking_label", "DST": "dst_update_label"}
-HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}
+HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}  # by HEAD_TITLES
+ONE_TABLE: Final = 5  # splits side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,8 @@ class Head:
     frames: int  # before sampling: all frames of those clips
     supervised: int  # after sampling: frames with a 0 or a 1
     clips: int
-    first: int  # clips whose first frame is positive
-    gaps: dict[float, int]  # quiet seconds between two events of a clip -> how often
-    usual_gap: tuple[float, int, int] = (0.0, 0, 0)  # the most frequent of them, how often, of how many
-
-    @property
-    def before(self) -> float:
-        return self.positives / self.frames if self.frames else 0.0
-
-    @property
-    def after(self) -> float:
-        return self.positives / self.supervised if self.supervised else 0.0
+    usual_gap: tuple[float, int, int]  # the most frequent quiet gap between two events: seconds, how often, of how many
+    gaps: dict[float, int] = field(default_factory=dict)  # quiet seconds -> how often; empty where only counts are read
 
     @property
     def median_gap(self) -> float | None:
@@ -63,10 +54,8 @@ class Split:
     silence: int
     not_sampled: int
     first: int  # clips whose first frame is positive for either head
-    heads: dict[str, Head]  # by the names in HEADS
-    rates: list[float]  # distinct negative rates, ascending
-    conventions: list[str]
-    positive: list[str]
+    heads: dict[str, Head]
+    rates: list[float] = field(default_factory=list)  # distinct negative rates, ascending
 
     @property
     def supervised(self) -> float:
@@ -76,8 +65,8 @@ class Split:
 @dataclass(frozen=True, slots=True)
 class Summary:
     splits: list[Split]
-    recordings: int  # distinct, over all splits
-    hazards: list[dict[str, str]]  # name, split, text: those the shards themselves can show
+    recordings: int = 0  # distinct, over all splits
+    hazards: list[dict[str, str]] = field(default_factory=list)  # name, split, text: those the shards show
 
 
 def weighted_median(counts: Mapping[float, int]) -> float | None:
@@ -92,43 +81,28 @@ def weighted_median(counts: Mapping[float, int]) -> float | None:
 
 def summary_of(manifest: Mapping[str, Any]) -> Summary:
     """The same summary from the counts that `preprocess` put into the manifest, but for the gaps."""
-    splits = []
-    for name, told in manifest["splits"].items():
-        heads = {}
-        for head, key in (("speaking", "speaking"), ("DST", "dst_update")):
-            frames, supervised = told[f"{key}_frames"], told[f"{key}_supervised"]
-            heads[head] = Head(
-                told[f"{key}_positive"],
-                frames,
-                supervised,
-                told[f"{key}_clips"],
-                0,
-                {},
-                tuple(told[f"{key}_usual_gap"]),
-            )
-        both = told["both_positive"]
-        only = [head.positives - both for head in heads.values()]
-        splits.append(
-            Split(
-                name=name,
-                clips=told["clips"],
-                recordings=told["recordings"],
-                frames=told["frames"],
-                hours=told["hours"],
-                speak_only=only[0],
-                dst_only=only[1],
-                both=both,
-                silence=told["supervised"] - both - sum(only),
-                not_sampled=told["frames"] - told["supervised"],
-                first=told["first_frame_positive"],
-                heads=heads,
-                rates=[],
-                conventions=[],
-                positive=[],
-            )
-        )
-    splits.sort(key=lambda split: split_order(split.name))
-    return Summary(splits, 0, [])
+    splits = [_split(name, counts) for name, counts in manifest["splits"].items()]
+    return Summary(sorted(splits, key=lambda split: split_order(split.name)))
+
+
+def _split(name: str, counts: Mapping[str, Any]) -> Split:
+    heads = {}
+    for head in HEADS:
+        numbers = (counts[f"{head}_{what}"] for what in ("positive", "frames", "supervised", "clips", "usual_gap"))
+        heads[head] = Head(*numbers)
+    both = counts["both_positive"]
+    speak_only, dst_only = (head.positives - both for head in heads.values())
+    return Split(
+        name=name,
+        **{key: counts[key] for key in ("clips", "recordings", "frames", "hours")},
+        speak_only=speak_only,
+        dst_only=dst_only,
+        both=both,
+        silence=counts["supervised"] - both - speak_only - dst_only,
+        not_sampled=counts["frames"] - counts["supervised"],
+        first=counts["first_frame_positive"],
+        heads=heads,
+    )
 
 
 def split_order(name: str) -> tuple[int, str]:
@@ -136,38 +110,35 @@ def split_order(name: str) -> tuple[int, str]:
     return {"train": 0, "val": 1, "test": 2}.get(name, 3), name
 
 
-def label_hazards(split: Split) -> list[hazards.Hazard]:
-    """What the split's label counts warn of."""
-    heads = {n: hazards.HeadCounts(h.clips, h.frames, h.positives, h.usual_gap) for n, h in split.heads.items()}
-    counts = hazards.LabelCounts(split.clips, split.first, split.both, heads)
-    return list(hazards.of_labels(split.name, counts))
-
-
-def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[hazards.Hazard]:
-    """The manifest's hazards (some need the inputs) and what the shards show beyond them, by split."""
-    told = [*(manifest.get("hazards") or []), *summary.hazards]
-    return hazards.merged(told, [split.name for split in summary.splits])
+def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The manifest's hazards (some need the inputs) and what the shards show beyond them, by split; mixed ones last."""
+    order = [split.name for split in summary.splits]
+    unique: dict[tuple[str, str], dict[str, str]] = {}
+    for hazard in [*(manifest.get("hazards") or []), *summary.hazards]:
+        unique.setdefault((hazard["name"], hazard["split"]), hazard)
+    return sorted(unique.values(), key=lambda h: order.index(h["split"]) if h["split"] in order else len(order))
 
 
 # ---- the table ---------------------------------------------------------------------------------------
 
 
 def render_summary(summary: Summary, manifest: Mapping[str, Any]) -> RenderableType:
-    """A table (one column per split), then the inputs and hazards the manifest tells of; 100 columns wide."""
-    tables = [_table(summary.splits[i : i + 5], manifest) for i in range(0, len(summary.splits), 5)]
-    lines = [*_input_lines(manifest), *_hazard_lines(all_hazards(summary, manifest))]
-    return Group(*tables, *([Text(""), *lines] if lines else []))
+    """A table (one column per split), then the inputs and hazards of the manifest; 100 columns wide."""
+    groups = [summary.splits[i : i + ONE_TABLE] for i in range(0, len(summary.splits), ONE_TABLE)]
+    lines = [Text(line, style="dim") for line in _input_lines(manifest)]
+    for hazard in all_hazards(summary, manifest):
+        where = f" [{plain(hazard['split'])}] "
+        lines.append(Text.assemble(("hazard", "bold red"), where, plain(hazard["text"])))
+    return Group(*(_table(group, manifest) for group in groups), *([Text(""), *lines] if lines else []))
 
 
 def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("")
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for split in splits:
         table.add_column(Text(plain(split.name)), justify="right")
-    columns = [list(_cells(split)) for split in splits]
-    for row in zip(*columns, strict=True):
-        label, section, style = row[0][0], row[0][2], row[0][3]
-        table.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=section)
+    for row in zip(*map(_cells, splits), strict=True):
+        label, _, ends_section, style = row[0]
+        table.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
     for reason, counts in drops_by_reason(splits, manifest).items():
         table.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
     return table
@@ -175,15 +146,16 @@ def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
 
 def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
     """(label, value, whether a rule follows, style) down one split's column."""
-    yield "clips", f"{split.clips:,}", False, ""
-    yield "recordings", f"{split.recordings:,}", False, ""
-    yield "frames", f"{split.frames:,}", False, ""
+    for name in ("clips", "recordings", "frames"):
+        yield name, f"{getattr(split, name):,}", False, ""
     yield "hours", f"{split.hours:,.2f}", False, ""
     yield "supervised frames", percent(split.supervised), True, ""
     for name, head in split.heads.items():
-        yield f"{name} positives", f"{head.positives:,}", False, HUES[name]
-        yield "  of frames, before sampling", percent(head.before) if head.frames else "-", False, ""
-        yield "  of supervised, after sampling", percent(head.after) if head.supervised else "-", True, ""
+        before, after = (percent(head.positives / n) if n else "-" for n in (head.frames, head.supervised))
+        title = HEAD_TITLES[name]
+        yield f"{title} positives", f"{head.positives:,}", False, HUES[title]
+        yield "  of frames, before sampling", before, False, ""
+        yield "  of supervised, after sampling", after, True, ""
     yield "frames: speaking only", f"{split.speak_only:,}", False, ""
     yield "        DST only", f"{split.dst_only:,}", False, ""
     yield "        both", f"{split.both:,}", False, ""
@@ -193,49 +165,36 @@ def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
 
 def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     """Reason -> count per split, for reasons that occur."""
-    told = manifest.get("splits") or {}
-    drops = [(told.get(split.name) or {}).get("drops") or {} for split in splits]
+    counts = manifest.get("splits") or {}
+    drops = [counts.get(split.name, {}).get("drops", {}) for split in splits]
     reasons = dict.fromkeys(reason for d in drops for reason, n in d.items() if n)
     return {reason: [d.get(reason, 0) for d in drops] for reason in reasons}
 
 
-def _input_lines(manifest: Mapping[str, Any]) -> Iterator[Text]:
-    """Per input file: what was found, and what was assumed."""
+def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Per input file: what was found, and what was assumed; then what was left out."""
     for source in manifest.get("inputs") or []:
-        yield Text(f"{plain(Path(str(source.get('path', '?'))).name)}: {plain(', '.join(_facts(source)))}", style="dim")
+        yield f"{plain(Path(source['path']).name)}: {plain(', '.join(_facts(source)))}"
     skipped: dict[str, list[str]] = {}
     for one in manifest.get("skipped") or []:
         skipped.setdefault(one["why"], []).append("/".join(Path(one["path"]).parts[-2:]))
     for why, names in skipped.items():
         more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
-        yield Text(f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}", style="dim")
+        yield f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}"
 
 
 def _facts(source: Mapping[str, Any]) -> Iterator[str]:
-    if "clips" in source:
-        schemas = source.get("schemas") or {}
-        of = f" of {' and '.join(schemas)}" if schemas else ""
-        yield f"{source['clips']:,} {source.get('split', '')} clip{'' if source['clips'] == 1 else 's'}{of}"
-    if source.get("frame_convention"):
-        yield f"{source['frame_convention']} convention"
-    if source.get("turns_not_fitting"):
-        yield f"{source['turns_not_fitting']:,} of {source['votes']['turns']:,} turns do not fit it"
-    if source.get("bounds_widened"):
-        yield f"bounds of {source['bounds_widened']:,} clips widened to their turns (DST updates alone given)"
-    if source.get("renamed"):
-        yield f"{source['renamed']:,} ids extended by data set and video (another data set has the same)"
-    if source.get("fps_assumed"):
-        yield f"fps absent in {source['fps_assumed']:,} clips, 2 assumed"
+    schemas = f" of {' and '.join(source['schemas'])}" if source.get("schemas") else ""
+    yield f"{source['clips']:,} {source['split']} clip{'' if source['clips'] == 1 else 's'}{schemas}"
+    yield f"{source['frame_convention']} convention"
+    counted = {
+        "turns_not_fitting": f"of {source.get('votes', {}).get('turns', 0):,} turns do not fit it",
+        "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
+        "renamed": "ids extended by data set and video (another data set has the same)",
+        "fps_assumed": "clips without fps, 2 assumed",
+    }
+    yield from (f"{source[key]:,} {what}" for key, what in counted.items() if source.get(key))
     for name, count in (source.get("ignored_fields") or {}).items():
         yield f"{name} ignored in {count:,} clips (not text)"
     if source.get("quarantined"):
         yield f"{source['quarantined']:,} quarantined"
-
-
-def _hazard_lines(hazards: Iterable[Mapping[str, str]]) -> Iterator[Text]:
-    for hazard in hazards:
-        yield Text.assemble(
-            ("hazard", "bold red"),
-            f" [{plain(hazard.get('split') or 'all')}] ",
-            plain(hazard.get("text") or hazard.get("name") or ""),
-        )

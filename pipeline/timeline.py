@@ -22,9 +22,9 @@ from rich.text import Text
 from pipeline.errors import InputError
 from pipeline.inspect import split_names
 from pipeline.labels import DROP_REASONS, drops
-from pipeline.schema import NOT_SAMPLED
+from pipeline.schema import LABEL_COLUMNS, NOT_SAMPLED
 from pipeline.state import NOT_STARTED, replay
-from pipeline.summary import HEADS, HUES
+from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 
 
@@ -43,10 +43,10 @@ def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterato
     rows = pl.scan_parquet(folder / "clips" / f"split={split}" / part, hive_partitioning=False, glob=False)
     frames = pl.scan_parquet(folder / "frames" / f"split={split}" / part, hive_partitioning=False, glob=False)
     wanted = pl.col("clip").is_in(clips)
-    labels = frames.filter(wanted).select("clip", *HEADS.values()).collect()
+    labels = frames.filter(wanted).select("clip", *LABEL_COLUMNS).collect()
     by_clip = {int(key[0]): f for key, f in labels.partition_by("clip", as_dict=True).items()}
     for row in rows.filter(wanted).collect().iter_rows(named=True):
-        speaking, dst = (by_clip[row["clip"]][column].to_numpy() for column in HEADS.values())
+        speaking, dst = (by_clip[row["clip"]][column].to_numpy() for column in LABEL_COLUMNS)
         yield ClipView(split, row, speaking, dst)
 
 
