@@ -41,9 +41,6 @@ _FILES: Final = (".arrow", *(ending for video in VIDEOS for ending in (video, vi
 _GENERIC: Final = ("data", "processed_data", "frames", "videos")  # folders that do not tell videos apart
 
 
-# ---- finding -----------------------------------------------------------------------------------------
-
-
 def find_frames(root: Path, video_uid: str, frames_file: str | None, dataset: str | None = None) -> Path | None:
     """The Arrow file, the video file or the folder of images with a video's frames below `root`, or None.
 
@@ -98,7 +95,8 @@ def _specific(path: str, dataset: str | None) -> str:
 def _holds_frames(path: Path) -> bool:
     if not os.path.isdir(path):  # unlike Path's, False for a name that is too long
         return os.path.isfile(path)
-    return any(map(_is_image, os.listdir(path)))
+    with os.scandir(path) as entries:
+        return any(_is_image(entry.name) for entry in entries)
 
 
 def _is_image(name: str) -> bool:
@@ -132,11 +130,8 @@ def images_in(folder: Path) -> list[Path]:
     return [folder / by_number[number] for number in sorted(by_number)]
 
 
-# ---- counting ----------------------------------------------------------------------------------------
-
-
 def count_frames(path: Path, fps: float = 2.0) -> int | None:
-    """Frames of what `find_frames` found; None: not readable. `fps` matters to video files alone."""
+    """Frames of what `find_frames` found, at `fps` of a video file; None: not readable."""
     return count_and_delay(path, fps)[0]
 
 
@@ -151,9 +146,6 @@ def count_and_delay(path: Path, fps: float = 2.0) -> tuple[int | None, float]:
         return None, 0.0
 
 
-# ---- decoding ----------------------------------------------------------------------------------------
-
-
 class ArrowFrames:
     """The column `frame` of an Arrow IPC file, base64 JPEG or PNG; memory-mapped: a row is loaded when read."""
 
@@ -165,9 +157,8 @@ class ArrowFrames:
             with pa.memory_map(str(path)) as source:
                 source.seek(8 if source.read(6) == b"ARROW1" else 0)  # a file is a stream with a frame around it
                 table = pa.ipc.open_stream(source).read_all()
-            columns = table.column_names
-            if columns.count("frame") != 1:
-                raise ValueError(f"columns {', '.join(columns)}, expected one named frame")
+            if table.column_names.count("frame") != 1:
+                raise ValueError(f"columns {', '.join(table.column_names)}, expected one named frame")
             column = table.column("frame")
             raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type, column.type)
             if raw not in (pa.binary(), pa.large_binary()):
@@ -214,9 +205,7 @@ class ImageFolder:
         self._files = []
 
 
-Opened = (
-    ArrowFrames | ImageFolder | Video
-)  # `image` gives RGB or raises one of UNDECODABLE; `wrong` says what it then is
+Opened = ArrowFrames | ImageFolder | Video  # `image` gives RGB or raises one of UNDECODABLE
 
 
 def open_pictures(path: Path) -> Opened:

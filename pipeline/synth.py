@@ -11,15 +11,10 @@ Before a moving background with coloured clutter and a passing hand, three thing
     lamp        a magenta lamp lights up for 3 frames; the assistant speaks one frame after it appears
     question    the user asks; the assistant answers one frame later. Nothing to see
 
-The picture never shows how far the task has come, and clips are cut from mid-task, in the quiet around their events.
-Whether the assistant speaks about a completed step is decided by the toy's plan with probability `state_tells`, drawn
-for each step, else by a fair coin, which the lamp shows beside the jig. At 0 the state says nothing about when to speak
-that the picture does not; at 1 no jig comes with a lamp, and steps are called "Fit the axle aloud" or "... quietly": to
-know when to speak is to know which step was completed. Lamps alone and questions go from 35% to 15% of all events.
-There are three toys with one plan each, so that step and toy are enough to know it. Left out as tiny models did not
-learn it: speaking when the placed part is not the one that the plan expects.
-
-Defaults: 220 recordings, 440 videos, 1,150 clips of 40 frames, 57,700 frames, 86 MB, 12 s on one core.
+Clips are cut from mid-task, in the quiet around their events; no picture shows how far the task has come.
+Whether a completed step is spoken about is decided with probability `state_tells` by the toy's plan (three toys, one
+plan each; the step is then called "Fit the axle aloud" or "... quietly"), else by a coin, which the lamp shows. So at 0
+the state says nothing about when to speak that the picture does not; at 1 only the completed step's name says it.
 
     F frames of a video, P pixels of a side
 """
@@ -103,7 +98,7 @@ class SynthConfig:
 
 @dataclass
 class SplitCounts:
-    """What one split holds; `bytes` are those of its JSON and Arrow files."""
+    """`bytes` are those of the split's JSON and Arrow files."""
 
     recordings: int
     videos: int
@@ -166,31 +161,13 @@ def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> 
         while rng.random() < 0.35 - 0.2 * config.state_tells:
             events.append(Event("question") if rng.random() < 0.5 else Event("lamp", lamp=True))
         events.append(Event("placement", 0, step, speaks, lamp=speaks and not is_planned))
-    events, clips, num_frames = _timed(rng, events, _cuts(rng, len(events), config))
-    parts = [_PARTS[i] for i in rng.permutation(len(_PARTS))[:num_steps]]
-    words = [(" aloud" if s else " quietly") if p else "" for p, s in zip(by_plan, spoken, strict=True)]
-    names = [f"Fit the {part}{word}" for part, word in zip(parts, words, strict=True)]
-    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
 
-
-def _cuts(rng: np.random.Generator, count: int, config: SynthConfig) -> list[int]:
-    """Numbers of the events at which clips start, then one past the last; up to 3 events lie before all."""
     low, high = config.events_per_clip
-    cuts = [_between(rng, 0, min(3, max(0, count - low)))]
-    while (rest := count - cuts[-1]) > high + 2 and rest >= 2 * low:
+    cuts = [_between(rng, 0, min(3, max(0, len(events) - low)))]  # events at which clips start
+    while (rest := len(events) - cuts[-1]) > high + 2 and rest >= 2 * low:
         cuts.append(cuts[-1] + _between(rng, low, min(high, rest - low)))
-    return [*cuts, count]
+    cuts.append(len(events))
 
-
-def _timed(
-    rng: np.random.Generator, events: list[Event], cuts: list[int]
-) -> tuple[list[Event], list[tuple[int, int]], int]:
-    """Events with frames, clip ranges, number of frames.
-
-    A clip begins 2 to 6 frames before its first event and ends 3 to 7 frames after its last turn; up to 4
-    frames lie between two clips of a video.
-    """
-    timed: list[Event] = []
     starts: list[int] = []
     clips: list[tuple[int, int]] = []
     frame = _between(rng, 6, 12)
@@ -198,13 +175,18 @@ def _timed(
         if number in cuts:
             if starts:
                 clips.append((starts[-1], frame))
-                frame += _between(rng, 0, 4)
+                frame += _between(rng, 0, 4)  # between two clips
             starts.append(frame)
-            frame += _between(rng, 2, 6)
-        timed.append(replace(event, frame=frame))
+            frame += _between(rng, 2, 6)  # before a clip's first event
+        events[number] = replace(event, frame=frame)
         frame += CUE_FRAMES + (_between(rng, 3, 7) if number + 1 in cuts else _between(rng, 2, 5))
     clips.append((starts[-1], frame))
-    return timed, clips, frame + _between(rng, 1, 4)
+    num_frames = frame + _between(rng, 1, 4)
+
+    parts = [_PARTS[i] for i in rng.permutation(len(_PARTS))[:num_steps]]
+    words = [(" aloud" if s else " quietly") if p else "" for p, s in zip(by_plan, spoken, strict=True)]
+    names = [f"Fit the {part}{word}" for part, word in zip(parts, words, strict=True)]
+    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
 
 
 # ---- what a camera sees ------------------------------------------------------------------------------
@@ -212,22 +194,29 @@ def _timed(
 
 def draw_view(recording: Recording, rng: np.random.Generator, config: SynthConfig) -> np.ndarray:
     """uint8 frames [F, P, P, 3] of one camera: its own background, clutter, noise and places of the cues."""
-    px = config.px
+    px, strength = (
+        config.px,
+        1 - 0.5 * config.difficulty,
+    )  # of cues: at difficulty 1 half of what was there shines through
     frames = _background(rng, recording.num_frames, config)
     _add_movers(frames, rng, config)
     for event in recording.events:
         cue = frames[event.frame : event.frame + CUE_FRAMES]
-        if event.kind == "placement":
-            _add_jig(cue, rng, config)
-        if event.lamp:  # in the upper quarter, where no jig is
+        if event.kind == "placement":  # a white square with a coloured disc in the lower three quarters
+            side = int(rng.uniform(0.45, 0.55) * px)
+            top, left = int(rng.integers(px // 4, px - side + 1)), int(rng.integers(px - side + 1))
+            square = cue[:, top : top + side, left : left + side]
+            square += strength * (_JIG - square)
+            middle = np.tile([top + side / 2, left + side / 2], (len(cue), 1))
+            _add_disc(cue, middle, side / 4, _COLOURS[rng.integers(len(_COLOURS))])
+        if event.lamp:  # a bar in the upper quarter
             left = int(rng.integers(px // 2 + 1))
-            _blend(cue[:, px // 32 : px // 4 - px // 32, left : left + px // 2], _LAMP, config)
-    sheet = rng.normal(0, 1 + 8 * config.difficulty, (2 * px, 2 * px)).astype(np.float32)
-    shift = rng.integers(
-        0, px, (len(frames), 2)
-    )  # one sheet of noise, shifted: drawing each anew costs 4 times as much
+            bar = cue[:, px // 32 : px // 4 - px // 32, left : left + px // 2]
+            bar += strength * (_LAMP - bar)
+    noise = rng.normal(0, 1 + 8 * config.difficulty, (2 * px, 2 * px)).astype(np.float32)
+    shift = rng.integers(0, px, (len(frames), 2))  # of one sheet: drawing each frame's noise anew costs 4 times as much
     for frame, (top, left) in zip(frames, shift.tolist(), strict=True):
-        frame += sheet[top : top + px, left : left + px, None]
+        frame += noise[top : top + px, left : left + px, None]
     return frames.clip(0, 255).astype(np.uint8)
 
 
@@ -267,68 +256,39 @@ def _add_disc(frames: np.ndarray, centre: np.ndarray, radius: float, colour: np.
     frames[frame, row, column] = colour
 
 
-def _add_jig(cue: np.ndarray, rng: np.random.Generator, config: SynthConfig) -> None:
-    """A white square with a coloured part in the lower three quarters; its side is half the picture's."""
-    px = config.px
-    side = int(rng.uniform(0.45, 0.55) * px)
-    top, left = int(rng.integers(px // 4, px - side + 1)), int(rng.integers(px - side + 1))
-    _blend(cue[:, top : top + side, left : left + side], _JIG, config)
-    middle = np.tile([top + side / 2, left + side / 2], (len(cue), 1))
-    _add_disc(cue, middle, side / 4, _COLOURS[rng.integers(len(_COLOURS))])
-
-
-def _blend(patch: np.ndarray, colour: np.ndarray, config: SynthConfig) -> None:
-    """Paint over; at difficulty 1 half of what was there shines through."""
-    patch += (1 - 0.5 * config.difficulty) * (colour - patch)
-
-
 # ---- what is said, and the clips ---------------------------------------------------------------------
 
 
 def make_clips(recording: Recording, view: int, rng: np.random.Generator, config: SynthConfig) -> list[dict[str, Any]]:
     """The recording's clips in the prospect schema. The generator chooses words and times."""
     turns = [turn for event in recording.events for turn in _turns(event, recording, rng, config)]
-    steps = _dst_steps(recording, turns)
-    uid = f"synth_{recording.name}__view{view}"
+    ends = [turn["time"] for turn in turns for _, transition in _updates(turn) if transition == "complete"]
+    steps = [
+        {"type": "step", "id": f"S{number}", "start_ts": start, "end_ts": end, "name": name}
+        for number, (start, end, name) in enumerate(zip([0.0, *ends[:-1]], ends, recording.step_names, strict=True), 1)
+    ]
+    uid, file = f"synth_{recording.name}__view{view}", f"frames/{recording.name}__view{view}.arrow"
+    knowledge = "\n".join([recording.goal, *(f"{i}. {name}" for i, name in enumerate(recording.step_names, 1))])
+    goal = {"inferred_goal": recording.goal, "inferred_knowledge": knowledge, "video_labels": {}}
     system = {"role": "system", "content": "You are a helpful assistant.", "start_frame": 0, "end_frame": 1}
+    fps = int(config.fps) if config.fps == int(config.fps) else config.fps
+    rest = {"max_seq_len": 4096, "num_tokens_per_img": 1, "fps": fps, "quality": 5.0}
     clips = []
     for number, (start, end) in enumerate(recording.clips):
         earlier = [update for turn in turns if turn["start_frame"] < start for update in _updates(turn)]
         state = initial = replay({"S1": "in_progress"}, earlier)  # the first step began with the video
         conversation = [system | {"labels": "system|generic"}]
         for turn in turns:
-            if (
-                start <= turn["start_frame"] < end
-            ):  # its state is the one before it, with its own steps, without later ones
+            if start <= turn["start_frame"] < end:
                 updates = _updates(turn)
                 before = {**{step: "not_started" for step, _ in updates}, **state}
                 before = {step: before[step] for step in sorted(before, key=lambda step: int(step[1:]))}
                 conversation.append({**turn, "dst_state": before})
                 state = replay(state, updates)
-        clips.append(
-            {
-                "id": f"{uid}_{number}",
-                "video_uid": uid,
-                "inferred_goal": recording.goal,
-                "inferred_knowledge": "\n".join(
-                    [recording.goal, *(f"{i}. {step['name']}" for i, step in enumerate(steps, 1))]
-                ),
-                "video_labels": {},
-                "conversation": conversation,
-                "dst": steps,
-                "initial_dst_state": initial,
-                "frames_file": f"frames/{recording.name}__view{view}.arrow",
-                "start_frame_idx": start,
-                "end_frame_idx": end,
-                "seq_len": end - start,
-                "dataset": "synth",
-                "clip_idx": number,
-                "max_seq_len": 4096,
-                "num_tokens_per_img": 1,
-                "fps": int(config.fps) if config.fps == int(config.fps) else config.fps,
-                "quality": 5.0,
-            }
-        )
+        texts = {"conversation": conversation, "dst": steps, "initial_dst_state": initial, "frames_file": file}
+        bounds = {"start_frame_idx": start, "end_frame_idx": end, "seq_len": end - start}
+        place = {"dataset": "synth", "clip_idx": number}
+        clips.append({"id": f"{uid}_{number}", "video_uid": uid, **goal, **texts, **bounds, **place, **rest})
     return clips
 
 
@@ -362,16 +322,6 @@ def _turns(
 
 def _updates(turn: dict[str, Any]) -> list[Update]:
     return [(u["id"], u["transition"]) for u in turn["content"]] if turn["role"] == "DST_UPDATE" else []
-
-
-def _dst_steps(recording: Recording, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The whole task's steps; one ends, and the next starts, at the time of its `complete`."""
-    ends = [turn["time"] for turn in turns for _, transition in _updates(turn) if transition == "complete"]
-    times = zip([0.0, *ends], ends, recording.step_names, strict=False)
-    return [
-        {"type": "step", "id": f"S{number}", "start_ts": start, "end_ts": end, "name": name}
-        for number, (start, end, name) in enumerate(times, 1)
-    ]
 
 
 # ---- files -------------------------------------------------------------------------------------------

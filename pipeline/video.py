@@ -183,11 +183,7 @@ class Video:
         check_size(codec.width, codec.height)
         codec.options = {"max_pixels": str(MAX_PIXELS)}
         codec.thread_type, codec.thread_count = "AUTO", DECODERS
-        self._go_on(0)
-
-    def _go_on(self, key: int) -> None:
-        self._pictures = self._decode(key)
-        self._shown = self._next = -1, None
+        self._pictures, self._shown, self._next = self._decode(0), (-1, None), (-1, None)
 
     def _picture(self, wanted: int) -> VideoFrame:
         """The last picture up to index `wanted`."""
@@ -204,7 +200,7 @@ class Video:
         """Go on from a keyframe, an earlier one where the container overshoots (it seeks by decoding time)."""
         for key in keys[: -TRIED_KEYS - 1 : -1].tolist():
             self._container.seek(int(self._times.pts[key]), stream=self._stream)
-            self._go_on(key)
+            self._pictures, self._shown = self._decode(key), (-1, None)
             self._next = next(self._pictures, (math.inf, None))
             if self._next[0] <= wanted:
                 return
