@@ -1,14 +1,13 @@
-"""Pass 1: a part's JSON -> checked clips, spooled as Arrow, and the little that the whole input must know.
+"""Pass 1: decode and check the clips of a part, spool them as Arrow, and keep what the whole input must decide on.
 
-Costs one typed decode of the JSON and some 3 us a turn; keeps in memory what later decisions need (ids, bounds,
-votes: some 700 bytes a clip) and puts the rest, text and turns, on disk for pass 2.
+Costs one typed decode of the JSON and some 3 us a turn. Texts and turns go to disk for pass 2; in memory stays one
+`ClipInfo` a clip, about 1 kB.
 
-    C clips of a part, T turns
+    C clips, T turns
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import operator
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,51 +27,36 @@ import pyarrow.compute as pc
 
 from pipeline import labels, state
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Refusal, refuse
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, refuse
 from pipeline.readers.index import MAX_CLIP_BYTES
-from pipeline.schema import ROLES, STATES
+from pipeline.schema import CLIPS, ROLES, STATES
 from pipeline.storage import move
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
-NOT_GIVEN: Final = -1  # a bound that the source leaves out
-ECHO_CHARACTERS: Final = 20  # shorter texts ("yes") are repeated by chance
+NONE: Final = -1  # in an extent: a clip without such turns
+ECHO_BYTES: Final = 20  # a shorter text ("yes") is repeated by chance
 
-_UPDATES = pa.list_(pa.struct([("id", pa.string()), ("transition", pa.string())]))
-_SPOOL_TURN = pa.struct(
-    [
-        ("role", pa.int8()),
-        ("text", pa.string()),
-        ("start", pa.int64()),
-        ("end", pa.int64()),
-        ("time", pa.float64()),
-        ("updates", _UPDATES),
-    ]
+_AS_STORED: Final = (
+    *("video_uid", "recording_id", "dataset", "clip_idx", "fps", "frames_file", "goal", "knowledge"),
+    *("steps", "initial_state", "neg_rate"),
 )
-_PAIRS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
-_RANGES = pa.list_(pa.struct([("start", pa.int64()), ("end", pa.int64())]))
+_FRAMES = ("start_frame", "end_frame")  # int64 in the spool, as the source has them
+_TURN = pa.struct([f.with_type(pa.int64()) if f.name in _FRAMES else f for f in CLIPS.field("turns").type.value_type])
 SPOOL: Final = pa.schema(
     [
-        ("clip_id", pa.string()),
-        ("video_uid", pa.string()),
-        ("recording_id", pa.string()),
-        ("dataset", pa.string()),
-        ("clip_idx", pa.int32()),
-        ("fps", pa.float64()),
-        ("frames_file", pa.string()),
-        ("goal", pa.string()),
-        ("knowledge", pa.string()),
-        ("steps", _PAIRS),
-        ("initial_state", _PAIRS),
-        ("neg_rate", pa.float64()),
-        ("unlabelled", _RANGES),
+        *(pa.field(name, CLIPS.field(name).type) for name in _AS_STORED),
+        ("unlabelled", pa.list_(pa.struct([(name, pa.int64()) for name in _FRAMES]))),
         ("convention", pa.string()),  # null: as in the rest of the file
         ("summaries", pa.int32()),
-        ("turns", pa.list_(_SPOOL_TURN)),
+        ("turns", pa.list_(_TURN)),
     ]
 )
-_ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
+ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
 _SYSTEM, _USER, _ASSISTANT, _DST = range(len(ROLES))
+_UPDATE = operator.attrgetter("id", "transition")
+_ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look before
+_STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
 
 @dataclass(frozen=True)
@@ -86,134 +70,83 @@ class Task:
     fps: float | None  # of --fps
 
 
-@dataclass
-class Survey:
-    """What pass 1 keeps in memory of a part's C clips; bounds are -1 where not given."""
+@dataclass(slots=True)
+class ClipInfo:
+    """What the decisions on the whole input need of one clip, and what they decide. An extent is (first start, last
+    end) of some turns with frames, as the source has them; (-1, -1) without any."""
 
-    clip_ids: list[str]
-    recording_ids: list[str]
-    heads: list[Head]
-    place: np.ndarray  # [C] of the clip in its task
-    fps: np.ndarray  # [C]
-    given: np.ndarray  # int64 [C, 2] bounds as given
-    seen: np.ndarray  # int64 [C, 2] first start and last end of the non-system turns with frames
-    dst_seen: np.ndarray  # int64 [C, 2] the same of the DST_UPDATE turns alone
-    first_end: np.ndarray  # int64 [C] the first end of those turns; -1 without any
-    votes: np.ndarray  # int64 [C, 4]
-    placed: np.ndarray  # bool [C] whether the reader gave the turns their frames: the file's convention is not theirs
-    spoken: int  # assistant turns with text
-    echoed: int  # those whose text a user turn holds
-    refused: list[Refusal]
-
-
-class Head(NamedTuple):
-    """What later decisions need of one clip, beside its numbers."""
-
-    schema: str
-    convention: str | None
-    video_uid: str
-    dataset: str | None
-    user: str | None
-    clip_idx: int | None
-    tracked: bool  # whether the clip says anything about the dialog state
+    clip: Clip  # without texts, steps and turns
+    clip_id: str
+    recording_id: str
+    number: int  # in its file
+    span: Range  # bytes
+    placed: bool  # whether the reader gave the turns their frames: the file's convention is not theirs
+    given: tuple[int | None, int | None]  # bounds
+    unbounded: bool  # whether `given` is the 0..0 that generators write for a clip without DST updates
+    tracked: bool  # whether it says anything about the dialog state
     annotated: bool  # whether anybody annotated some of its frames
-    frames_file: str | None
-    given: Mapping[str, str] | None  # initial state
     contradicted: bool  # whether the given state makes one of the clip's own updates impossible
-    system_contradicted: bool  # the same of the states that its system turns tell
-    fps_given: bool
-    ignored: list[str]
-    given_away: tuple[int, int, bool]
+    system_contradicted: bool  # the same of the states that its system turns name
+    extent: Range  # of the non-system turns
+    dst_extent: Range  # of the DST_UPDATE turns
+    first_end: int  # end of the first of the non-system turns by end; -1 without any
+    votes: Sequence[int]  # timed turns, and those of them that fit lead-in, event, window
+    updates: bytes  # of the DST_UPDATE turns in order, as msgpack of list[Updates]
+    keep: bool = True
+    bounds: Range = (0, 0)
+    state: Mapping[str, str] | None = None  # replayed; None: as given
 
 
-def survey(task: Task, recording: str) -> Survey:
+@dataclass
+class Extracted:
+    """Pass 1's result for a part."""
+
+    spool: str
+    clips: list[ClipInfo]
+    refused: list[Refusal]
+    spoken: int = 0  # assistant turns
+    echoed: int = 0  # of those, whose whole text stands in an earlier user turn
+
+
+def extract(task: Task, recording: str) -> Extracted:
     """Decode, check and spool the clips of a part; `recording` is the pattern of recording_id.
 
-    The spool is renamed into place: two tries of one part, where a cluster lost sight of the first, do not meet.
+    The spool is renamed into place, so that two tries of one part, of which a cluster lost one, do not meet.
     """
-    pattern = re.compile(recording)
-    refused: list[Refusal] = []
-    groups = []
-    new = f"{task.spool}.{secrets.token_hex(4)}"
-    with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, _no_gc():
-        for first, last in _groups(task.spans):
-            places, clips = _read(task, file.fileno(), range(first, last), refused)
-            turns = _Turns(clips)
-            ids = _names(clips, turns)
-            recordings = [recording_id(clip.video_uid, pattern) for clip in clips]
-            spool.write_batch(
-                pa.RecordBatch.from_arrays([*_clip_columns(clips, ids, recordings), turns.column()], schema=SPOOL)
-            )
-            heads = list(map(_head, clips, turns.told_states()))
-            groups.append((places, ids, recordings, heads, turns.numbers(), turns.echoes()))
-    move(Path(new), Path(task.spool))
-    numbers = zip(*[group[4] for group in groups], strict=True)
-    fps, given, seen, dst_seen, first_end, votes = map(np.concatenate, numbers)
-    return Survey(
-        clip_ids=[name for group in groups for name in group[1]],
-        recording_ids=[name for group in groups for name in group[2]],
-        heads=[head for group in groups for head in group[3]],
-        place=np.array([place for group in groups for place in group[0]], np.int64),
-        fps=fps,
-        given=given,
-        seen=seen,
-        dst_seen=dst_seen,
-        first_end=first_end,
-        votes=votes,
-        placed=np.array([head.convention is not None for group in groups for head in group[3]], bool),
-        echoed=sum(group[5][0] for group in groups),
-        spoken=sum(group[5][1] for group in groups),
-        refused=refused,
-    )
-
-
-def _head(clip: Clip, told: Mapping[str, str]) -> Head:
-    """`told`: the states that the clip's system turns tell."""
-    given = clip.initial_state
-    updates = _updates(clip) if given or told else []
-    return Head(
-        schema=clip.schema,
-        convention=clip.convention,
-        video_uid=clip.video_uid,
-        dataset=clip.dataset,
-        user=clip.user,
-        clip_idx=clip.clip_idx,
-        annotated=tuple(clip.unlabelled) != EVERYWHERE,
-        tracked=bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
-        frames_file=clip.frames_file,
-        given=given,
-        contradicted=bool(given) and state.contradicts(given or {}, updates),
-        system_contradicted=bool(told) and state.contradicts(told, updates),
-        fps_given=clip.fps_given,
-        ignored=clip.ignored,
-        given_away=clip.given_away,
-    )
-
-
-def _updates(clip: Clip) -> list[tuple[str, str]]:
-    """(step id, transition) of the clip's DST_UPDATE turns, in order."""
-    contents = (content for role, content in zip(clip.turns[0], clip.turns[1], strict=True) if role == "DST_UPDATE")
-    return list(map(_UPDATE, chain.from_iterable(contents)))
-
-
-_STATE_NAMES: Final = "|".join(STATES)
-_TOLD: Final = re.compile(rf":\s*(?:{_STATE_NAMES})\b")  # at once, where there is none
-_TOLD_STATE: Final = re.compile(rf"(\S+)\s*:\s*({_STATE_NAMES})\b")
-
-
-@contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
-    """Decoded clips hold no cycles: looking for some only costs."""
-    enabled = gc.isenabled()
-    gc.disable()
+    pattern, result = re.compile(recording), Extracted(task.spool, [], [])
+    new = Path(f"{task.spool}.{secrets.token_hex(4)}")
+    collects = gc.isenabled()
+    gc.disable()  # decoded clips hold no cycles: looking for some only costs
     try:
-        yield
+        with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool:
+            for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
+                places, clips = _decode(task, file.fileno(), range(first, last), result.refused)
+                turns = _flatten(clips)
+                recordings = [_recording_id(clip.video_uid, pattern) for clip in clips]
+                spool.write_batch(_spooled(clips, recordings, turns))
+                result.clips += _infos(task, places, clips, recordings, turns)
+                result.spoken += int((turns.role == _ASSISTANT).sum())
+                result.echoed += _echoes(turns)
     finally:
-        if enabled:
+        if collects:
             gc.enable()
+    move(new, Path(task.spool))
+    return result
 
 
-def _read(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Clip]]:
+def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Range]:
+    """Ranges of consecutive items: at most `most` of them and, beyond a single one, of `total` size."""
+    begin, used = 0, 0
+    for i, size in enumerate(np.asarray(sizes).tolist()):
+        if i > begin and (i - begin >= most or used + size > total):
+            yield begin, i
+            begin, used = i, 0
+        used += size
+    if len(sizes):
+        yield begin, len(sizes)
+
+
+def _decode(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Clip]]:
     """Places (in the task) and checked clips of some of its spans; the others go to `refused`."""
     places, clips = [], []
     for i in which:
@@ -236,226 +169,164 @@ def _id_of(raw: bytes) -> str | None:
         return None
 
 
-def recording_id(video_uid: str, pattern: re.Pattern[str]) -> str:
+def _recording_id(video_uid: str, pattern: re.Pattern[str]) -> str:
     """The first group (else the whole match) of `pattern` in the name, else the name itself."""
     match = pattern.search(video_uid)
     return (match[1] if match.re.groups else match[0]) or video_uid if match else video_uid
 
 
-def cut(spans: np.ndarray, most: int, size: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive spans: at most `most` of them and, beyond a single one, `size` bytes."""
-    begin, used = first, 0
-    for i, (start, end) in enumerate(spans.tolist(), first):
-        if i > begin and (i - begin >= most or used + end - start > size):
-            yield begin, i
-            begin, used = i, 0
-        used += end - start
-    if len(spans):
-        yield begin, first + len(spans)
+# ---- turns as flat arrays ----------------------------------------------------------------------------
 
 
-def _groups(spans: np.ndarray) -> Iterator[tuple[int, int]]:
-    return cut(spans, GROUP_CLIPS, GROUP_BYTES)
+Updates = tuple[int | None, int | None, list[tuple[str, str]]]  # a turn's start, end, (step id, transition) pairs
 
 
-_UPDATE = operator.attrgetter("id", "transition")
+class _Turns(NamedTuple):
+    """All turns [T] of C clips, end to end."""
 
-
-class _Turns:
-    """All turns of a group's C clips as flat arrays [T]."""
-
-    def __init__(self, clips: list[Clip]) -> None:
-        columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
-        roles, content, time, start, end = columns or [[]] * 5
-        self.clips, self.content = clips, content
-        self.offsets = _offsets([len(clip.turns[0]) for clip in clips])
-        self.owner = np.repeat(np.arange(len(clips)), np.diff(self.offsets))
-        self.role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-        self.start = pa.array(start, pa.int64()).fill_null(labels.NO_FRAMES[0]).to_numpy()
-        self.end = pa.array(end, pa.int64()).fill_null(labels.NO_FRAMES[1]).to_numpy()
-        self.time = pa.array(time, pa.float64())
-        changes = np.flatnonzero(self.role == _DST).tolist()
-        updates = [content[turn] for turn in changes]
-        flat = list(map(_UPDATE, chain.from_iterable(updates)))
-        counts = np.zeros(len(roles), np.int64)
-        counts[self.role == _DST] = [len(some) for some in updates]
-        ids, transitions = zip(*flat, strict=True) if flat else ((), ())
-        self.updates = _list_of(_offsets(counts), _UPDATES, ids, transitions)
-        texts = content.copy()
-        for turn in changes:
-            texts[turn] = None
-        self.text = pc.coalesce(pa.array(texts, pa.string()), _written(self.updates))
-
-    def column(self) -> pa.ListArray:
-        """The spool's `turns`."""
-        numbers = [pa.array(self.start), pa.array(self.end), self.time]
-        columns = [pa.array(self.role), self.text, *numbers, self.updates]
-        struct = pa.StructArray.from_arrays(columns, fields=list(_SPOOL_TURN))
-        return pa.ListArray.from_arrays(pa.array(self.offsets), struct)
-
-    def numbers(self) -> tuple[np.ndarray, ...]:
-        """fps [C], given bounds [C, 2], seen bounds [C, 2], those of DST turns [C, 2], first end [C], votes [C, 4]."""
-        clips = self.clips
-        fps = np.array([clip.fps for clip in clips], np.float64)
-        bounds = [(NOT_GIVEN if b is None else b) for clip in clips for b in (clip.start_frame, clip.end_frame)]
-        given = np.array(bounds, np.int64).reshape(-1, 2)
-        framed = (self.role != _SYSTEM) & (self.end != labels.NO_FRAMES[1])
-        seen, dst_seen = (
-            _seen(self.owner[which], self.start[which], self.end[which], len(clips))
-            for which in (framed, framed & (self.role == _DST))
-        )
-        voting = framed & self.time.is_valid().to_numpy(zero_copy_only=False)
-        voting &= ~np.array([clip.convention is not None for clip in clips], bool)[self.owner]
-        owner = self.owner[voting]
-        frame = labels.event_frame(self.time.fill_null(0.0).to_numpy()[voting], fps[owner])
-        dst_alone = (given == dst_seen).all(axis=1) | absent(given, seen, dst_seen)  # bounds that may leave turns out
-        first = np.where(dst_alone | (given[:, 0] == NOT_GIVEN), seen[:, 0], given[:, 0])
-        votes = labels.vote(owner, self.start[voting], self.end[voting], frame, first, len(clips))
-        first_end = _seen(self.owner[framed], self.end[framed], self.end[framed], len(clips))[:, 0]
-        return fps, given, seen, dst_seen, first_end, votes
-
-    def echoes(self) -> tuple[int, int]:
-        """(assistant turns whose whole text stands in an earlier user turn of their clip, assistant turns)."""
-        size = pc.binary_length(self.text).to_numpy()
-        heard, spoken = self.role == _USER, self.role == _ASSISTANT
-        longest = np.zeros(len(self.clips), size.dtype)  # user turn of a clip: a longer text stands in none
-        np.maximum.at(longest, self.owner[heard], size[heard])
-        found = 0
-        for turn in np.flatnonzero(spoken & (size >= ECHO_CHARACTERS) & (size <= longest[self.owner])).tolist():
-            earlier = np.flatnonzero(heard[self.offsets[self.owner[turn]] : turn]) + self.offsets[self.owner[turn]]
-            found += any(self.content[turn] in self.content[one] for one in earlier.tolist())
-        return found, int(spoken.sum())
-
-    def told_states(self) -> list[dict[str, str]]:
-        """Per clip, the step states that its system turns tell, as in 'Step S1: completed'."""
-        told: list[dict[str, str]] = [{} for _ in self.clips]
-        for turn in np.flatnonzero(self.role == _SYSTEM).tolist():
-            if _TOLD.search(self.content[turn]):
-                told[self.owner[turn]].update(_TOLD_STATE.findall(self.content[turn]))
-        return told
-
-    def digests(self) -> list[str]:
-        """8 hex digits per clip of what is said in it and when: roles, times, frames and texts."""
-        _, ends, data = self.text.buffers()
-        ends = np.frombuffer(ends, np.int32)[: len(self.role) + 1] if len(self.role) else np.zeros(1, np.int32)
-        text = memoryview(data or b"")
-        time = self.time.fill_null(np.nan).to_numpy().view(np.int64)
-        numbers = np.stack([self.role, self.start, self.end, time, np.diff(ends)], axis=1)
-        found = []
-        for clip, begin, stop in zip(self.clips, self.offsets, self.offsets[1:], strict=False):
-            sha = hashlib.sha256(numbers[begin:stop].tobytes())
-            sha.update(text[ends[begin] : ends[stop]])
-            sha.update(f"{clip.start_frame} {clip.end_frame}".encode())
-            found.append(sha.hexdigest()[:8])
-        return found
-
-
-def _written(updates: pa.ListArray) -> pa.StringArray:
-    """Each list of updates as text: 'S1->complete, S2->start'."""
-    ids, transitions = updates.values.flatten()
-    each = pc.binary_join_element_wise(ids, transitions, "->")
-    return pc.binary_join(pa.ListArray.from_arrays(updates.offsets, each), ", ")
-
-
-def _names(clips: list[Clip], turns: _Turns) -> list[str]:
-    """clip_id of each clip: its own `id`, else its video, number, user and a digest of its conversation.
-
-    A pure function of the clip, so that other clips never rename it; two conversations over one video differ
-    in the digest, a true duplicate does not.
-    """
-    given = [clip.id for clip in clips]
-    digests = turns.digests() if None in given else given
-    return [
-        _built_name(clip, str(digest)) if name is None else str(name)
-        for clip, name, digest in zip(clips, given, digests, strict=True)
-    ]
-
-
-def _built_name(clip: Clip, digest: str) -> str:
-    return "_".join(str(part) for part in (clip.video_uid, clip.clip_idx, clip.user, digest) if part is not None)
-
-
-def _offsets(lengths: list[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
-
-
-def _list_of(offsets: np.ndarray, type_: pa.DataType, first: Sequence[Any], second: Sequence[Any]) -> pa.ListArray:
-    """list<struct<a: string, b: string>> from flat columns."""
-    fields = list(type_.value_type)
-    struct = pa.StructArray.from_arrays([pa.array(first, pa.string()), pa.array(second, pa.string())], fields=fields)
-    return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type_)
-
-
-def _clip_columns(clips: list[Clip], ids: list[str], recordings: list[str]) -> list[pa.Array]:
-    text = pa.string()
-    ranges = [bounds for clip in clips for bounds in clip.unlabelled]
-    struct = pa.StructArray.from_arrays(
-        [pa.array([bounds[i] for bounds in ranges], pa.int64()) for i in (0, 1)], fields=list(_RANGES.value_type)
-    )
-    offsets = _offsets([len(clip.unlabelled) for clip in clips])
-    return [
-        pa.array(ids, text),
-        pa.array([clip.video_uid for clip in clips], text),
-        pa.array(recordings, text),
-        pa.array([clip.dataset or "unknown" for clip in clips], text),
-        pa.array([clip.clip_idx or 0 for clip in clips], pa.int32()),
-        pa.array([clip.fps for clip in clips], pa.float64()),
-        pa.array([clip.frames_file for clip in clips], text),
-        pa.array([clip.goal for clip in clips], text),
-        pa.array([clip.knowledge for clip in clips], text),
-        _pairs([clip.steps for clip in clips]),
-        _pairs([list((clip.initial_state or {}).items()) for clip in clips]),
-        pa.array([clip.neg_rate for clip in clips], pa.float64()),
-        pa.ListArray.from_arrays(pa.array(offsets), struct, type=_RANGES),
-        pa.array([clip.convention for clip in clips], text),
-        pa.array([clip.summaries for clip in clips], pa.int32()),
-    ]
-
-
-def _pairs(rows: Sequence[Sequence[tuple[str, str]]]) -> pa.ListArray:
-    flat = [pair for row in rows for pair in row]
-    return _list_of(_offsets([len(row) for row in rows]), _PAIRS, [k for k, _ in flat], [v for _, v in flat])
-
-
-def absent(given: np.ndarray, seen: np.ndarray, dst_seen: np.ndarray) -> np.ndarray:
-    """bool [C]: clips without DST updates that are said to span 0..0, as generators do: no bounds at all."""
-    return (given == 0).all(axis=1) & (dst_seen[:, 1] == NOT_GIVEN) & (seen[:, 1] > 0)
-
-
-class SpooledTurns(NamedTuple):
-    """Turns [T] of some spooled clips without their texts; frames in the source's convention."""
-
-    owner: np.ndarray  # [T] index into the clips asked for
+    offsets: np.ndarray  # int32 [C + 1]
+    owner: np.ndarray  # [T] the turn's clip
     role: np.ndarray  # [T] code in ROLES
     start: np.ndarray  # int64 [T]
     end: np.ndarray  # int64 [T]
-    updates: list[list[dict[str, str]]]  # [T] {id, transition}
+    text: list[str]  # of a DST_UPDATE: 'S1->complete, S2->start'
+    updates: list[list[Updates]]  # of each clip
+    spooled: pa.StructArray
 
 
-def spooled_turns(spool: str, clips: np.ndarray) -> Iterator[SpooledTurns]:
-    """The turns of the (ascending) clips [C] of a part, batch by batch; `owner` counts on through them."""
-    first = done = 0
-    with pa.memory_map(spool) as source:
-        reader = pa.ipc.open_file(source)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            rows = clips[(clips >= first) & (clips < first + batch.num_rows)] - first
-            first += batch.num_rows
-            if not len(rows):
-                continue
-            lists = batch.column("turns").take(pa.array(rows))
-            offsets = lists.offsets.to_numpy()
-            turns = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
-            role, start, end = (turns.field(name).to_numpy() for name in ("role", "start", "end"))
-            owner = done + np.repeat(np.arange(len(rows)), np.diff(offsets))
-            done += len(rows)
-            yield SpooledTurns(owner, role, start, end, turns.field("updates").to_pylist())
+def _flatten(clips: list[Clip]) -> _Turns:
+    columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
+    roles, text, time, start, end = columns or [[]] * 5
+    offsets = np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32)
+    owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
+    role = np.fromiter(map(ROLE_CODES.__getitem__, roles), np.int8, len(roles))
+    updates: list[list[Updates]] = [[] for _ in clips]
+    changes: list[Sequence[tuple[str, str]]] = [()] * len(roles)
+    which = np.flatnonzero(role == _DST)
+    for turn, clip in zip(which.tolist(), owner[which].tolist(), strict=True):
+        changes[turn] = own = list(map(_UPDATE, text[turn]))
+        updates[clip].append((start[turn], end[turn], own))
+        text[turn] = ", ".join(map("%s->%s".__mod__, own))
+    children = [pa.array(c, f.type) for c, f in zip((roles, text, start, end, time, changes), _TURN, strict=True)]
+    spooled = pa.StructArray.from_arrays(children, fields=list(_TURN))
+    starts, ends = (children[i].fill_null(none).to_numpy() for i, none in zip((2, 3), labels.NO_FRAMES, strict=True))
+    return _Turns(offsets, owner, role, starts, ends, text, updates, spooled)
 
 
-def _seen(owner: np.ndarray, start: np.ndarray, end: np.ndarray, clips: int) -> np.ndarray:
-    """int64 [C, 2]: each clip's first start and last end; -1 where it has none."""
-    seen = np.stack([np.full(clips, np.iinfo(np.int64).max), np.full(clips, NOT_GIVEN)], axis=1)
-    np.minimum.at(seen[:, 0], owner, start)
-    np.maximum.at(seen[:, 1], owner, end)
-    seen[seen[:, 1] == NOT_GIVEN] = NOT_GIVEN
-    return seen
+def _spooled(clips: list[Clip], recordings: list[str], turns: _Turns) -> pa.RecordBatch:
+    columns = {
+        "recording_id": recordings,
+        "dataset": [clip.dataset or "unknown" for clip in clips],
+        "clip_idx": [clip.clip_idx or 0 for clip in clips],
+        "initial_state": [list((clip.initial_state or {}).items()) for clip in clips],
+        "turns": pa.ListArray.from_arrays(pa.array(turns.offsets), turns.spooled, type=SPOOL.field("turns").type),
+    }
+    for name in set(SPOOL.names) - set(columns):
+        columns[name] = list(map(operator.attrgetter(name), clips))
+    return pa.RecordBatch.from_pydict(columns, SPOOL)
+
+
+def _echoes(turns: _Turns) -> int:
+    """Assistant turns whose whole text stands in an earlier user turn of their clip."""
+    size = pc.binary_length(turns.spooled.field("text")).to_numpy()
+    heard = turns.role == _USER
+    longest = np.zeros(len(turns.updates), size.dtype)  # user turn of a clip: a longer text stands in none
+    np.maximum.at(longest, turns.owner[heard], size[heard])
+    long_enough = (size >= ECHO_BYTES) & (size <= longest[turns.owner])
+    found = 0
+    for turn in np.flatnonzero((turns.role == _ASSISTANT) & long_enough).tolist():
+        first = turns.offsets[turns.owner[turn]]
+        earlier = (np.flatnonzero(heard[first:turn]) + first).tolist()
+        found += any(turns.text[turn] in turns.text[one] for one in earlier)
+    return found
+
+
+# ---- what is kept in memory --------------------------------------------------------------------------
+
+
+def _infos(
+    task: Task, places: list[int], clips: list[Clip], recordings: list[str], turns: _Turns
+) -> Iterator[ClipInfo]:
+    framed = (turns.role != _SYSTEM) & (turns.end != labels.NO_FRAMES[1])
+    extents, dst_extents = _extents(turns, framed), _extents(turns, framed & (turns.role == _DST))
+    first_ends = _extents(turns._replace(start=turns.end), framed)
+    given = [(clip.start_frame, clip.end_frame) for clip in clips]
+    known = list(zip(given, extents, dst_extents, strict=True))
+    unbounded = [bounds == (0, 0) and dst[1] == NONE and extent[1] > 0 for bounds, extent, dst in known]
+    firsts = [  # frames; bounds that are the DST turns' may leave turns out
+        extent[0] if bounds[0] is None or bounds == dst or empty else bounds[0]
+        for (bounds, extent, dst), empty in zip(known, unbounded, strict=True)
+    ]
+    votes = _votes(clips, turns, framed, np.array(firsts, np.int64))
+    told: list[dict[str, str]] = [{} for _ in clips]  # the states that a clip's system turns name
+    for turn in np.flatnonzero(turns.role == _SYSTEM).tolist():
+        if _ANY_STATE.search(turns.text[turn]):
+            told[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
+    ids = _clip_ids(clips, turns)
+    for i, clip in enumerate(clips):
+        changes = [change for _, _, own in turns.updates[i] for change in own] if clip.initial_state or told[i] else []
+        info = ClipInfo(
+            clip=clip,
+            clip_id=ids[i],
+            recording_id=recordings[i],
+            number=task.first + places[i],
+            span=tuple(task.spans[places[i]].tolist()),
+            placed=clip.convention is not None,
+            given=given[i],
+            unbounded=unbounded[i],
+            tracked=bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
+            annotated=tuple(clip.unlabelled) != EVERYWHERE,
+            contradicted=bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes),
+            system_contradicted=bool(told[i]) and state.contradicts(told[i], changes),
+            extent=extents[i],
+            dst_extent=dst_extents[i],
+            first_end=first_ends[i][0],
+            votes=votes[i],
+            updates=msgspec.msgpack.encode(turns.updates[i]),
+        )
+        clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
+        yield info
+
+
+def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
+    """Each clip's first start and last end among some turns; -1, -1 where it has none."""
+    start = np.full(len(turns.updates), np.iinfo(np.int64).max)
+    end = np.full(len(turns.updates), NONE)
+    np.minimum.at(start, turns.owner[which], turns.start[which])
+    np.maximum.at(end, turns.owner[which], turns.end[which])
+    return list(zip(np.where(end == NONE, NONE, start).tolist(), end.tolist(), strict=True))
+
+
+def _votes(clips: list[Clip], turns: _Turns, framed: np.ndarray, firsts: np.ndarray) -> list[list[int]]:
+    """The votes of labels.vote for each clip; none where the reader placed the turns. firsts [C]: first frames."""
+    time = turns.spooled.field("time_s")
+    unplaced = np.array([clip.convention is None for clip in clips], bool)
+    voting = framed & time.is_valid().to_numpy(zero_copy_only=False) & unplaced[turns.owner]
+    owner, fps = turns.owner[voting], np.array([clip.fps for clip in clips], np.float64)
+    frame = labels.event_frame(time.fill_null(0.0).to_numpy()[voting], fps[owner])
+    votes: list[list[int]] = labels.vote(
+        owner, turns.start[voting], turns.end[voting], frame, firsts, len(clips)
+    ).tolist()
+    return votes
+
+
+def _clip_ids(clips: list[Clip], turns: _Turns) -> list[str]:
+    """Each clip's own `id`, else its video, number, user and a digest of its conversation.
+
+    A function of the clip alone, so that other clips never rename it: two conversations over one video differ in the
+    digest, a true duplicate does not.
+    """
+    if all(clip.id is not None for clip in clips):
+        return [str(clip.id) for clip in clips]
+    time = turns.spooled.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
+    _, ends, data = turns.spooled.field("text").buffers()
+    ends, text = np.frombuffer(ends, np.int32)[: len(time) + 1], memoryview(data or b"")
+    numbers = np.stack([turns.role, turns.start, turns.end, time, np.diff(ends)], axis=1)
+    ids = []
+    for clip, begin, stop in zip(clips, turns.offsets, turns.offsets[1:], strict=False):
+        said = hashlib.sha256(numbers[begin:stop].tobytes())
+        said.update(text[ends[begin] : ends[stop]])
+        said.update(f"{clip.start_frame} {clip.end_frame}".encode())
+        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8])
+        ids.append("_".join(str(p) for p in parts if p is not None) if clip.id is None else str(clip.id))
+    return ids

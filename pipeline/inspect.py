@@ -15,7 +15,6 @@ import polars as pl
 from pipeline import hazards
 from pipeline import output as shards
 from pipeline.errors import InputError
-from pipeline.output import again
 from pipeline.schema import HEADS, LABEL_COLUMNS, NOT_SAMPLED
 from pipeline.summary import Head, Split, Summary, all_hazards, split_order
 from pipeline.terminal import plain
@@ -44,7 +43,7 @@ def split_names(folder: Path) -> list[str]:
     """Splits in the folder: train, val, test first, then others by name."""
     found = {p.parent.name.removeprefix("split=") for p in folder.glob("clips/split=*/part-*.parquet")}
     if not found:
-        raise InputError(f"{plain(folder)}: no shards here; {again(folder)}")
+        raise InputError(f"{plain(folder)}: no shards here; run preprocess again")
     return sorted(found, key=split_order)
 
 

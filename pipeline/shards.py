@@ -3,15 +3,15 @@
 A pure function of its Plan: no other part, clock or worker can change a byte. A group of at most 256 clips is one
 row group in both tables. Costs some 100 us a clip, half of it in the Parquet encoders.
 
-    C clips of a group, T turns, F frames of the group
+    K clips of a part, C clips of a group, T turns, F frames of the group
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,33 +19,36 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import labels
+from pipeline.extract import cut
 from pipeline.hazards import usual_gap
 from pipeline.options import Options
-from pipeline.output import TableWriter
-from pipeline.schema import CLIPS, HEADS, NOT_SAMPLED, ROLES, sampling_seed, shard_path
-from pipeline.state import NOT_STARTED
+from pipeline.output import FRAMES_WRITTEN, parquet_writer
+from pipeline.readers.clip import Range
+from pipeline.schema import CLIPS, DST_UPDATE, HEADS, NOT_SAMPLED, ROLE_OF, ROLES, SPEAKING, sampling_seed, shard_path
+from pipeline.state import initial_state
 from pipeline.storage import move, sha256
 
 GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
-_ASSISTANT, _DST = ROLES.index("assistant"), ROLES.index("DST_UPDATE")
-_ROLES: Final = pa.array(ROLES)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What pass 2 needs to write a part: which spooled clips, their bounds, the first one's number."""
+    """What pass 2 needs to write a part: its clips' rows in the spool, and what was decided on them."""
 
     spool: str
     staging: str
     split: str
     part: int
+    first_clip: int  # number of the first clip in its split
     convention: str
-    keep: np.ndarray  # bool [C]
-    bounds: np.ndarray  # int64 [C, 2]
-    first_clip: int
     options: Options
-    states: dict[int, dict[str, str]]  # clip of the part (before `keep`) -> its replayed initial state
-    renamed: dict[int, str]  # clip of the part -> its id, where that is not the spooled one
+    rows: np.ndarray  # int64 [K], ascending
+    ids: list[str]
+    bounds: np.ndarray  # int64 [K, 2]
+    states: list[Mapping[str, str] | None]  # replayed initial states; None: as given
+
+
+Counts = defaultdict[str, Counter[Any]]  # "counts", "drops" (by reason), and for each head its gaps (by seconds)
 
 
 @dataclass
@@ -53,11 +56,8 @@ class Written:
     """A written part: its shards' manifest entries and its counts."""
 
     split: str
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    drops: Counter[str] = field(default_factory=Counter)
-    gaps: dict[str, Counter[float]] = field(default_factory=lambda: {head: Counter() for head in HEADS})
-    seconds: float = 0.0
+    shards: list[dict[str, Any]]
+    counts: Counts
 
 
 def write_part(plan: Plan) -> Written:
@@ -66,297 +66,255 @@ def write_part(plan: Plan) -> Written:
     Its shards are written beside the spool and renamed into place: two tries of one part, where a cluster lost sight
     of the first, do not meet, and a late one finds its folder gone.
     """
-    done = Written(plan.split)
-    writers = {
-        table: TableWriter(Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}"), table) for table in ("frames", "clips")
-    }
-    try:
-        clips = _write_groups(plan, writers, done)
-        for writer in writers.values():
-            writer.close()
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    done.shards = [_entry(plan, table, writer, clips) for table, writer in writers.items()]
-    return done
+    frames_new, clips_new = (Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}") for table in ("frames", "clips"))
+    counts: Counts = defaultdict(Counter)
+    with parquet_writer(frames_new, "frames") as frames, parquet_writer(clips_new, "clips") as clips:
+        for batch, own in _groups(plan):
+            group = _labelled(plan, batch, own)
+            rows = _frames_batch(group)
+            frames.write_batch(rows, max(1, rows.num_rows))
+            clips.write_batch(_clips_batch(group, plan, own), batch.num_rows)
+            _count(group, plan.options.positive, counts)
+    numbers = counts["counts"]
+    entries = ((frames_new, "frames", numbers["frames"]), (clips_new, "clips", numbers["clips"]))
+    return Written(plan.split, [_place(plan, *entry, numbers["clips"]) for entry in entries], counts)
 
 
-def _write_groups(plan: Plan, writers: dict[str, TableWriter], done: Written) -> int:
-    """Write and count the part's groups; returns the number of clips."""
-    clip = plan.first_clip
-    for batch, bounds, places in _groups(plan):
-        group = _Group(batch, bounds, clip, plan, places)
-        writers["frames"].write(group.frames_batch(writers["frames"].batch_schema))
-        writers["clips"].write(group.clips_batch())
-        group.count(done)
-        clip += batch.num_rows
-    return clip - plan.first_clip
+def _place(plan: Plan, new: Path, table: str, rows: int, clips: int) -> dict[str, Any]:
+    """Put a written shard into its place; its entry in the manifest."""
+    name = shard_path(table, plan.split, plan.part)
+    path = Path(plan.staging) / name
+    move(new, path)
+    about = {"path": name, "table": table, "split": plan.split, "part": plan.part, "rows": rows, "clips": clips}
+    return about | {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def merged(written: list[Written]) -> dict[str, dict[str, Any]]:
+def counts_by_split(written: list[Written]) -> dict[str, dict[str, Any]]:
     """Counts per split for the manifest, summed over the parts."""
-    splits: dict[str, Written] = {}
+    splits: dict[str, Counts] = {}
     for part in written:
-        total = splits.setdefault(part.split, Written(part.split))
-        total.counts.update(part.counts)
-        total.drops.update(part.drops)
-        for head, gaps in part.gaps.items():
-            total.gaps[head].update(gaps)
-        total.seconds += part.seconds
+        total = splits.setdefault(part.split, defaultdict(Counter))
+        for name, counter in part.counts.items():
+            total[name].update(counter)
     return {
         split: {
-            **total.counts,
-            **{f"{head}_usual_gap": usual_gap(gaps) for head, gaps in total.gaps.items()},
-            "hours": round(total.seconds / 3600, 4),
-            "drops": {reason: count for reason, count in sorted(total.drops.items()) if count},
+            **{name: count for name, count in total["counts"].items() if name != "seconds"},
+            **{f"{head}_usual_gap": usual_gap(total[head]) for head in HEADS},
+            "hours": round(total["counts"]["seconds"] / 3600, 4),
+            "drops": {reason: count for reason, count in sorted(total["drops"].items()) if count},
         }
         for split, total in splits.items()
     }
 
 
-def _entry(plan: Plan, table: str, writer: TableWriter, clips: int) -> dict[str, Any]:
-    """Puts a written shard into its place; its entry in the manifest."""
-    path = Path(plan.staging) / shard_path(table, plan.split, plan.part)
-    move(writer.path, path)
-    return {
-        "path": shard_path(table, plan.split, plan.part),
-        "table": table,
-        "split": plan.split,
-        "part": plan.part,
-        "rows": writer.rows,
-        "clips": clips,
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-    }
+# ---- one row group -----------------------------------------------------------------------------------
 
 
-def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, np.ndarray, list[int]]]:
-    """The kept clips of each spooled batch, their bounds and places in the part, cut where frames are too many."""
-    first = 0
+def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, slice]]:
+    """The plan's clips of each spooled batch, and which of the plan they are, cut where frames are too many."""
+    first = done = 0
     with pa.memory_map(plan.spool) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            keep = plan.keep[first : first + batch.num_rows]
-            bounds = plan.bounds[first : first + batch.num_rows][keep]
-            places = (first + np.flatnonzero(keep)).tolist()
+            rows = plan.rows[done:][plan.rows[done:] < first + batch.num_rows] - first
             first += batch.num_rows
-            if not keep.all():
-                batch = batch.filter(pa.array(keep))
-            for begin, end in _cut(bounds):
-                yield batch.slice(begin, end - begin), bounds[begin:end], places[begin:end]
+            if len(rows) < batch.num_rows:
+                batch = batch.take(pa.array(rows))
+            bounds = plan.bounds[done : done + len(rows)]
+            for begin, end in cut(bounds[:, 1] - bounds[:, 0], len(rows), GROUP_FRAMES):
+                yield batch.slice(begin, end - begin), slice(done + begin, done + end)
+            done += len(rows)
 
 
-def _cut(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
-    begin, frames = 0, 0
-    for i, (start, end) in enumerate(bounds.tolist()):
-        if i > begin and frames + end - start > GROUP_FRAMES:
-            yield begin, i
-            begin, frames = i, 0
-        frames += end - start
-    if len(bounds):
-        yield begin, len(bounds)
-
-
+@dataclass(frozen=True)
 class _Group:
-    """One row group: the clips' turns as flat arrays, their labels as one flat array over all frames."""
+    """A row group: its clips' turns and labels as flat arrays, end to end."""
 
-    def __init__(
-        self,
-        batch: pa.RecordBatch,
-        bounds: np.ndarray,
-        first_clip: int,
-        plan: Plan,
-        places: list[int],
-    ) -> None:
-        self.batch, self.bounds, self.plan = batch, bounds, plan
-        self.states = {i: plan.states[place] for i, place in enumerate(places) if place in plan.states}
-        self.number = np.arange(first_clip, first_clip + batch.num_rows, dtype=np.int32)
-        ids = batch.column("clip_id").to_pylist()
-        if plan.renamed:
-            ids = [plan.renamed.get(place, name) for place, name in zip(places, ids, strict=True)]
-        self.ids = pa.array(ids, pa.string())
-        seeds = [sampling_seed(plan.options.seed, name) for name in ids]
-        self.seeds = np.array(seeds, np.uint64)
-        self.rates = [plan.options.rate(plan.split, own) for own in batch.column("neg_rate").to_pylist()]
-        self.sizes = bounds[:, 1] - bounds[:, 0]
-        self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # of each clip, in the flat frames
-        own = batch.column("convention").to_pylist()
-        self.conventions = [name or plan.convention for name in own]
-        self.placed = np.array([name is not None for name in own], bool)
-        self._read_turns()
-        self._read_unlabelled()
-        self.frame = np.arange(self.first[-1]) + np.repeat(bounds[:, 0] - self.first[:-1], self.sizes)
-        self.labels = self._label()
+    batch: pa.RecordBatch  # as spooled
+    ids: pa.StringArray
+    numbers: np.ndarray  # int32 [C]
+    bounds: np.ndarray  # int64 [C, 2]
+    frame: np.ndarray  # int64 [F] absolute
+    turns: labels.Turns
+    unlabelled: labels.Ranges
+    rule: labels.LabelRule
+    labels: np.ndarray  # int8 [2, F]
 
-    def _read_turns(self) -> None:
-        turns = self.batch.column("turns")
-        self.offsets = turns.offsets.to_numpy()
-        self.turns = turns.values.slice(self.offsets[0], self.offsets[-1] - self.offsets[0])
-        self.offsets = self.offsets - self.offsets[0]
-        self.owner = np.repeat(np.arange(self.batch.num_rows), np.diff(self.offsets))
-        self.role = self.turns.field("role").to_numpy()
-        start, end = (self.turns.field(name).to_numpy() for name in ("start", "end"))
-        as_they_are = (end == labels.NO_FRAMES[1]) | self.placed[self.owner]
-        moved = labels.canonical(self.plan.convention, start, end)
-        self.start = np.where(as_they_are, start, moved[0])
-        self.end = np.where(as_they_are, end, moved[1])
-
-    def _read_unlabelled(self) -> None:
-        """The ranges that nobody annotated, cut to their clips: `unlabelled` absolute [U, 2], of clips `whose` [U]."""
-        column = self.batch.column("unlabelled")
-        offsets = column.offsets.to_numpy()
-        ranges = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-        whose = np.repeat(np.arange(self.batch.num_rows), np.diff(offsets))
-        bounds = self.bounds[whose]
-        start, end = (np.clip(ranges.field(i).to_numpy(), bounds[:, 0], bounds[:, 1]) for i in (0, 1))
-        inside = start < end
-        self.whose, self.unlabelled = whose[inside], np.stack([start, end], axis=1)[inside]
-
-    def _label(self) -> np.ndarray:
-        """int8 [2, F]."""
-        rule = labels.label_rule(
-            labels.Turns(self.owner, self.role, self.start, self.end),
-            labels.Ranges(self.whose, self.unlabelled[:, 0], self.unlabelled[:, 1]),
-            starts=self.bounds[:, 0],
-            sizes=self.sizes,
-            seeds=self.seeds,
-            rates=np.array(self.rates, np.float64),
-            steps=np.diff(self.batch.column("steps").offsets.to_numpy()),
-            onset=np.full(len(self.sizes), self.plan.options.positive == "onset"),
-        )
-        self.tracked = rule.tracked
-        return labels.epoch_labels(rule, 0)
-
-    def frames_batch(self, schema: pa.Schema) -> pa.RecordBatch:
-        which = np.repeat(np.arange(self.batch.num_rows, dtype=np.int32), self.sizes)
-        fps = self.batch.column("fps").to_numpy()
-        columns = [
-            pa.DictionaryArray.from_arrays(pa.array(which), self.ids),
-            self.number[which],
-            self.frame.astype(np.int32),
-            (self.frame / fps[which]).astype(np.float32),
-            self.labels[0],
-            self.labels[1],
-        ]
-        return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=schema)
-
-    def clips_batch(self) -> pa.RecordBatch:
-        rows = self.batch.num_rows
-        taken = {name: self.batch.column(name) for name in ("video_uid", "recording_id", "dataset", "fps")}
-        taken |= {name: self.batch.column(name) for name in ("clip_idx", "frames_file", "goal", "knowledge")}
-        supervised = (self.labels != NOT_SAMPLED).any(axis=0)
-        taken |= {
-            "clip_id": self.ids,
-            "clip": pa.array(self.number),
-            "start_frame": pa.array(self.bounds[:, 0], pa.int32()),
-            "end_frame": pa.array(self.bounds[:, 1], pa.int32()),
-            "num_frames": pa.array(self.sizes, pa.int32()),
-            "steps": _retyped(self.batch.column("steps"), CLIPS.field("steps").type),
-            "initial_state": self._initial_state(),
-            "turns": self._turns_column(),
-            "sampling_seed": pa.array(self.seeds, pa.uint64()),
-            "neg_rate": pa.array(self.rates, pa.float64()),
-            "unlabelled": self._unlabelled_column(),
-            "positive": pa.array([self.plan.options.positive] * rows),
-            "frame_convention": pa.array(self.conventions),
-            "n_speaking": self._per_clip(self.labels[0] == 1),
-            "n_dst_update": self._per_clip(self.labels[1] == 1),
-            "n_supervised": self._per_clip(supervised),
-        }
-        return pa.RecordBatch.from_arrays([taken[name] for name in CLIPS.names], schema=CLIPS)
-
-    def _initial_state(self) -> pa.Array:
-        """Replayed states tell every step of the clip; given ones are as the source has them."""
-        type_ = CLIPS.field("initial_state").type
-        column = self.batch.column("initial_state")
-        if not self.states:
-            return _retyped(column, type_)
-        rows = [[(pair["key"], pair["value"]) for pair in pairs] for pairs in column.to_pylist()]
-        steps = self.batch.column("steps").to_pylist()
-        for i, state in self.states.items():
-            rows[i] = list((dict.fromkeys((step["key"] for step in steps[i]), NOT_STARTED) | state).items())
-        return pa.array([[{"id": step, "state": state} for step, state in row] for row in rows], type_)
-
-    def _unlabelled_column(self) -> pa.Array:
-        type_ = CLIPS.field("unlabelled").type
-        offsets = np.searchsorted(self.whose, np.arange(self.batch.num_rows + 1)).astype(np.int32)
-        columns = [pa.array(self.unlabelled[:, i], pa.int32()) for i in (0, 1)]
-        struct = pa.StructArray.from_arrays(columns, fields=list(type_.value_type))
-        return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type_)
-
-    def _per_clip(self, mask: np.ndarray) -> pa.Array:
-        return pa.array(np.add.reduceat(mask, self.first[:-1], dtype=np.int64), pa.int32())
-
-    def _turns_column(self) -> pa.Array:
-        type_ = CLIPS.field("turns").type
-        absent = self.end == labels.NO_FRAMES[1]
-        columns = [
-            _ROLES.take(self.turns.field("role")),
-            self.turns.field("text"),
-            pa.array(self.start.astype(np.int32), mask=absent),
-            pa.array(np.minimum(self.end, 2**31 - 1).astype(np.int32), mask=absent),
-            self.turns.field("time"),
-            _retyped(self.turns.field("updates"), type_.value_type.field("updates").type),
-        ]
-        struct = pa.StructArray.from_arrays(columns, fields=list(type_.value_type))
-        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), struct, type=type_)
-
-    def count(self, done: Written) -> None:
-        """Add this group's counts: what the report and the hazards are made of."""
-        speaking, dst = self.labels[0], self.labels[1]
-        both = (speaking == 1) & (dst == 1)
-        firsts = self.first[:-1]
-        fps = self.batch.column("fps").to_numpy()
-        nobody = np.bincount(self.whose, self.unlabelled[:, 1] - self.unlabelled[:, 0], self.batch.num_rows)
-        annotated = self.sizes - nobody.astype(np.int64)  # frames [C]
-        tracked = self.tracked & (annotated > 0)
-        done.counts.update(
-            clips=self.batch.num_rows,
-            frames=len(self.frame),
-            speaking_clips=int((annotated > 0).sum()),
-            speaking_frames=int(annotated.sum()),
-            dst_update_clips=int(tracked.sum()),
-            dst_update_frames=int(annotated[tracked].sum()),
-            supervised=int(((speaking != NOT_SAMPLED) | (dst != NOT_SAMPLED)).sum()),
-            speaking_supervised=int((speaking != NOT_SAMPLED).sum()),
-            dst_update_supervised=int((dst != NOT_SAMPLED).sum()),
-            speaking_positive=int((speaking == 1).sum()),
-            dst_update_positive=int((dst == 1).sum()),
-            both_positive=int(both.sum()),
-            first_frame_positive=int(((speaking[firsts] == 1) | (dst[firsts] == 1)).sum()),
-        )
-        done.seconds += float((self.sizes / fps).sum())
-        for head, own in zip(HEADS, self.labels, strict=True):
-            positive = np.flatnonzero(own == 1)
-            clip = np.searchsorted(self.first, positive, side="right") - 1
-            quiet = np.diff(positive) - 1
-            between = (quiet > 0) & (np.diff(clip) == 0)
-            seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
-            done.gaps[head].update(
-                dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True))
-            )
-        self._count_drops(done)
-
-    def _count_drops(self, done: Written) -> None:
-        events = (self.role == _ASSISTANT) | (self.role == _DST)
-        start, end, bounds = self.start[events], self.end[events], self.bounds[self.owner[events]]
-        reasons = labels.drops(start, end, bounds[:, 0], bounds[:, 1], self.plan.options.positive)
-        summaries = int(np.sum(self.batch.column("summaries").to_numpy()))
-        for code, reason in enumerate(labels.DROP_REASONS):
-            done.drops[reason] += int((reasons == code).sum()) - (summaries if code == 0 else 0)
-        done.drops["summary, not speech"] += summaries
-        inside = reasons == -1
-        done.counts["event_turns"] += len(reasons)
-        cut = inside & ((start < bounds[:, 0]) | (end > bounds[:, 1]))
-        done.counts["turns_cut"] += int(cut.sum())
+    def per_clip(self, mask: np.ndarray) -> np.ndarray:
+        """int64 [C]: each clip's frames where `mask` [F] is true."""
+        return np.add.reduceat(mask, np.cumsum(self.rule.sizes) - self.rule.sizes, dtype=np.int64)
 
 
-def _retyped(column: pa.Array, type_: pa.DataType) -> pa.Array:
-    """A spooled list<struct> under the schema's field names."""
-    offsets = column.offsets.to_numpy()
-    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    children = [values.field(i) for i in range(values.type.num_fields)]
-    struct = pa.StructArray.from_arrays(children, fields=list(type_.value_type))
-    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0], pa.int32()), struct, type=type_)
+def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
+    ids, bounds = plan.ids[own], plan.bounds[own]
+    sizes = bounds[:, 1] - bounds[:, 0]
+    turns, unlabelled = _read_turns(batch, plan.convention), _read_unlabelled(batch, bounds)
+    rule = labels.label_rule(
+        turns,
+        unlabelled,
+        starts=bounds[:, 0],
+        sizes=sizes,
+        seeds=np.array([sampling_seed(plan.options.seed, name) for name in ids], np.uint64),
+        rates=np.array([plan.options.rate(plan.split, rate) for rate in batch.column("neg_rate").to_pylist()]),
+        steps=np.diff(batch.column("steps").offsets.to_numpy()),
+        onset=np.full(len(ids), plan.options.positive == "onset"),
+    )
+    return _Group(
+        batch=batch,
+        ids=pa.array(ids),
+        numbers=np.arange(plan.first_clip + own.start, plan.first_clip + own.stop, dtype=np.int32),
+        bounds=bounds,
+        frame=np.arange(sizes.sum()) + np.repeat(bounds[:, 0] - (np.cumsum(sizes) - sizes), sizes),
+        turns=turns,
+        unlabelled=unlabelled,
+        rule=rule,
+        labels=labels.epoch_labels(rule, 0),
+    )
+
+
+def _flat(lists: pa.ListArray) -> tuple[np.ndarray, pa.Array]:
+    """(the list that each item is of, the items end to end)"""
+    offsets = lists.offsets.to_numpy()
+    owner = np.repeat(np.arange(len(lists)), np.diff(offsets))
+    return owner, lists.values.slice(offsets[0], offsets[-1] - offsets[0])
+
+
+def _read_turns(batch: pa.RecordBatch, convention: str) -> labels.Turns:
+    """The turns with their events' ranges: the file's convention applied where the reader did not place them."""
+    owner, turns = _flat(batch.column("turns"))
+    role = turns.field("role").dictionary_encode()
+    codes = np.array([ROLES.index(name) for name in role.dictionary.to_pylist()], np.int64)
+    frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
+    start, end = (turns.field(name).fill_null(none).to_numpy() for name, none in frames)
+    placed = batch.column("convention").is_valid().to_numpy(zero_copy_only=False)[owner]
+    as_they_are = placed | (end == labels.NO_FRAMES[1])
+    ranges = zip((start, end), labels.canonical(convention, start, end), strict=True)
+    return labels.Turns(owner, codes[role.indices.to_numpy()], *(np.where(as_they_are, a, b) for a, b in ranges))
+
+
+def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges:
+    """The ranges that nobody annotated, cut to their clips."""
+    owner, ranges = _flat(batch.column("unlabelled"))
+    low, high = bounds[owner].T
+    start, end = (np.clip(ranges.field(name).to_numpy(), low, high) for name in ("start_frame", "end_frame"))
+    inside = start < end
+    return labels.Ranges(owner[inside], start[inside], end[inside])
+
+
+def _frames_batch(group: _Group) -> pa.RecordBatch:
+    clip = np.repeat(np.arange(len(group.ids), dtype=np.int32), group.rule.sizes)
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array(clip), group.ids),
+        group.numbers[clip],
+        group.frame.astype(np.int32),
+        (group.frame / group.batch.column("fps").to_numpy()[clip]).astype(np.float32),
+        *group.labels,
+    ]
+    return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=FRAMES_WRITTEN)
+
+
+def _clips_batch(group: _Group, plan: Plan, own: slice) -> pa.RecordBatch:
+    batch, rule = group.batch, group.rule
+    unlabelled: list[list[Range]] = [[] for _ in group.numbers]
+    for clip, *bounds in zip(*(column.tolist() for column in group.unlabelled), strict=True):
+        unlabelled[clip].append((bounds[0], bounds[1]))
+    columns = {
+        **{name: batch.column(name) for name in batch.schema.names if name in CLIPS.names},
+        "clip_id": group.ids,
+        "clip": group.numbers,
+        "start_frame": group.bounds[:, 0].astype(np.int32),
+        "end_frame": group.bounds[:, 1].astype(np.int32),
+        "num_frames": rule.sizes.astype(np.int32),
+        "initial_state": _initial_states(batch, plan.states[own]),
+        "turns": _turns_column(batch.column("turns"), group.turns),
+        "sampling_seed": rule.seeds,
+        "neg_rate": rule.rates,
+        "unlabelled": unlabelled,
+        "positive": [plan.options.positive] * len(group.ids),
+        "frame_convention": batch.column("convention").fill_null(plan.convention),
+        "n_speaking": group.per_clip(group.labels[SPEAKING] == 1).astype(np.int32),
+        "n_dst_update": group.per_clip(group.labels[DST_UPDATE] == 1).astype(np.int32),
+        "n_supervised": group.per_clip((group.labels != NOT_SAMPLED).any(axis=0)).astype(np.int32),
+    }
+    return pa.RecordBatch.from_pydict(columns, CLIPS)
+
+
+def _initial_states(batch: pa.RecordBatch, replayed: list[Mapping[str, str] | None]) -> pa.Array:
+    """Replayed states hold every step of the clip; given ones are as the source has them."""
+    column = batch.column("initial_state")
+    if not any(state is not None for state in replayed):
+        return column
+    rows = [[(pair["id"], pair["state"]) for pair in pairs] for pairs in column.to_pylist()]
+    steps = batch.column("steps").to_pylist()
+    for i, state in enumerate(replayed):
+        if state is not None:
+            rows[i] = list(initial_state((step["id"] for step in steps[i]), state).items())
+    return pa.array(rows, column.type)
+
+
+def _turns_column(spooled: pa.ListArray, turns: labels.Turns) -> pa.ListArray:
+    """The turns of the clips with the ranges of their events."""
+    type_, offsets = CLIPS.field("turns").type, spooled.offsets.to_numpy()
+    _, structs = _flat(spooled)
+    absent = turns.end == labels.NO_FRAMES[1]
+    ranges = {
+        "start_frame": pa.array(turns.start.astype(np.int32), mask=absent),
+        "end_frame": pa.array(np.minimum(turns.end, 2**31 - 1).astype(np.int32), mask=absent),
+    }
+    fields = list(type_.value_type)
+    children = [ranges[field.name] if field.name in ranges else structs.field(field.name) for field in fields]
+    struct = pa.StructArray.from_arrays(children, fields=fields)
+    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), struct, type=type_)
+
+
+# ---- counts ------------------------------------------------------------------------------------------
+
+
+def _count(group: _Group, positive: str, counts: Counts) -> None:
+    """Add the group's counts: what the report and the hazards are made of."""
+    rule, fps = group.rule, group.batch.column("fps").to_numpy()
+    ones, known = group.labels == 1, group.labels != NOT_SAMPLED
+    annotated = rule.sizes if rule.unlabelled is None else group.per_clip(~rule.unlabelled)  # frames [C]
+    first = np.cumsum(rule.sizes) - rule.sizes
+    numbers: dict[str, Any] = {
+        "clips": len(group.ids),
+        "frames": len(group.frame),
+        "speaking_clips": int((annotated > 0).sum()),
+        "speaking_frames": int(annotated.sum()),
+        "dst_update_clips": int((rule.tracked & (annotated > 0)).sum()),
+        "dst_update_frames": int(annotated[rule.tracked].sum()),
+        "supervised": int(known.any(axis=0).sum()),
+        "speaking_supervised": int(known[SPEAKING].sum()),
+        "dst_update_supervised": int(known[DST_UPDATE].sum()),
+        "speaking_positive": int(ones[SPEAKING].sum()),
+        "dst_update_positive": int(ones[DST_UPDATE].sum()),
+        "both_positive": int(ones.all(axis=0).sum()),
+        "first_frame_positive": int(ones[:, first].any(axis=0).sum()),
+        "seconds": float((rule.sizes / fps).sum()),
+    }
+    counts["counts"].update(numbers)
+    for head, own in zip(HEADS, ones, strict=True):
+        frames = np.flatnonzero(own)
+        clip = np.searchsorted(first, frames, side="right") - 1
+        quiet = np.diff(frames) - 1
+        between = (quiet > 0) & (np.diff(clip) == 0)
+        seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
+        counts[head].update(dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True)))
+    _count_drops(group, positive, counts)
+
+
+def _count_drops(group: _Group, positive: str, counts: Counts) -> None:
+    events = np.isin(group.turns.role, [ROLES.index(role) for role in ROLE_OF.values()])
+    start, end, (low, high) = (
+        group.turns.start[events],
+        group.turns.end[events],
+        group.bounds[group.turns.owner[events]].T,
+    )
+    reasons = labels.drops(start, end, low, high, positive)
+    summaries = int(group.batch.column("summaries").to_numpy().sum())  # assistant turns without frames, not speech
+    for code, reason in enumerate(labels.DROP_REASONS):
+        counts["drops"][reason] += int((reasons == code).sum()) - (summaries if code == 0 else 0)
+    counts["drops"]["summary, not speech"] += summaries
+    cut_off = (reasons == -1) & ((start < low) | (end > high))
+    counts["counts"].update(event_turns=len(reasons), turns_cut=int(cut_off.sum()))

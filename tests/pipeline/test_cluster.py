@@ -30,7 +30,7 @@ import typer
 from pipeline import cluster
 from pipeline import preprocess as module
 from pipeline.errors import InputError
-from pipeline.extract import survey
+from pipeline.extract import extract
 from pipeline.preprocess import preprocess
 from pipeline.shards import write_part
 from trainer.cli import app, main
@@ -83,7 +83,7 @@ def test_a_mapper_gives_results_in_the_order_of_the_calls(mapper: cluster.Mapper
 
 def in_the_middle_of_itself(function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
     """function(*call), and once more from start to end while it has its files open."""
-    where, name = sys.modules[function.__module__], "_read" if function is survey else "_write_groups"
+    where, name = sys.modules[function.__module__], "_decode" if function is extract else "_labelled"
     original, second = getattr(where, name), []
 
     def then(*args: Any) -> Any:
@@ -202,7 +202,7 @@ def test_preprocess_on_ray_writes_the_same_bytes_also_with_workers_killed(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # paths as a user writes them
     assert main(["preprocess", source.name, "--out", "here", "--workers", "1"]) == 3
-    monkeypatch.setattr(module, "survey", dies_once(survey, tmp_path / "killed-1", after=False))
+    monkeypatch.setattr(module, "extract", dies_once(extract, tmp_path / "killed-1", after=False))
     monkeypatch.setattr(module, "write_part", dies_once(write_part, tmp_path / "killed-2", after=True))
     assert main(["preprocess", source.name, "--out", "there", "--ray", address]) == 3
     assert (tmp_path / "killed-1").exists()

@@ -358,10 +358,10 @@ def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
     run(tmp_path, [clip()])
     before = snapshot(tmp_path / "out")
 
-    def full(self, batch):
+    def full(self, batch, rows):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.TableWriter, "write", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
     with pytest.raises(InputError, match="no space left on the disk"):
         run(tmp_path, [clip(), clip("b")])
     assert snapshot(tmp_path / "out") == before

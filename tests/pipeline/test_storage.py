@@ -165,7 +165,7 @@ def test_preprocess_works_where_niceties_are_refused(tmp_path, monkeypatch, what
 @pytest.mark.parametrize(("what", "why"), [("folders", "Too many open files"), ("rename", "Function not implemented")])
 def test_preprocess_says_at_once_that_renaming_is_refused(tmp_path, monkeypatch, capsys, what, why):
     refuse.refuse(monkeypatch.setattr, tmp_path, what)
-    monkeypatch.setattr("pipeline.preprocess.survey", None)  # nothing is read
+    monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
     assert preprocess(tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert str(tmp_path / "out") in error
@@ -180,7 +180,7 @@ def test_preprocess_writes_to_a_folder_of_any_name(tmp_path, name):
 
 
 def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.preprocess.survey", None)  # nothing is read
+    monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
     assert preprocess(tmp_path / os.fsdecode(b"caf\xe9")) == 1
     assert "is not UTF-8, which Arrow cannot open; choose another" in capsys.readouterr().err
 
@@ -233,6 +233,3 @@ def test_what_comes_next_can_be_pasted(tmp_path, capsys):
     assert main(["synth", str(out), "--train", "1", "--val", "0", "--test", "0", "--views", "1", "--px", "32"]) == 0
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
     assert shlex.split(line) == ["prospect-dst", "preprocess", str(out), "--out", "DATA", "--frames-root", str(out)]
-    assert main(["inspect", str(out)]) == 1
-    hint = capsys.readouterr().err.split("`")[1]
-    assert shlex.split(hint) == ["prospect-dst", "preprocess", "...", "--out", str(out)]
