@@ -1,7 +1,5 @@
 """The summary of hand-labelled clips, read back from shards: every number below was counted by eye."""
 
-import hashlib
-
 import pytest
 from toy_folder import make_clip, text_of, write_folder
 
@@ -104,33 +102,27 @@ def refusal(folder):
     return str(error.value)
 
 
-def test_an_edited_shard_is_named_with_both_checksums(toy):
+def test_an_edited_shard_is_named(toy):
     path = toy / FRAMES_0
     body = bytearray(path.read_bytes())
-    before = hashlib.sha256(body).hexdigest()
     body[100] ^= 1
     path.write_bytes(body)
-    text = refusal(toy)
-    assert FRAMES_0 in text
-    assert before in text
-    assert hashlib.sha256(body).hexdigest() in text
-    assert "prospect-dst preprocess" in text
+    assert f"{FRAMES_0}: damaged, SHA-256 differs" in refusal(toy)
 
 
 def test_a_cut_shard_a_missing_one_and_a_stray_one_are_named(toy):
     body = (toy / FRAMES_0).read_bytes()
     (toy / FRAMES_0).write_bytes(body[:-1])
-    assert f"{FRAMES_0}: damaged or edited, found {len(body) - 1:,} bytes, expected {len(body)}" in refusal(toy)
+    assert f"{FRAMES_0}: {len(body) - 1} bytes, expected {len(body)}" in refusal(toy)
     (toy / FRAMES_0).unlink()
-    assert f"{FRAMES_0}: listed in manifest.json, but missing" in refusal(toy)
+    assert f"{FRAMES_0}: missing" in refusal(toy)
     (toy / FRAMES_0).write_bytes(body)
     (toy / "clips/split=train/part-00007.parquet").write_bytes(body)
     assert "part-00007.parquet: a shard that manifest.json does not list" in refusal(toy)
 
 
 def test_no_manifest_is_no_finished_output(tmp_path):
-    assert f"no manifest.json in {tmp_path}: not a finished output; run `prospect-dst" in refusal(tmp_path)
-    assert "no manifest.json in" in refusal(tmp_path / "nowhere")
+    assert "manifest.json: not found" in refusal(tmp_path)
 
 
 def test_a_folder_without_shards_is_an_error(tmp_path):

@@ -70,9 +70,11 @@ def write_folder(folder, splits, parts=1, **manifest):
             row["clip"] = number
         for part, chosen in enumerate(np.array_split(np.arange(len(clips)), parts)):
             some = [clips[i] for i in chosen]
-            shards.append(write_shard(folder, shard_path("clips", split, part), clips_table(some)))
-            shards.append(write_shard(folder, shard_path("frames", split, part), frames_table(some)))
-    manifest = {"schema_version": SCHEMA_VERSION, "schema_hash": SCHEMA_HASH, "shards": shards} | manifest
+            about = {"split": split, "part": part, "clips": len(some)}
+            for table, rows in (("clips", clips_table(some)), ("frames", frames_table(some))):
+                shards.append(about | {"table": table} | write_shard(folder, shard_path(table, split, part), rows))
+    schema = {"schema_version": SCHEMA_VERSION, "schema_hash": SCHEMA_HASH}
+    manifest = {**schema, "shards": shards, "splits": {split: {} for split in splits}} | manifest
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
