@@ -1,6 +1,6 @@
 """Does a 95% interval cover the truth in 95 of 100 experiments? 2,000 simulated data sets per row, truths known.
 
-What is tested is `trainer.evaluation.bootstrap` itself, `interval` and `compare`, never a copy. Beside it stand other
+What is tested is `trainer.evaluation.bootstrap` itself, `interval_of` and `compare_of`, never a copy. Beside it stand other
 ways that one may take: clips drawn instead of recordings, plain percentiles, seeds drawn again, seeds left out.
 
     uv run python benchmarks/coverage/run.py            # some minutes on one core; writes results.md beside this file
@@ -35,7 +35,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from trainer.evaluation.bootstrap import Estimator, Interval, compare, draw_recordings, interval
+from trainer.evaluation.bootstrap import (
+    Comparison,
+    Estimator,
+    Interval,
+    compare_of,
+    draw_recordings,
+    interval_of,
+    replicate,
+)
 
 HERE = Path(__file__).resolve().parent
 FULL_SIZE = 2_000  # data sets per row
@@ -190,6 +198,14 @@ def minus(a: Estimator, b: Estimator) -> Estimator:
 
 
 # ---- (a) and (c): what is drawn, recordings or clips, and how many ------------------------------------------
+
+
+def interval(arm: Sequence[Estimator], draws: np.ndarray) -> Interval:
+    return interval_of(replicate(arm, draws), draws.shape[1])
+
+
+def compare(a: Sequence[Estimator], b: Sequence[Estimator], draws: np.ndarray) -> Comparison:
+    return compare_of(replicate(a, draws), replicate(b, draws), draws.shape[1])
 
 
 def clustered_and_not(

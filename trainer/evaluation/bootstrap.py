@@ -1,10 +1,9 @@
 """Confidence intervals over recordings and seeds: a bootstrap clustered by recording, widened to Student's t.
 
-All camera views of a recording are drawn or left out together, with one matrix of draws for all arms, metrics and
-seeds, so differences are paired. Deviations are scaled from the normal to Student's t with R - 1 degrees of freedom:
-with 8 recordings 89 to 96 of 100 intervals hold the truth, not 83 to 90. Seeds are not drawn again: each draw gets a t
-deviate of S - 1 degrees of freedom times the standard error of the seeds' mean; with 3 seeds that matter twice as much
-as recordings 97 of 100 hold the truth, not 85 (`benchmarks/coverage`). With 2 seeds the interval is wide.
+One matrix of draws serves all arms, metrics and seeds, so differences are paired. Deviations are scaled to Student's t
+with R - 1 degrees of freedom: with 8 recordings 89 to 96 of 100 intervals hold the truth, not 83 to 90. Each draw gets a
+t deviate of S - 1 degrees of freedom times the standard error of the seeds' mean: with 3 seeds that matter twice as
+much as recordings 97 of 100 hold the truth, not 85 as with redrawn seeds (`benchmarks/coverage`).
 
     B draws    R recordings    S seeds
 """
@@ -62,9 +61,6 @@ class Comparison:
     seed_share: float | None = None  # share of the interval's width that is due to having few seeds, 0 to 1
 
 
-# ---- draws -------------------------------------------------------------------------------------------
-
-
 def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0) -> Weights:
     """How often each recording is drawn, int64 [B, R]: each row sums to R."""
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -78,96 +74,69 @@ def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def _widening(num_recordings: int, num_draws: int) -> Floats:
-    """[B] factors that turn the draws' deviations, near normal and sqrt((R-1)/R) too small, into Student's t."""
-    return np.sqrt(num_recordings / stats.chi2.ppf(_shuffled_quantiles(num_draws, 1), num_recordings - 1))
+def _student(num_recordings: int, num_seeds: int, num_draws: int) -> tuple[Floats, Floats]:
+    """([B] factors that turn the draws' deviations, near normal and sqrt((R-1)/R) too small, into Student's t; [B] t
+    deviates with S - 1 degrees of freedom). Shuffled quantiles, so that neither has sampling noise."""
+    generators = (np.random.Generator(np.random.PCG64([num_draws, seed])) for seed in (1, 2))
+    first, second = ((generator.permutation(num_draws) + 0.5) / num_draws for generator in generators)
+    widening = np.sqrt(num_recordings / stats.chi2.ppf(first, num_recordings - 1))
+    return widening, stats.t.ppf(second, max(1, num_seeds - 1))
 
 
-@lru_cache(maxsize=8)
-def _student(num_seeds: int, num_draws: int) -> Floats:
-    """[B] Student's t deviates with S - 1 degrees of freedom, in an order unrelated to the draws."""
-    return stats.t.ppf(_shuffled_quantiles(num_draws, 2), num_seeds - 1)
+def _limits(replicates: Floats, recordings: int, count_seeds: bool = True) -> tuple[float, float, Floats] | None:
+    """(low, high, [up to B] draws of the true value); None with one recording or too many undefined draws.
 
-
-def _shuffled_quantiles(count: int, seed: int) -> Floats:
-    """The middles of `count` equal parts of 0..1, shuffled: a sample without sampling noise."""
-    return (np.random.Generator(np.random.PCG64([count, seed])).permutation(count) + 0.5) / count
-
-
-def _deviates(replicates: Floats, recordings: int, count_seeds: bool = True) -> Floats | None:
-    """[up to B] the distribution of the true value; None with one recording or too many undefined draws."""
+    The 95% interval always includes the value itself.
+    """
     if recordings < 2:
         return None
     seeds, draws = replicates.shape[0], replicates.shape[1] - 1
     mean = replicates.mean(axis=0)
-    values = mean[0] + (mean[1:] - mean[0]) * _widening(recordings, draws)
+    widening, deviates = _student(recordings, seeds, draws)
+    values = mean[0] + (mean[1:] - mean[0]) * widening
     if seeds > 1 and count_seeds:
-        values += replicates[:, 0].std(ddof=1) / math.sqrt(seeds) * _student(seeds, draws)
+        values += replicates[:, 0].std(ddof=1) / math.sqrt(seeds) * deviates
     undefined = np.isnan(values)
-    return None if undefined.mean() > _MAX_UNDEFINED else values[~undefined]
-
-
-def _limits(deviates: Floats, value: float) -> tuple[float, float]:
-    """The 95% interval, which always includes the value."""
-    low, high = np.quantile(deviates, (0.025, 0.975)).tolist()
-    return min(low, value), max(high, value)
-
-
-# ---- intervals and comparisons -----------------------------------------------------------------------
-
-
-def interval(estimators: Sequence[Estimator], draws: Weights, bounds: tuple[float, float] | None = None) -> Interval:
-    """An arm's value and 95% interval from one estimator per seed, cut to `bounds`, the metric's range."""
-    return interval_of(replicate(estimators, draws), draws.shape[1], bounds)
+    if undefined.mean() > _MAX_UNDEFINED:
+        return None
+    values = values[~undefined]
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    return min(low, float(mean[0])), max(high, float(mean[0])), values
 
 
 def interval_of(replicates: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Interval:
-    """`interval` from the result of `replicate`."""
+    """One arm's value and 95% interval from the result of `replicate`, cut to `bounds`, the metric's range."""
     value = float(replicates[:, 0].mean())
-    if math.isnan(value):
-        return Interval(None, None, None)
-    deviates = _deviates(replicates, recordings)
-    if deviates is None:
-        return Interval(value, None, None)
-    (low, high), (least, most) = _limits(deviates, value), bounds or _ANY
-    return Interval(value, max(low, least), min(high, most))
-
-
-def compare(
-    a: Sequence[Estimator], b: Sequence[Estimator], draws: Weights, bounds: tuple[float, float] | None = None
-) -> Comparison:
-    """`a` minus `b`, one estimator per seed each, the same seeds in the same order; `bounds`: the metric's range."""
-    assert len(a) == len(b) > 0, f"paired by seed, but {len(a)} against {len(b)}"
-    return compare_of(replicate(a, draws), replicate(b, draws), draws.shape[1], bounds)
+    if math.isnan(value) or (limits := _limits(replicates, recordings)) is None:
+        return Interval(None if math.isnan(value) else value, None, None)
+    least, most = bounds or _ANY
+    return Interval(value, max(limits[0], least), min(limits[1], most))
 
 
 def compare_of(a: Floats, b: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Comparison:
-    """`compare` from the results of `replicate` for both arms."""
+    """`a` minus `b` from the results of `replicate`, the same seeds in the same order; `bounds`: the metric's range."""
+    assert len(a) == len(b) > 0, f"paired by seed, but {len(a)} against {len(b)}"
     replicates, seeds = np.round(a - b, _DECIMALS), len(a)
     value = float(replicates[:, 0].mean())
     undefined = int(np.isnan(replicates[:, 1:]).any(axis=0).sum())
-    if math.isnan(value):
-        return Comparison(None, None, None, None, None, None, recordings, seeds, undefined)
-    deviates = _deviates(replicates, recordings)
-    if deviates is None:
-        return Comparison(value, None, None, None, None, None, recordings, seeds, undefined)
-    low, high = _limits(deviates, value)
-    alone = _deviates(replicates, recordings, count_seeds=False)
-    assert alone is not None
-    width_alone = float(np.subtract(*_limits(alone, value)[::-1]))
+    if math.isnan(value) or (limits := _limits(replicates, recordings)) is None:
+        known = None if math.isnan(value) else value
+        return Comparison(known, None, None, None, None, None, recordings, seeds, undefined)
+    low, high, values = limits
+    alone_low, alone_high, _ = _limits(replicates, recordings, count_seeds=False) or limits
     least, most = bounds or _ANY
-    beyond = min((deviates <= 0).mean(), (deviates >= 0).mean())  # 0 itself counts on both sides
+    beyond = min((values <= 0).mean(), (values >= 0).mean())  # 0 itself counts on both sides
     return Comparison(
         difference=value,
         low=max(low, least - most),
         high=min(high, most - least),
-        p_direction=float((deviates * value > 0).mean()) if value else 0.5,
-        p_value=float(np.clip(2 * beyond, 1 / (len(deviates) + 1), 1)),
+        p_direction=float((values * value > 0).mean()) if value else 0.5,
+        p_value=float(np.clip(2 * beyond, 1 / (len(values) + 1), 1)),
         detectable=min((high - low) / 2 * _DETECTABLE, most - least),
         recordings=recordings,
         seeds=seeds,
         undefined=undefined,
-        seed_share=max(0.0, 1 - width_alone / (high - low)) if high > low else 0.0,
+        seed_share=max(0.0, 1 - (alone_high - alone_low) / (high - low)) if high > low else 0.0,
     )
 
 
@@ -179,9 +148,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     for (_, place), p in zip(tests, np.maximum.accumulate(scaled).tolist() if scaled else [], strict=True):
         adjusted[place] = p
     return adjusted
-
-
-# ---- in one sentence ---------------------------------------------------------------------------------
 
 
 def answer(

@@ -38,7 +38,7 @@ class HeadFrames:
     num_recordings: int
 
     def only(self, chosen: Mask) -> HeadFrames:
-        arrays = {name: array[chosen] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        arrays: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **arrays)
 
     def alone(self) -> HeadFrames:
@@ -112,9 +112,6 @@ def frame_estimators(frames: HeadFrames, threshold: float | None, bins: int) -> 
     return found
 
 
-# ---- ranking -----------------------------------------------------------------------------------------
-
-
 def _ranking(frames: HeadFrames) -> dict[str, Any]:
     n, positives = len(frames.positive), int(frames.positive.sum())
     return {
@@ -136,7 +133,7 @@ class Ranking:
     def __init__(self, frames: HeadFrames) -> None:
         _, rank = np.unique(-frames.scores, return_inverse=True)  # 0 is the highest score
         has_positive = np.bincount(rank, frames.positive) > 0
-        level = (np.cumsum(has_positive) - has_positive)[rank]  # [N]: a frame below all positives has level J
+        level: Ints = (np.cumsum(has_positive) - has_positive)[rank]  # [N]: a frame below all positives has level J
         shape = (int(has_positive.sum()) + 1, frames.num_recordings)
 
         def count(chosen: Mask) -> Any:
@@ -172,9 +169,6 @@ class Ranking:
             yield rows, np.ascontiguousarray(weights[rows].T, np.float64)
 
 
-# ---- at a threshold ----------------------------------------------------------------------------------
-
-
 def between(above: float, below: float) -> float:
     """A threshold between two adjacent scores, equal to neither, also after rounding to float32."""
     middle = (above + below) / 2
@@ -182,7 +176,7 @@ def between(above: float, below: float) -> float:
 
 
 def beyond(score: float) -> float:
-    """A threshold that no such score reaches, however large."""
+    """A threshold that the score does not reach, however large it is."""
     return score + max(1.0, abs(score))
 
 
@@ -227,17 +221,14 @@ def confusion_rates(counts: npt.NDArray[Any]) -> dict[str, Floats]:
     }
 
 
-# ---- calibration -------------------------------------------------------------------------------------
-
-
 def bin_sums(frames: HeadFrames, bins: int) -> Floats | None:
     """float64 [R, 3, bins]: frames, sum of their probabilities, positives, in equal-width bins of the probability."""
     if frames.probabilities is None:
         return None
     p = frames.probabilities.astype(np.float64)
     flat = frames.recording * bins + np.minimum((p * bins).astype(np.int64), bins - 1)
-    sums = [np.bincount(flat, w, frames.num_recordings * bins) for w in (np.ones_like(p), p, frames.positive)]
-    return np.stack([s.reshape(-1, bins) for s in sums], axis=1)
+    sums = [np.bincount(flat, w, frames.num_recordings * bins) for w in (None, p, frames.positive)]
+    return np.stack([s.reshape(-1, bins) for s in sums], axis=1).astype(np.float64)
 
 
 def calibration_error(sums: Floats) -> Floats:
@@ -250,16 +241,11 @@ def calibration(frames: HeadFrames, bins: int) -> dict[str, Any] | None:
     sums = bin_sums(frames, bins)
     if sums is None or not len(frames.positive):
         return None
-    n, probability, positive = sums.sum(0)
-    rates = {"probability": ratio(probability, n), "positive": ratio(positive, n)}
-    curve = [
-        {"low": i / bins, "high": (i + 1) / bins, "frames": int(n[i])} | plain({k: v[i] for k, v in rates.items()})
-        for i in range(bins)
-    ]
+    curve = []
+    for i, (n, probability, positive) in enumerate(sums.sum(0).T):
+        means = plain({"probability": ratio(probability, n), "positive": ratio(positive, n)})
+        curve.append({"low": i / bins, "high": (i + 1) / bins, "frames": int(n), **means})
     return {"ece": float(calibration_error(sums.sum(0))), "bins": curve}
-
-
-# ---- arithmetic --------------------------------------------------------------------------------------
 
 
 def ratio(a: Any, b: Any) -> Floats:
