@@ -1,8 +1,8 @@
 """Confidence intervals over recordings and seeds: a bootstrap clustered by recording, widened to Student's t.
 
 One matrix of draws serves all arms, metrics and seeds, so differences are paired. Deviations are scaled to Student's t
-with R - 1 degrees of freedom: with 8 recordings 89 to 96 of 100 intervals hold the truth, not 83 to 90. Each draw gets a
-t deviate of S - 1 degrees of freedom times the standard error of the seeds' mean: with 3 seeds that matter twice as
+with R - 1 degrees of freedom: with 8 recordings 89 to 96 of 100 intervals hold the truth, not 83 to 90. Each draw gets
+a t deviate of S - 1 degrees of freedom times the standard error of the seeds' mean: with 3 seeds that matter twice as
 much as recordings 97 of 100 hold the truth, not 85 as with redrawn seeds (`benchmarks/coverage`).
 
     B draws    R recordings    S seeds

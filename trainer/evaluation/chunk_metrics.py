@@ -21,7 +21,8 @@ import numpy as np
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
-from pipeline.labels import FLOOR_TOLERANCE, SPEAK
+from pipeline.labels import FLOOR_TOLERANCE
+from pipeline.schema import SPEAKING
 from pipeline.storage import write_text
 from trainer.evaluation.bootstrap import draw_recordings, interval_of
 from trainer.evaluation.event_metrics import predicted_frames
@@ -150,7 +151,7 @@ def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> li
 
 
 def _agrees(session: Session, clip: ClipExample) -> bool:
-    speaking = clip.labels[SPEAK] == 1
+    speaking = clip.labels[SPEAKING] == 1
     own = np.clip(chunk_frames(session, clip.fps) - clip.start_frame, 0, clip.num_frames)
     return all(
         speaking[start:end].any() == is_interrupt(answer)

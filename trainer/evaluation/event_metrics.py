@@ -3,8 +3,7 @@
 References are turns, one per instant; predictions are frames at which the score reaches the threshold, followed by
 silence for the refractory time, or what a free-running model did. Both are matched one to one inside a window of
 seconds around the reference (2 s early to 4 s late; ProAssist's is the other way round, docs/prior-work.md): the most
-matches, then the least sum of |latency|. To choose a threshold the number of matches suffices, which one walk over all
-clips counts: 14 ms for 1,000 clips of 600 frames, where the optimal assignment takes 180.
+matches, then the least sum of |latency|. To choose a threshold the number of matches suffices, counted in one walk.
 
     C clips    E reference events    P predicted events    F frames of a clip    M matches
 """
@@ -12,8 +11,7 @@ clips counts: 14 ms for 1,000 clips of 600 frames, where the optimal assignment 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -30,9 +28,6 @@ from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
 FAR: Final = 1e-3  # seconds: more than any rounding, less than any frame
 CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finely around the best
-
-
-# ---- events ------------------------------------------------------------------------------------------
 
 
 def is_event(turn: Turn, clip: ClipExample) -> bool:
@@ -60,16 +55,16 @@ def tracked(clip: ClipExample) -> bool:
     return bool(clip.steps) or any(turn.role == "DST_UPDATE" for turn in clip.turns)
 
 
-def is_live(scored: ScoredClip, head: str) -> bool:
-    return (scored.said if head == "speaking" else scored.updates) is not None
-
-
 def annotated(clip: ClipExample) -> Mask:
     """bool [F]: frames that somebody annotated. What a model does at others is neither right nor wrong."""
     known = np.ones(clip.num_frames, bool)
     for start, end in clip.unlabelled:
         known[max(0, start - clip.start_frame) : max(0, end - clip.start_frame)] = False
     return known
+
+
+def is_live(scored: ScoredClip, head: str) -> bool:
+    return (scored.said if head == "speaking" else scored.updates) is not None
 
 
 def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Ints:
@@ -89,7 +84,7 @@ def predictions(scored: ScoredClip, head: str, threshold: float | None, refracto
 
 
 def threshold_frames(scored: ScoredClip, head: str, threshold: float, refractory_s: float) -> Ints:
-    """int64 [P], ascending, from the clip's start: the first frame that fires, then each at least `refractory_s` later."""
+    """int64 [P], ascending, from the clip's start: the first frame that fires, then each after the refractory time."""
     hot = np.flatnonzero(fires(scored.logits[head], threshold))
     gap = max(1, math.ceil((refractory_s - TOLERANCE) * scored.clip.fps))
     following = np.searchsorted(hot, hot + gap).tolist()
@@ -98,9 +93,6 @@ def threshold_frames(scored: ScoredClip, head: str, threshold: float, refractory
         kept.append(i)
         i = following[i]
     return hot[kept]
-
-
-# ---- matching ----------------------------------------------------------------------------------------
 
 
 def match(reference: Floats, predicted: Floats, early_s: float, late_s: float) -> tuple[Ints, Ints]:
@@ -138,46 +130,36 @@ def most_matches(windows: Ints, fired: Ints) -> int:
     return found
 
 
-# ---- counts ------------------------------------------------------------------------------------------
+class Counted(NamedTuple):
+    """Counts by clip, of events or of state changes, and the latencies of their matches."""
 
-
-class Counts(NamedTuple):
-    """One clip's events, or any sums of such counts."""
-
-    references: Any
-    predictions: Any
-    matched: Any
-    duplicates: Any  # unmatched, inside the window of some reference
-    false_alarms: Any  # unmatched, in no window
-    quiet_hours: Any  # annotated time outside all windows
-    reactive_references: Any = 0
-    reactive_found: Any = 0  # of these references, matched
-    reactive_predictions: Any = 0
-    reactive_right: Any = 0  # of these predictions, matched
-
-
-@dataclass(frozen=True, eq=False)
-class Events:
-    """One head's events in all clips: what every event metric is computed from."""
-
-    counts: Floats  # [C, len(Counts)]
-    latencies: Floats  # [M] seconds, prediction minus reference
-    owner: Ints  # [M] the clip of each latency
     clips: list[ScoredClip]  # [C] by clip_id
+    names: tuple[str, ...]  # [K] of the counts
+    counts: Floats  # [C, K]
+    latencies: list[Floats]  # [C] of [M] seconds, prediction minus reference
+
+    @classmethod
+    def of(cls, clips: list[ScoredClip], by_clip: Iterable[tuple[dict[str, Any], Floats]]) -> Counted:
+        counts, latencies = zip(*by_clip, strict=True)
+        table = np.array([list(count.values()) for count in counts], np.float64)
+        return cls(clips, tuple(counts[0]), table, list(latencies))
+
+    def sums(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.counts.sum(0), strict=True))
 
 
-def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Events | None:
+def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Counted | None:
     """The events of one head; None where no clip has such events, or scores or a threshold are missing."""
     chosen = [s for s in canonical(clips) if head == "speaking" or tracked(s.clip)]
     known = all(is_live(s, head) or (threshold is not None and head in s.logits) for s in chosen)
     if not chosen or not known:
         return None
-    counts, latencies = zip(*(_count_events(scored, head, threshold, settings) for scored in chosen), strict=True)
-    owner = np.repeat(np.arange(len(chosen)), [len(of_clip) for of_clip in latencies])
-    return Events(np.array(counts, np.float64), np.concatenate(latencies), owner, chosen)
+    return Counted.of(chosen, (_count_events(scored, head, threshold, settings) for scored in chosen))
 
 
-def _count_events(scored: ScoredClip, head: str, threshold: float | None, settings: Settings) -> tuple[Counts, Floats]:
+def _count_events(
+    scored: ScoredClip, head: str, threshold: float | None, settings: Settings
+) -> tuple[dict[str, Any], Floats]:
     """(the clip's counts, the latencies of its matches [M])"""
     clip = scored.clip
     reference = references(clip, ROLE_OF[head])
@@ -187,18 +169,18 @@ def _count_events(scored: ScoredClip, head: str, threshold: float | None, settin
     last = np.searchsorted(reference, unmatched + settings.early_s + TOLERANCE, side="right")
     first = np.searchsorted(reference, unmatched - settings.late_s - TOLERANCE, side="left")
     reacts_to, reacts = (reactive(clip, times, settings.reactive_s) for times in (reference, predicted))
-    counts = Counts(
-        references=len(reference),
-        predictions=len(predicted),
-        matched=len(own),
-        duplicates=(last > first).sum(),
-        false_alarms=(last <= first).sum(),
-        quiet_hours=_quiet_hours(clip, reference, settings),
-        reactive_references=reacts_to.sum(),
-        reactive_found=reacts_to[own].sum(),
-        reactive_predictions=reacts.sum(),
-        reactive_right=reacts[near].sum(),
-    )
+    counts = {
+        "references": len(reference),
+        "predictions": len(predicted),
+        "matched": len(own),
+        "duplicates": (last > first).sum(),  # unmatched, inside the window of some reference
+        "false_alarms": (last <= first).sum(),  # unmatched, in no window
+        "quiet_hours": _quiet_hours(clip, reference, settings),
+        "reactive_references": reacts_to.sum(),
+        "reactive_found": reacts_to[own].sum(),  # of these references, matched
+        "reactive_predictions": reacts.sum(),
+        "reactive_right": reacts[near].sum(),  # of these predictions, matched
+    }
     return counts, predicted[near] - reference[own]
 
 
@@ -228,90 +210,74 @@ def reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
     return reacts
 
 
-# ---- numbers -----------------------------------------------------------------------------------------
-
-
-def event_rates(counts: Floats) -> dict[str, Any]:
-    """Rates from summed counts [..., len(Counts)]: float64 [...] each, NaN where undefined.
+def event_rates(c: dict[str, Any]) -> dict[str, Any]:
+    """Rates from summed counts, numbers or arrays; NaN where undefined.
 
     f1 is 2 matched / (references + predictions): 0 for a model that is always silent, undefined only where there is
-    neither reference nor prediction.
+    neither reference nor prediction. Of reactive and of proactive events, recall goes by the reference's kind and
+    precision by the prediction's; their f1 is the harmonic mean, 0 where one is 0 or undefined.
     """
-    c = Counts(*np.moveaxis(counts, -1, 0))
-    return {
-        "precision": ratio(c.matched, c.predictions),
-        "recall": ratio(c.matched, c.references),
-        "f1": ratio(2 * c.matched, c.references + c.predictions),
-        "duplicates_per_event": ratio(c.duplicates, c.references),
-        "false_alarms_per_quiet_hour": ratio(c.false_alarms, c.quiet_hours),
-        "reactive": _kind_rates(c.reactive_references, c.reactive_found, c.reactive_predictions, c.reactive_right),
-        "proactive": _kind_rates(
-            c.references - c.reactive_references,
-            c.matched - c.reactive_found,
-            c.predictions - c.reactive_predictions,
-            c.matched - c.reactive_right,
-        ),
+    rates: dict[str, Any] = {
+        "precision": ratio(c["matched"], c["predictions"]),
+        "recall": ratio(c["matched"], c["references"]),
+        "f1": ratio(2 * c["matched"], c["references"] + c["predictions"]),
+        "duplicates_per_event": ratio(c["duplicates"], c["references"]),
+        "false_alarms_per_quiet_hour": ratio(c["false_alarms"], c["quiet_hours"]),
     }
+    reactive = [c[f"reactive_{name}"] for name in ("references", "found", "predictions", "right")]
+    everything = [c[name] for name in ("references", "matched", "predictions", "matched")]
+    proactive = [total - part for total, part in zip(everything, reactive, strict=True)]
+    for kind, (due, found, predicted, right) in (("reactive", reactive), ("proactive", proactive)):
+        recall, precision = ratio(found, due), ratio(right, predicted)
+        f1 = np.nan_to_num(ratio(2 * recall * precision, recall + precision))
+        f1 = np.where(np.isnan(recall) & np.isnan(precision), np.nan, f1)
+        rates[kind] = {"references": due, "predictions": predicted, "precision": precision, "recall": recall, "f1": f1}
+    return rates
 
 
-def _kind_rates(references: Any, found: Any, predictions: Any, right: Any) -> dict[str, Any]:
-    """Of reactive or of proactive events: recall by the reference's kind, precision by the prediction's.
-
-    f1 is their harmonic mean, 0 where one is 0 or undefined, undefined where both are.
-    """
-    recall, precision = ratio(found, references), ratio(right, predictions)
-    f1 = np.nan_to_num(ratio(2 * recall * precision, recall + precision))
-    f1 = np.where(np.isnan(recall) & np.isnan(precision), np.nan, f1)
-    return {"references": references, "predictions": predictions, "precision": precision, "recall": recall, "f1": f1}
-
-
-def report_events(events: Events, head: str, threshold: float | None) -> dict[str, Any]:
+def report_events(events: Counted, head: str, threshold: float | None) -> dict[str, Any]:
     """Plain numbers, None where undefined; `threshold` is None where all clips are free-running."""
-    sums = events.counts.sum(0)
+    sums, latencies = events.sums(), np.concatenate(events.latencies)
     rates, live = plain(event_rates(sums)), all(is_live(scored, head) for scored in events.clips)
     for kind in ("reactive", "proactive"):
         rates[kind] |= {name: int(rates[kind][name]) for name in ("references", "predictions")}
         if head != "speaking":
             del rates[kind]
-    quartiles = np.quantile(events.latencies, [0.25, 0.75]).tolist() if len(events.latencies) else None
     return {
         "live": live,
         "threshold": None if live else threshold,
-        **{name: int(value) for name, value in zip(Counts._fields[:5], sums, strict=False)},
-        "quiet_hours": float(sums[5]),
+        **{name: int(sums[name]) for name in ("references", "predictions", "matched", "duplicates", "false_alarms")},
+        "quiet_hours": float(sums["quiet_hours"]),
         **rates,
-        "median_latency_s": float(np.median(events.latencies)) if len(events.latencies) else None,
-        "latency_quartiles_s": quartiles,
+        "median_latency_s": float(np.median(latencies)) if len(latencies) else None,
+        "latency_quartiles_s": np.quantile(latencies, [0.25, 0.75]).tolist() if len(latencies) else None,
     }
 
 
-# ---- thresholds --------------------------------------------------------------------------------------
-
-
-class _Reference(NamedTuple):
-    """What one clip's events are counted against."""
+class _Target(NamedTuple):
+    """One clip's references, as far as counting matches needs them."""
 
     scored: ScoredClip
-    windows: Ints  # [E, 2] first and last frame, from the clip's start, at which each reference may be matched
-    count: int  # E, and the references whose windows hold no frame
+    windows: Ints  # [up to E, 2] first and last frame, from the clip's start, at which a reference may be matched
+    references: int  # E
     annotated: Mask  # [F]
 
 
-def _references(clips: Sequence[ScoredClip], head: str, settings: Settings) -> list[_Reference]:
+def _targets(clips: Sequence[ScoredClip], head: str, settings: Settings) -> list[_Target]:
     found = []
     for scored in (s for s in clips if head == "speaking" or tracked(s.clip)):
         clip, times = scored.clip, references(scored.clip, ROLE_OF[head])
         first = np.ceil((times - settings.early_s - TOLERANCE) * clip.fps) - clip.start_frame
         last = np.floor((times + settings.late_s + TOLERANCE) * clip.fps) - clip.start_frame
         windows = np.stack([np.maximum(first, 0), np.minimum(last, clip.num_frames - 1)], axis=1).astype(np.int64)
-        found.append(_Reference(scored, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
+        found.append(_Target(scored, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
     return found
 
 
-def _f1(clips: Sequence[_Reference], fired: Callable[[ScoredClip], Ints]) -> float:
+def _f1(targets: Sequence[_Target], fired: Callable[[ScoredClip], Ints]) -> float:
     """Event F1 of the ascending frames, from the clip's start, that `fired` gives for each clip."""
     matched = events = 0
-    for scored, windows, count, known in clips:
+    for scored, windows, count, known in targets:
         frames = fired(scored)
         frames = frames[known[frames]]
         matched += most_matches(windows, frames)
@@ -326,8 +292,8 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
     over the ranks of all frames by equal ratios (dense among the highest scores), then as many between the neighbours
     of the best.
     """
-    targets = _references(clips, head, settings)
-    total = sum(target.count for target in targets)
+    targets = _targets(clips, head, settings)
+    total = sum(target.references for target in targets)
     if not total or any(head not in target.scored.logits for target in targets):
         return None
     rising, counts = np.unique(np.concatenate([target.scored.logits[head] for target in targets]), return_counts=True)
@@ -354,20 +320,20 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
 
 def metronome_f1(clips: Sequence[ScoredClip], head: str, period_s: float, settings: Settings) -> float | None:
     """Event F1 of an assistant that sees nothing and fires every `period_s` seconds; None without any reference."""
-    return _metronome_f1(_references(clips, head, settings), period_s)
+    return _metronome_f1(_targets(clips, head, settings), period_s)
 
 
-def _metronome_f1(targets: Sequence[_Reference], period_s: float) -> float | None:
+def _metronome_f1(targets: Sequence[_Target], period_s: float) -> float | None:
     def ticks(scored: ScoredClip) -> Ints:
         gap = max(1, round(period_s * scored.clip.fps))
         return np.arange(gap // 2, scored.clip.num_frames, gap)
 
-    return _f1(targets, ticks) if any(target.count for target in targets) else None
+    return _f1(targets, ticks) if any(target.references for target in targets) else None
 
 
 def best_metronome(clips: Sequence[ScoredClip], head: str, settings: Settings) -> float | None:
     """The period of the best event F1 on `clips`: seconds, from the refractory time to a minute; ties: the longer."""
-    targets = _references(clips, head, settings)
+    targets = _targets(clips, head, settings)
     periods = {round(2 * s) / 2 for s in np.geomspace(max(settings.refractory_s, 0.5), 60, 40).tolist()}
     tried = [(f1, period) for period in periods if (f1 := _metronome_f1(targets, period)) is not None]
     return max(tried)[1] if tried else None

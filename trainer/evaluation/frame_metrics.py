@@ -46,16 +46,6 @@ class HeadFrames:
         return self.only(self.other == 0)
 
 
-def recordings_of(clips: Sequence[ScoredClip]) -> list[str]:
-    return sorted({scored.clip.recording_id for scored in clips})
-
-
-def recording_index(clips: Sequence[ScoredClip], recordings: Sequence[str]) -> Ints:
-    """int64 [C]: each clip's index into `recordings`."""
-    number = {name: i for i, name in enumerate(recordings)}
-    return np.array([number[scored.clip.recording_id] for scored in clips], np.int64)
-
-
 def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str]) -> HeadFrames | None:
     """The head's supervised frames; None where the model lacks the head. `recordings`: sorted, at least the clips'."""
     clips = canonical(clips)
@@ -64,12 +54,13 @@ def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str
     row = HEADS.index(head)
     own, other = (np.concatenate([scored.clip.labels[r] for scored in clips]) for r in (row, 1 - row))
     calibrated = all(head in scored.probabilities for scored in clips)
+    recording = np.searchsorted(recordings, [scored.clip.recording_id for scored in clips])
     return HeadFrames(
         scores=np.concatenate([scored.logits[head] for scored in clips]),
         positive=own == 1,
         other=other,
         probabilities=np.concatenate([scored.probabilities[head] for scored in clips]) if calibrated else None,
-        recording=np.repeat(recording_index(clips, recordings), [scored.clip.num_frames for scored in clips]),
+        recording=np.repeat(recording, [scored.clip.num_frames for scored in clips]),
         num_recordings=len(recordings),
     ).only(own >= 0)
 

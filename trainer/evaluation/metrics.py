@@ -1,4 +1,4 @@
-"""All metrics of one model in one mode: `measure` gives the metrics JSON, `estimators` its scalars under bootstrap weights.
+"""All metrics of one model in one mode: `measure` gives the metrics JSON, `estimators` its scalars under other weights.
 
 Thresholds are chosen on `val` and handed in; nothing here looks for one on the clips that it measures. Each estimator
 reads sums per recording, or ranks sorted once; with all weights 1 it equals the number in the JSON.
@@ -16,29 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from trainer.config import Settings
+from trainer.evaluation import event_metrics, frame_metrics, state_metrics
 from trainer.evaluation.bootstrap import Estimator, Floats
-from trainer.evaluation.event_metrics import (
-    best_event_threshold,
-    best_metronome,
-    event_rates,
-    find_events,
-    metronome_f1,
-    report_events,
-)
-from trainer.evaluation.frame_metrics import (
-    best_threshold,
-    chunks,
-    frame_estimators,
-    head_frames,
-    label_counts,
-    recording_index,
-    recordings_of,
-    report_frames,
-)
+from trainer.evaluation.event_metrics import Counted
 from trainer.evaluation.scores import HEADS, Ints, ScoredClip, canonical
-from trainer.evaluation.state_metrics import find_states, report_states, state_rates
 
-__all__ = ["METRICS", "Estimator", "Metric", "Settings", "Thresholds", "choose_thresholds", "estimators", "measure"]
+__all__ = ["METRICS", "Metric", "Settings", "Thresholds", "choose_thresholds", "estimators", "look_up", "measure"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +80,10 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
     """
     frame: dict[str, float | None] = {}
     for head in HEADS:
-        frames = head_frames(val, head, recordings_of(val))
-        frame[head] = None if frames is None else best_threshold(frames.scores, frames.positive)
-    event = {head: best_event_threshold(val, head, settings) for head in HEADS}
-    metronome = {head: best_metronome(val, head, settings) for head in HEADS}
+        frames = frame_metrics.head_frames(val, head, _recordings(val))
+        frame[head] = None if frames is None else frame_metrics.best_threshold(frames.scores, frames.positive)
+    event = {head: event_metrics.best_event_threshold(val, head, settings) for head in HEADS}
+    metronome = {head: event_metrics.best_metronome(val, head, settings) for head in HEADS}
     return Thresholds(*({k: v for k, v in found.items() if v is not None} for found in (frame, event, metronome)))
 
 
@@ -109,27 +92,31 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
 
     Without thresholds, what needs one is None; free-running clips (`said`, `updates`) need none for their events.
     """
-    clips, given = canonical(clips), thresholds or Thresholds({}, {})
-    recordings = recordings_of(clips)
+    clips, given, recordings = canonical(clips), thresholds or Thresholds({}, {}), _recordings(clips)
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
         "hours": sum(scored.clip.num_frames / scored.clip.fps for scored in clips) / 3600,
-        "cells": label_counts(clips),
+        "cells": frame_metrics.label_counts(clips),
     }
     for head in HEADS:
-        report[head] = {"frames": None, "events": None}
-        frames = head_frames(clips, head, recordings)
-        if frames is not None:
-            report[head]["frames"] = report_frames(frames, given.frame.get(head), settings.bins)
-        events = find_events(clips, head, given.event.get(head), settings)
+        frames = frame_metrics.head_frames(clips, head, recordings)
+        events = event_metrics.find_events(clips, head, given.event.get(head), settings)
+        report[head] = {
+            "frames": frames and frame_metrics.report_frames(frames, given.frame.get(head), settings.bins),
+            "events": events and event_metrics.report_events(events, head, given.event.get(head)),
+        }
         if events is not None:
             period = given.metronome_s.get(head)
-            baseline = period and {"period_s": period, "f1": metronome_f1(clips, head, period, settings)}
-            report[head]["events"] = report_events(events, head, given.event.get(head)) | {"metronome": baseline}
-    states = find_states(clips, settings)
-    return report | {"state": None if states is None else report_states(states)}
+            f1 = period and event_metrics.metronome_f1(clips, head, period, settings)
+            report[head]["events"]["metronome"] = period and {"period_s": period, "f1": f1}
+    states = state_metrics.find_states(clips, settings)
+    return report | {"state": states and state_metrics.report_states(states)}
+
+
+def _recordings(clips: Sequence[ScoredClip]) -> list[str]:
+    return sorted({scored.clip.recording_id for scored in clips})
 
 
 def look_up(report: dict[str, Any], metric: Metric) -> float | None:
@@ -145,9 +132,6 @@ def _at(nested: Any, path: str) -> Any:
     return nested
 
 
-# ---- under weights -----------------------------------------------------------------------------------
-
-
 def estimators(
     clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, recordings: Sequence[str]
 ) -> dict[str, Estimator]:
@@ -159,34 +143,32 @@ def estimators(
     clips, given = canonical(clips), thresholds or Thresholds({}, {})
     found: dict[str, Estimator] = {}  # by dotted path
     for head in HEADS:
-        frames = head_frames(clips, head, recordings)
+        frames = frame_metrics.head_frames(clips, head, recordings)
         if frames is not None:
-            of_frames = frame_estimators(frames, given.frame.get(head), settings.bins)
+            of_frames = frame_metrics.frame_estimators(frames, given.frame.get(head), settings.bins)
             found |= {f"{head}.frames.{path}": estimator for path, estimator in of_frames.items()}
-        events = find_events(clips, head, given.event.get(head), settings)
+        events = event_metrics.find_events(clips, head, given.event.get(head), settings)
         if events is not None:
-            recording = recording_index(events.clips, recordings)
-            found |= _of_counts(f"{head}.events.", events.counts, recording, len(recordings), event_rates)
-            found[f"{head}.events.median_latency_s"] = weighted_median(events.latencies, recording[events.owner])
-    states = find_states(clips, settings)
+            found |= _of_counts(f"{head}.events.", events, recordings, event_metrics.event_rates)
+    states = state_metrics.find_states(clips, settings)
     if states is not None:
-        recording = recording_index(states.clips, recordings)
-        found |= _of_counts("state.", states.counts, recording, len(recordings), state_rates)
+        found |= _of_counts("state.", states, recordings, state_metrics.state_rates)
     return {name: found.get(metric.path, _undefined) for name, metric in METRICS.items()}
 
 
-def _of_counts(
-    prefix: str, counts: Floats, recording: Ints, num_recordings: int, rates: Callable[[Floats], dict[str, Any]]
-) -> dict[str, Estimator]:
-    """The METRICS below `prefix` as `rates` of the clips' counts [C, K], summed per recording once."""
-    sums = np.zeros((num_recordings, counts.shape[1]))
-    np.add.at(sums, recording, counts)
+def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> dict[str, Any]:
+    """The METRICS below `prefix` from counts that are summed per recording once."""
+    recording = np.searchsorted(recordings, [scored.clip.recording_id for scored in counted.clips])
+    sums = np.zeros((len(recordings), len(counted.names)))
+    np.add.at(sums, recording, counted.counts)
 
     def estimator(path: str) -> Estimator:
-        return lambda weights: np.asarray(_at(rates(weights @ sums), path))
+        return lambda weights: _at(rates(dict(zip(counted.names, (weights @ sums).T, strict=True))), path)
 
     paths = [metric.path for metric in METRICS.values() if metric.path.startswith(prefix)]
-    return {path: estimator(path.removeprefix(prefix)) for path in paths}
+    of_latencies = np.repeat(recording, [len(late) for late in counted.latencies])
+    median = weighted_median(np.concatenate(counted.latencies), of_latencies)
+    return {path: median if "latency" in path else estimator(path.removeprefix(prefix)) for path in paths}
 
 
 def _undefined(weights: Ints) -> Floats:
@@ -200,7 +182,7 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
 
     def median(weights: Ints) -> Floats:
         found = _undefined(weights)
-        for rows in chunks(len(weights), len(values)) if len(values) else ():
+        for rows in frame_metrics.chunks(len(weights), len(values)) if len(values) else ():
             up_to = np.cumsum(weights[rows][:, recording], axis=1)  # [b, M]
             total = up_to[:, -1:]
             low, high = (values[(up_to >= rank).argmax(axis=1)] for rank in ((total + 1) // 2, total // 2 + 1))

@@ -58,8 +58,6 @@ def canonical(clips: Iterable[ScoredClip]) -> list[ScoredClip]:
     return sorted(clips, key=lambda scored: scored.clip.clip_id)
 
 
-# ---- columns -----------------------------------------------------------------------------------------
-
 _UPDATES = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("transition", pa.string())]))
 _COLUMNS: Final = (  # name, type, nullable, description
     ("split", pa.string(), False, "train, val, test, ..."),
@@ -82,9 +80,6 @@ _READ_AS: Final = (
     | {f"{head}_label": pa.int64() for head in HEADS}
     | {"said": pa.string(), "updates": _UPDATES}
 )
-
-
-# ---- writing -----------------------------------------------------------------------------------------
 
 
 def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: dict[str, Any]) -> None:
@@ -125,9 +120,6 @@ def _rows(split: str, scored: ScoredClip, schema: pa.Schema) -> pa.Table:
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-# ---- reading -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns an error of the file as such into an InputError."""
@@ -154,58 +146,63 @@ def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[Score
     Raises InputError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
     logits and probabilities contradict each other.
     """
-    table = _read_table(path, len(splits) > 1)
-    return {
-        name: _read_split(f"{path} split {name}", _of_split(path, table, name), split) for name, split in splits.items()
-    }
+    table = _read_table(path, needs_split=len(splits) > 1)
+    scored = {}
+    for name, split in splits.items():
+        rows = table
+        if "split" in table.columns:
+            rows = table.filter(pl.col("split") == name)
+            if rows.is_empty():
+                found = ", ".join(sorted(table["split"].drop_nulls().unique())) or "none"
+                raise InputError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
+        scored[name] = _read_split(f"{path} split {name}", rows, split)
+    return scored
 
 
 def _read_table(path: Path, needs_split: bool) -> pl.DataFrame:
-    """The columns of `_READ_AS` that the file has, in those types; texts of few values may be categorical."""
-    with _readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        names = file.schema_arrow.names
-        key = "clip_id" if "clip_id" in names else "clip"
-        missing = [name for name in (key, "frame", *(["split"] if needs_split else [])) if name not in names]
-        if not {"speaking_logit", "speaking_probability"} & set(names):
-            missing.append("speaking_logit (or speaking_probability)")
-        if missing:
-            raise InputError(
-                f"{path}: no column {', '.join(missing)}, found {', '.join(names)}; rename or add it and run again"
-            )
-        table = file.read([name for name in _READ_AS if name in names and (name != "clip" or key == "clip")])
-    columns = {}
-    for field in table.schema:
-        column, type_ = table[field.name], _READ_AS[field.name]
+    """The columns of `_READ_AS` that the file has, in those types."""
+    with _readable(path):
+        schema = pq.read_schema(path)
+        names = schema.names
+    unused = "clip" if "clip_id" in names else "clip_id"
+    needed = {"clip_id", "clip", "frame", "split"} - {unused} - (set() if needs_split else {"split"})
+    missing = sorted(needed - set(names))
+    if not {"speaking_logit", "speaking_probability"} & set(names):
+        missing.append("speaking_logit (or speaking_probability)")
+    if missing:
+        found = ", ".join(names)
+        raise InputError(f"{path}: no column {', '.join(missing)}, found {found}; rename or add it and run again")
+    texts = [name for name in ("split", "clip_id") if name in names and pa.types.is_string(schema.field(name).type)]
+    with _readable(path), pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+        table = file.read([name for name in _READ_AS if name in names and name != unused])
+    for at, (name, type_) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
+        if pa.types.is_dictionary(type_) or (pa.types.is_floating(type_) and pa.types.is_floating(_READ_AS[name])):
+            continue
         try:
-            columns[field.name] = column.cast(type_)
+            table = table.set_column(at, name, table[name].cast(_READ_AS[name]))
         except pa.ArrowException as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: {field.name} is {field.type}, expected {type_} ({reason}); convert it") from None
-    return pl.DataFrame(pl.from_arrow(pa.table(columns)))
-
-
-def _of_split(path: Path, table: pl.DataFrame, name: str) -> pl.DataFrame:
-    if "split" not in table.columns:
-        return table
-    rows = table.filter(pl.col("split") == name)
-    if rows.is_empty():
-        found = ", ".join(sorted(table["split"].drop_nulls().unique())) or "none"
-        raise InputError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
-    return rows
+            raise InputError(f"{path}: {name} is {type_}, expected {_READ_AS[name]} ({reason}); convert it") from None
+    return pl.DataFrame(pl.from_arrow(table))
 
 
 def _read_split(where: str, rows: pl.DataFrame, split: Split) -> list[ScoredClip]:
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     first = np.cumsum([0, *(clip.num_frames for clip in clips)])  # [C + 1] where each clip's frames begin
     rows = _place(where, rows, clips, first)
+    for head, expected in zip(HEADS, np.concatenate([clip.labels for clip in clips], axis=1), strict=True):
+        if (label := f"{head}_label") in rows.columns:
+            both = rows.with_columns(expected=pl.Series(expected))
+            bad = (pl.min_horizontal(label, "expected") >= 0) & (pl.col(label) != pl.col("expected"))
+            message = "{frame_name}: {name} is {value}, the shards say {expected} ({count} frames differ); "
+            _refuse(where, both, bad, message + "score these shards, with frames in their order", label)
     scores = {head: found for head in HEADS if (found := _scores(where, rows, head)) is not None}
     if "speaking" not in scores:
         raise InputError(f"{where}: the speaking scores are null throughout, expected one at every frame")
     said = rows["said"].to_list() if "said" in rows.columns else None
-    updates = None
-    if "updates" in rows.columns:
-        lists = rows["updates"].to_list()
-        updates = [None if one is None else tuple((u["id"], u["transition"]) for u in one) for one in lists]
+    updates: list[Any] | None = rows["updates"].to_list() if "updates" in rows.columns else None
+    if updates is not None:
+        updates = [None if one is None else tuple((u["id"], u["transition"]) for u in one) for one in updates]
     return [
         ScoredClip(
             clip,
@@ -218,70 +215,61 @@ def _read_split(where: str, rows: pl.DataFrame, split: Split) -> list[ScoredClip
     ]
 
 
-def _refuse(where: str, rows: pl.DataFrame, bad: pl.Expr, message: str) -> None:
-    """InputError if some rows are `bad`; `message` is a template of their `count` and the columns of the first."""
+def _refuse(where: str, rows: pl.DataFrame, bad: pl.Expr, message: str, name: str = "frame") -> None:
+    """InputError if some rows are `bad`. `message` is a template of their `count` and, of the first of them, its
+    columns, its `frame_name`, and the `name` and `value` of one column."""
     found = rows.filter(bad)
     if len(found):
-        raise InputError(f"{where}: {message.format(count=len(found), **found.row(0, named=True))}")
+        row = found.row(0, named=True)
+        frame_name = f"clip {row.get('clip_id', row.get('clip'))} frame {row['frame']}"
+        told = message.format(**row, count=len(found), frame_name=frame_name, name=name, value=row[name])
+        raise InputError(f"{where}: {told}")
 
 
 def _place(where: str, rows: pl.DataFrame, clips: Sequence[ClipExample], first: Ints) -> pl.DataFrame:
-    """The rows in the order of clips and frames, N of them. InputError unless each frame is there once, with its label."""
-    ranges = [(c.clip_id, c.clip, c.start_frame, c.end_frame - 1, int(at)) for c, at in zip(clips, first, strict=False)]
-    known = pl.DataFrame(ranges, schema=["clip_id", "clip", "start", "last", "first"], orient="row")
-    key = "clip_id" if "clip_id" in rows.columns else "clip"
-    rows = rows.join(known, on=key, how="left", maintain_order="left")
-    unknown = (
-        f"{{count}} rows are of clips that the shards lack, the first is clip {{{key}}}; score the clips of this split"
-    )
-    _refuse(where, rows, pl.col("start").is_null(), unknown)
+    """The rows in the order of clips and frames, N of them. InputError unless each frame is there once."""
+    if "clip_id" in rows.columns:
+        key, names = "clip_id", pl.Enum([clip.clip_id for clip in clips])
+        clip = rows[key].cast(names, strict=False).to_physical()  # the clip's place in `clips`, null where unknown
+    else:
+        key, places = "clip", {clip.clip: i for i, clip in enumerate(clips)}
+        clip = rows[key].replace_strict(places, default=None, return_dtype=pl.UInt32)
+    unknown = "{count} rows are of clips that the shards lack, the first is clip {value}; score the clips of this split"
+    _refuse(where, rows, pl.lit(clip.is_null()), unknown, key)
+    start, last = (pl.Series([getattr(c, name) for c in clips]).gather(clip) for name in ("start_frame", "end_frame"))
+    rows = rows.with_columns(start=start, last=last - 1, at=pl.Series(first[:-1]).gather(clip) - start + rows["frame"])
+    stray = "{count} rows are of no frame of their clip, the first is {frame_name}, expected {start} to {last}; "
     inside = pl.col("frame").is_between("start", "last").fill_null(False)
-    stray = (
-        "{count} rows are of no frame of their clip, the first is clip {clip_id} frame {frame}, expected {start} to {last}; "
-        "frames are absolute, as in the shards"
-    )
-    _refuse(where, rows, ~inside, stray)
-    rows = rows.with_columns(at=pl.col("first") + pl.col("frame") - pl.col("start")).sort("at")
-    one = "expected one row for each frame of the split"
-    double = f"{{count}} rows are of frames that have one already, the first is clip {{clip_id}} frame {{frame}}; {one}"
-    _refuse(where, rows, pl.col("at") == pl.col("at").shift(), double)
-    missing = np.setdiff1d(np.arange(first[-1]), rows["at"].to_numpy())
-    if len(missing):
+    _refuse(where, rows, ~inside, stray + "frames are absolute, as in the shards")
+    if not rows["at"].is_sorted():
+        rows = rows.sort("at")
+    once = "expected one row for each frame of the split"
+    double = "{count} rows are of a frame that has one already, the first is {frame_name}; "
+    _refuse(where, rows, pl.col("at") == pl.col("at").shift(), double + once)
+    if len(rows) < first[-1]:
+        missing = np.flatnonzero(np.bincount(rows["at"], minlength=int(first[-1])) == 0)
         i = int(np.searchsorted(first, missing[0], side="right")) - 1
         name = f"clip {clips[i].clip_id} frame {clips[i].start_frame + missing[0] - first[i]}"
-        raise InputError(f"{where}: {len(missing)} frames have no row, the first is {name}; {one}")
-    for head, expected in zip(HEADS, np.concatenate([clip.labels for clip in clips], axis=1), strict=True):
-        label = f"{head}_label"
-        if label in rows.columns:
-            differs = (pl.col(label) >= 0) & (pl.col("expected") >= 0) & (pl.col(label) != pl.col("expected"))
-            message = (
-                f"clip {{clip_id}} frame {{frame}}: {label} is {{{label}}}, the shards say {{expected}} "
-                f"({{count}} frames differ); score these shards, with frames in their order"
-            )
-            _refuse(where, rows.with_columns(expected=pl.Series(expected)), differs, message)
-    return rows
+        raise InputError(f"{where}: {len(missing)} frames have no row, the first is {name}; {once}")
+    return rows.drop("start", "last", "at")
 
 
 def _scores(where: str, rows: pl.DataFrame, head: str) -> tuple[Singles, Singles | None] | None:
     """(logits [N], probabilities [N] or None) of one head; None where it has no scores."""
     logit, p = f"{head}_logit", f"{head}_probability"
     given = [name for name in (logit, p) if name in rows.columns and rows[name].null_count() < len(rows)]
-    frame = "clip {clip_id} frame {frame}"
     for name in given:
-        message = (
-            f"{frame}: {name} is NaN or null ({{count}} such frames), expected a number at every frame; score them"
-        )
-        _refuse(where, rows, pl.col(name).is_null() | pl.col(name).is_nan(), f"{message}, or drop the column")
+        message = "{frame_name}: {name} is NaN or null ({count} such frames), expected a number at every frame; "
+        bad = pl.col(name).is_null() | pl.col(name).is_nan()
+        _refuse(where, rows, bad, message + "score them, or drop the column", name)
     if p in given:
-        message = f"{frame}: {p} is {{{p}:g}}, expected 0 to 1; if these are logits, name the column {logit}"
-        _refuse(where, rows, ~pl.col(p).is_between(0, 1), message)
+        message = "{frame_name}: {name} is {value:g}, expected 0 to 1; if these are logits, name the column "
+        _refuse(where, rows, ~pl.col(p).is_between(0, 1), message + logit, p)
     if len(given) == 2:
-        rising = rows.select("clip_id", "frame", logit, p).sort(logit, p).with_columns(highest=pl.col(p).cum_max())
-        message = (
-            f"{logit} and {p} order the frames differently ({frame}: {{{logit}:g}}, {{{p}:g}}, "
-            f"but a lower logit has {{highest:g}}); drop the column {p}, or {logit} if the probability is what you mean"
-        )
-        _refuse(where, rising, pl.col("highest") - pl.col(p) > SAME_ORDER, message)
+        rising = rows.drop("said", "updates", strict=False).sort(logit, p).with_columns(highest=pl.col(p).cum_max())
+        message = f"{logit} and {p} order the frames differently ({{frame_name}} has {{value:g}}, a frame of a lower "
+        message += f"logit {{highest:g}}); drop the column {p}, or {logit} if the probability is what you mean"
+        _refuse(where, rising, pl.col("highest") - pl.col(p) > SAME_ORDER, message, p)
     if not given:
         return None
     probabilities = rows[p].to_numpy() if p in given else None

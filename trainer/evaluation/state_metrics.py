@@ -3,54 +3,27 @@
 Both start from the state at the clip's start. Joint accuracy asks at the end of every frame whether all steps agree, so
 one missed update counts until the state is right again; it is shown over the clip's time and beside a model that never
 updates. Transitions are matched one to one in the window of the event metrics, by step and kind.
-
-    F frames of a clip    S its steps    C clips    M matched transitions
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
 from pipeline.dataset import ClipExample
-from pipeline.schema import STATES, TRANSITIONS
-from pipeline.state import NOT_STARTED, replay
-from trainer.evaluation.event_metrics import TOLERANCE, Settings, instant, is_event, match, tracked
+from pipeline.schema import TRANSITIONS
+from pipeline.state import Update, initial_state, replay, replay_frames
+from trainer.evaluation.event_metrics import TOLERANCE, Counted, Settings, instant, is_event, match, tracked
 from trainer.evaluation.frame_metrics import plain, ratio
-from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
+from trainer.evaluation.scores import Floats, ScoredClip, canonical
 
 PARTS: Final = 10  # of a clip's time, in which joint accuracy is shown
 
-Change = tuple[int, tuple[str, str]]  # (absolute frame, (step id, transition))
 
-
-class StateCounts(NamedTuple):
-    """One clip's counts, or any sums of them."""
-
-    frames: Any
-    right: Any  # frames at whose end all steps agree
-    right_never: Any  # the same for a model that never updates
-    references: Any  # transitions
-    predictions: Any
-    matched: Any
-    unknown: Any  # predicted transitions of a step or a kind that the clip does not have
-
-
-@dataclass(frozen=True, eq=False)
-class States:
-    """What every state metric is computed from."""
-
-    counts: Floats  # [C, len(StateCounts)]
-    parts: Ints  # [3, PARTS] frames, right, right_never by part of the clip
-    latencies: Floats  # [M] seconds, prediction minus reference
-    clips: list[ScoredClip]  # [C] by clip_id
-
-
-def find_states(clips: Sequence[ScoredClip], settings: Settings) -> States | None:
+def find_states(clips: Sequence[ScoredClip], settings: Settings) -> Counted | None:
     """None where the updates are unknown, or all empty (speak+markers), or no clip has a dialog state."""
     chosen = [scored for scored in canonical(clips) if tracked(scored.clip)]
     if not chosen or any(scored.updates is None for scored in chosen):
@@ -58,20 +31,16 @@ def find_states(clips: Sequence[ScoredClip], settings: Settings) -> States | Non
     updates = [update for scored in chosen for update in scored.updates or () if update is not None]
     if updates and not any(updates):
         return None
-    counts, parts, latencies = zip(*(_count_states(scored, settings) for scored in chosen), strict=True)
-    return States(np.array(counts, np.float64), np.sum(parts, axis=0), np.concatenate(latencies), chosen)
+    return Counted.of(chosen, (_count_states(scored, settings) for scored in chosen))
 
 
-# ---- one clip ----------------------------------------------------------------------------------------
-
-
-def changes(clip: ClipExample) -> list[Change]:
-    """The reference's transitions by the frame at which they happen, in order, also those outside the clip.
+def changes(clip: ClipExample) -> list[tuple[int, Update]]:
+    """The reference's transitions by the absolute frame at which they happen, in order, also those outside the clip.
 
     An event of the clip happens at the frame that shows its instant. Other turns happen at their first frame, else at
     their time, else at the next turn's frame: as in the model's prompt, the future never leaks in.
     """
-    found: list[Change] = []
+    found: list[tuple[int, Update]] = []
     at = clip.end_frame
     for turn in reversed(clip.turns):
         if is_event(turn, clip):
@@ -81,88 +50,74 @@ def changes(clip: ClipExample) -> list[Change]:
         elif turn.time_s is not None:
             at = math.floor(turn.time_s * clip.fps + TOLERANCE)
         found += [(at, update) for update in reversed(turn.updates)]
-    return sorted(reversed(found), key=lambda change: change[0])
+    found.reverse()
+    return sorted(found, key=lambda change: change[0])
 
 
 def state_at_start(clip: ClipExample) -> dict[str, str]:
     """The state of each step when the clip begins: the initial one, and what happened before its first frame."""
     happened = changes(clip)
     steps = [step for step, _ in clip.steps] + [step for _, (step, _) in happened]
-    before = [update for frame, update in happened if frame < clip.start_frame]
-    return replay(dict.fromkeys(steps, NOT_STARTED) | dict(clip.initial_state), before)
+    before = (update for frame, update in happened if frame < clip.start_frame)
+    return replay(initial_state(steps, clip.initial_state), before)
 
 
-def state_codes(clip: ClipExample, made: Sequence[Change]) -> Ints:
-    """int64 [F, S]: the state of each step at the end of every frame as an index into STATES, after the changes `made`.
-
-    Changes before the clip, of unknown steps or of unknown kinds do nothing.
-    """
-    start = state_at_start(clip)
-    column = {step: i for i, step in enumerate(start)}
-    codes = np.tile([STATES.index(state) for state in start.values()], (clip.num_frames, 1)).astype(np.int64)
-    for frame, (step, transition) in made:
-        if step in column and transition in TRANSITIONS and frame >= clip.start_frame:
-            codes[frame - clip.start_frame :, column[step]] = STATES.index(TRANSITIONS[transition])
-    return codes
-
-
-def _count_states(scored: ScoredClip, settings: Settings) -> tuple[StateCounts, Ints, Floats]:
-    """(the clip's counts, its frames by part [3, PARTS], the latencies of its matches [M])"""
-    clip, known = scored.clip, state_at_start(scored.clip)
-    made = [(clip.start_frame + i, one) for i, update in enumerate(scored.updates or ()) for one in update or ()]
-    truth = state_codes(clip, changes(clip))
-    right, never = ((state_codes(clip, given) == truth).all(axis=1) for given in (made, ()))
-    due: dict[tuple[str, str], list[float]] = {}
-    for turn in clip.turns:
-        for update in turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ():
-            due.setdefault(update, []).append(instant(turn, clip))
+def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any], Floats]:
+    """(the clip's counts, the latencies of its matched transitions [M])"""
+    clip, start = scored.clip, state_at_start(scored.clip)
+    made = [(i, update) for i, updates in enumerate(scored.updates or ()) for update in updates or ()]
+    happened = [(frame - clip.start_frame, update) for frame, update in changes(clip) if frame >= clip.start_frame]
+    truth, own, never = (replay_frames(start, given, clip.num_frames) for given in (happened, made, ()))
+    right, right_never = (own == truth).all(axis=1), (never == truth).all(axis=1)
+    due = [
+        (update, instant(turn, clip))
+        for turn in clip.turns
+        for update in (turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ())
+    ]
     latencies = [np.zeros(0)]
-    for update, times in due.items():
-        reference = np.sort(times)
-        predicted = np.sort([frame / clip.fps for frame, given in made if given == update])
-        own, near = match(reference, predicted, settings.early_s, settings.late_s)
-        latencies.append(predicted[near] - reference[own])
+    for update in dict.fromkeys(update for update, _ in due):
+        reference = np.sort([at for other, at in due if other == update])
+        predicted = np.array([(clip.start_frame + i) / clip.fps for i, other in made if other == update])
+        rows, columns = match(reference, predicted, settings.early_s, settings.late_s)
+        latencies.append(predicted[columns] - reference[rows])
     late = np.concatenate(latencies)
-    unknown = sum(step not in known or transition not in TRANSITIONS for _, (step, transition) in made)
-    references = sum(map(len, due.values()))
-    counts = StateCounts(len(right), right.sum(), never.sum(), references, len(made), len(late), unknown)
+    counts = {
+        "frames": clip.num_frames,
+        "right": right.sum(),  # frames at whose end all steps agree
+        "right_never": right_never.sum(),  # the same for a model that never updates
+        "references": len(due),
+        "predictions": len(made),
+        "matched": len(late),
+        "unknown": sum(step not in start or transition not in TRANSITIONS for _, (step, transition) in made),
+    }
     part = np.arange(clip.num_frames) * PARTS // clip.num_frames
-    by_part = [np.bincount(part, marked, PARTS).astype(np.int64) for marked in (np.ones_like(right), right, never)]
-    return counts, np.stack(by_part), late
+    for name, marked in (("frames", None), ("right", right), ("right_never", right_never)):
+        counts |= {f"{name} {i}": count for i, count in enumerate(np.bincount(part, marked, PARTS))}
+    return counts, late
 
 
-# ---- numbers -----------------------------------------------------------------------------------------
-
-
-def state_rates(counts: Floats) -> dict[str, Any]:
-    """Rates from summed counts [..., len(StateCounts)], laid out as in the report; NaN where undefined."""
-    c = StateCounts(*np.moveaxis(counts, -1, 0))
-    return {
-        "joint_accuracy": ratio(c.right, c.frames),
-        "joint_accuracy_never_updating": ratio(c.right_never, c.frames),
+def state_rates(c: dict[str, Any]) -> dict[str, Any]:
+    """Rates from summed counts, numbers or arrays, laid out as in the report; NaN where undefined."""
+    shares = {
+        f"over_time{suffix}": {i: ratio(c[f"{name} {i}"], c[f"frames {i}"]) for i in range(PARTS)}
+        for suffix, name in (("", "right"), ("_never_updating", "right_never"))
+    }
+    return shares | {
+        "joint_accuracy": ratio(c["right"], c["frames"]),
+        "joint_accuracy_never_updating": ratio(c["right_never"], c["frames"]),
         "transitions": {
-            "precision": ratio(c.matched, c.predictions),
-            "recall": ratio(c.matched, c.references),
-            "f1": ratio(2 * c.matched, c.references + c.predictions),
+            "precision": ratio(c["matched"], c["predictions"]),
+            "recall": ratio(c["matched"], c["references"]),
+            "f1": ratio(2 * c["matched"], c["references"] + c["predictions"]),
         },
     }
 
 
-def report_states(states: States) -> dict[str, Any]:
+def report_states(states: Counted) -> dict[str, Any]:
     """Plain numbers, None where undefined."""
-    sums = states.counts.sum(0)
-    rates, c = plain(state_rates(sums)), StateCounts(*sums.astype(int).tolist())
-    rates["transitions"] |= {
-        "references": c.references,
-        "predictions": c.predictions,
-        "matched": c.matched,
-        "unknown": c.unknown,
-        "median_latency_s": float(np.median(states.latencies)) if len(states.latencies) else None,
-    }
-    frames, right, never = (part.tolist() for part in states.parts)
-    return rates | {
-        "clips": len(states.clips),
-        "frames": c.frames,
-        "over_time": [a / b if b else None for a, b in zip(right, frames, strict=True)],
-        "over_time_never_updating": [a / b if b else None for a, b in zip(never, frames, strict=True)],
-    }
+    sums, latencies = states.sums(), np.concatenate(states.latencies)
+    rates = plain(state_rates(sums))
+    rates |= {name: list(rates[name].values()) for name in ("over_time", "over_time_never_updating")}
+    rates["transitions"] |= {name: int(sums[name]) for name in ("references", "predictions", "matched", "unknown")}
+    rates["transitions"]["median_latency_s"] = float(np.median(latencies)) if len(latencies) else None
+    return rates | {"clips": len(states.clips), "frames": int(sums["frames"])}
