@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scored import clip_of, noisy_clips
@@ -12,49 +14,41 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from trainer.evaluation import frame_metrics as subject
+from trainer.evaluation import frame_metrics
 from trainer.evaluation.frame_metrics import (
     HeadFrames,
     Ranking,
     best_threshold,
     between,
-    cells,
     fires,
     head_frames,
+    label_counts,
     report_frames,
 )
-from trainer.evaluation.scores import ScoredClip
+
+RECORDINGS = [f"r{i}" for i in range(5)]
 
 
-def frames_of(scores, labels, cell=None, probabilities=None, recording=None) -> HeadFrames:
-    labels = np.array(labels)
+def frames_of(scores, labels, other=None, probabilities=None, recording=None) -> HeadFrames:
     recording = np.zeros(len(labels), np.int64) if recording is None else np.array(recording)
     return HeadFrames(
-        np.array(scores, np.float32),
-        labels == 1,
-        labels.astype(np.int8) if cell is None else np.array(cell, np.int8),
-        None if probabilities is None else np.array(probabilities, np.float32),
-        recording,
-        int(recording.max(initial=0)) + 1,
+        scores=np.array(scores, np.float32),
+        positive=np.array(labels) == 1,
+        other=np.zeros(len(labels), np.int8) if other is None else np.array(other, np.int8),
+        probabilities=None if probabilities is None else np.array(probabilities, np.float32),
+        recording=recording,
+        num_recordings=int(recording.max(initial=0)) + 1,
     )
 
 
-# ---- by hand -----------------------------------------------------------------------------------------
-
-
-def test_ranking_of_four_frames():
+def test_ranking_of_four_frames_by_hand():
     report = report_frames(frames_of([4, 3, 2, 1], [1, 0, 1, 0]), 2.5, 10)
     assert report["ap"] == pytest.approx((1 / 1 + 2 / 3) / 2, abs=1e-15)
     assert (report["chance"], report["auroc"]) == (0.5, 0.75)  # 3 of the 4 pairs are in order
     assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
-    assert report["balanced_accuracy"] == 0.5
     assert (report["frames"], report["positives"], report["threshold"]) == (4, 2, 2.5)
-
-
-def test_ties_are_passed_at_once():
-    report = report_frames(frames_of([2, 2, 2, 1], [1, 0, 1, 0]), None, 10)
-    assert report["ap"] == 2 / 3
-    assert report["auroc"] == (2 * 0.5 + 2 * 1) / 4
+    ties = report_frames(frames_of([2, 2, 2, 1], [1, 0, 1, 0]), None, 10)
+    assert (ties["ap"], ties["auroc"]) == (2 / 3, (2 * 0.5 + 2 * 1) / 4)
 
 
 def test_what_needs_both_classes_is_none_without():
@@ -69,7 +63,7 @@ def test_what_needs_both_classes_is_none_without():
     assert (empty["ap"], empty["chance"], empty["calibration"], empty["f1"]) == (None, None, None, None)
 
 
-def test_calibration_of_two_bins():
+def test_calibration_of_two_bins_by_hand():
     labels, p = [1, 0, 0, 1, 1], [0.1, 0.3, 0.2, 0.9, 1.0]
     report = report_frames(frames_of(p, labels, probabilities=p), None, 2)["calibration"]
     # three frames at 0.2 on average, one of them positive; two at 0.95, both positive
@@ -84,94 +78,76 @@ def test_a_probability_on_the_edge_belongs_to_the_bin_above_and_one_to_the_last(
     p = [0.0, 0.5, 1.0]
     report = report_frames(frames_of(p, [0, 1, 1], probabilities=p), None, 2)["calibration"]
     assert [b["frames"] for b in report["bins"]] == [1, 2]
-    assert report["bins"][0]["positive"] == 0
     empty_bin = report_frames(frames_of([1, 1], [0, 1], probabilities=[1, 1]), None, 2)["calibration"]["bins"][0]
     assert (empty_bin["frames"], empty_bin["probability"], empty_bin["positive"]) == (0, None, None)
 
 
-def test_cells_tell_a_head_its_own_events_from_the_others():
-    own, other, both, neither = subject.OWN, subject.OTHER, subject.BOTH, subject.NEITHER
-    cell = [own, neither, both, other, neither, subject.UNKNOWN]
-    report = report_frames(frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], cell), None, 10)
-    assert report["alone"] | {"auroc": None} == {"frames": 3, "positives": 1, "ap": 0.5, "chance": 1 / 3, "auroc": None}
+def test_a_heads_own_events_are_told_from_the_others():
+    """Six frames: own event, none, both, the other's, none, own where the other head is not supervised."""
+    frames = frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, -100])
+    report = report_frames(frames, None, 10)
+    alone = report["alone"]
+    assert (alone["frames"], alone["positives"], alone["ap"], alone["chance"]) == (3, 1, 0.5, 1 / 3)
     assert (report["both"]["positives"], report["both"]["ap"]) == (1, 1.0)
     assert report["auroc_against_other"] == 0.5  # of own (1), both (6) against other (5)
 
 
-def test_frames_are_sorted_into_cells_by_both_labels():
+def test_frames_are_counted_by_both_labels():
     labels = np.array([[1, 1, 0, 0, -100, 0], [0, 1, 1, 0, 0, -100]], np.int8)
     scored = clip_of(frames=6, speaking=range(6), updating=range(6))
-    scored = ScoredClip(type(scored.clip)(**{**scored.clip.__dict__, "labels": labels}), scored.logits, {})
-    assert cells([scored]) == {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
+    scored = replace(scored, clip=replace(scored.clip, labels=labels))
+    assert label_counts([scored]) == {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
     speaking = head_frames([scored], "speaking", ["r-c0"])
-    assert speaking.scores.tolist() == [0, 1, 2, 3, 5]
-    assert speaking.cell.tolist() == [subject.OWN, subject.BOTH, subject.OTHER, subject.NEITHER, subject.UNKNOWN]
+    assert (speaking.scores.tolist(), speaking.other.tolist()) == ([0, 1, 2, 3, 5], [0, 1, 1, 0, -100])
     assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_head_that_the_model_lacks_has_no_frames():
     assert head_frames([clip_of(frames=4, speaking=range(4))], "dst_update", ["r-c0"]) is None
 
 
-# ---- thresholds --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scores", "positive", "threshold"),
+    [
+        ([5, 4, 3, 2], [1, 0, 1, 0], 2.5),  # F1 by cut: {5}: 2/3, {5, 4}: 1/2, {5, 4, 3}: 4/5; never all
+        ([4, 3, 2, 1, 0], [1, 0, 0, 1, 0], 3.5),  # {4}: 2/3, {4, 3}: 1/2, {4, 3, 2, 1}: 2/3; the highest of equals
+        ([1, 2], [0, 0], None),
+    ],
+)
+def test_the_best_threshold_lies_midway_between_scores(scores, positive, threshold):
+    assert best_threshold(np.float32(scores), np.array(positive, bool)) == threshold
 
 
-def test_the_best_threshold_lies_midway_between_scores():
-    # F1 by cut: {5}: 2/3, {5, 4}: 1/2, {5, 4, 3}: 4/5; never all
-    assert best_threshold(np.float32([5, 4, 3, 2]), np.array([True, False, True, False])) == 2.5
+@pytest.mark.parametrize("score", [-5.0, 0.0, 7.0, float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)])
+def test_the_same_score_everywhere_separates_nothing_and_stays_silent(score):
+    scores = np.full(3, score, np.float32)
+    assert not fires(scores, best_threshold(scores, np.array([True, False, False]))).any()
 
 
-def test_of_equally_good_thresholds_the_highest_is_taken():
-    # {4}: 2/3, {4, 3}: 1/2, {4, 3, 2, 1}: 2/3
-    scores, positive = np.float32([4, 3, 2, 1, 0]), np.array([True, False, False, True, False])
-    assert best_threshold(scores, positive) == 3.5
+@pytest.mark.parametrize("low", np.float32([1.0, 0.1, -3.7, 1e-30, -2e20]))
+def test_a_threshold_between_neighbouring_floats_still_separates_them(low):
+    high = np.nextafter(low, np.float32(np.inf))
+    cut = between(float(high), float(low))
+    assert fires(np.array([low, high]), cut).tolist() == [False, True]
+    assert [bool(low >= np.float32(cut)), bool(high >= np.float32(cut))] == [False, True]
 
 
-def test_the_same_score_everywhere_separates_nothing_and_stays_silent():
-    for score in (-5.0, 0.0, 7.0, float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)):
-        scores = np.full(3, score, np.float32)
-        assert not fires(scores, best_threshold(scores, np.array([True, False, False]))).any()
+@pytest.mark.parametrize("head", ["speaking", "dst_update"])
+def test_numbers_are_scikit_learns(head):
+    frames = head_frames(noisy_clips(6), head, RECORDINGS)
+    report = report_frames(frames, 1.25, 10)
+    y, fired = frames.positive, frames.scores >= 1.25
+    assert report["ap"] == average_precision_score(y, frames.scores)
+    assert report["auroc"] == roc_auc_score(y, frames.scores)
+    assert report["precision"] == precision_score(y, fired)
+    assert report["recall"] == recall_score(y, fired)
+    assert report["f1"] == f1_score(y, fired)
+    assert report["balanced_accuracy"] == balanced_accuracy_score(y, fired)
+    best = f1_score(y, frames.scores >= best_threshold(frames.scores, y))
+    assert best == max(f1_score(y, frames.scores > cut) for cut in np.unique(frames.scores))
 
 
-def test_no_positive_frame_gives_no_threshold():
-    assert best_threshold(np.float32([1, 2]), np.array([False, False])) is None
-
-
-def test_a_threshold_between_neighbouring_floats_still_separates_them():
-    for low in np.float32([1.0, 0.1, -3.7, 1e-30, -2e20]):
-        high = np.nextafter(low, np.float32(np.inf))
-        cut = between(float(high), float(low))
-        assert fires(np.array([low, high]), cut).tolist() == [False, True]
-        assert [bool(low >= np.float32(cut)), bool(high >= np.float32(cut))] == [False, True]
-
-
-# ---- against scikit-learn ----------------------------------------------------------------------------
-
-
-def test_numbers_are_scikit_learns():
-    clips = noisy_clips(6)
-    for head in ("speaking", "dst_update"):
-        frames = head_frames(clips, head, [f"r{i}" for i in range(5)])
-        report = report_frames(frames, 1.25, 10)
-        y, fired = frames.positive, frames.scores >= 1.25
-        assert report["ap"] == average_precision_score(y, frames.scores)
-        assert report["auroc"] == roc_auc_score(y, frames.scores)
-        assert report["precision"] == precision_score(y, fired)
-        assert report["recall"] == recall_score(y, fired)
-        assert report["f1"] == f1_score(y, fired)
-        assert report["balanced_accuracy"] == balanced_accuracy_score(y, fired)
-
-
-def test_no_threshold_has_a_better_f1_than_the_best():
-    frames = head_frames(noisy_clips(6), "speaking", [f"r{i}" for i in range(5)])
-    best = f1_score(frames.positive, frames.scores >= best_threshold(frames.scores, frames.positive))
-    assert best == max(f1_score(frames.positive, frames.scores > cut) for cut in np.unique(frames.scores))
-
-
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("block", [1, 1 << 20])
 def test_weighted_ranking_is_that_of_repeated_frames(block, monkeypatch):
-    monkeypatch.setattr(subject, "BLOCK", block)
-    frames = head_frames(noisy_clips(6), "speaking", [f"r{i}" for i in range(5)])
+    monkeypatch.setattr(frame_metrics, "BLOCK", block)
+    frames = head_frames(noisy_clips(6), "speaking", RECORDINGS)
     weights = np.random.default_rng(1).multinomial(5, [0.2] * 5, size=9)
     ranking = Ranking(frames)
     ap, auroc = ranking.average_precision(weights), ranking.auroc(weights)
@@ -186,7 +162,6 @@ def test_a_draw_without_positives_has_no_ranking():
     ranking = Ranking(frames_of([3, 2, 1], [1, 0, 0], recording=[0, 0, 1]))
     weights = np.array([[1, 1], [0, 2]])
     assert ranking.average_precision(weights)[0] == 1
-    assert np.isnan(ranking.average_precision(weights)[1])
-    assert np.isnan(ranking.auroc(weights)[1])
+    assert np.isnan([ranking.average_precision(weights)[1], ranking.auroc(weights)[1]]).all()
     nothing = Ranking(frames_of([3, 2], [0, 0]))
     assert np.isnan(nothing.average_precision(np.ones((1, 1), int))).all()

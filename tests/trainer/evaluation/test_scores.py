@@ -233,7 +233,7 @@ SPOILED = {
     ),
     "double": (
         lambda t: pl.concat([t, t[2:3]]),
-        "1 frames have several rows, the first is clip b frame 12",
+        "1 rows are of a frame that has one already, the first is clip b frame 12",
     ),
     "relative": (
         lambda t: t.with_columns(pl.col("frame") - pl.col("frame").min().over("clip_id")),
@@ -249,7 +249,7 @@ SPOILED = {
     ),
     "label": (
         shifted,
-        "split test clip a frame 2: speaking_label is 0, the shards say 1 (4 frames differ)",
+        "split test: clip a frame 2: speaking_label is 0, the shards say 1 (4 frames differ)",
     ),
     "NaN": (
         lambda t: t.with_columns(pl.col("speaking_logit").replace({2.5: math.nan})),
@@ -269,7 +269,7 @@ SPOILED = {
     ),
     "contradiction": (
         lambda t: with_probability(t, 0.9, 0.8),
-        "order the frames differently (clip b frame 11: 0.5, 0.8; clip a frame 0: 0, 0.9); drop the column",
+        "order the frames differently (clip b frame 11 has 0.8, a frame of a lower logit 0.9); drop the column",
     ),
     "no score": (
         lambda t: t.drop("speaking_logit"),
@@ -310,7 +310,7 @@ def test_what_is_no_parquet_file_is_refused(tmp_path, split):
     with pytest.raises(InputError, match=r"none\.parquet: not found"):
         read_scores(tmp_path / "none.parquet", {"test": split})
     (tmp_path / "s.csv").write_text("clip_id,frame\n")
-    with pytest.raises(InputError, match="not a Parquet file that can be read"):
+    with pytest.raises(InputError, match="not a readable Parquet file"):
         read_scores(tmp_path / "s.csv", {"test": split})
 
 

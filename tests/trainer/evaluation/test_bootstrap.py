@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -16,13 +17,24 @@ from trainer.evaluation.bootstrap import (
     Estimator,
     Interval,
     answer,
-    compare,
+    compare_of,
     draw_recordings,
     holm,
-    interval,
+    interval_of,
+    replicate,
 )
 
 DRAWS = draw_recordings(40, 2_000)
+
+
+def interval(arm: Sequence[Estimator], draws: np.ndarray, bounds: tuple[float, float] | None = None) -> Interval:
+    return interval_of(replicate(arm, draws), draws.shape[1], bounds)
+
+
+def compare(
+    a: Sequence[Estimator], b: Sequence[Estimator], draws: np.ndarray, bounds: tuple[float, float] | None = None
+) -> Comparison:
+    return compare_of(replicate(a, draws), replicate(b, draws), draws.shape[1], bounds)
 
 
 def mean_of(values: np.ndarray) -> Estimator:

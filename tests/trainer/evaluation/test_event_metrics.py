@@ -23,7 +23,6 @@ from trainer.evaluation.event_metrics import (
     predictions,
     references,
     report_events,
-    spaced,
 )
 
 S = Settings()
@@ -31,9 +30,6 @@ S = Settings()
 
 def report(scored, threshold=None, head="speaking", settings=S):
     return report_events(find_events([scored], head, threshold, settings), head, threshold)
-
-
-# ---- references --------------------------------------------------------------------------------------
 
 
 def times(turns, role="assistant", **clip) -> list[float]:
@@ -66,9 +62,6 @@ def test_an_event_under_way_when_the_clip_begins_happens_at_its_start():
     assert times([under_way], positive="onset") == []
 
 
-# ---- predictions -------------------------------------------------------------------------------------
-
-
 def test_after_an_event_the_head_is_silent_for_the_refractory_time():
     scores = [0, 1, 1, 1, 1, 1, 0, 0, 1, 1]  # at 2 fps from second 5; 2 s are 4 frames
     scored = clip_of(start=10, frames=10, speaking=scores)
@@ -83,15 +76,6 @@ def test_a_live_models_events_are_what_it_said():
     scored = clip_of(frames=20, speaking=[9] * 20, spoke=[1.0, 1.5, 4.0], updates={3.0: (), 5.0: (("S1", "start"),)})
     assert predictions(scored, "speaking", 0.5, 2.0).tolist() == [1.0, 1.5, 4.0]
     assert predictions(scored, "dst_update", None, 2.0).tolist() == [3.0, 5.0]
-
-
-def test_spaced_takes_the_first_and_each_next_after_the_gap():
-    assert spaced(np.array([3, 4, 6, 7, 20]), 3).tolist() == [3, 6, 20]
-    assert spaced(np.array([], np.int64), 3).tolist() == []
-    assert spaced(np.array([0, 1, 2, 10, 11, 12]), np.array([1, 1, 1, 2, 2, 2])).tolist() == [0, 1, 2, 10, 12]
-
-
-# ---- matching ----------------------------------------------------------------------------------------
 
 
 def pairs(reference, predicted, early=2.0, late=4.0):
@@ -147,9 +131,6 @@ def test_matching_is_the_best_of_all_assignments(reference, predicted):
     windows = [[2 * r - 4, 2 * r + 8] for r in reference]  # in half seconds
     fired = np.array([2 * p for p in predicted], np.int64)
     assert most_matches(np.array(windows, np.int64).reshape(-1, 2), fired) == len(found)
-
-
-# ---- counts ------------------------------------------------------------------------------------------
 
 
 def test_events_of_one_minute_by_hand():
@@ -225,9 +206,6 @@ def test_scores_without_a_threshold_are_no_events():
     assert find_events([clip_of(frames=4, speaking=[1] * 4)], "dst_update", 0.5, S) is None
 
 
-# ---- thresholds --------------------------------------------------------------------------------------
-
-
 def test_the_event_threshold_is_the_one_of_the_best_event_f1():
     scores = np.zeros(120)
     scores[20], scores[60], scores[61], scores[100] = 3, 2, 1.9, 1  # references at 10 s and 30 s
@@ -268,9 +246,6 @@ def test_frames_that_nobody_annotated_are_neither_right_nor_wrong():
     live = nobody_saw(clip_of([said_at(10)], spoke=[0, 10, 25]), (0, 10), (44, 120))
     assert report(live, None)["predictions"] == 1
     assert best_event_threshold([scored], "speaking", S) == 1.5
-
-
-# ---- without seeing ----------------------------------------------------------------------------------
 
 
 def test_a_metronomes_f1_by_hand():

@@ -7,7 +7,7 @@ from scored import clip_of
 from pipeline.dataset import Turn
 from trainer.evaluation.event_metrics import Settings
 from trainer.evaluation.scores import ScoredClip
-from trainer.evaluation.state_metrics import changes, find_states, replay, report_states, state_at_start
+from trainer.evaluation.state_metrics import changes, find_states, report_states, state_at_start
 
 S = Settings()
 START, DONE, NEXT = ("S1", "start"), ("S1", "complete"), ("S2", "start")
@@ -45,15 +45,6 @@ def test_changes_happen_at_the_frame_that_shows_their_instant():
 def test_under_onset_labels_a_turn_that_began_before_the_clip_has_happened():
     clip = clip_example([dst(8, 12, START)], 10, 8, positive="onset")
     assert state_at_start(clip) == {"S1": "in_progress", "S2": "not_started"}
-
-
-def test_replay_gives_the_state_at_the_end_of_every_frame():
-    clip = clip_example([], 10, 4)
-    states = replay(clip, [(11, START), (13, DONE), (13, NEXT), (12, ("S9", "start")), (12, ("S1", "explode"))])
-    first, second = states.T.tolist()
-    assert [first[0] == first[1], first[1] == first[2], first[2] == first[3]] == [False, True, False]
-    assert [second[0] == second[2], second[2] == second[3]] == [True, False]
-    assert states[3].tolist() == replay(clip, [(10, NEXT), (10, DONE)])[3].tolist()
 
 
 # ---- joint accuracy ----------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from trainer.evaluation.metrics import (
     METRICS,
     Settings,
     Thresholds,
-    WeightedMedian,
     choose_thresholds,
     estimators,
     look_up,
     measure,
+    weighted_median,
 )
 from trainer.evaluation.scores import ScoredClip, read_scores, write_scores
 
@@ -201,11 +201,11 @@ def test_a_draw_that_leaves_nothing_is_undefined():
 
 
 def test_the_weighted_median_is_that_of_repeated_values():
-    median = WeightedMedian(np.array([3.0, -1.0, 2.0, 2.0, 8.0]), np.array([0, 1, 1, 2, 2]), 4)
+    median = weighted_median(np.array([3.0, -1.0, 2.0, 2.0, 8.0]), np.array([0, 1, 1, 2, 2]))
     # -1, 2, 2, 3, 8; twice the third recording's 2, 8; -1, -1, 2, 2, 3; nothing
     assert median(np.array([[1, 1, 1, 0], [0, 0, 2, 0], [1, 2, 0, 7]])).tolist() == [2, 5, 2]
     assert np.isnan(median(np.array([[0, 0, 0, 3]]))).all()
-    assert np.isnan(WeightedMedian(np.zeros(0), np.zeros(0, np.int64), 2)(np.array([[1, 1]]))).all()
+    assert np.isnan(weighted_median(np.zeros(0), np.zeros(0, np.int64))(np.array([[1, 1]]))).all()
 
 
 # ---- what is reported ----------------------------------------------------------------------------------
