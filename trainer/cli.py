@@ -276,40 +276,37 @@ def stream(
     html: Annotated[Path | None, Option(help="write a page with the timeline")] = None,
 ) -> int:
     """Run a trained model live: it reads frame after frame, speaks, keeps the state; type to talk to it."""
-    from dataclasses import asdict
-
     from pipeline.terminal import console, plain
     from trainer.checkpoint import load_run
-    from trainer.live import sinks as recording
-    from trainer.live.stream import Stream, live_of
+    from trainer.live.sinks import HtmlRecorder, JsonLines, Sink, TerminalLog
+    from trainer.live.stream import Stream, decoding_config
     from trainer.live.task import find_task
-    from trainer.live.video_input import Listener, open_feed
+    from trainer.live.video_input import UserInput, open_video_input
 
     loaded = load_run(run)
-    decoding = live_of(run, numbers("--threshold", threshold), refractory_s)
+    decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
     html = _page_to_write(html, Path(video), task)
     if json and sys.stdout is None:
         raise UsageError("--json: stdout is closed")
-    about_task = find_task(task, clip, video, fps, trained=loaded.info.get("fps", 2.0))
-    with contextlib.ExitStack() as open_now:
-        side, first = loaded.model.side, about_task.first
-        feed = open_now.enter_context(open_feed(video, about_task.fps, side, realtime, source_fps, first))
-        live = open_now.enter_context(Stream(loaded, about_task.clip, decoding, max_tokens))
-        metadata: Any = live.about(feed.name) | {"run": str(run)}
-        sinks = [recording.json_lines(sys.stdout) if json else recording.terminal(console(), metadata)]
-        sinks += [recording.html(html, metadata)] if html else []
+    about = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
+    with contextlib.ExitStack() as stack:
+        side = loaded.model.side
+        frames = stack.enter_context(open_video_input(video, about.clip.fps, side, realtime, source_fps, about.frames))
+        live = stack.enter_context(Stream(loaded, about.clip, decoding, max_tokens))
+        info = live.info(f"camera {video}" if video.isdigit() else video, str(run))
+        sinks: list[Sink] = [JsonLines(sys.stdout) if json else TerminalLog(console(), info)]
+        sinks += [HtmlRecorder(html, info)] if html else []
         for sink in sinks:
-            open_now.enter_context(sink)
-        interactive = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else a shell loop may own it
-        listener = Listener(sys.stdin if interactive else None)
-        ended = open_now.enter_context(_ended_by_signals())
+            stack.enter_context(sink)
+        reads_stdin = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else a shell loop may own it
+        user = UserInput(sys.stdin if reads_stdin else None)
+        ended = stack.enter_context(_ended_by_signals())
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
-            listener.wait()  # for a script; before the first frame, which a clock may give
-            for frame in about_task.cut(feed):
-                texts = [*about_task.heard(frame), *listener.heard(frame.time_s)]
-                moment = asdict(live.see(frame, texts))
+            for frame in frames:
+                texts = [*about.texts_before(frame.frame, frame.skipped), *user.due(frame.time_s)]
+                output = live.step(frame, texts)
                 for sink in sinks:
-                    sink.show(moment, frame.image)
+                    sink.show(output, frame.image)
     if html is not None and html.exists():
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1e6:,.1f} MB)", err=json)
     return ended[0] if ended else 0

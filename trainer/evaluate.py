@@ -38,7 +38,7 @@ from trainer.evaluation.evaluate_scores import (
 from trainer.evaluation.metrics import Settings, Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.frame_source import FrameSource
-from trainer.live.rollout import self_fed
+from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.teacher_forced import ClipScores, open_source, score_clips
 
@@ -111,7 +111,7 @@ def run_live(
     """
     live = DecodingConfig({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    scored = self_fed(run.model, run.tokens, clips, frames, run.config, live)
+    scored = free_running(run.model, run.tokens, clips, frames, run.config, live)
     found = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
     ]

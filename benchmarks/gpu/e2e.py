@@ -27,7 +27,7 @@ from trainer.encode import encode
 from trainer.evaluate import evaluate
 from trainer.live.session import DecodingConfig
 from trainer.live.stream import Stream
-from trainer.live.video_input import Seen
+from trainer.live.video_input import VideoFrame
 from trainer.loader import default_workers
 from trainer.run_log import read_metrics
 from trainer.tokenizer import train_tiny_tokens
@@ -80,9 +80,10 @@ def go(work: Path, case: Case, smoke: bool, say: Callable[..., None]) -> None:
     side, rng = loaded.model.side, np.random.default_rng(0)
     with Stream(loaded, next(Split(data, "test").in_order()), never) as stream:
         seen = [
-            Seen(i, i / 2, rng.integers(0, 256, (3, side, side), np.uint8), shown, 0) for i in range(3 if smoke else 60)
+            VideoFrame(i, i / 2, rng.integers(0, 256, (3, side, side), np.uint8), shown, 0)
+            for i in range(3 if smoke else 60)
         ]
-        took = [1e3 * stream.see(one).seconds for one in seen]
+        took = [1e3 * stream.step(one).seconds for one in seen]
     stage("stream from pixels", median_ms=statistics.median(took), worst_ms=max(took))
 
 

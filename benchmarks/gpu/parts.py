@@ -39,7 +39,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.encode import Tower
 from trainer.live.engine import Engine, streaming
-from trainer.live.session import Context, DecodingConfig, FrameInput, lengths
+from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
 from trainer.model import ProspectModel
 from trainer.packing import Pack, make_pack, pack_windows
 from trainer.sequence import Window
@@ -53,7 +53,7 @@ SCRATCH = Path(os.environ.get("SCRATCH", "/tmp/gpu-benchmark"))
 ROWS = Path(os.environ.get("OUT", ".")) / "rows.jsonl"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "accelerate", "tokenizers", "pyarrow", "msgspec")
 VOCABULARY = 512 if SMOKE else 49280  # the latter: of the released models
-NEVER = DecodingConfig({"speaking": np.inf, "dst_update": np.inf}, most_text=16)
+NEVER = DecodingConfig({"speaking": np.inf, "dst_update": np.inf}, max_text=16)
 
 
 def say(part: str, name: str, **values: Any) -> None:
@@ -411,13 +411,13 @@ def _loaded(size: str) -> LoadedRun:
 def _live(name: str, stream: Camera) -> np.ndarray:
     """The logits [2, N] of the frames that were timed."""
     with streaming(stream.model, stream.config):
-        stream.see(stream.config.max_tokens // 2, at_once=64)
-        stream.see(5)  # a graph is made of the first
-        took, logits = stream.see(20 if SMOKE else 200)
-        rate, found = len(took) / sum(took), launches(lambda: stream.see(1))
+        stream.step(stream.config.max_tokens // 2, at_once=64)
+        stream.step(5)  # a graph is made of the first
+        took, logits = stream.step(20 if SMOKE else 200)
+        rate, found = len(took) / sum(took), launches(lambda: stream.step(1))
     ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
     graph = (
-        stream.engine._fixed is not None and stream.engine._fixed._graph is not None
+        stream.engine._static is not None and stream.engine._static._graph is not None
     )  # on a CPU the same without one
     say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, graph=graph, **found)
     return logits
@@ -430,7 +430,7 @@ def _flat(run: LoadedRun) -> None:
         while len(held) < 4:
             before = stream.context.restarts
             while stream.context.restarts == before:
-                stream.see(16)
+                stream.step(16)
             wait()
             held.append(torch.cuda.memory_reserved() / 1e6 if device() == "cuda" else 0.0)
     say("live", "256M, memory reserved by context", mb=held, frames=stream.number, growth_mb=held[-1] - held[0])
@@ -440,21 +440,21 @@ class Camera:
     """One stream whose frames are ready features; nothing is ever said."""
 
     def __init__(self, run: LoadedRun) -> None:
-        _, capacity = lengths(run.model, run.config, NEVER)
+        _, capacity = token_budget(run.model, run.config, NEVER)
         self.model, self.config, self.number = run.model, run.config, 0
         self.features = run.model.frame_features(torch.from_numpy(CachedNoise(run.model.vlm).table).to(device()))
         self.engine = Engine(run.model, run.tokens, 1, capacity)
         task = make_window(0, 600, VOCABULARY).clip
-        self.context = Context(run.model, run.tokens, task, run.config, NEVER)
+        self.context = Session(run.model, run.tokens, task, run.config, NEVER)
 
-    def see(self, frames: int, at_once: int = 1) -> tuple[list[float], np.ndarray]:
+    def step(self, frames: int, at_once: int = 1) -> tuple[list[float], np.ndarray]:
         """(seconds of each pass, until its logits are on the host; logits [2, frames])."""
         took, logits, end = [], list[np.ndarray](), self.number + frames
         while self.number < end:
             numbers = range(self.number, min(end, self.number + at_once))
             coming = [FrameInput(n, (), self.features[n % len(self.features)]) for n in numbers]
             began = time.perf_counter()
-            happened = self.engine.run(self.context.see(coming))
+            happened = self.engine.run(self.context.step(coming))
             took.append(time.perf_counter() - began)
             logits += [one.logits for one in happened]
             self.number += len(happened)

@@ -21,10 +21,10 @@ from pipeline.updates import parse_updates
 from trainer.config import TrainConfig
 from trainer.evaluation.scores import HEADS, ScoredClip, Updates
 from trainer.frame_source import FrameSource
-from trainer.live.engine import _unwritten, streaming
+from trainer.live.engine import streaming, token_bias
 from trainer.live.kv_cache import use_slots
-from trainer.live.rollout import LOOK
-from trainer.live.session import HEAD_OF, Context, DecodingConfig, lengths
+from trainer.live.rollout import VISION_BATCH
+from trainer.live.session import HEAD_OF, DecodingConfig, Session, token_budget
 from trainer.model import ProspectModel
 from trainer.sequence import prompt_ids, state_before, to_repeat, user_texts, utterance
 from trainer.tokenizer import Tokens
@@ -56,9 +56,9 @@ def embedded(model: ProspectModel, parts: Sequence[Part]) -> Tensor:
 # ---- one frame live ----------------------------------------------------------------------------------
 
 
-def live(context: Context, model: ProspectModel, frames: int) -> tuple[list[float], np.ndarray]:
+def live(context: Session, model: ProspectModel, frames: int) -> tuple[list[float], np.ndarray]:
     """(seconds, logits [2, frames]) of the last frames of what `context` has read, one by one after all before them."""
-    held = context._held
+    held = context._frames
     prompt = prompt_ids(context.task, context.tokens, context._state if context.arm.state else None)
     before = [prompt, *(part for one in held[:-frames] for part in one.parts)]
     seconds, logits, cache = [], [], DynamicCache()
@@ -72,12 +72,12 @@ def live(context: Context, model: ProspectModel, frames: int) -> tuple[list[floa
     return seconds, np.stack(logits, 1)
 
 
-def again(context: Context, model: ProspectModel) -> tuple[float, np.ndarray]:
+def again(context: Session, model: ProspectModel) -> tuple[float, np.ndarray]:
     """(seconds, logits [2]) of the last frame, everything before it read once more."""
     prompt = prompt_ids(context.task, context.tokens, context._state if context.arm.state else None)
     started = time.perf_counter()
     with stock(model):
-        parts = [prompt, *(part for one in context._held for part in one.parts)]
+        parts = [prompt, *(part for one in context._frames for part in one.parts)]
         out = model.body(inputs_embeds=embedded(model, parts), use_cache=False)
         logits = model.decisions(out.last_hidden_state[0, -1:])[:, 0].cpu().numpy()
     return time.perf_counter() - started, logits
@@ -86,7 +86,7 @@ def again(context: Context, model: ProspectModel) -> tuple[float, np.ndarray]:
 # ---- a clip at a time ----------------------------------------------------------------------------------
 
 
-def self_fed(
+def free_running(
     model: ProspectModel,
     tokens: Tokens,
     clips: Sequence[ClipExample],
@@ -94,7 +94,7 @@ def self_fed(
     config: TrainConfig,
     live: DecodingConfig,
 ) -> Iterator[ScoredClip]:
-    """What `trainer.live.rollout.self_fed` gives."""
+    """What `trainer.live.rollout.free_running` gives."""
     for clip in clips:
         with streaming(model, config), stock(model):
             scored = _run(_Context(model, tokens, clip, config, live), frames)
@@ -111,7 +111,7 @@ def _run(context: _Context, frames: FrameSource) -> ScoredClip:
     updates: list[Updates | None] = [None] * clip.num_frames
     for i, seen in enumerate(_look(model, frames, clip)):
         frame = clip.start_frame + i
-        logits[:, i] = context.see(heard.get(frame, []), seen)
+        logits[:, i] = context.step(heard.get(frame, []), seen)
         firing = [
             role
             for role in last
@@ -129,8 +129,8 @@ def _run(context: _Context, frames: FrameSource) -> ScoredClip:
 
 
 def _look(model: ProspectModel, frames: FrameSource, clip: ClipExample) -> Iterator[Tensor]:
-    for start in range(clip.start_frame, clip.end_frame, LOOK):
-        loaded = frames.load(clip, start, min(start + LOOK, clip.end_frame))
+    for start in range(clip.start_frame, clip.end_frame, VISION_BATCH):
+        loaded = frames.load(clip, start, min(start + VISION_BATCH, clip.end_frame))
         yield from model.frame_features(torch.from_numpy(loaded).to(model.device))
 
 
@@ -141,14 +141,14 @@ class _Context:
         self, model: ProspectModel, tokens: Tokens, clip: ClipExample, config: TrainConfig, live: DecodingConfig
     ) -> None:
         self.model, self.tokens, self.clip, self.live = model, tokens, clip, live
-        self.budget, _ = lengths(model, config, live)
+        self.budget, _ = token_budget(model, config, live)
         self.state = state_before(clip, clip.start_frame) if model.arm.state else None
         self.blocks: list[list[Part]] = []  # by frame: user text, features, replies
         self.updates: list[Updates] = []  # by frame
-        self.written = _unwritten(tokens, model.vlm.lm_head.weight)
+        self.written = token_bias(tokens, model.vlm.lm_head.weight)
         self._start_over(0)
 
-    def see(self, heard: list[int], frame: Tensor) -> np.ndarray:
+    def step(self, heard: list[int], frame: Tensor) -> np.ndarray:
         cost = len(heard) + len(frame)
         if int(self.cache.get_seq_length()) + sum(map(len, self.unread)) + cost > self.budget:
             self._start_over(cost)
@@ -166,7 +166,7 @@ class _Context:
     def reply(self, role: str) -> str:
         ids: list[int] = []
         self.unread.append([self.tokens.marker[role]])
-        while len(ids) < self.live.most_text:
+        while len(ids) < self.live.max_text:
             likeliest = int((self.model.vlm.lm_head(self._read()) + self.written).argmax())
             if likeliest == self.tokens.end:
                 break

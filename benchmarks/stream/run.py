@@ -8,7 +8,7 @@
        cycle is timed, from just after the context started over to just after it did so again. At four sizes of context
        the rivals read its last frames: the library's `DynamicCache`, and everything once more at each frame
     C  live from pixels, vision tower included, the context half full
-    D  eight hours at 2 frames/s: 57,600 frames through `Stream.see`, which fires and writes; memory by the hour. On a
+    D  eight hours at 2 frames/s: 57,600 frames through `Stream.step`, which fires and writes; memory by the hour. On a
        GPU 4,800 frames, in eight parts (57,600 would take a quarter of an hour at 256M): several full contexts
 
 A cost is CPU seconds on a CPU, which neighbours on the machine disturb least; on a GPU seconds by the clock from one
@@ -64,9 +64,9 @@ from trainer.evaluate import evaluate  # noqa: E402
 from trainer.evaluation.scores import ScoredClip  # noqa: E402
 from trainer.frame_source import FrameSource, open_frames  # noqa: E402
 from trainer.live.engine import Engine, streaming  # noqa: E402
-from trainer.live.session import Context, DecodingConfig, FrameInput, lengths  # noqa: E402
-from trainer.live.stream import Stream, live_of  # noqa: E402
-from trainer.live.video_input import Seen  # noqa: E402
+from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget  # noqa: E402
+from trainer.live.stream import Stream, decoding_config  # noqa: E402
+from trainer.live.video_input import VideoFrame  # noqa: E402
 from trainer.model import ProspectModel  # noqa: E402
 from trainer.sequence import user_texts  # noqa: E402
 from trainer.tokenizer import Tokens  # noqa: E402
@@ -79,7 +79,7 @@ STEPS = 150
 FEW_RECORDINGS, FEW_STEPS = {"train": 4, "val": 1, "test": 2}, 4  # of a smoke run
 BUDGET = 2048  # tokens of a context
 MOST_TEXT = 16  # tokens of a text where weights are random, and none ends by itself
-NEVER = DecodingConfig({"speaking": math.inf, "dst_update": math.inf}, most_text=MOST_TEXT)
+NEVER = DecodingConfig({"speaking": math.inf, "dst_update": math.inf}, max_text=MOST_TEXT)
 HOUR, HOURS = 7200, 8  # frames at 2 frames/s
 PART = 600  # frames instead of an hour's, on a GPU
 NEAR = 16  # frames that the rivals read at a size of context
@@ -142,13 +142,16 @@ def by_side(
 ) -> list[ScoredClip]:
     given = run.model, run.tokens
     if side == "plain":
-        return list(plain.self_fed(*given, clips, frames, run.config, live))
-    kept, trainer.live.rollout.AHEAD = trainer.live.rollout.AHEAD, 1 if side == "one" else trainer.live.rollout.AHEAD
+        return list(plain.free_running(*given, clips, frames, run.config, live))
+    kept, trainer.live.rollout.READ_AHEAD = (
+        trainer.live.rollout.READ_AHEAD,
+        1 if side == "one" else trainer.live.rollout.READ_AHEAD,
+    )
     try:
         slots = None if side == "ours" else 1
-        return list(trainer.live.rollout.self_fed(*given, clips, frames, run.config, live, slots=slots))
+        return list(trainer.live.rollout.free_running(*given, clips, frames, run.config, live, slots=slots))
     finally:
-        trainer.live.rollout.AHEAD = kept
+        trainer.live.rollout.READ_AHEAD = kept
 
 
 def difference(found: Sequence[ScoredClip], expected: Sequence[ScoredClip], exact: bool) -> tuple[float, int]:
@@ -219,10 +222,10 @@ def part_a_tiny(options: argparse.Namespace, folder: Path, data: Path) -> Found:
 def thresholds(folder: Path, run: LoadedRun, clips: Sequence[ClipExample], frames: FrameSource) -> DecodingConfig:
     """Those that `evaluate` chose; where the run was not evaluated, those that 3% of the frames reach."""
     try:
-        return live_of(folder, {}, None)
+        return decoding_config(folder, {}, None)
     except InputError:
         return firing(
-            list(trainer.live.rollout.self_fed(run.model, run.tokens, clips, frames, run.config, NEVER)), 0.03
+            list(trainer.live.rollout.free_running(run.model, run.tokens, clips, frames, run.config, NEVER)), 0.03
         )
 
 
@@ -231,7 +234,7 @@ def part_a_true(options: argparse.Namespace, tokens: Tokens, data: Path, share: 
     clips = long_clips(list(Split(data, "test").in_order()), *(2, 6) if options.smoke else (12, 100))
     frames, live = CachedNoise(run.model.vlm), NEVER
     if share:
-        silent = list(trainer.live.rollout.self_fed(run.model, tokens, clips, frames, run.config, NEVER))
+        silent = list(trainer.live.rollout.free_running(run.model, tokens, clips, frames, run.config, NEVER))
         live = firing(silent, share)
     return compare(run, clips, frames, live, options.reps, ["plain", "ours"])
 
@@ -251,17 +254,17 @@ def cycle(run: LoadedRun, task: ClipExample) -> Found:
         return [FrameInput(number, (), seen, script) for number, seen in zip(numbers, features, strict=True)]
 
     with streaming(model, config):
-        _, capacity = lengths(model, config, NEVER)
+        _, capacity = token_budget(model, config, NEVER)
         engine = Engine(model, run.tokens, 1, capacity)
-        context, number = Context(model, run.tokens, task, config, NEVER), 0
+        context, number = Session(model, run.tokens, task, config, NEVER), 0
         while context.restarts < 1:
-            number += len(engine.run(context.see(coming(range(number, number + 64)))))
+            number += len(engine.run(context.step(coming(range(number, number + 64)))))
         first, logits, places = context.used, [], list(AT)
         cpu = time.process_time()
         beside = 0.0  # CPU seconds of the rivals
         while context.restarts < 2:
             started = time.perf_counter()
-            [happened] = engine.run(context.see(coming(range(number, number + 1))))
+            [happened] = engine.run(context.step(coming(range(number, number + 1))))
             found["seconds"].append(time.perf_counter() - started)
             found["used"].append(context.used)
             logits.append(happened.logits)
@@ -279,7 +282,7 @@ def cycle(run: LoadedRun, task: ClipExample) -> Found:
         found["cpu_s"] = time.process_time() - cpu - beside
         speaks = coming(range(number, number + 1), {"assistant": None})
         started = time.perf_counter()
-        engine.run(context.see(speaks))
+        engine.run(context.step(speaks))
         found["written_s"] = (time.perf_counter() - started - median(found["seconds"])) / MOST_TEXT
     return found
 
@@ -288,22 +291,23 @@ def cycle(run: LoadedRun, task: ClipExample) -> Found:
 
 
 def from_pixels(run: LoadedRun, task: ClipExample, count: int) -> Found:
-    """Seconds a frame through `Stream.see`, half of the context full."""
+    """Seconds a frame through `Stream.step`, half of the context full."""
     frames, side = CachedNoise(run.model.vlm), run.model.side
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, side, side), np.uint8)
     with Stream(run, task, NEVER, BUDGET) as stream:
         number = 0
-        while stream._context.used < BUDGET // 2:
+        while stream._session.used < BUDGET // 2:
             features = run.model.frame_features(
                 torch.from_numpy(frames.load(task, number, number + 64)).to(run.model.device)
             )
             stream._engine.run(
-                stream._context.see([FrameInput(number + i, (), seen) for i, seen in enumerate(features)])
+                stream._session.step([FrameInput(number + i, (), seen) for i, seen in enumerate(features)])
             )
             number += 64
         shown = Image.new("RGB", (8, 8))
         seconds = [
-            stream.see(Seen(number + i, (number + i) / 2, pixels[i % 4], shown, 0)).seconds for i in range(count + 1)
+            stream.step(VideoFrame(number + i, (number + i) / 2, pixels[i % 4], shown, 0)).seconds
+            for i in range(count + 1)
         ]
     return {"seconds": seconds[1:], "side": side}
 
@@ -333,12 +337,12 @@ def hours(
             seconds, counts, most = [], dict.fromkeys(("replies", "updates", "started over", "heard"), 0), 0
             for frame in range(number * hour, (number + 1) * hour):
                 pixels, heard = next(video)
-                moment = stream.see(Seen(frame, frame / 2, pixels, shown, 0), heard)
+                moment = stream.step(VideoFrame(frame, frame / 2, pixels, shown, 0), heard)
                 seconds.append(moment.seconds)
-                counts["replies"] += moment.said is not None
+                counts["replies"] += moment.assistant_text is not None
                 counts["updates"] += moment.updates is not None
                 counts["started over"] += moment.started_over
-                counts["heard"] += len(moment.heard)
+                counts["heard"] += len(moment.user_texts)
                 most = max(most, moment.tokens)
             p50, p99 = np.quantile(seconds, [0.5, 0.99])
             rows.append(counts | {"mb": memory_mb(device), "p50": p50, "p99": p99, "worst": max(seconds),
@@ -373,7 +377,7 @@ def part_d(options: argparse.Namespace, folder: Path, data: Path, tokens: Tokens
         return hours(run, task, live, video_of(data, run.model.side), "cpu", hour)
     run = true_size("256M", True, "cuda", tokens)
     noise = CachedNoise(run.model.vlm)
-    silent = trainer.live.rollout.self_fed(run.model, tokens, [task], noise, run.config, NEVER)
+    silent = trainer.live.rollout.free_running(run.model, tokens, [task], noise, run.config, NEVER)
     live = firing(list(silent), 0.05)
     ready = ((vector.astype(np.float32), ()) for vector in itertools.cycle(noise.table))
     return hours(run, task, live, ready, "cuda", hour)

@@ -12,12 +12,12 @@ from small_run import CONFIG, clip, curve, go, go_until, write_data
 import trainer.attention
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
-from trainer.live.cuda_graph import FixedLook
+from trainer.live.cuda_graph import StaticVision
 from trainer.live.engine import streaming
-from trainer.live.rollout import self_fed
+from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.live.stream import Stream
-from trainer.live.video_input import Seen
+from trainer.live.video_input import VideoFrame
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
@@ -98,7 +98,7 @@ def test_clips_at_once_on_the_gpu_have_the_cpu_s_logits_also_where_contexts_star
 
     def logits() -> np.ndarray:
         clips = [clip(i) for i in range(6)]
-        scored = self_fed(model, tokens, clips, NoisyFrames(), config, never, says)
+        scored = free_running(model, tokens, clips, NoisyFrames(), config, never, says)
         return np.concatenate([np.stack([one.logits["speaking"], one.logits["dst_update"]]) for one in scored], 1)
 
     expected = logits()
@@ -118,7 +118,7 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
         return {"assistant": None} if frame % 5 == 4 else {}  # the model's own words
 
     def scored():
-        return next(iter(self_fed(model, tokens, [clip(0)], NoisyFrames(), config, never, says)))
+        return next(iter(free_running(model, tokens, [clip(0)], NoisyFrames(), config, never, says)))
 
     monkeypatch.setattr("trainer.live.engine.GRAPHED", ())
     expected = scored()
@@ -134,7 +134,7 @@ def test_a_stream_as_a_cuda_graph_has_the_numbers_of_the_engine(monkeypatch, rec
 def test_a_frame_s_features_from_a_cuda_graph_are_those_without(recwarn, bf16, most):
     config = TrainConfig(bf16=bf16)
     model, _ = small(config)
-    look = FixedLook(model.cuda())
+    look = StaticVision(model.cuda())
     frames = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)
     with streaming(model, config):
         expected = model.frame_features(torch.from_numpy(frames).cuda())
@@ -148,13 +148,13 @@ def test_a_stream_on_the_gpu_takes_no_more_memory_with_time(bf16):
     config = TrainConfig(max_tokens=300, bf16=bf16)
     model, tokens = small(config)
     run = LoadedRun(model, tokens, config, {"neg_rate": 1.0})
-    live = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=10, most_text=8)
+    live = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=10, max_text=8)
     frames = np.random.default_rng(0).integers(0, 256, (16, 3, 64, 64), np.uint8)
     held, restarts = [], 0
     with Stream(run, clip(0), live) as stream:
         for number in range(1500):
-            seen = Seen(number, number / 2, frames[number % 16], Image.new("RGB", (8, 8)), 0)
-            restarts += stream.see(seen).started_over
+            seen = VideoFrame(number, number / 2, frames[number % 16], Image.new("RGB", (8, 8)), 0)
+            restarts += stream.step(seen).started_over
             if number % 500 == 499:
                 torch.cuda.synchronize()
                 held.append(torch.cuda.memory_reserved())

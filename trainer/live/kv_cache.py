@@ -1,14 +1,12 @@
-"""Keys and values of many contexts, read on by any of them at once: what training's packing is, with a memory.
+"""Batched KV cache with one slot per session, and the attention function that extends and reads it.
 
-The new tokens of all contexts lie end to end in one row, as windows do in a pack: every linear layer sees one matrix,
-and nothing is padded. Only attention knows whose they are: each context has a slot of a slab per layer, and contexts
-with few new tokens (frames, a written token) attend in one call; many (a prompt, a context that starts over) go alone.
-To forget, all or the end, is to write over it: nothing is moved. Slabs double when a context outgrows them, up to
-`capacity`: no more is allocated after that, for hours. The price: all slots are as long as the longest, and a row's
-last digits depend on what else is in the pass.
+The new tokens of all sessions lie end to end in one row, as in training's packs: linear layers see one matrix without
+padding. Attention takes sessions that read few tokens (frames, a written token) in one padded call, and each that reads
+many (a prompt) in a call of its own. Slabs double up to `capacity`. The price: all slots are as long as the longest
+session, and a logit's last digits depend on what else is in the pass (1e-6).
 
-    B contexts    L new tokens of all    w new tokens of one    T tokens of the longest
-    H heads    G of them that share keys and values    D width of a head
+    L new tokens of all sessions    B batched slots    w new tokens of one    T tokens of the longest, with the cached
+    H heads    G heads that share keys and values    D head width
 """
 
 from __future__ import annotations
@@ -24,120 +22,106 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "slot_sdpa"
-SHORT = 16  # new tokens: contexts with no more may attend together, padded to the most that one of them has
-ALONE = 16  # what a call for one context costs, in new tokens of those together
-FIRST = 256  # tokens that a slot is made for
-Indices = npt.NDArray[np.int64]
+MAX_BATCHED = 16  # new tokens: sessions with more get a call of their own
+CALL_COST = 16  # of a session's own call, in padded tokens of the batched call
+FIRST_CAPACITY = 256  # tokens that a slot is made for
+Slabs = list[tuple[Tensor, Tensor]]  # by layer: keys, values [slots, H/G, allocated tokens, D]
 
 
-class Row(NamedTuple):
-    """What one context reads."""
+class CacheRow(NamedTuple):
+    """The new tokens of one session."""
 
     slot: int
-    start: int  # tokens that it has read before
-    length: int  # new ones
-    offset: int  # of its first among all L
+    start: int  # cached tokens that are kept
+    length: int  # new tokens
+    offset: int  # of the first new token among all L
 
 
-class _Together(NamedTuple):
-    """Contexts whose queries are padded to the most that one has; n of the L tokens are theirs.
+class BatchedRows(NamedTuple):
+    """Neighbouring slots, each with w queries; sessions with fewer repeat their last, slots without repeat any.
 
-    All indices are integers that the host worked out: a boolean index would make the host wait for the GPU.
+    Indices are integers, made by the host: for boolean ones the host would wait for the GPU.
     """
 
-    slots: slice | Tensor
-    tokens: Tensor  # int64 [B, w] which of the L; past a context's own, its first
-    which: Tensor  # int64 [n] row of `tokens` of each that is no padding ...
-    column: Tensor  # int64 [n] ... and column
-    places: Tensor  # int64 [n] which of the L
-    owner: Tensor  # int64 [n] the slot of each ...
-    positions: Tensor  # int64 [n] ... and its place in it
+    slots: slice
+    slot: Tensor  # int64 [B, 1]
+    positions: Tensor  # int64 [B, w] in the slot
+    tokens: Tensor | None  # int64 [B, w] in 0..L; None: all L tokens are of one slot
+    kept: Tensor | None  # int64 [n] in 0..B * w: the queries that are no repetition
     end: int  # T
-    mask: Tensor | None  # bool [B, 1, G * w, T] what each may see; None: everything
+    mask: Tensor  # [B or 1, 1, G * w, T] bool, or added to the scores in the slabs' dtype
 
 
-class Reading(NamedTuple):
-    """One forward pass: worked out once, used by all layers."""
+class AttentionPlan(NamedTuple):
+    """One forward pass: computed once, used by all layers."""
 
-    slabs: list[tuple[Tensor, Tensor]]  # by layer: keys, values [slots, H/G, capacity, D]
-    rows: Sequence[Row]
-    positions: Tensor  # int64 [L] in its context
-    alone: Sequence[Row]
-    together: _Together | None
-
-
-class FixedReading(NamedTuple):
-    """One forward pass over W tokens of the only slot, where the device alone knows which (`cuda_graph`)."""
-
-    slabs: list[tuple[Tensor, Tensor]]
-    positions: Tensor  # int64 [W]
-    mask: Tensor  # [1, 1, G * W, T] 0 for what each may see, -inf else; in the slabs' dtype, as SDPA would make it
+    slabs: Slabs
+    positions: Tensor  # int64 [L] in their sessions
+    single: Sequence[CacheRow]  # one call each
+    batched: BatchedRows | None
 
 
-class Cache:
-    """`slots` contexts of at most `capacity` tokens for a SmolVLM's text model."""
+class KVCache:
+    """`slots` sessions of at most `capacity` tokens for the text model of a SmolVLM."""
 
     def __init__(self, vlm: Any, slots: int, capacity: int, dtype: torch.dtype) -> None:
         text = vlm.config.text_config
-        none = torch.zeros(slots, text.num_key_value_heads, 0, width(vlm), dtype=dtype, device=vlm.device)
-        self._slabs = [(none, none)] * text.num_hidden_layers
-        self.shared = text.num_attention_heads // text.num_key_value_heads  # G
-        self._room, self._device, self.capacity = 0, vlm.device, capacity
+        empty = torch.zeros(slots, text.num_key_value_heads, 0, head_width(vlm), dtype=dtype, device=vlm.device)
+        self._slabs: Slabs = [(empty, empty)] * text.num_hidden_layers
+        self.heads_per_kv = text.num_attention_heads // text.num_key_value_heads  # G
+        self._device, self.capacity = vlm.device, capacity
 
-    def plan(self, rows: Sequence[Row]) -> Reading:
-        """That these (slots ascending) are read; what a slot held from a row's start on is forgotten.
-
-        Raises ValueError where one has no room for it.
-        """
-        self._make_room(max(row.start + row.length for row in rows))
+    def plan(self, rows: Sequence[CacheRow]) -> AttentionPlan:
+        """A pass over these new tokens, slots ascending; what a slot held from a row's start on is overwritten."""
+        needed, allocated = max(row.start + row.length for row in rows), self._slabs[0][0].shape[2]
+        assert needed <= self.capacity, f"{needed} tokens in a slot of {self.capacity}"
+        if needed > allocated:
+            self._grow(min(self.capacity, max(FIRST_CAPACITY, 2 * allocated, needed)))
+        limit = _batched_length([row.length for row in rows])
+        short = [row for row in rows if row.length <= limit]
         positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
-        widest = _widest([row.length for row in rows])
-        short = [row for row in rows if row.length <= widest]
         if len(short) < 2:
-            return Reading(self._slabs, rows, upload(self._device, positions)[0], rows, None)
-        alone = [row for row in rows if row.length > widest]
-        return self._with_together(rows, positions, alone, _without_gaps(short))
+            return AttentionPlan(self._slabs, upload(self._device, positions)[0], rows, None)
+        first, last = short[0].slot, short[-1].slot
+        batch = [CacheRow(slot, 0, 0, 0) for slot in range(first, last + 1)]
+        for row in rows:
+            if first <= row.slot <= last:
+                batch[row.slot - first] = row if row.length <= limit else row._replace(length=0)
+        slots, starts, lengths, offsets = np.array(batch, np.int64).T[:, :, None]  # [B, 1] each
+        place = np.arange(lengths.max())[None]
+        repeated = np.minimum(place, np.maximum(lengths - 1, 0))  # [B, w]
+        kept = np.flatnonzero(place < lengths)
+        own = (slots, starts + repeated, offsets + repeated, kept)
+        all_positions, slot, batch_positions, tokens, kept_ = upload(self._device, positions, *own)
+        end = int((starts + lengths).max())
+        visible = torch.arange(end, device=self._device) <= batch_positions[..., None]  # [B, w, T]
+        mask = visible[:, None].repeat(1, 1, self.heads_per_kv, 1)
+        batched = BatchedRows(slice(first, last + 1), slot, batch_positions, tokens, kept_, end, mask)
+        return AttentionPlan(self._slabs, all_positions, [row for row in rows if row.length > limit], batched)
 
-    def reserve(self, more: int) -> list[tuple[Tensor, Tensor]]:
-        """The slabs (see Reading) at full size, and at least `more` tokens past it: they stay where they are."""
-        self._grow(-(-(self.capacity + more) // 8) * 8)  # a mask of other lengths would be copied by SDPA
+    def reserve(self, more: int) -> Slabs:
+        """The slabs at full size and at least `more` tokens past it: they are not moved again."""
+        self._grow(-(-(self.capacity + more) // 8) * 8)  # SDPA would copy a mask of other lengths
         return self._slabs
 
-    def _make_room(self, needed: int) -> None:
-        if needed > self.capacity:
-            raise ValueError(f"{needed} tokens in a context of at most {self.capacity}")
-        if needed > self._room:
-            self._grow(min(self.capacity, max(FIRST, 2 * self._room, needed)))
-
-    def _grow(self, room: int) -> None:
-        more, self._room = room - self._room, room
+    def _grow(self, size: int) -> None:
+        """Pads with zeros: what is masked is still multiplied by 0, so nothing may be NaN."""
+        more = size - self._slabs[0][0].shape[2]
         for layer, (keys, values) in enumerate(self._slabs):
-            # by zeros: what is masked is still multiplied by 0, which NaN survives; so may no NaN be read
             self._slabs[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
 
-    def _with_together(self, rows: Sequence[Row], new: Indices, alone: Sequence[Row], short: Sequence[Row]) -> Reading:
-        slots, starts, lengths, offsets = np.array(short, np.int64).T[:, :, None]  # [B, 1] each
-        place, end = np.arange(lengths.max())[None], int((starts + lengths).max())  # [1, w]
-        filled = place < lengths
-        tokens, positions = offsets + place * filled, starts + place  # [B, w]
-        owner = np.broadcast_to(slots, filled.shape)
-        sees_all = positions.min() >= end - 1
-        new_, tokens_, which, column, places, owner_, positions_, slots_, standing = upload(
-            self._device, new, tokens, *filled.nonzero(), tokens[filled], owner[filled], positions[filled],
-            slots[:, 0], positions[:0] if sees_all else positions,
-        )  # fmt: skip
-        mask = None
-        if not sees_all:
-            seen = torch.arange(end, device=self._device) <= standing[..., None]  # [B, w, T]
-            mask = seen[:, None].repeat(1, 1, self.shared, 1)
-        first, last = short[0].slot, short[-1].slot
-        given = slice(first, last + 1) if last - first < len(short) else slots_
-        together = _Together(given, tokens_, which, column, places, owner_, positions_, end, mask)
-        return Reading(self._slabs, rows, new_, alone, together)
+
+def _batched_length(lengths: Sequence[int]) -> int:
+    """New tokens of the longest session in the batched call: where padding plus own calls cost least."""
+
+    def cost(limit: int) -> int:
+        return sum(limit if length <= limit else CALL_COST + length for length in lengths)
+
+    return min((length for length in {*lengths} if length <= MAX_BATCHED), key=cost, default=0)
 
 
-def upload(device: torch.device, *arrays: Indices) -> list[Tensor]:
-    """Each on the device, all in one copy that the host does not wait for."""
+def upload(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[Tensor]:
+    """The arrays on the device, in one copy that the host does not wait for."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
@@ -145,37 +129,23 @@ def upload(device: torch.device, *arrays: Indices) -> list[Tensor]:
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def download(found: Tensor) -> npt.NDArray[np.float32]:
+def download(result: Tensor) -> npt.NDArray[np.float32]:
     """The result of a pass: the one thing in it that the host waits for."""
-    return found.cpu().numpy()
-
-
-def _widest(lengths: Sequence[int]) -> int:
-    """New tokens of the longest context that attends with others: where padding and calls for one cost least."""
-
-    def cost(widest: int) -> int:
-        return sum(widest if length <= widest else ALONE + length for length in lengths)
-
-    return min((length for length in {*lengths} if length <= SHORT), key=cost, default=0)
-
-
-def _without_gaps(rows: Sequence[Row]) -> Sequence[Row]:
-    """Contexts that read nothing in between, where few are missing: a slice of a slab needs no copy."""
-    given = {row.slot: row for row in rows}
-    slots = range(rows[0].slot, rows[-1].slot + 1)
-    return [given.get(slot, Row(slot, 0, 0, 0)) for slot in slots] if len(slots) < 2 * len(rows) else rows
+    return result.cpu().numpy()
 
 
 def bytes_per_token(vlm: Any, dtype: torch.dtype) -> int:
     """Of keys and values in all layers."""
     text = vlm.config.text_config
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * width(vlm) * dtype.itemsize)
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head_width(vlm) * dtype.itemsize)
 
 
-def width(vlm: Any) -> int:
-    """D: width of one head."""
+def head_width(vlm: Any) -> int:
     text = vlm.config.text_config
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+# ---- attention ---------------------------------------------------------------------------------------
 
 
 def use_slots(vlm: Any) -> None:
@@ -195,54 +165,50 @@ def slot_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    reading: Reading | FixedReading | None = None,
+    plan: AttentionPlan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs.
 
-    Raises ValueError without a plan of the reading, or with a mask.
+    Raises ValueError without a plan, or with a mask.
     """
-    if reading is None or attention_mask is not None:
-        raise ValueError(f"{NAME}: needs reading and no mask; call the text model with reading=..., use_cache=False")
-    keys, values = reading.slabs[int(module.layer_idx)]  # type: ignore[arg-type]
-    query, key, value = query[0].to(keys.dtype), key[0].to(keys.dtype), value[0].to(values.dtype)  # [H or H/G, L, D]
-    if isinstance(reading, FixedReading):
-        keys[0].index_copy_(1, reading.positions, key)
-        values[0].index_copy_(1, reading.positions, value)
-        folded = query.reshape(1, len(key), -1, query.shape[-1])  # [1, H/G, G * W, D]
-        found = F.scaled_dot_product_attention(folded, keys, values, reading.mask, scale=scaling)
-        return found.reshape(query.shape).transpose(0, 1)[None], None
-    seen = torch.empty_like(query)
-    if reading.together is not None:
-        rows = reading.together
-        keys[rows.owner, :, rows.positions] = key[:, rows.places].transpose(0, 1)
-        values[rows.owner, :, rows.positions] = value[:, rows.places].transpose(0, 1)
-        seen[:, rows.places] = _together(query, keys, values, rows, scaling)[:, rows.which, rows.column]
-    for row in reading.alone:
-        own = slice(row.offset, row.offset + row.length)
-        keys[row.slot, :, row.start : row.start + row.length] = key[:, own]
-        values[row.slot, :, row.start : row.start + row.length] = value[:, own]
-        seen[:, own] = _alone(query[:, own], keys, values, row, scaling)
-    return seen.transpose(0, 1)[None], None
+    if plan is None or attention_mask is not None:
+        raise ValueError(f"{NAME}: needs plan and no mask; call the text model with plan=..., use_cache=False")
+    keys, values = plan.slabs[int(module.layer_idx)]  # type: ignore[arg-type]
+    query, key, value = (new[0].transpose(0, 1).to(keys.dtype) for new in (query, key, value))  # [L, H or H/G, D]
+    out = torch.empty_like(query)
+    if (rows := plan.batched) is not None:
+        if rows.tokens is None:
+            return _batched(query[None], key[None], value[None], keys, values, rows, scaling), None
+        new = query[rows.tokens], key[rows.tokens], value[rows.tokens]
+        out[rows.tokens.flatten()[rows.kept]] = _batched(*new, keys, values, rows, scaling).flatten(0, 1)[rows.kept]
+    for row in plan.single:
+        own, end = slice(row.offset, row.offset + row.length), row.start + row.length
+        keys[row.slot, :, row.start : end] = key[own].transpose(0, 1)
+        values[row.slot, :, row.start : end] = value[own].transpose(0, 1)
+        cached = keys[row.slot, None, :, :end], values[row.slot, None, :, :end]
+        out[own] = _single(query[own], *cached, row, scaling)
+    return out[None], None
 
 
-def _together(query: Tensor, keys: Tensor, values: Tensor, rows: _Together, scaling: float | None) -> Tensor:
-    """[H, B, w, D]: heads that share keys stand as queries of one, so that these are read once."""
-    asked = query[:, rows.tokens].transpose(0, 1)  # [B, H, w, D]
-    count, heads, w, d = asked.shape
-    folded = asked.reshape(count, keys.shape[1], -1, d)  # [B, H/G, G * w, D]
-    own = keys[rows.slots, :, : rows.end], values[rows.slots, :, : rows.end]
-    found = F.scaled_dot_product_attention(folded, *own, rows.mask, scale=scaling)
-    return found.reshape(count, heads, w, d).transpose(0, 1)
+def _batched(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: BatchedRows, scaling: float | None
+) -> Tensor:
+    """[B, w, H, D] of new tokens [B, w, H or H/G, D]. Heads that share keys form one query, so keys are read once."""
+    keys[rows.slot, :, rows.positions] = key
+    values[rows.slot, :, rows.positions] = value
+    cached = keys[rows.slots, :, : rows.end], values[rows.slots, :, : rows.end]
+    count, w, heads, d = query.shape
+    folded = query.transpose(1, 2).reshape(count, keys.shape[1], -1, d)  # [B, H/G, G * w, D]
+    attended = F.scaled_dot_product_attention(folded, *cached, rows.mask, scale=scaling)
+    return attended.reshape(count, heads, w, d).transpose(1, 2)
 
 
-def _alone(query: Tensor, keys: Tensor, values: Tensor, row: Row, scaling: float | None) -> Tensor:
-    """[H, w, D] of one context."""
-    end, mask = row.start + row.length, None
+def _single(query: Tensor, keys: Tensor, values: Tensor, row: CacheRow, scaling: float | None) -> Tensor:
+    """[w, H, D] of one session, whose queries [w, H, D] are the last tokens of [1, H/G, T, D]."""
+    mask = None
     if row.start and row.length > 1:
-        places = torch.arange(end, device=query.device)
-        mask = places <= places[row.start :, None]  # [w, T]
-    own = keys[row.slot, :, :end][None], values[row.slot, :, :end][None]
-    return F.scaled_dot_product_attention(
-        query[None], *own, mask, is_causal=not row.start, scale=scaling, enable_gqa=True
-    )[0]
+        position = torch.arange(row.start + row.length, device=query.device)
+        mask = position <= position[row.start :, None]  # [w, T]
+    options: dict[str, Any] = {"is_causal": not row.start, "scale": scaling, "enable_gqa": True}
+    return F.scaled_dot_product_attention(query.transpose(0, 1)[None], keys, values, mask, **options)[0].transpose(0, 1)

@@ -1,167 +1,214 @@
-"""What a user sees of a stream, and keeps of it: sinks, fed one moment and its picture at a time.
+"""Outputs of a stream: JSON lines, a log of events for the terminal, and the page of `stream --html`.
 
-A moment is plain data (the trainer's `Moment` as a dict), so that nothing here needs a model. Every sink holds a
-bounded amount however long the stream is, and is whole and valid up to the last moment when it is closed, also by
-an error or Ctrl-C. A file takes its name when it is closed; a stream without a moment leaves no file.
+A sink is a context manager that gets one StreamFrame and its picture at a time. What it has written is whole and valid
+up to the last frame when it is closed, also by an error or Ctrl-C. A stream without a frame leaves no file.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Final, Protocol, Self, TypedDict
+from typing import IO, Any, Final, Self
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 
 from pipeline.errors import InputError
-from pipeline.storage import make_folder
-from pipeline.terminal import plain
+from pipeline.storage import make_folder, write_text
+from pipeline.summary import HUES
+from pipeline.terminal import clock, plain
+from pipeline.viewer import coded, page_around_data, short
+from trainer.live.stream import StreamFrame, StreamInfo
 
-Moment = Mapping[str, Any]  # fields of trainer.live.stream.Moment
-
-
-class About(TypedDict):
-    """What a recording says of its stream."""
-
-    video: str
-    run: str
-    arm: str
-    fps: float  # of the model's frames
-    heads: list[str]  # "speaking" and, where the arm has it, "dst_update"
-    thresholds: dict[str, float]  # by head, of the logit
-    threshold_probabilities: dict[str, float]  # by head, the same as a probability
-    steps: list[tuple[str, str]]  # id and name; none for an arm without state
-    goal: str | None
+MAX_STEPS: Final = 12  # on one line of the log
+PICTURE_BYTES: Final = 5_000_000  # of pictures every PICTURE_S, thinned out
+EVENT_PICTURE_BYTES: Final = 3_000_000  # of pictures of events, thinned out
+PICTURE_S: Final = 2.0
+PICTURE_SIDE: Final = 192  # pixels
+_MARKS: Final = {"not_started": "[ ]", "in_progress": "[>]", "completed": "[x]"}
+_STYLES: Final = {"user": "bold green", "says": f"bold {HUES['speaking']}", "state": f"bold {HUES['DST']}"}
 
 
-class Sink(Protocol):
-    """Where moments go. Use as a context manager; leaving it closes the sink, whatever ended the stream."""
-
-    def show(self, moment: Moment, image: Image.Image) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: Any) -> None: ...
-
-
-class Closing:
-    """A sink's context: leaving it calls `close`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
+class Sink(AbstractContextManager["Sink"]):
+    def show(self, frame: StreamFrame, image: Image.Image) -> None:
         raise NotImplementedError
 
-
-# ---- the sinks ---------------------------------------------------------------------------------------
-
-
-def terminal(console: Console, about: About) -> Sink:
-    """A line per event."""
-    from trainer.live.terminal_sink import TerminalSink
-
-    return TerminalSink(console, about)
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
-def json_lines(file: IO[str]) -> Sink:
-    """One JSON object per moment and line, all fields of it, flushed; ASCII, and null for a number not finite."""
-    return _JsonLines(file)
+class JsonLines(Sink):
+    """One JSON object per frame and line, flushed."""
 
-
-def html(path: Path, about: About) -> Sink:
-    """One self-contained page. InputError where the file cannot be written."""
-    from trainer.live.html_sink import HtmlSink
-
-    return HtmlSink(path, about)
-
-
-class _JsonLines(Closing):
     def __init__(self, file: IO[str]) -> None:
-        self.file = file
+        self._file = file
 
-    def show(self, moment: Moment, image: Image.Image) -> None:
-        self.file.write(json.dumps(finite(moment), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.flush()
+    def show(self, frame: StreamFrame, image: Image.Image) -> None:
+        self._file.write(json.dumps(asdict(frame)) + "\n")
+        self._file.flush()
 
 
-def finite(value: Any) -> Any:
-    """The value with None in place of each number that JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(held) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(held) for held in value]
-    return value
+# ---- the terminal --------------------------------------------------------------------------------------
 
 
-# ---- words -------------------------------------------------------------------------------------------
+class TerminalLog(Sink):
+    """One line per event; counts at the end."""
 
-MARKS: Final = {"not_started": "[ ]", "in_progress": "[>]", "completed": "[x]"}
-_MOST_STEPS: Final = 12  # on one line
+    def __init__(self, console: Console, info: StreamInfo) -> None:
+        self._console, self._info = console, info
+        self._seconds: list[float] = []  # by frame
+        self._spoken = self._updates = self._restarts = self._skipped = 0
+        self._end_s = 0.0
+
+    def __enter__(self) -> Self:
+        info = self._info
+        self._print(Text(f"{plain(info.video)}: {info.arm} of {plain(info.run)}, {info.fps:g} frames/s"))
+        return self
+
+    def show(self, frame: StreamFrame, image: Image.Image) -> None:
+        self._seconds.append(frame.seconds)
+        self._spoken += frame.assistant_text is not None
+        self._updates += len(frame.updates or ())
+        self._restarts += frame.started_over
+        self._skipped += frame.skipped
+        self._end_s = frame.time_s + 1 / self._info.fps
+        for kind, text, note in events_at(frame):
+            line = Text(f"{clock(frame.time_s, tenths=True):>9}  ", "dim")
+            line.append(f"{kind:<9}", _STYLES.get(kind, "dim")).append(text, "not dim")
+            self._print(line.append(f"  {note}" if note else ""))
+
+    def __exit__(self, *error: object) -> None:
+        if not self._seconds:
+            return
+        median, p99 = np.percentile(self._seconds, (50, 99), method="inverted_cdf")
+        parts = [
+            f"{_count(len(self._seconds), 'frame')} ({clock(self._end_s)})",
+            f"{self._skipped:,} skipped" if self._skipped else "",
+            f"spoke {_count(self._spoken, 'time')}",
+            _count(self._updates, "state change") if self._updates else "",
+            f"context rebuilt {_count(self._restarts, 'time')}" if self._restarts else "",
+            f"median {_ms(median)} a frame, p99 {_ms(p99)}",
+        ]
+        self._print(Text("; ".join(filter(None, parts))))
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened at a moment. `kind`: user, says, state, context or lost."""
-
-    kind: str
-    text: str
-    note: str = ""
-
-
-def events(moment: Moment) -> Iterator[Event]:
-    """What happened at a moment, in order; all text safe to show."""
-    if moment["skipped"]:
-        yield Event("lost", f"{moment['skipped']:,} frame{'s' * (moment['skipped'] > 1)} that came too fast")
-    if moment["started_over"]:
-        yield Event("context", "full; the prompt was rebuilt" + (" with the state" if moment["state"] else ""))
-    for text in moment["heard"]:
-        yield Event("user", plain(text))
-    if moment["updates"]:
-        changes = ", ".join(f"{plain(step)} {plain(change)}" for step, change in moment["updates"])
-        yield Event("state", changes, state_marks(moment["state"]))
-    elif moment["updates"] is not None:
-        wrote = plain(moment["dst_text"] or "")
-        yield Event("state", f"fired, but changes nothing: {wrote}" if wrote else "fired, without a text")
-    if moment["said"] is not None:
-        yield Event("says", plain(moment["said"]) or "(nothing)")
+def events_at(frame: StreamFrame) -> Iterator[tuple[str, str, str]]:
+    """(kind, text, note) of what happened at a frame, in order; all text safe to show."""
+    if frame.skipped:
+        yield "lost", f"{_count(frame.skipped, 'frame')} that came too fast", ""
+    if frame.started_over:
+        yield "context", "full; the prompt was rebuilt" + (" with the state" if frame.state else ""), ""
+    for text in frame.user_texts:
+        yield "user", plain(text), ""
+    if frame.updates:
+        changes = ", ".join(f"{plain(step)} {transition}" for step, transition in frame.updates)
+        yield "state", changes, state_line(frame.state)
+    elif frame.updates is not None:
+        text = plain(frame.dst_text or "")
+        yield "state", f"fired, but changes nothing: {text}" if text else "fired, without a text", ""
+    if frame.assistant_text is not None:
+        yield "says", plain(frame.assistant_text) or "(nothing)", ""
 
 
-def state_marks(state: Mapping[str, str]) -> str:
+def state_line(state: Mapping[str, str]) -> str:
     """'[x] S1 [>] S2 [ ] S3'; of many steps those under way, after how many are done."""
-    if len(state) <= _MOST_STEPS:
-        return " ".join(f"{MARKS.get(name, '[-]')} {plain(step)}" for step, name in state.items())
+    shown = {step: f"{_MARKS.get(name, '[-]')} {plain(step)}" for step, name in state.items()}
+    if len(state) <= MAX_STEPS:
+        return " ".join(shown.values())
+    under_way = [shown[step] for step, name in state.items() if name not in ("completed", "not_started")]
     done = sum(name == "completed" for name in state.values())
-    shown = [step for step, name in state.items() if name not in ("completed", "not_started")][:_MOST_STEPS]
-    return f"{done} of {len(state)} done" + "".join(f" {MARKS.get(state[step], '[-]')} {plain(step)}" for step in shown)
+    return " ".join([f"{done} of {len(state)} done", *under_way[:MAX_STEPS]])
 
 
-def thresholds(about: About) -> dict[str, float]:
-    """Of each head the probability at which it fires; 1 where none is known."""
-    found = {head: about["threshold_probabilities"].get(head, 1.0) for head in about["heads"]}
-    return {head: p if math.isfinite(p) else 1.0 for head, p in found.items()}
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def prepare(path: Path, option: str) -> None:
-    """Make the folder that a recording goes to; InputError where there can be no such file."""
-    if path.is_dir():
-        hint = plain(path / f"stream.{option}")
-        raise InputError(f"{plain(path)}: is a folder; --{option} wants the name of a file, e.g. {hint}")
-    try:
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"
+
+
+# ---- the page ------------------------------------------------------------------------------------------
+
+
+class HtmlRecorder(Sink):
+    """Collects a stream for the HTML viewer and writes the page at the end."""
+
+    def __init__(self, path: Path, info: StreamInfo) -> None:
+        """InputError or OSError where `path` cannot be a file."""
+        if path.is_dir():
+            raise InputError(f"{plain(path)}: is a folder; --html wants the name of a file, e.g. {path}/stream.html")
         make_folder(path.parent)
-    except NotADirectoryError as error:
-        raise InputError(
-            f"{plain(path)}: {plain(path.parent)} is no folder; name another file for --{option}"
-        ) from error
+        self._path, self._info = path, info
+        self._rows: list[list[Any]] = []  # frames since the last, tokens, ms, probabilities in 1/10,000, events
+        self._frame, self._state = -1, dict[str, str]()
+        self._pictures, self._event_pictures = _Pictures(PICTURE_BYTES), _Pictures(EVENT_PICTURE_BYTES)
+        self._next_picture_s = -math.inf
+
+    def show(self, frame: StreamFrame, image: Image.Image) -> None:
+        shares = [round(10_000 * frame.probabilities[head]) for head in self._info.heads]
+        row = [frame.frame - self._frame, frame.tokens, round(1000 * frame.seconds, 1), *shares]
+        more: dict[str, Any] = {}
+        if events := [[kind, short(text), note] for kind, text, note in events_at(frame)]:
+            more = {"events": events, "changes": len(frame.updates or ()), "lost": frame.skipped}
+        if frame.state != self._state:
+            more["state"] = {short(step): name for step, name in frame.state.items()}
+        self._rows.append([*row, more] if more else row)
+        if more or len(self._rows) == 1:
+            self._event_pictures.offer(frame.frame, image)
+        elif frame.time_s >= self._next_picture_s:
+            self._next_picture_s = frame.time_s + PICTURE_S
+            self._pictures.offer(frame.frame, image)
+        self._frame, self._state = frame.frame, frame.state
+
+    def __exit__(self, *error: object) -> None:
+        if not self._rows:
+            return
+        info, jpegs = self._info, self._event_pictures.kept | self._pictures.kept
+        about = {
+            "video": plain(info.video), "run": plain(info.run), "arm": info.arm, "fps": info.fps,
+            "heads": info.heads, "goal": short(info.goal or ""),
+            "steps": [[short(step), short(name)] for step, name in info.steps],
+            "thresholds": [info.threshold_probabilities[head] for head in info.heads],
+        }  # fmt: skip
+        pictures = {str(frame): base64.b64encode(jpegs[frame]).decode() for frame in sorted(jpegs)}
+        data = {"page": "stream", "about": about, "frames": self._rows, "pictures": pictures}
+        before, after = page_around_data(f"{plain(info.video)} - stream")
+        write_text(self._path, before + coded(data) + after)
+
+
+@dataclass
+class _Pictures:
+    """JPEGs by frame: every `stride`-th that is offered; the stride doubles when they pass `max_bytes`."""
+
+    max_bytes: int
+    stride: int = 1
+    offered: int = 0
+    kept: dict[int, bytes] = field(default_factory=dict)
+
+    def offer(self, frame: int, image: Image.Image) -> None:
+        if self.offered % self.stride == 0:
+            self.kept[frame] = _jpeg(image)
+            while sum(map(len, self.kept.values())) > self.max_bytes and len(self.kept) > 1:
+                self.kept = dict(list(self.kept.items())[::2])
+                self.stride *= 2
+        self.offered += 1
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    file = BytesIO()
+    small.save(file, "JPEG", quality=68)
+    return file.getvalue()

@@ -1,12 +1,8 @@
-"""A run lives: it sees one frame after the other, speaks, keeps the state, and hears its user; for hours.
+"""A trained model on one video, frame by frame, for as long as frames come.
 
-What it reads, when it fires and how its context starts over is `session`'s, as in the self-fed evaluation: a
-clip streamed with its own user's lines gives the evaluation's numbers (unless a line is too long for its context). One
-frame costs one forward pass over its k tokens and what was said before it, and each written token another; all memory
-is that of one context. Thresholds are those that `evaluate` chose on val for this very checkpoint, or the user's;
-never a default.
-
-    k tokens per frame    S side of the model's square input in pixels
+A clip streamed with its own user's texts gives the numbers of free-running evaluation: both run `session`. A frame and
+each written token cost one forward pass; memory is that of one context. Thresholds are those that `evaluate` chose on
+val for this checkpoint, or the user's; there is no default.
 """
 
 from __future__ import annotations
@@ -18,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+import numpy as np
 import torch
 
 from pipeline.dataset import ClipExample
@@ -28,99 +25,104 @@ from pipeline.terminal import command
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
 from trainer.evaluation.scores import HEADS, Updates
-from trainer.live.cuda_graph import FixedLook
+from trainer.live.cuda_graph import StaticVision
 from trainer.live.engine import Engine, streaming
-from trainer.live.session import Context, DecodingConfig, FrameInput, lengths
-from trainer.live.video_input import Seen
+from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
+from trainer.live.video_input import VideoFrame
+from trainer.sequence import utterance
 
-USER_SHARE = 0.25  # of the context beside its prompt: what the user says at one frame is cut to it
+ELLIPSIS_TOKENS = 8  # room for the end of a user text that is cut
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What happened at one frame."""
+class StreamFrame:
+    """What happened at one frame: an object of `stream --json`."""
 
     frame: int  # of the model's, from 0
     time_s: float  # frame / fps
     logits: dict[str, float]  # by head: "speaking" and, where the arm has that head, "dst_update"
-    probabilities: dict[str, float]  # likewise, corrected for sampling where that is known
-    heard: tuple[str, ...]  # what the user said before it
-    updates: Updates | None  # (step id, transition) made after it; None: the head did not fire
-    dst_text: str | None  # what the update said, as written; None: nothing was written
-    said: str | None  # what the assistant said after it; None: silent
+    probabilities: dict[str, float]  # by head, corrected for sampling where that is known
+    user_texts: tuple[str, ...]  # before the frame
+    updates: Updates | None  # (step id, transition) after it; None: the head did not fire
+    dst_text: str | None  # the update as the model wrote it; None: nothing was written
+    assistant_text: str | None  # after it; None: silent
     state: dict[str, str]  # step id -> state, after it; {} where the arm keeps none
     tokens: int  # in the context, afterwards
     started_over: bool  # the context was full: the prompt was rebuilt before this frame
-    skipped: int  # frames that went by since the one before
+    skipped: int  # frames that were due since the one before
     seconds: float  # from having the frame to having all its texts
 
 
+@dataclass(frozen=True)
+class StreamInfo:
+    """What is shown beside a stream's frames."""
+
+    video: str
+    run: str
+    arm: str
+    fps: float  # of the model's frames
+    heads: Sequence[str]  # "speaking" and, where the arm has it, "dst_update"
+    threshold_probabilities: dict[str, float]  # by head; 1 where it never fires
+    steps: Sequence[tuple[str, str]]  # id and name; none for an arm without state
+    goal: str | None
+
+
 class Stream:
-    """One run over one video; a context manager. `task`: a clip whose prompt it starts with (`trainer.live.task`).
+    """One run over one video; a context manager. `task`: the clip whose prompt it starts with (`trainer.live.task`).
 
     max_tokens: of the context, instead of those that the run was trained with.
     """
 
-    def __init__(self, run: LoadedRun, task: ClipExample, live: DecodingConfig, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, run: LoadedRun, task: ClipExample, decoding: DecodingConfig, max_tokens: int | None = None
+    ) -> None:
         run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.run, self.task, self.live = run, task, live
+        self.run, self.task, self.decoding = run, task, decoding
         self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
-        _, capacity = lengths(run.model, self._config, live)
+        _, capacity = token_budget(run.model, self._config, decoding)
         self._engine = Engine(run.model, run.tokens, 1, capacity)
-        self._look = FixedLook(run.model)
-        self._context = Context(run.model, run.tokens, task, self._config, live)
+        self._vision = StaticVision(run.model)
+        self._session = Session(run.model, run.tokens, task, self._config, decoding)
+        self._has_state = run.model.arm.dst_text == "content"
         self._open = ExitStack()
 
-    @property
-    def heads(self) -> Sequence[str]:
-        """Those that the arm has."""
-        return self._context.heads
+    def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
+        """What the model makes of a frame after `user_texts`, which are cut where they exceed the context.
 
-    def see(self, seen: Seen, heard: Sequence[str] = ()) -> Moment:
-        """What the model makes of a frame, before which the user said `heard`. NotFiniteError where it makes nothing.
-
-        What the user says is cut to USER_SHARE of the context's room, and then ends in an ellipsis.
+        NotFiniteError where a logit is not finite.
         """
-        started, restarts = time.perf_counter(), self._context.restarts
-        heard = self._cut(heard)
-        coming = FrameInput(seen.frame, heard, self._look(seen.pixels))
-        [found] = self._engine.run(self._context.see([coming]))
-        logits = dict(zip(self.heads, found.logits.tolist(), strict=False))
+        started, restarts = time.perf_counter(), self._session.restarts
+        user_texts = self._fitting(user_texts)
+        features = self._vision(video_frame.pixels)
+        [output] = self._engine.run(self._session.step([FrameInput(video_frame.frame, user_texts, features)]))
+        logits = dict(zip(self._session.heads, output.logits.tolist(), strict=False))
         if not all(map(math.isfinite, logits.values())):
-            raise NotFiniteError(f"frame {seen.frame}: the scores are not finite; train anew with a lower --lr")
-        return Moment(
-            frame=seen.frame,
-            time_s=seen.time_s,
+            raise NotFiniteError(f"frame {video_frame.frame}: the scores are not finite; train again with a lower --lr")
+        return StreamFrame(
+            frame=video_frame.frame,
+            time_s=video_frame.time_s,
             logits=logits,
             probabilities={head: self.probability(logit) for head, logit in logits.items()},
-            heard=tuple(heard),
-            updates=found.updates,
-            dst_text=found.dst_text,
-            said=found.said,
-            state=self._context.state if self.run.model.arm.dst_text == "content" else {},
-            tokens=self._context.used,
-            started_over=self._context.restarts > restarts,
-            skipped=seen.skipped,
+            user_texts=tuple(user_texts),
+            updates=output.updates,
+            dst_text=output.dst_text,
+            assistant_text=output.assistant_text,
+            state=self._session.state if self._has_state else {},
+            tokens=self._session.used,
+            started_over=self._session.restarts > restarts,
+            skipped=video_frame.skipped,
             seconds=time.perf_counter() - started,
         )
 
     def probability(self, logit: float) -> float:
         """Of a head's logit, corrected for sampling where that is known (LoadedRun.logit_correction)."""
-        return float(torch.tensor(logit + (self.run.logit_correction or 0.0), dtype=torch.float64).sigmoid())
+        return float(1 / (1 + np.exp(-np.float64(logit + (self.run.logit_correction or 0.0)))))
 
-    def about(self, video: str) -> dict[str, Any]:
-        """What a recording says of its stream."""
-        thresholds = {head: self.live.thresholds.get(head, math.inf) for head in self.heads}
-        return {
-            "video": video,
-            "arm": self.run.config.arm,
-            "fps": self.task.fps,
-            "heads": list(self.heads),
-            "thresholds": thresholds,
-            "threshold_probabilities": {head: self.probability(logit) for head, logit in thresholds.items()},
-            "steps": list(self.task.steps) if self.run.model.arm.dst_text == "content" else [],
-            "goal": self.task.goal,
-        }
+    def info(self, video: str, run: str) -> StreamInfo:
+        heads, never = self._session.heads, math.inf
+        at = {head: self.probability(self.decoding.thresholds.get(head, never)) for head in heads}
+        steps = self.task.steps if self._has_state else ()
+        return StreamInfo(video, run, self.run.config.arm, self.task.fps, heads, at, steps, self.task.goal)
 
     def __enter__(self) -> Self:
         self._open.enter_context(streaming(self.run.model, self._config))
@@ -129,58 +131,53 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def _cut(self, heard: Sequence[str]) -> Sequence[str]:
-        tokens, left, kept = self.run.tokens, int(USER_SHARE * self._context.room), []
-        for text in heard:
-            ids = tokens.encode(text)
-            kept.append(text if len(ids) <= left else tokens.decode(ids[: max(0, left - 4)]) + "…")
-            left -= len(ids)
-            if left <= 0:
-                break
-        return kept
+    def _fitting(self, texts: Sequence[str]) -> Sequence[str]:
+        """The texts; where they and a frame exceed an empty context, one text of their beginning, with an ellipsis."""
+        tokens, room = self.run.tokens, self._session.room - self._session.k
+        if not texts or len(utterance("user", texts, tokens)) <= room:
+            return texts
+        return [tokens.decode(tokens.encode(" ".join(texts))[: max(0, room - 2 - ELLIPSIS_TOKENS)]) + "…"]
 
 
-# ---- when it fires -------------------------------------------------------------------------------------
+# ---- when a head fires ---------------------------------------------------------------------------------
 
 
-def thresholds_of(run: Path) -> tuple[dict[str, float], float]:
+def evaluated_thresholds(run: Path) -> tuple[dict[str, float], float]:
     """(logit by head, refractory time in seconds) that `evaluate` chose on val for the checkpoint in `run`.
 
-    Raises InputError where it was not evaluated, or was another checkpoint then.
+    InputError where the run has no evaluation, or none of this checkpoint with a threshold for speaking.
     """
-    known, wrong = run_hash(run), "was not evaluated, so no threshold was chosen on val"
-    found = (path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json")))
-    for path in [*found, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
-        try:
-            metrics = json.loads(path.read_bytes())
-            chosen = {str(head): float(logit) for head, logit in metrics["thresholds"]["event"].items()}
-            refractory = float(metrics["settings"]["refractory_s"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    checkpoint, problem = run_hash(run), "was not evaluated, so no threshold was chosen on val"
+    metrics_files = (path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json")))
+    for path in [*metrics_files, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
+        if not path.exists():
             continue
-        if metrics.get("model") != known:
-            wrong = f"{path} is of another checkpoint"
-        elif "speaking" in chosen:
-            return chosen, refractory
+        metrics = json.loads(path.read_bytes())
+        thresholds = metrics["thresholds"]["event"]
+        if metrics.get("model") != checkpoint:
+            problem = f"{path} is of another checkpoint"
+        elif "speaking" in thresholds:
+            return thresholds, metrics["settings"]["refractory_s"]
         else:
-            silent = "nobody speaks in val, or val itself was measured, or there is none"
-            wrong = f"evaluated, but {path} has no threshold for speaking: {silent}; preprocess another val"
+            reason = "nobody speaks in val, or val itself was measured, or there is none"
+            problem = f"evaluated, but {path} has no threshold for speaking: {reason}; preprocess another val"
             break
     again = command("evaluate", run, "DATA")
-    raise InputError(f"{run}: {wrong}; run {again}, or give --threshold speaking=LOGIT")
+    raise InputError(f"{run}: {problem}; run {again}, or give --threshold speaking=LOGIT")
 
 
-def live_of(run: Path, given: Mapping[str, float], refractory_s: float | None) -> DecodingConfig:
-    """When texts are written: by val's thresholds, those that are `given` instead. A head without one never fires."""
-    for head, value in given.items():
+def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: float | None) -> DecodingConfig:
+    """The evaluation's thresholds and refractory time, or what is given instead. A head without one never fires."""
+    for head, value in thresholds.items():
         if head not in HEADS or math.isnan(value):
             raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
     if refractory_s is not None:
         Settings(refractory_s=refractory_s)  # checks it
     try:
-        chosen, rest = thresholds_of(run)
+        chosen, rest = evaluated_thresholds(run)
     except InputError:
-        if "speaking" not in given:
+        if "speaking" not in thresholds:
             raise
         chosen, rest = {}, Settings.refractory_s
     never = dict.fromkeys(HEADS, math.inf)
-    return DecodingConfig(never | chosen | dict(given), rest if refractory_s is None else refractory_s)
+    return DecodingConfig(never | chosen | dict(thresholds), rest if refractory_s is None else refractory_s)

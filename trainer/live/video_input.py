@@ -1,19 +1,15 @@
-"""What `stream` sees and hears: frames at the model's rate from a video file, a folder of images, an Arrow file or a
-camera, and the user's lines from a text stream.
+"""Inputs of `stream`: frames at the model's rate from a file or a camera, and the user's lines.
 
-Files give the frames that training gives (`frames.PixelFrames`, bit for bit), in order, one at a time: a picture is
-decoded when its frame is asked for. With `realtime`, and from a camera always, the clock decides: frame i is given
-i/fps seconds after the first; one who asks late gets the frame that is due, and is told how many went by. Simple
-rather than fast: decoding does not run ahead of the model (but FFmpeg's threads do, by a few pictures).
+Files give the frames that training reads, in order, decoded when they are asked for. With `realtime`, and from a camera
+always, the clock decides: frame i is given i/fps seconds after the first; a caller that is late gets the frame that is
+due and the number of those skipped.
 
     S side of the model's square input in pixels
 """
 
 from __future__ import annotations
 
-import codecs
 import heapq
-import io
 import math
 import os
 import re
@@ -21,83 +17,63 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
-import numpy as np
 from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.media import UNDECODABLE, VIDEOS, Pixels, fit, open_pictures
-from pipeline.video import VideoTimes, shown
+from pipeline.video import shown
 
-SHOWN = 640  # pixels, the longest side of `Seen.image`: enough to look at, 1.2 MB
+SHOWN_SIDE = 640  # pixels, the longest side of `VideoFrame.image`
 MIN_FPS, MAX_FPS = 0.01, 1000.0
-FIRST_PICTURE_S = 10.0  # that a camera may take to wake up
-STALLED_S = 5.0  # without a new picture: a camera that was pulled out may say nothing
-CUT_OFF = 0.9  # of the seconds that a video announces: one with fewer has lost its end
-LINE = 1000  # characters of a user's line that are kept
-WAITING = 1000  # lines that are read ahead
+ROUNDING_S = 6e-4  # by which an image's time may be too late, as for videos
+FIRST_PICTURE_S = 10.0  # for a camera to start
+STALLED_S = 5.0  # without a new picture: a camera that was pulled out may report nothing
+CUT_OFF = 0.9  # of the seconds that a video's header announces: one with fewer has lost its end
+MAX_LINE = 1000  # characters that are kept of a user's line
 
 
 @dataclass(frozen=True)
-class Seen:
+class VideoFrame:
     """One frame, as the model and as people see it."""
 
-    frame: int  # of the model's, from 0; after skipped ones it jumps
+    frame: int  # at the model's rate, from 0
     time_s: float  # frame / fps
     pixels: Pixels  # uint8 RGB [3, S, S]
-    image: Image.Image  # RGB, uncropped, longest side at most SHOWN
-    skipped: int  # frames that went by since the one before
+    image: Image.Image  # RGB, uncropped, longest side at most SHOWN_SIDE
+    skipped: int = 0  # frames that were due since the one before
 
 
-class Feed:
-    """Frames in order, to be iterated once; a context manager. InputError while iterating for a frame that can't be
-    had: those before it have been given."""
+@contextmanager
+def open_video_input(
+    where: str,
+    fps: float,
+    side: int,
+    realtime: bool = False,
+    source_fps: float | None = None,
+    frames: range | None = None,
+) -> Iterator[Iterator[VideoFrame]]:
+    """Frames of `where` at `fps`: a video file, a folder of images, an .arrow file, or a camera's number.
 
-    def __init__(self, name: str, fps: float, frames: Iterator[Seen], close: Callable[[], None]):
-        self.name, self.fps, self._frames, self._close = name, fps, frames, close
-
-    def __iter__(self) -> Iterator[Seen]:
-        return self._frames
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file or the camera; again does nothing."""
-        self._close()
-
-
-def open_feed(
-    where: str, fps: float, side: int, realtime: bool = False, source_fps: float | None = None, first: int = 0
-) -> Feed:
-    """Frames of `where` at `fps`: a video file, a folder of images, an .arrow file, or a camera's number ("0"; a
-    folder of that name is "./0").
-
-    source_fps: at which a folder's images or an Arrow file's rows were taken; without it each is a frame. Frame i is
-    the last image taken by i/fps seconds. realtime: give no frame of a file before its time, and skip those that the
-    caller is too slow for. first: the frame that a file is read from. InputError, one line, where it can't be read
-    or is none of these.
+    source_fps: at which a folder's images or an Arrow file's rows were taken; without it each is a frame. frames: the
+    part of a file to read. Raises InputError where it cannot be read, also while iterating.
     """
     for name, rate in (("fps", fps), ("source fps", source_fps)):
         if rate is not None and not MIN_FPS <= rate <= MAX_FPS:
             raise InputError(f"{where}: {name} {rate:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
     if where.isascii() and where.isdigit():
-        return _camera_feed(int(where), fps, side)
-    return _file_feed(Path(where), fps, side, realtime, source_fps, first)
-
-
-# ---- files -------------------------------------------------------------------------------------------
-
-
-def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: float | None, first: int) -> Feed:
+        camera = _Camera(int(where))
+        try:
+            yield camera.frames(fps, side)
+        finally:
+            camera.close()
+        return
+    path = Path(where)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; expected a video, a folder of images or a camera's number")
     if path.is_file() and path.suffix.lower() not in (".arrow", *VIDEOS):
@@ -105,228 +81,170 @@ def _file_feed(path: Path, fps: float, side: int, realtime: bool, source_fps: fl
             f"{path}: ends in neither .arrow nor {' '.join(VIDEOS)}; rename it if it is one, or convert it: "
             f"ffmpeg -i IT -c:v libx264 OUT.mp4"
         )
-    is_video = path.suffix.lower() in VIDEOS and not path.is_dir()
-    if is_video and source_fps is not None:
-        raise InputError(f"{path}: a video says itself when its pictures are shown; leave the source fps out")
     opened = open_pictures(path)
-    images = 0 if is_video else opened.count(fps)
-    if not is_video and not images:
+    try:
+        yield _file_frames(path, opened, fps, side, realtime, source_fps, frames)
+    finally:
         opened.close()
-        raise InputError(f"{path}: holds no frame; expected images (.jpg, .png), an .arrow file or a video")
-    times = None if is_video else _evenly(images, source_fps or fps)
-    count = opened.count(fps) if times is None else times.count(fps)
-    announced = getattr(opened, "announced_s", 0.0)
-    if first >= count:
-        opened.close()
-        raise InputError(f"{path}: {count} frames at {fps:g} fps, expected more than {first}; is this its video?")
 
-    def frames() -> Iterator[Seen]:
-        for number, skipped in _numbers(count, fps, realtime, first):
+
+# ---- files ---------------------------------------------------------------------------------------------
+
+
+def _file_frames(
+    path: Path, opened: Any, fps: float, side: int, realtime: bool, source_fps: float | None, frames: range | None
+) -> Iterator[VideoFrame]:
+    is_video = path.suffix.lower() in VIDEOS and not path.is_dir()
+    count = opened.count(fps)
+    if is_video and source_fps is not None:
+        raise InputError(f"{path}: a video has the times of its pictures; leave the source fps out")
+    if not count:
+        raise InputError(f"{path}: holds no frame; expected images (.jpg, .png), an .arrow file or a video")
+    if source_fps is not None:
+        count = max(1, math.ceil((count / source_fps - ROUNDING_S) * fps))
+    wanted = frames or range(count)
+    if wanted.stop > count:
+        raise InputError(f"{path}: ends at frame {count - 1}, but its clip at {wanted.stop - 1}; get the whole file")
+
+    def in_order() -> Iterator[VideoFrame]:
+        for number, skipped in _in_time(wanted.start, wanted.stop, fps, realtime):
+            picture = number if source_fps is None else math.floor((number / fps + ROUNDING_S) * source_fps)
             try:
-                image = opened.image(number if times is None else times.picture(number, fps), fps)
+                image = opened.image(picture, fps)
             except UNDECODABLE as error:
                 raise InputError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
-            yield _seen(image, number, fps, side, skipped)
-        if announced > 1 and count / fps < CUT_OFF * announced:
+            yield _video_frame(image, number, fps, side, skipped)
+        announced = getattr(opened, "announced_s", 0.0)
+        if frames is None and announced > 1 and count / fps < CUT_OFF * announced:
             raise InputError(f"{path}: ends after {count / fps:g} of {announced:g} seconds; get the whole file")
 
-    return Feed(str(path), fps, frames(), opened.close)
+    return in_order()
 
 
-def _evenly(images: int, source_fps: float) -> VideoTimes:
-    return VideoTimes(np.arange(images), np.zeros(1, np.int64), 1 / source_fps, images)
-
-
-def _seen(image: Image.Image, number: int, fps: float, side: int, skipped: int) -> Seen:
+def _video_frame(image: Image.Image, number: int, fps: float, side: int, skipped: int) -> VideoFrame:
     pixels = fit(image, side)  # of the whole image, as in training
-    image.thumbnail((SHOWN, SHOWN), Image.Resampling.BILINEAR)
-    return Seen(number, number / fps, pixels, image, skipped)
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR)
+    return VideoFrame(number, number / fps, pixels, image, skipped)
 
 
-def _numbers(count: int | None, fps: float, realtime: bool, first: int = 0) -> Iterator[tuple[int, int]]:
-    """(frame, skipped before it) from `first` up to `count`; in real time each when it is due."""
-    start, last = time.monotonic() - first / fps, first - 1
-    while count is None or last + 1 < count:
-        number = last + 1
+def _in_time(first: int, end: float, fps: float, realtime: bool) -> Iterator[tuple[int, int]]:
+    """(frame, skipped before it) from `first` up to `end`; in real time each when it is due."""
+    start, number = time.monotonic() - first / fps, first
+    last = first - 1
+    while number < end:
         if realtime and number > first:
-            early = number / fps - (time.monotonic() - start)
-            if early > 0:
-                time.sleep(early)
-            else:
-                number = max(number, math.floor((time.monotonic() - start) * fps))
-            if count is not None and number >= count:
+            time.sleep(max(0.0, number / fps - (time.monotonic() - start)))
+            number = max(number, math.floor((time.monotonic() - start) * fps))
+            if number >= end:
                 return
         yield number, number - last - 1
-        last = number
+        last, number = number, number + 1
 
 
-# ---- cameras -----------------------------------------------------------------------------------------
+# ---- cameras -------------------------------------------------------------------------------------------
 
 
-def _camera_feed(index: int, fps: float, side: int) -> Feed:
-    newest = _Newest(f"camera {index}", _open_camera(index))
+class _Camera:
+    """The newest picture of a camera: a thread reads on, so that none is old. InputError where it can't be opened."""
 
-    def frames() -> Iterator[Seen]:
-        newest.wait_for_one()
-        for number, skipped in _numbers(None, fps, realtime=True):
-            yield _seen(newest.image(), number, fps, side, skipped)
-
-    return Feed(newest.name, fps, frames(), newest.close)
-
-
-def _open_camera(index: int) -> Any:
-    """An open PyAV container. InputError where there is no such camera, or it does not let us in."""
-    import av
-
-    linux = sys.platform.startswith("linux")
-    device = f"/dev/video{index}" if linux else f"{index}:none"
-    if linux and not os.path.exists(device):
-        there = ", ".join(sorted(str(path) for path in Path("/dev").glob("video*"))) or "none"
-        raise InputError(f"camera {index}: no {device}, cameras there: {there}; for a file or folder write ./{index}")
-    try:
-        container = av.open(device, format="v4l2" if linux else "avfoundation")
-    except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"camera {index}: {device} can't be opened ({reason}); is another program using it?") from None
-    if not container.streams.video:
-        raise InputError(f"camera {index}: {device} gives no pictures; try another number")
-    return container
-
-
-class _Newest:
-    """The newest picture of a camera. A thread reads on, whether or not anybody looks, so that no picture is old."""
-
-    def __init__(self, name: str, container: Any) -> None:
-        self.name, self._container = name, container
-        self._new = threading.Condition()
+    def __init__(self, index: int) -> None:
+        self.name, self._container = f"camera {index}", _open_camera(index)
         self._picture: Any = None
-        self._when = time.monotonic()
-        self._wrong: str | None = None
-        self._stop = False
-        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
+        self._time = time.monotonic()
+        self._problem: str | None = None
+        self._started, self._stop = threading.Event(), False
+        self._thread = threading.Thread(target=self._read, name=self.name, daemon=True)
         self._thread.start()
 
-    def wait_for_one(self) -> None:
-        with self._new:
-            self._new.wait_for(lambda: self._picture is not None or self._wrong is not None, FIRST_PICTURE_S)
-
-    def image(self) -> Image.Image:
-        """RGB. InputError where the camera has stopped or has never started."""
-        with self._new:
-            picture, wrong, silent = self._picture, self._wrong, time.monotonic() - self._when
-        if wrong is None and (picture is None or silent > STALLED_S):
-            wrong = f"no picture for {silent:.0f} seconds"
-        if wrong is not None:
-            raise InputError(f"{self.name}: {wrong}; is it still plugged in?")
-        return shown(picture)
+    def frames(self, fps: float, side: int) -> Iterator[VideoFrame]:
+        self._started.wait(FIRST_PICTURE_S)
+        for number, skipped in _in_time(0, math.inf, fps, realtime=True):
+            yield _video_frame(self._image(), number, fps, side, skipped)
 
     def close(self) -> None:
         """The thread ends with the next picture; a camera that gives none is left to the end of the process."""
         self._stop = True
         self._thread.join(1.0)
 
+    def _image(self) -> Image.Image:
+        problem, silent_s = self._problem, time.monotonic() - self._time
+        if problem is None and (self._picture is None or silent_s > STALLED_S):
+            problem = f"no picture for {silent_s:.0f} seconds"
+        if problem is not None:
+            raise InputError(f"{self.name}: {problem}; is it still plugged in?")
+        return shown(self._picture)
+
     def _read(self) -> None:
-        wrong = "it gave its last picture"
+        problem = "it gave its last picture"
         try:
             for picture in self._container.decode(video=0):
                 if self._stop:
                     break
-                with self._new:
-                    self._picture, self._when = picture, time.monotonic()
-                    self._new.notify_all()
-        except Exception as error:  # of the driver, in a thread: told by `image`
-            wrong = str(getattr(error, "strerror", None) or error)
-        with self._new:
-            self._wrong = wrong
-            self._new.notify_all()
+                self._picture, self._time = picture, time.monotonic()
+                self._started.set()
+        except Exception as error:  # the driver's, raised by `_image` in the caller's thread
+            problem = str(getattr(error, "strerror", None) or error)
+        self._problem = problem
+        self._started.set()
         self._container.close()
 
 
-# ---- what the user says ------------------------------------------------------------------------------
+def _open_camera(index: int) -> Any:
+    """An open PyAV container. InputError where there is no such camera, or it can't be opened."""
+    import av
 
-_AT = re.compile(r"@([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s+(.*)")
+    linux = sys.platform.startswith("linux")
+    device = f"/dev/video{index}" if linux else f"{index}:none"
+    if linux and not os.path.exists(device):
+        present = ", ".join(sorted(str(path) for path in Path("/dev").glob("video*"))) or "none"
+        raise InputError(f"camera {index}: no {device}, cameras: {present}; for a file or folder write ./{index}")
+    try:
+        container = av.open(device, format="v4l2" if linux else "avfoundation")
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"camera {index}: {device} can't be opened ({reason}); is another program using it?") from None
+    return container
 
 
-class Listener:
-    """A user's lines from a text stream (None: nobody talks), read by a thread.
+# ---- the user's lines ----------------------------------------------------------------------------------
 
-    "text" is heard before the next frame, "@12.5 text" before the first frame with time_s >= 12.5. Empty lines are
-    not; a line keeps its first LINE characters; WAITING lines at most are read ahead, so that those after so many for
-    later wait with them. A file, or text in memory, is a script: it is read before the first frame, which hears all of
-    its plain lines, so it says the same at each run. From a terminal or a pipe, lines are heard when they come. The end
-    of the stream is not the end of the frames.
+_TIMED = re.compile(r"@([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s+(.*)")
+
+
+class UserInput:
+    """A user's lines from a text stream (None: nobody). "text" is due at once, "@12.5 text" at 12.5 s of the video.
+
+    A file is read whole before the first frame, so a script is the same at each run; a terminal or a pipe is read by a
+    thread. Empty lines are left out; a line keeps its first MAX_LINE characters.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._lines: list[tuple[float, int, str]] = []  # a heap: (time, place in the stream, text)
-        self._changed = threading.Condition()
-        self._ended = stream is None
-        self._script = _is_script(stream)
-        if stream is not None:
-            threading.Thread(target=self._read, args=(stream,), name="listener", daemon=True).start()
+        if stream is None:
+            return
+        try:
+            waits = not stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+            # not sys.stdin itself, whose lock a thread that waits for a line would still hold at exit
+            stream = open(stream.fileno(), encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        except (OSError, ValueError):  # in memory
+            waits = False
+        thread = threading.Thread(target=self._read, args=(stream,), name="user input", daemon=True)
+        thread.start()
+        if not waits:
+            thread.join()
 
-    def wait(self) -> None:
-        """Until a script is read."""
-        with self._changed:
-            if self._script:
-                self._changed.wait_for(self._all_known)
-
-    def heard(self, time_s: float) -> list[str]:
-        """The lines to be heard before the frame at `time_s`, in order: by time, then as they were said."""
-        self.wait()
-        with self._changed:
-            due = []
-            while self._lines and self._lines[0][0] <= time_s:
-                due.append(heapq.heappop(self._lines)[2])
-            self._changed.notify_all()
+    def due(self, time_s: float) -> list[str]:
+        """The lines before the frame at `time_s`, in order: by time, then as they came."""
+        due = []
+        while self._lines and self._lines[0][0] <= time_s:
+            due.append(heapq.heappop(self._lines)[2])
         return due
 
-    def _all_known(self) -> bool:
-        return self._ended or len(self._lines) >= WAITING
-
     def _read(self, stream: TextIO) -> None:
-        for place, line in enumerate(_lines(stream)):
-            at = _AT.fullmatch(line)
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._lines) < WAITING)
-                heapq.heappush(self._lines, (float(at[1]), place, at[2]) if at else (-math.inf, place, line))
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-
-def _is_script(stream: TextIO | None) -> bool:
-    """Whether it ends by itself."""
-    try:
-        return stream is not None and stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError, AttributeError):  # text in memory
-        return True
-
-
-def _lines(stream: TextIO) -> Iterator[str]:
-    """Its lines that say something, without their ends, cut to LINE characters."""
-    rest = ""
-    for chunk in _chunks(stream):
-        *whole, rest = (rest + chunk).split("\n")
-        for line in whole:
-            if said := line[:LINE].strip():
-                yield said
-        rest = rest[:LINE]
-    if said := rest.strip():
-        yield said
-
-
-def _chunks(stream: TextIO) -> Iterator[str]:
-    """Past Python's own buffer, whose lock a thread that waits for a line would still hold when the process ends."""
-    try:
-        descriptor = stream.fileno()
-    except (OSError, ValueError, AttributeError):
-        with suppress(OSError, ValueError):  # one that can't be read, or was closed
-            yield from iter(lambda: stream.read(io.DEFAULT_BUFFER_SIZE), "")
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with suppress(OSError):  # a terminal that went away
-        while content := os.read(descriptor, io.DEFAULT_BUFFER_SIZE):
-            yield decoder.decode(content)
-    yield decoder.decode(b"", final=True)
+        with suppress(OSError, ValueError):  # it can't be read, or the terminal went away
+            for place, line in enumerate(stream):
+                text = line[:MAX_LINE].strip()
+                timed = _TIMED.fullmatch(text)
+                if text:
+                    when, text = (float(timed[1]), timed[2]) if timed else (-math.inf, text)
+                    heapq.heappush(self._lines, (when, place, text))

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from by_hand import dst, turn
+from live_model import (
+    ALWAYS,
+    FRAMES,
+    NEVER,
+    TURNS,
+    Reads,
+    Writes,
+    example,
+    logits_of,
+    run,
+    tiny,
+    tokens,
+)
+
+from pipeline.dataset import ClipExample
+from pipeline.errors import InputError, NotFiniteError
+from trainer.arms import ARMS
+from trainer.config import TrainConfig
+from trainer.live.rollout import free_running
+from trainer.live.session import DecodingConfig
+from trainer.model import ProspectModel
+from trainer.packing import make_pack, windows_of
+from trainer.sequence import Window, prompt_ids, user_texts, utterance
+
+OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+def writer(reads: Reads, arm: str, texts: dict[str, str], likelier=(), **more):
+    """A model that writes `texts` when a head fires."""
+    model, config = tiny(arm, **more)
+    model.vlm.lm_head = Writes(reads, texts, likelier)
+    return model, config
+
+
+def reference(clip: ClipExample, frame: int) -> dict[str, str]:
+    """The annotated texts after a frame, which is what training puts there."""
+    texts: dict[str, list[str]] = {}
+    for t in clip.turns:
+        if t.role in ("DST_UPDATE", "assistant") and t.start_frame == frame:
+            texts.setdefault(t.role, []).append(t.text)
+    return {role: (", " if role == "DST_UPDATE" else " ").join(parts) for role, parts in texts.items()}
+
+
+def packed(model: ProspectModel, windows: list[Window]) -> np.ndarray:
+    """[2, F] of the windows' own frames: the forward pass that training does."""
+    with torch.inference_mode():
+        logits = [model.eval()(make_pack([w], FRAMES)).decisions[:, w.context :] for w in windows]
+    return torch.cat(logits, 1).numpy()
+
+
+# ---- the same numbers as in training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(("k", "budget"), [(1, 900), (4, 900), (1, 90), (4, 155)])  # the latter end at silent frames
+def test_with_the_reference_s_texts_the_logits_are_those_of_the_training_windows(arm, k, budget):
+    early = [t for t in TURNS if arm != "speak+markers" or t.role != "DST_UPDATE"]  # markers can't be replayed
+    late = [dst(157, 158, ("S1", "fail")), turn("assistant", "done", 158, 159)]
+    clip = example([*early, *late], 60)
+    model, config = tiny(arm, k, max_tokens=OPENING + budget)
+    windows = windows_of([clip], tokens(), config)
+    assert (len(windows) > 1) == (budget < 900)
+    [scored] = run((model, config), clip, script=reference)
+    logits = logits_of(scored)
+    assert logits.shape == (2 if "dst" in arm or "markers" in arm else 1, 60)
+    assert logits.std(1).min() > 0.1
+    assert np.abs(logits - packed(model, windows)[: len(logits)]).max() < 1e-4
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_with_its_own_texts_the_logits_are_those_of_one_pass_over_what_it_read(arm, k, reads, monkeypatch):
+    monkeypatch.setattr("trainer.live.rollout.READ_AHEAD", 1)
+    model, config = tiny(arm, k, max_tokens=OPENING + 70 + 20 * k)
+    decoding = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=2, max_text=4)
+    clip = example(frames=50)
+    [scored] = run((model, config), clip, decoding=decoding)
+    assert len(reads.ids) > 1
+    assert 4 < sum(text is not None for text in scored.said) < 20
+    windows, first = [], clip.start_frame
+    for ids, in_first_request in zip(reads.ids, reads.first, strict=True):
+        context = ids[:in_first_request].count(tokens().image) // k - 1
+        frames = np.flatnonzero(np.array(ids) == tokens().image).reshape(-1, k)
+        labels = np.zeros((2, len(frames)), np.int8)
+        windows.append(Window(clip, first - context, context, np.array(ids), frames, np.zeros(0, np.int64), labels))
+        first = windows[-1].end_frame
+    assert first == clip.end_frame
+    logits = logits_of(scored)
+    assert np.abs(logits - packed(model, windows)[: len(logits)]).max() < 1e-4
+
+
+@pytest.mark.parametrize("arm", ["speak+dst", "lm-eos", "speak+markers"])
+@pytest.mark.parametrize("slots", [2, 3, None])
+def test_many_clips_at_once_give_what_each_gives_alone(arm, slots):
+    model = tiny(arm, max_tokens=OPENING + 110)
+    decoding = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, max_text=4)
+    clips = [
+        example(TURNS[: 2 + i], 30 - 4 * i, 100 + i, clip_id=f"c{i}", video=f"v{i}") for i in (0, 3, 1, 5, 2, 0, 6)
+    ]
+    alone = [scored for clip in clips for scored in run(model, clip, decoding=decoding, slots=1)]
+    together = run(model, *clips, decoding=decoding, slots=slots)
+    assert sum(text is not None for scored in alone for text in scored.said) > 10
+    for clip, one, other in zip(clips, alone, together, strict=True):
+        assert other.clip is clip
+        assert np.abs(logits_of(other) - logits_of(one)).max() < 1e-4
+        assert (other.said, other.updates) == (one.said, one.updates)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_frames_read_ahead_change_nothing(k, reads, monkeypatch):
+    model, clip = tiny(k=k, max_tokens=OPENING + 70 + 20 * k), example(frames=60)
+    decoding = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, max_text=4)
+
+    def ahead(frames: int):
+        monkeypatch.setattr("trainer.live.rollout.READ_AHEAD", frames)
+        reads.ids = []
+        [scored] = run(model, clip, decoding=decoding)
+        return scored, reads.ids
+
+    one, read_one = ahead(1)
+    assert 4 < sum(text is not None for text in one.said) < 30
+    for frames in (2, 60):
+        other, read = ahead(frames)
+        assert np.abs(logits_of(other) - logits_of(one)).max() < 1e-4
+        assert (other.said, other.updates) == (one.said, one.updates)
+        # at the end of a context, a frame that was read too early may be left
+        assert [ids[: len(same)] for ids, same in zip(read, read_one, strict=True)] == read_one
+
+
+# ---- what is in the context, and when ------------------------------------------------------------------
+
+
+def test_user_texts_stand_before_their_frame_and_no_other_turn_of_the_reference_is_read(reads):
+    run(tiny(), example([dst(99, 100, ("S1", "start")), *TURNS], 14))
+    assert reads.texts == [
+        "[system]You are a helpful assistant.\nA toy"
+        "[step]S1: Put the base down[in_progress][step]S2: Attach the wheel[not_started]."
+        "FF[user]and now?.FFFFFFFFF[user]well? done?.FFF"
+    ]
+
+
+@pytest.mark.parametrize(("role", "changed_from"), [("user", 3), ("assistant", 4), ("DST_UPDATE", 4)])
+def test_a_text_changes_the_decisions_after_it_alone(role, changed_from):
+    def logits(text: str) -> np.ndarray:
+        if role == "user":
+            return logits_of(run(tiny(), example([turn("user", text, 103, 105)], 8))[0])
+        script = lambda clip, frame: {role: text} if frame == 103 else {}  # noqa: E731
+        return logits_of(run(tiny(), example([], 8), script=script)[0])
+
+    same = logits("S1->start") == logits("S2->start")
+    assert same[:, :changed_from].all()
+    assert not same[:, changed_from:].any()
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected", "updates"),
+    [
+        ("silence", "F[assistant]well done.F", None),
+        ("lm-eos", "F[assistant]well done.F", None),
+        ("speak", "F[assistant]well done.F", None),
+        ("speak+dst-head", "F[assistant]well done.F", [(), ()]),
+        ("speak+dst", "F[DST_UPDATE]S1->complete.[assistant]well done.F", [(("S1", "complete"),)] * 2),
+        ("speak+markers", "F[DST_UPDATE].[assistant]well done.F", [(), ()]),
+    ],
+)
+def test_an_arm_reads_its_own_texts_the_update_first(arm, expected, updates, reads):
+    model = writer(reads, arm, {"DST_UPDATE": "S1->complete", "assistant": "well done"})
+    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
+    assert reads.texts[0].split(".", 2)[2].startswith(expected)
+    assert (scored.said, scored.updates) == (["well done"] * 2, updates)
+
+
+# ---- when a head fires ---------------------------------------------------------------------------------
+
+
+def fired(events: list) -> list[int]:
+    return [i for i, event in enumerate(events) if event is not None]
+
+
+def constant(speaking: float, dst_update: float):
+    """A model whose logits are always these."""
+    model, config = tiny()
+    for head, value in ((model.heads.speak, speaking), (model.heads.dst, dst_update)):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.constant_(head.bias, value)
+    return model, config
+
+
+@pytest.mark.parametrize(("at", "heads"), [((0.5, -0.49), (3, 0)), ((0.51, -0.5), (0, 3)), ((9, 9), (0, 0))])
+def test_a_head_fires_at_its_threshold_and_not_below(at, heads):
+    decoding = DecodingConfig({"speaking": at[0], "dst_update": at[1]}, refractory_s=0, max_text=1)
+    [scored] = run(constant(0.5, -0.5), example([], 3), decoding=decoding)
+    assert (len(fired(scored.said)), len(fired(scored.updates))) == heads
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.5, [*range(9)]), (1.0000005, [0, 2, 4, 6, 8]), (1.4, [0, 3, 6]), (2, [0, 4, 8]), (2.1, [0, 5]), (99, [0])],
+)
+def test_after_firing_a_head_is_silent_for_its_refractory_time(seconds, expected):
+    decoding = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=seconds, max_text=1)
+    [scored] = run(constant(1, 1), example([], 9), decoding=decoding)  # 2 frames a second
+    assert fired(scored.said) == fired(scored.updates) == expected
+
+
+def test_each_head_has_its_own_refractory_time(monkeypatch):
+    monkeypatch.setattr("trainer.live.rollout.READ_AHEAD", 1)
+    model, config = constant(1, 1)
+    model.decisions = lambda hidden, rows=iter(range(9)): torch.tensor([[1.0], [float(next(rows) >= 2)]])
+    decoding = DecodingConfig({"speaking": 0.5, "dst_update": 0.5}, refractory_s=2, max_text=1)
+    [scored] = run((model, config), example([], 9), decoding=decoding)
+    assert (fired(scored.said), fired(scored.updates)) == ([0, 4, 8], [2, 6])
+
+
+# ---- what is written -----------------------------------------------------------------------------------
+
+
+def test_a_text_without_an_end_gets_one(reads):
+    model = writer(reads, "speak", {"assistant": "well done and now"})
+    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0, max_text=2))
+    assert tokens().encode(scored.said[0]) == tokens().encode("well done and now")[:2]
+    assert reads.texts[0].split(".", 2)[2].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
+
+
+def test_a_text_that_ends_at_once_is_an_event_without_words(reads):
+    [scored] = run(writer(reads, "speak", {"assistant": ""}), example([], 2), decoding=ALWAYS)
+    assert scored.said == ["", ""]
+    assert reads.texts[0].split(".", 2)[2] == "F[assistant].F[assistant]"
+
+
+def test_images_markers_and_rows_without_a_token_are_never_written(reads):
+    unwanted = [tokens().image, *tokens().marker.values(), *range(len(tokens()), len(tokens()) + 5)]
+    model = writer(reads, "speak", {"assistant": "well done"}, unwanted)
+    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
+    assert scored.said == ["well done", "well done"]
+
+
+# ---- the token budget ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arm", "state"), [("speak+dst", "[completed]"), ("speak+markers", "[not_started]")])
+def test_a_new_context_has_the_state_replayed_from_the_model_s_own_updates(arm, state, reads):
+    """The reference completes nothing here. Markers say nothing, so nothing can be replayed from them."""
+    model = writer(reads, arm, {"DST_UPDATE": "S9->start, S1->complete", "assistant": "well"}, max_tokens=OPENING + 90)
+    decoding = DecodingConfig({"speaking": np.inf, "dst_update": -np.inf}, refractory_s=99)
+    run(model, example([dst(104, 105, ("S2", "fail"))], 60), decoding=decoding)
+    opening = "[system]You are a helpful assistant.\nA toy[step]S1: Put the base down"
+    assert reads.texts[0].startswith(f"{opening}[not_started][step]S2: Attach the wheel[not_started].F")
+    assert reads.texts[1].startswith(f"{opening}{state}[step]S2: Attach the wheel[not_started].F")
+
+
+def test_an_update_among_the_repeated_frames_is_not_in_the_prompt_as_well(reads):
+    model, clip = tiny(max_tokens=OPENING + 85), example([], 120)
+
+    def texts(at: int) -> list[str]:
+        reads.ids.clear()
+        run(model, clip, script=lambda _, frame: {"DST_UPDATE": "S1->complete"} if frame == at else {})
+        return reads.texts
+
+    end = clip.start_frame + texts(at=-1)[0].count("F")
+    _, second, third, *_ = texts(at=end - 8)  # within the quarter that the second context repeats
+    assert "down[not_started][step]" in second
+    assert second.count("[DST_UPDATE]S1->complete.") == 1
+    assert "down[completed][step]" in third
+    assert "S1->complete" not in third
+
+
+def test_repeated_frames_are_read_as_they_were(reads):
+    model = writer(reads, "speak", {"assistant": "well done"}, max_tokens=OPENING + 80)
+    run(model, example([], 60), decoding=DecodingConfig({"speaking": -np.inf}, refractory_s=2))
+    first, second = (text.partition("wheel.")[2] for text in reads.texts[:2])
+    assert first.count("[assistant]well done.") > 4
+    assert re.fullmatch(r"F{0,4}(\[assistant\]well done\.F{4})+(\[assistant\]well done\.?F{0,3})?", second)
+
+
+@pytest.mark.parametrize("budget", [84, 86, 88])
+def test_every_decision_is_made_within_the_budget(budget, reads):
+    model = writer(reads, "speak", {"assistant": "done"}, max_tokens=budget)
+    run(model, example([], 20), decoding=DecodingConfig({"speaking": -np.inf}, refractory_s=0))
+    lengths = [max(j for j, i in enumerate(ids) if i == tokens().image) + 1 for ids in reads.ids]
+    assert len(lengths) > 2
+    assert all(budget - 5 < length <= budget for length in lengths[:-1])  # a frame with its text has 5 tokens at most
+
+
+def test_the_budget_leaves_room_for_texts_within_the_model_s_positions(reads):
+    model, config = tiny(max_tokens=2000)
+    model.vlm.config.text_config.max_position_embeddings = 80
+    run((model, config), example(frames=30), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=2, max_text=6))
+    assert len(reads.ids) > 2
+    assert max(map(len, reads.ids)) <= 80
+
+
+def test_a_prompt_that_leaves_no_room_for_a_frame_is_an_error_with_the_budget_that_it_needs():
+    clip = example([turn("user", "and now? " * 20, 102, 103)])
+    size = len(prompt_ids(clip, tokens(), None)) + len(utterance("user", user_texts(clip)[102], tokens())) + 1
+    run(tiny("speak", max_tokens=size), clip)
+    with pytest.raises(InputError, match=f"clip c0: .* take {size} tokens, but .* {size - 1}; raise --max-tokens"):
+        run(tiny("speak", max_tokens=size - 1), clip)
+
+
+# ---- the model afterwards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [2048, 5])
+def test_the_model_is_as_before_whenever_a_clip_is_yielded_and_after_an_error(budget):
+    """It is in training mode, attends by segments (only that needs their lengths), a packed pass gives the same."""
+    model, config = tiny()
+    clip = example(frames=6)
+    windows = windows_of([clip], tokens(), config)
+    before = packed(model, windows)
+    model.train()
+    scored = free_running(model, tokens(), [clip, clip], FRAMES, TrainConfig(max_tokens=budget), NEVER)
+    if budget == 5:
+        with pytest.raises(InputError, match="raise --max-tokens"):
+            next(scored)
+    else:
+        next(scored)
+    assert model.training
+    with pytest.raises(ValueError, match="needs seg_lens"):
+        model.body(inputs_embeds=torch.randn(1, 5, 128), use_cache=False)
+    assert np.array_equal(packed(model, windows), before)
+
+
+def test_a_logit_that_is_not_finite_is_an_error():
+    with pytest.raises(NotFiniteError, match="clip c0: its scores are not finite"):
+        run(constant(float("nan"), 0), example())

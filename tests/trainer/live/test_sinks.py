@@ -1,0 +1,185 @@
+"""The outputs of a stream, from frames written out by hand: log, JSON lines, page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from pipeline.errors import InputError
+from trainer.live import sinks
+from trainer.live.sinks import HtmlRecorder, JsonLines, TerminalLog
+from trainer.live.stream import StreamFrame, StreamInfo
+
+HOSTILE = "</script><script>alert(1)</script><!-- {{DATA}} \x1b[2J \u202e"
+PICTURE = Image.new("RGB", (64, 36), "#ff0000")
+
+
+def info(heads=("speaking", "dst_update"), **more) -> StreamInfo:
+    steps = [("S1", "Attach the wheels"), ("S2", "Fix the roof")] if "dst_update" in heads else []
+    fields = {"video": "truck.mp4", "run": "runs/a", "arm": "speak+dst", "fps": 2.0, "heads": heads, "steps": steps}
+    return StreamInfo(**fields | {"threshold_probabilities": dict.fromkeys(heads, 0.2), "goal": None} | more)
+
+
+def frame(number: int, speak=0.1, dst=0.1, state=("not_started", "not_started"), **more) -> StreamFrame:
+    """A silent frame at 2 frames/s; `dst=None`: of an arm without that head, and without state."""
+    p = {"speaking": speak} if dst is None else {"speaking": speak, "dst_update": dst}
+    fields = {
+        "frame": number, "time_s": number / 2, "logits": dict.fromkeys(p, 0.5), "probabilities": p, "user_texts": (),
+        "updates": None, "dst_text": None, "assistant_text": None, "tokens": 100 + number, "started_over": False,
+        "skipped": 0, "seconds": 0.01, "state": {} if dst is None else dict(zip(("S1", "S2"), state, strict=True)),
+    }  # fmt: skip
+    return StreamFrame(**fields | more)
+
+
+GOING = ("in_progress", "not_started")
+DONE = (("S1", "complete"), ("S2", "pause"))
+SCRIPT = [
+    frame(0),
+    frame(1, user_texts=("and now?",)),
+    frame(2, 0.9, 0.4, GOING, updates=(("S1", "start"),), dst_text="S1->start", assistant_text="Take the wheels."),
+    frame(3, 0.1, 0.6, GOING, updates=(), dst_text="S9->begin"),
+    frame(7, 0.3, 0.1, GOING, skipped=3, started_over=True, assistant_text=""),
+    frame(8, 0.1, 0.5, ("completed", "paused"), updates=DONE, dst_text="..."),
+]
+
+
+def record(sink, frames=SCRIPT) -> None:
+    with sink:
+        for one in frames:
+            sink.show(one, PICTURE)
+
+
+def log(frames=SCRIPT, **more) -> list[str]:
+    file = StringIO()
+    record(TerminalLog(Console(file=file, width=40), info(**more)), frames)
+    return file.getvalue().splitlines()
+
+
+def test_the_log_has_a_line_per_event_in_order_and_no_line_per_frame():
+    assert log() == [
+        "truck.mp4: speak+dst of runs/a, 2 frames/s",
+        "   0:00.5  user     and now?",
+        "   0:01.0  state    S1 start  [>] S1 [ ] S2",
+        "   0:01.0  says     Take the wheels.",
+        "   0:01.5  state    fired, but changes nothing: S9->begin",
+        "   0:03.5  lost     3 frames that came too fast",
+        "   0:03.5  context  full; the prompt was rebuilt with the state",
+        "   0:03.5  says     (nothing)",
+        "   0:04.0  state    S1 complete, S2 pause  [x] S1 [-] S2",
+        "6 frames (0:04.5); 3 skipped; spoke 2 times; 3 state changes; context rebuilt 1 time; "
+        "median 10 ms a frame, p99 10 ms",
+    ]
+
+
+def test_an_arm_without_state_or_update_texts_shows_none():
+    frames = [frame(0, dst=None, started_over=True), frame(1, 0.9, None, updates=())]
+    assert log(frames, heads=["speaking"])[1:3] == [
+        "   0:00.0  context  full; the prompt was rebuilt",
+        "   0:00.5  state    fired, without a text",
+    ]
+
+
+def test_text_cannot_control_the_terminal():
+    lines = log([frame(0, user_texts=("a\x1b[2Jb\nc",), assistant_text="\u202edrow")], video="x\x1b]0;t\x07")
+    assert lines[0].startswith("x\ufffd]0;t\ufffd: ")
+    assert lines[1:3] == ["   0:00.0  user     a\ufffd[2Jb c", "   0:00.0  says     \ufffddrow"]
+
+
+def test_of_many_steps_those_under_way_are_named():
+    state = {f"S{i}": "completed" if i < 4 else "not_started" for i in range(20)} | {"S4": "in_progress"}
+    assert sinks.state_line(state) == "4 of 20 done [>] S4"
+
+
+def test_json_lines_hold_every_field_and_are_flushed():
+    file, seen = StringIO(), []
+    file.flush = lambda: seen.append(file.getvalue().count("\n"))
+    record(JsonLines(file), [frame(0), frame(1, user_texts=("ü\n" + HOSTILE,), updates=(("S1", "start"),))])
+    assert seen == [1, 2]
+    first, second = map(json.loads, file.getvalue().splitlines())
+    assert first == json.loads(json.dumps(frame(0).__dict__))
+    assert (second["user_texts"], second["updates"]) == (["ü\n" + HOSTILE], [["S1", "start"]])
+    assert file.getvalue().isascii()
+
+
+class Page(HTMLParser):
+    """The tags of a page and the text of each element with an id."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags, self.texts, self.open = [], {}, ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.open = dict(attributes).get("id", tag)
+
+    def handle_data(self, text):
+        self.texts[self.open] = self.texts.get(self.open, "") + text
+
+
+def page_data(path: Path):
+    return json.loads(Page(path).texts["data"], parse_constant=pytest.fail)
+
+
+def test_the_page_holds_every_frame_and_its_events(tmp_path):
+    record(HtmlRecorder(tmp_path / "new" / "x.html", info()))
+    data = page_data(tmp_path / "new" / "x.html")
+    assert data["about"]["thresholds"] == [0.2, 0.2]
+    assert data["about"]["steps"] == [["S1", "Attach the wheels"], ["S2", "Fix the roof"]]
+    start = {"S1": "not_started", "S2": "not_started"}
+    rows = data["frames"]  # frames since the one before, tokens, ms, both probabilities in 1/10,000, what happened
+    assert rows[0] == [1, 100, 10.0, 1000, 1000, {"state": start}]
+    assert rows[1] == [1, 101, 10.0, 1000, 1000, {"events": [["user", "and now?", ""]], "changes": 0, "lost": 0}]
+    assert rows[2][5]["events"] == [["state", "S1 start", "[>] S1 [ ] S2"], ["says", "Take the wheels.", ""]]
+    assert rows[2][5]["state"] == start | {"S1": "in_progress"}
+    assert rows[4][:3] == [4, 107, 10.0]
+    assert (rows[4][5]["lost"], rows[5][5]["changes"]) == (3, 2)
+    assert sorted(map(int, data["pictures"])) == [0, 1, 2, 3, 7, 8]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.html"]
+
+
+def test_text_stays_text_in_the_page(tmp_path):
+    hostile = frame(0, user_texts=(HOSTILE,), updates=((HOSTILE, "start"),), state=(HOSTILE, HOSTILE))
+    record(HtmlRecorder(tmp_path / "x.html", info(video=HOSTILE, run=HOSTILE, goal=HOSTILE)), [hostile])
+    assert Page(tmp_path / "x.html").tags.count("script") == 2
+    shown = re.sub("[\x1b\u202e]", "\ufffd", HOSTILE)
+    assert page_data(tmp_path / "x.html")["frames"][0][5]["events"][0] == ["user", shown, ""]
+
+
+def test_the_page_is_whole_up_to_where_the_stream_broke_off(tmp_path):
+    def broken_off():
+        yield from SCRIPT[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(HtmlRecorder(tmp_path / "x.html", info()), broken_off())
+    assert len(page_data(tmp_path / "x.html")["frames"]) == 2
+
+
+def test_a_stream_without_a_frame_leaves_what_was_there(tmp_path):
+    (tmp_path / "x.html").write_text("old")
+    record(HtmlRecorder(tmp_path / "x.html", info()), [])
+    assert (tmp_path / "x.html").read_text() == "old"
+
+
+def test_a_path_that_cannot_be_a_file_is_refused_before_the_first_frame(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a folder; --html wants the name of a file"):
+        HtmlRecorder(tmp_path, info())
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
+        HtmlRecorder(tmp_path / "file" / "x", info())
+
+
+def test_pictures_are_thinned_evenly_to_their_budget():
+    pictures, size = sinks._Pictures(20_000), len(sinks._jpeg(PICTURE))
+    for number in range(0, 2000, 2):
+        pictures.offer(number, PICTURE)
+    assert 10_000 - size < size * len(pictures.kept) <= 20_000
+    assert list(pictures.kept) == list(range(0, 2000, 2 * pictures.stride))

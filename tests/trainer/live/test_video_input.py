@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import io
+import math
+import os
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from by_hand import write_frames
+from PIL import Image
+from test_frames import at, grey, images, shades, video
+
+from pipeline.errors import InputError
+from trainer.frame_source import PixelFrames
+from trainer.live import video_input
+from trainer.live.video_input import UserInput, VideoFrame, open_video_input
+
+
+class Clock:
+    """Stands for the module `time`: sleeping is all that makes time go by."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(video_input, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def read(where: Path | str, fps: float = 2, side: int = 64, **more) -> list[VideoFrame]:
+    with open_video_input(str(where), fps, side, **more) as frames:
+        return list(frames)
+
+
+def numbers(found: list[VideoFrame], step: int = 10) -> list[int]:
+    return shades(np.stack([one.pixels for one in found]), step)
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fps", [2, 7.3, 30, 45])
+@pytest.mark.parametrize(("ending", "rate"), [("mp4", 30), ("mkv", Fraction(30000, 1001))])
+def test_a_video_gives_the_frames_that_training_reads(tmp_path, ending, rate, fps):
+    video(tmp_path / f"v.{ending}", 61, rate, step=4, bf="3")
+    source = PixelFrames(tmp_path, 48)
+    count = source.count(at(fps))
+    frames = read(tmp_path / f"v.{ending}", fps, 48)
+    assert [(one.frame, one.time_s, one.skipped) for one in frames] == [(i, i / fps, 0) for i in range(count)]
+    assert np.array_equal(np.stack([one.pixels for one in frames]), source.load(at(fps), 0, count))
+
+
+def test_images_and_rows_are_frames_or_sampled_by_the_rate_they_were_taken_at(tmp_path):
+    folder = images(tmp_path / "v", [f"{i}.png" for i in range(1, 13)])
+    assert numbers(read(folder, 29.97)) == list(range(12))
+    # at 0, 0.5, 1 .. seconds, of one picture each 0.2 s: 0, 2.5, 5, 7.5, 10; 12.5 is over
+    assert numbers(read(folder, 2, source_fps=5)) == [0, 2, 5, 7, 10]
+    assert numbers(read(folder, 4, source_fps=2)) == [i // 2 for i in range(24)]
+    assert numbers(read(folder, 29.97, source_fps=29.97)) == list(range(12))
+    path = write_frames(tmp_path / "v.arrow", [grey(10 * i) for i in range(6)])
+    assert numbers(read(path)) == list(range(6))
+    assert numbers(read(path, 1, source_fps=2)) == [0, 2, 4]
+
+
+def test_a_part_of_a_file_is_read(tmp_path):
+    path = video(tmp_path / "v.mp4", 31, 10, step=6)
+    whole, part = read(path), read(path, frames=range(4, 6))
+    assert [(one.frame, one.time_s, one.skipped) for one in part] == [(4, 2.0, 0), (5, 2.5, 0)]
+    assert np.array_equal(part[0].pixels, whole[4].pixels)
+    with pytest.raises(InputError, match=r"v.mp4: ends at frame 6, but its clip at 7; get the whole file"):
+        read(path, frames=range(4, 8))
+
+
+def test_people_see_the_whole_picture_and_the_model_its_middle(tmp_path):
+    (tmp_path / "v").mkdir()
+    wide = grey(0, 900, 1800)
+    wide[:, 450:1350] = np.random.default_rng(0).integers(200, 256, (900, 900, 3))
+    Image.fromarray(wide).save(tmp_path / "v" / "0.png")
+    [one] = read(tmp_path / "v")
+    assert (one.image.size, one.image.mode, one.image.getpixel((10, 160))) == ((640, 320), "RGB", (0, 0, 0))
+    assert one.pixels[..., 2:-2].min() > 200
+    assert np.array_equal(one.pixels, PixelFrames(tmp_path, 64).load(at(2), 0, 1)[0])  # not of the smaller one
+
+
+def test_frames_before_a_damaged_picture_are_given(tmp_path):
+    folder = images(tmp_path / "v", [f"{i}.png" for i in range(4)])
+    (folder / "2.png").write_bytes(b"nothing")
+    with open_video_input(str(folder), 2, 64) as frames:
+        assert [next(frames).frame, next(frames).frame] == [0, 1]
+        with pytest.raises(InputError, match=r"v frame 2: no JPEG or PNG .*; get the file again$"):
+            next(frames)
+
+
+def written(path: Path, content: bytes = b"hello") -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "wrong"),
+    [
+        (lambda path: path / "nowhere.mp4", {}, "nowhere.mp4: no such file or folder"),
+        (lambda path: path, {}, r"test_.*: holds no frame; expected images"),
+        (lambda path: images(path / "gap", ["1.jpg", "3.jpg"]), {}, "gap: no image has the number 2"),
+        (lambda path: written(path / "a.mp4"), {}, "a.mp4: not a video that can be read"),
+        (lambda path: written(path / "a.txt"), {}, r"a.txt: ends in neither .arrow nor .mp4"),
+        (lambda path: written(path / "a.arrow"), {}, "a.arrow: not an Arrow IPC file"),
+        (lambda path: video(path / "v.mp4", 2), {"source_fps": 30}, "a video has the times of its pictures"),
+        (lambda path: path, {"fps": 0}, r"fps 0, expected 0.01 to 1000"),
+        (lambda path: path, {"fps": math.nan}, r"fps nan, expected 0.01 to 1000"),
+        (lambda path: path, {"source_fps": 1e9}, "source fps 1e[+]09"),
+        (lambda path: "987", {}, r"camera 987: no /dev/video987, cameras: .*; for a file .* \./987$"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch, make, options, wrong):
+    monkeypatch.setattr(video_input.sys, "platform", "linux")
+    with pytest.raises(InputError, match=wrong) as error:
+        read(make(tmp_path), **options)
+    assert "\n" not in str(error.value)
+
+
+# ---- in real time ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("realtime", [False, True])
+def test_in_real_time_no_frame_is_early_and_late_ones_are_counted(tmp_path, monkeypatch, realtime):
+    clock = Clock(monkeypatch)
+    folder = images(tmp_path / "v", [f"{i}.png" for i in range(7)])
+    model_s = {0: 0.1, 1: 1.7, 2: 0, 3: 0, 4: 0.5, 5: 0.0, 6: 9.0}  # seconds that the model takes, by frame
+    given = []
+    with open_video_input(str(folder), 2, 64, realtime) as frames:
+        for one in frames:
+            given.append((one.frame, round(clock.now - 100, 3), one.skipped))
+            clock.sleep(model_s[one.frame])
+    if realtime:  # after frame 1 it is 2.2 s: frames 2 and 3 went by, 4 is due since 2.0
+        assert given == [(0, 0.0, 0), (1, 0.5, 0), (4, 2.2, 2), (5, 2.7, 0), (6, 3.0, 0)]
+    else:
+        assert [(frame, skipped) for frame, _, skipped in given] == [(i, 0) for i in range(7)]
+
+
+# ---- cameras -----------------------------------------------------------------------------------------
+
+
+class Camera:
+    """Stands for PyAV's container: gives a picture when the test lets it."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.closed = threading.Event()
+        self._given, self._next = threading.Semaphore(0), None
+        monkeypatch.setattr(video_input, "_open_camera", lambda index: self)
+
+    def show(self, shade: int | BaseException | None) -> None:
+        self._next = shade
+        self._given.release()
+
+    def decode(self, video: int):
+        while self._given.acquire(timeout=20):
+            if self._next is None:
+                return
+            if isinstance(self._next, BaseException):
+                raise self._next
+            yield av.VideoFrame.from_ndarray(grey(self._next), "rgb24")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_a_camera_gives_its_newest_picture_at_each_tick_and_is_closed(monkeypatch):
+    camera, clock = Camera(monkeypatch), Clock(monkeypatch)
+    with open_video_input("0", 2, 64) as frames:
+        camera.show(10)
+        found = [next(frames)]
+        camera.show(40)
+        for _ in range(2000):  # until the thread has it
+            if shades(video_input.fit(frames.gi_frame.f_locals["self"]._image(), 64)[None], 10) == [4]:
+                break
+            time.sleep(0.005)
+        found.append(next(frames))
+        clock.sleep(1.7)  # the model takes until 2.2 s, so frame 4 is due
+        found += [next(frames), next(frames)]
+        assert clock.now == 102.5
+        threading.Timer(0.05, camera.show, [20]).start()
+    assert camera.closed.wait(5)  # it would wait 20 for the next picture
+    assert numbers(found) == [1, 4, 4, 4]
+    assert [(one.frame, one.skipped) for one in found] == [(0, 0), (1, 0), (4, 2), (5, 0)]
+
+
+@pytest.mark.parametrize(
+    ("last", "wrong"),
+    [(None, "it gave its last picture"), (OSError(19, "No such device"), "No such device")],
+)
+def test_a_camera_that_stops_is_an_error(monkeypatch, last, wrong):
+    camera = Camera(monkeypatch)
+    with open_video_input("3", 100, 64) as frames:
+        camera.show(10)
+        next(frames)
+        camera.show(last)
+        assert camera.closed.wait(20)
+        with pytest.raises(InputError, match=f"camera 3: {wrong}; is it still plugged in"):
+            next(frames)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_silent_camera_is_an_error(monkeypatch, started):
+    camera, clock = Camera(monkeypatch), Clock(monkeypatch)
+    monkeypatch.setattr(video_input, "FIRST_PICTURE_S", 20 if started else 0.01)
+    with open_video_input("0", 2, 64) as frames:
+        if started:
+            camera.show(10)
+            next(frames)
+        clock.sleep(6)
+        with pytest.raises(InputError, match="camera 0: no picture for 6 seconds"):
+            next(frames)
+        camera.show(None)
+
+
+# ---- the user's lines ----------------------------------------------------------------------------------
+
+
+def due(text: str, times=(0.0, 0.5, 1.0)) -> list[list[str]]:
+    user = UserInput(io.StringIO(text))
+    return [user.due(time) for time in times] + [user.due(math.inf)]
+
+
+def test_a_script_s_lines_are_due_at_their_times_and_else_at_once():
+    assert UserInput(None).due(0.0) == []
+    script = "what now?\n\n  \n@0.5 and now?\nplease\n@0.7   later\n@.2 soon\n@9 never\n@1 done"
+    assert due(script) == [["what now?", "please"], ["soon", "and now?"], ["later", "done"], ["never"]]
+
+
+def test_only_a_time_is_a_time_and_long_lines_are_cut():
+    lines = ["@joe hello", "@ 5 hello", "@nan hello", "@inf hello", "@1e3 hello", "@-1 hello", "@5", "@5hello"]
+    assert due("\n".join(lines)) == [lines, [], [], []]
+    assert due("x" * 100_000 + "\r\nshort\r\n" + "y" * 5000) == [["x" * 1000, "short", "y" * 1000], [], [], []]
+
+
+def test_a_pipe_s_lines_are_due_when_they_come_and_a_file_is_read_first(tmp_path):
+    (tmp_path / "script.txt").write_bytes(b"hello\n\xff\n")
+    with (tmp_path / "script.txt").open() as stream:
+        assert UserInput(stream).due(0.0) == ["hello", "\ufffd"]
+    reading, writing = os.pipe()
+    with open(reading) as stream:
+        user = UserInput(stream)
+        assert user.due(0.0) == []
+        os.write(writing, b"hello\n@9 later\nyou")
+        os.close(writing)
+        for _ in range(2000):
+            if len(user._lines) == 3:
+                break
+            time.sleep(0.005)
+        assert user.due(0.5) == ["hello", "you"]
