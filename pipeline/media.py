@@ -54,7 +54,7 @@ def find_frames(root: Path, video_uid: str, frames_file: str | None, dataset: st
     dataset = dataset if dataset and dataset != "unknown" and is_inside(dataset) else None
     names = _names(video_uid, frames_file, dataset)
     for base in [root / dataset, root] if dataset else [root]:
-        folders = [folder for folder in (base, base / "frames") if folder.is_dir()]
+        folders = [folder for folder in (base, base / "frames") if os.path.isdir(folder)]
         for ending, name, folder in product((*_FILES, ""), names, folders):
             path = f"{folder}{os.sep}{name}{ending}"
             if os.path.isfile(path) if ending else os.path.isdir(path) and _holds_frames(Path(path)):
@@ -165,7 +165,7 @@ class ArrowFrames:
                 raise ValueError(f"column frame is of {column.type}, expected string or binary with base64 JPEGs")
             self._rows = pa.chunked_array([chunk.view(raw) for chunk in column.chunks], raw)  # no check of UTF-8
             self._rows.validate(full=True)  # Arrow crashes on offsets that lead out of the file
-        except pa.ArrowException as error:
+        except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not an Arrow IPC file ({error}); get the file again") from None
 
     def count(self, fps: float = 2.0) -> int:

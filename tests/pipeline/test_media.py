@@ -1,16 +1,26 @@
-"""Which file holds a video's frames, below one root with one or several data sets."""
+"""Which file holds a video's frames, and what images show, in a folder and in an Arrow file alike."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
+import struct
+import unicodedata
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
-from pipeline.media import find_frames
+from pipeline.errors import InputError
+from pipeline.media import ArrowFrames, count_frames, find_frames, fit, images_in, open_pictures, read_frames
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
+
+CORNERS = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
 
 
 def touch(path: Path) -> Path:
@@ -19,24 +29,7 @@ def touch(path: Path) -> Path:
     return path
 
 
-def write_clip(path: Path, uid: str, frames: int = 4, **more) -> Path:
-    """One clip with an assistant turn at frame 2."""
-    turn = {"role": "assistant", "content": "x", "time": 1.0, "start_frame": 2, "end_frame": 3}
-    clip = {"id": uid, "video_uid": uid, "fps": 2, "start_frame_idx": 0, "end_frame_idx": frames, "dst": []}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({**clip, "conversation": [turn], **more}) + "\n")
-    return path
-
-
-def write_images(folder: Path, count: int = 4) -> Path:
-    """A folder with so many images; nothing decodes them."""
-    for number in range(count):
-        touch(folder / f"{number}.png")
-    return folder
-
-
-# ---- layouts -----------------------------------------------------------------------------------------
+# ---- which file --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [".arrow", ".mp4", ".MKV", "/1.jpg"])
@@ -45,27 +38,21 @@ def write_images(folder: Path, count: int = 4) -> Path:
 def test_every_layout_is_found(tmp_path, folder, name, ending):
     path = touch(tmp_path / folder / f"{name}{ending}")
     expected = path.parent if ending == "/1.jpg" else path
-    assert find_frames(tmp_path, "R1", None, "holoassist") == expected
-    assert find_frames(tmp_path, "R1", "frames/R1.arrow", "holoassist") == expected
-    assert find_frames(tmp_path, "R2", None, "holoassist") is None
-    assert find_frames(tmp_path, "R2", "frames/R2.arrow", "holoassist") is None
+    for frames_file in (None, "frames/R{}.arrow"):
+        found = [find_frames(tmp_path, f"R{i}", frames_file and frames_file.format(i), "holoassist") for i in (1, 2)]
+        assert found == [expected, None]
 
 
 @pytest.mark.parametrize("dataset", ["assembly101", "assembly", "unknown", None])
-@pytest.mark.parametrize("folder", ["", "frames"])
-def test_assembly101_is_found_with_and_without_its_prefix(tmp_path, folder, dataset):
-    file = touch(tmp_path / folder / "nusar-1__view.arrow")
+def test_a_prefix_may_be_on_either_name(tmp_path, dataset):
+    file = touch(tmp_path / "frames" / "nusar-1__view.arrow")
     for uid in ("assembly_nusar-1__view", "disassembly_nusar-1__view", "nusar-1__view"):
         assert find_frames(tmp_path, uid, None, dataset) == file
     assert find_frames(tmp_path, "x", "data/assembly101/frames/assembly_nusar-1__view.arrow", "assembly101") == file
     assert find_frames(tmp_path, "assembly_nusar-2__view", None, dataset) is None
-
-
-def test_the_prefix_may_be_on_either_name(tmp_path):
-    file = touch(tmp_path / "frames" / "assembly_7.arrow")
-    assert find_frames(tmp_path, "7", None, "assembly101") == file
-    file = touch(tmp_path / "frames" / "8.arrow")
-    assert find_frames(tmp_path, "assembly101_8", None, "assembly101") == file
+    for name, uid in (("assembly_7", "7"), ("8", "assembly101_8"), ("9", "grp-9")):
+        file = touch(tmp_path / "frames" / f"{name}.arrow")
+        assert find_frames(tmp_path, uid, None, "assembly101") == file
 
 
 def test_frames_file_may_begin_with_folders_that_the_root_already_stands_for(tmp_path):
@@ -82,25 +69,40 @@ def test_each_data_set_below_one_root_has_its_own_frames(tmp_path):
         touch(tmp_path / dataset / "frames" / "1.arrow")
     stray = touch(tmp_path / "1.mp4")
     for dataset in ("a", "b"):
-        found = find_frames(tmp_path, "1", "frames/1.arrow", dataset)
-        assert found == tmp_path / dataset / "frames" / "1.arrow"
+        assert find_frames(tmp_path, "1", "frames/1.arrow", dataset) == tmp_path / dataset / "frames" / "1.arrow"
     assert find_frames(tmp_path, "1", "frames/1.arrow", "c") == stray
-    stray.unlink()
-    assert find_frames(tmp_path, "1", "frames/1.arrow", "c") is None
 
 
 def test_a_bare_name_that_several_videos_share_is_not_enough(tmp_path):
+    """Case faults/35: two videos of one bare name, one of them not copied yet."""
     touch(tmp_path / "rgb.mp4")
     touch(tmp_path / "frames" / "rgb.mp4")
     first = touch(tmp_path / "P01" / "rgb.mp4")
     assert find_frames(tmp_path, "kitchen-P01", "P01/rgb.mp4", "kitchen") == first
     for named in ("P02/rgb.mp4", "frames/P02/rgb.mp4", "data/P02/frames/rgb.mp4"):
         assert find_frames(tmp_path, "kitchen-P02", named, "kitchen") is None
-    for uid in ("kitchen-P01", "kitchen-P02"):
-        assert find_frames(tmp_path / "P01", uid, f"{uid[-3:]}/rgb.mp4", "kitchen") is None
 
 
-@pytest.mark.parametrize("outside", ["../outside", "/outside", "a/../../outside", "..", "frames/../../outside"])
+def test_of_several_kinds_arrow_comes_first_and_a_folder_last(tmp_path):
+    folder = touch(tmp_path / "frames" / "v" / "1.jpg").parent
+    assert find_frames(tmp_path, "v", None) == folder
+    film = touch(tmp_path / "frames" / "v.MP4")
+    assert find_frames(tmp_path, "v", None) == film
+    arrow = touch(tmp_path / "frames" / "v.arrow")
+    assert find_frames(tmp_path, "v", None) == arrow
+    assert find_frames(tmp_path, "v", "frames/v") == folder  # named, so that one
+    assert find_frames(tmp_path, "v", "elsewhere/v.mkv") == arrow  # the name, whatever the ending
+    touch(tmp_path / "w" / "notes.txt")
+    assert find_frames(tmp_path, "w", "w") is None  # no images
+
+
+@pytest.mark.parametrize(("said", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_video_is_found_however_its_accents_are_written(tmp_path, said, there):
+    path = touch(tmp_path / (unicodedata.normalize(there, "café") + ".mp4"))
+    assert find_frames(tmp_path, unicodedata.normalize(said, "café"), None) == path
+
+
+@pytest.mark.parametrize("outside", ["../outside", "/outside", "a/../../outside", "..", "n" * 256])
 def test_no_name_leads_out_of_the_root(tmp_path, outside):
     touch(tmp_path / "outside.arrow")
     root = tmp_path / "root"
@@ -109,73 +111,221 @@ def test_no_name_leads_out_of_the_root(tmp_path, outside):
     assert find_frames(root, outside, None, "d") is None
     assert find_frames(root, "x", f"{outside}.arrow", "d") is None
     assert find_frames(root, "outside", None, outside) is None
-    assert find_frames(root, "outside", None, "..") is None
 
 
-# ---- what preprocess makes of them -------------------------------------------------------------------
-
-
-def hazards_of(tmp_path: Path, inputs: list[Path], root: Path) -> list[tuple[str, str]]:
-    manifest, _ = preprocess(inputs, tmp_path / "out", Options(frames_root=str(root)))
-    return [(h["name"], h["text"]) for h in manifest["hazards"] if "frames" in h["name"] or "frames" in h["text"][:20]]
-
-
-def test_two_data_sets_below_one_root(tmp_path):
-    """Case upstream/13: the public layout processed_data/<dataset>/frames/<uid>."""
-    root = tmp_path / "processed_data"
-    inputs = []
-    for dataset, uid in (("holoassist", "R1"), ("wtag", "T1")):
-        write_images(root / dataset / "frames" / uid)
-        path = tmp_path / f"train_{dataset}.jsonl"
-        inputs.append(write_clip(path, uid, dataset=dataset, frames_file=f"frames/{uid}.arrow"))
-    assert hazards_of(tmp_path, inputs, root) == []
-    shutil.rmtree(root / "wtag")
-    assert [name for name, _ in hazards_of(tmp_path, inputs, root)] == ["frames missing"]
-
-
-def test_a_link_to_nowhere_below_the_root_is_ignored(tmp_path):
-    """Case faults/04: git-annex leaves a dangling link for what was not fetched."""
+def test_preprocess_holds_frames_against_the_annotations(tmp_path):
+    """A missing video (a dangling link, as git-annex leaves it), a short one, one whose images have a gap."""
     root = tmp_path / "raw"
-    write_images(root / "frames" / "v0")
-    (root / "frames" / "other.mp4").symlink_to("../.git/annex/objects/xx/yy/other.mp4")
-    inputs = [write_clip(tmp_path / "train_a.jsonl", "v0")]
-    assert hazards_of(tmp_path, inputs, root) == []
-    write_clip(inputs[0], "other")
-    ((name, text),) = hazards_of(tmp_path, inputs, root)
-    assert name == "frames missing"
-    assert "1 video below" in text
-    assert "other" in text
+    for name, numbers in (("whole", range(9)), ("short", range(8)), ("gap", (1, 3))):
+        for number in numbers:
+            touch(root / "frames" / name / f"{number}.png")
+    (root / "frames" / "gone.mp4").symlink_to("../.git/annex/objects/xx/yy/gone.mp4")
+    turn = {"role": "assistant", "content": "x", "time": 1.0, "start_frame": 2, "end_frame": 3}
+    bounds = {"conversation": [turn], "dst": [], "fps": 2, "start_frame_idx": 0, "end_frame_idx": 9}
+    clips = [{"id": name, "video_uid": name, **bounds} for name in ("whole", "short", "gap", "gone")]
+    (tmp_path / "train_x.json").write_text(json.dumps(clips))
+
+    def hazards() -> dict[str, str]:
+        options = Options(frames_root=str(root))
+        found = preprocess([tmp_path / "train_x.json"], tmp_path / "out", options)[0]["hazards"]
+        return {hazard["name"]: hazard["text"] for hazard in found if "frames" in hazard["name"]}
+
+    found = hazards()
+    assert "short (annotated to 9, has 8)" in found["annotations longer than the frames"]
+    assert "gap" in found["frames unreadable"]
+    assert "gone" in found["frames missing"]
+    shutil.move(root / "frames" / "whole", root / "frames" / "gone")  # frames that have arrived are noticed
+    assert "whole" in hazards()["frames missing"]
 
 
-def test_another_videos_pictures_are_never_taken(tmp_path):
-    """Case faults/35: two videos of one bare name, one of them not copied yet."""
-    root = tmp_path / "raw"
-    touch(root / "rgb.mp4")
-    write_images(root / "P01" / "rgb")
-    for uid in ("P01", "P02"):
-        inputs = [write_clip(tmp_path / "train_a.jsonl", f"kitchen-{uid}", frames_file=f"{uid}/rgb.mp4")]
-    ((name, text),) = hazards_of(tmp_path, inputs, root)
-    assert name == "frames missing"
-    assert "1 video below" in text
-    assert "kitchen-P02" in text
-    ((name, text),) = hazards_of(tmp_path, inputs, root / "P01")
-    assert name == "frames missing"
-    assert "2 videos" in text
+# ---- folders of images -------------------------------------------------------------------------------
 
 
-def test_frames_that_arrive_in_a_linked_folder_are_noticed(tmp_path):
-    """The disk with the frames is often linked into the root; a loop of links ends."""
-    root, disk = tmp_path / "raw", tmp_path / "disk"
-    root.mkdir()
-    disk.mkdir()
-    (root / "d").symlink_to(disk)
-    (disk / "loop").symlink_to(root)
-    inputs = [write_clip(tmp_path / "train_a.jsonl", "v0", dataset="d")]
-    options = Options(frames_root=str(root))
-    manifest, _ = preprocess(inputs, tmp_path / "out", options)
-    assert "frames missing" in [h["name"] for h in manifest["hazards"]]
-    write_images(disk / "v0")
-    manifest, skipped = preprocess(inputs, tmp_path / "out", options)
-    assert not skipped
-    assert "frames missing" not in [h["name"] for h in manifest["hazards"]]
-    assert preprocess(inputs, tmp_path / "out", options)[1]
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"frame_{i:06d}.jpg" for i in range(1, 13)],  # ffmpeg's
+        [f"frame_{i:06d}.png" for i in range(12)],
+        [f"cam2 take 7 {i}.JPEG" for i in range(12)],  # 10 comes after 9, not after 1
+        [f"{letter}.jpg" for letter in "abcdefghijkl"],
+    ],
+)
+def test_images_are_frames_by_the_last_number_in_their_names(tmp_path, names):
+    for name in (*names, "._frame_000001.jpg", "notes.txt"):
+        touch(tmp_path / name)
+    assert [path.name for path in images_in(tmp_path)] == names
+    assert count_frames(tmp_path) == 12
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        (["f1.jpg", "f2.jpg", "f4.jpg"], "no image has the number 3"),
+        (["f193.jpg", "f194.jpg"], "no image has the number 1, .*193 is the smallest"),
+        (["f0.jpg", "f1.jpg", "f1.png"], "f1.jpg and f1.png have the same last number"),
+        (["cover.jpg", "f1.jpg", "f2.jpg"], "cover.jpg has no number"),
+    ],
+)
+def test_names_that_would_shift_frames_are_refused(tmp_path, names, wrong):
+    for name in names:
+        touch(tmp_path / "v" / name)
+    with pytest.raises(InputError, match=f"v: .*{wrong}"):
+        open_pictures(tmp_path / "v")
+    assert count_frames(tmp_path / "v") is None
+
+
+# ---- what images show --------------------------------------------------------------------------------
+
+
+def saved(image: Image.Image, kind: str, orientation: int | None = None, **more) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    image.save(file, kind, exif=exif, **more)
+    return file.getvalue()
+
+
+def arrow(path: Path, column: pa.Array, **options) -> Path:
+    table = pa.table({"x": pa.nulls(len(column)), "frame": column})
+    with pa.ipc.new_stream(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return path
+
+
+def shown(folder: Path, content: bytes) -> list[np.ndarray]:
+    """What a folder of images and an Arrow file with that image give."""
+    touch(folder / "v" / "0.png").write_bytes(content)
+    arrow(folder / "v.arrow", pa.array([base64.b64encode(content).decode()]))
+    return [np.asarray(open_pictures(folder / name).image(0, 2.0)) for name in ("v", "v.arrow")]
+
+
+UPRIGHT = Image.fromarray(np.array(list(CORNERS), np.uint8).reshape(2, 2, 3).repeat(32, 0).repeat(24, 1))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "stored"),
+    [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 2), (7, 6), (8, 4)],  # how PIL's transpose makes it of the upright
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_turns_a_picture(tmp_path, orientation, stored, kind):
+    lying = UPRIGHT if stored is None else UPRIGHT.transpose(Image.Transpose(stored))
+    for found in shown(tmp_path, saved(lying, kind, orientation)):
+        assert found.shape == (64, 48, 3)
+        corners = found[8::48, 8::32].astype(int).reshape(4, 3)
+        assert [CORNERS[min(CORNERS, key=lambda c: abs(np.array(c) - one).sum())] for one in corners] == [*"RGBW"]
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    content = saved(UPRIGHT, "JPEG", 6)
+    for order in (b"MM", b"II"):
+        content = content.replace(b"Exif\0\0" + order, b"Exif\0\0XX")
+    assert all(found.shape == (64, 48, 3) for found in shown(tmp_path, content))
+
+
+def test_16_bits_of_grey_are_scaled_and_turned(tmp_path):
+    grey = np.array([[0, 0], [13107, 39321], [62258, 65535]], np.uint16).repeat(8, 0).repeat(8, 1)
+    for found in shown(tmp_path, saved(Image.fromarray(grey), "PNG", 3)):
+        assert found[::8, ::8].tolist() == [[[v] * 3 for v in row] for row in ([255, 242], [153, 51], [0, 0])]
+
+
+def transparent(kind: str) -> tuple[Image.Image, dict]:
+    """Left (200, 100, 50), or 117 of grey; right fully transparent."""
+    rgba = np.full((8, 8, 4), (200, 100, 50, 255), np.uint8)
+    rgba[:, 4:, 3] = 0
+    if kind == "palette":
+        palette = Image.new("P", (8, 8), 1)
+        palette.putpalette([200, 100, 50, 255, 255, 255])
+        palette.paste(0, (0, 0, 4, 8))
+        return palette, {"transparency": 1}
+    if kind == "colour key":
+        key = np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(255))
+        return Image.fromarray(key), {"transparency": (255, 255, 255)}
+    if kind == "LA":
+        return Image.merge("LA", [Image.new("L", (8, 8), 117), Image.fromarray(rgba[..., 3])]), {}
+    return Image.fromarray(rgba), {}
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "palette", "colour key", "LA"])
+def test_what_is_transparent_is_black(tmp_path, kind):
+    image, options = transparent(kind)
+    for found in shown(tmp_path, saved(image, "PNG", **options)):
+        assert found[0].tolist() == [[117] * 3 if kind == "LA" else [200, 100, 50]] * 4 + [[0, 0, 0]] * 4
+
+
+def test_half_transparent_is_half_as_bright(tmp_path):
+    for found in shown(tmp_path, saved(Image.new("RGBA", (8, 8), (200, 100, 50, 128)), "PNG")):
+        assert np.abs(found[0, 0].astype(int) - (100, 50, 25)).max() <= 1
+
+
+def test_frames_are_cropped_to_the_centre_and_resized_with_channels_first():
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64, 0] = 255  # red in the centre square
+    found = fit(Image.fromarray(wide), 64)
+    assert (found.shape, found.dtype) == ((3, 64, 64), np.uint8)
+    assert found[0, :, 8:-8].min() > 240
+    assert found[1:].max() == 0
+
+
+# ---- Arrow files, limits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
+def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path, kind, options):
+    rows = [None, "b", *"cdefghijklmno", None, "p"]
+    table = pa.table({"frame": pa.array(rows, pa.string()).cast(kind), "x": list(range(17))})
+    for new in (pa.ipc.new_file, pa.ipc.new_stream):
+        path = tmp_path / "v.arrow"
+        with new(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+            writer.write_table(table, max_chunksize=5)
+        assert count_frames(path) == 17
+        assert read_frames(path, [*range(1, 15), 99]) == list("bcdefghijklmno")
+        for null in (0, 15):
+            with pytest.raises(ValueError, match="null"):
+                ArrowFrames(path).row(null)
+
+
+@pytest.mark.parametrize("offsets", [(0, 2**31 - 1, 1, 2, 12), (0, -(2**30), 1, 2, 12), (0, 9, 4, 2, 12)])
+def test_an_arrow_file_that_lies_about_where_its_rows_are_crashes_nobody(tmp_path, offsets):
+    path = arrow(tmp_path / "v.arrow", pa.array(["aaa", "bbb", "ccc", "ddd"]))
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<5i", 0, 3, 6, 9, 12))
+    content[place : place + 20] = struct.pack("<5i", *offsets)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"v.arrow: not an Arrow IPC file .*offset"):
+        open_pictures(path)
+    assert count_frames(path) is None
+
+
+def test_files_that_are_no_arrow_or_have_no_frame_column_are_named(tmp_path):
+    path = arrow(tmp_path / "v.arrow", pa.array(["aaa"] * 99))
+    for content in (b"", b"hello", b"ARROW1 but not really", path.read_bytes()[:-200]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"v.arrow: not an Arrow IPC file .*get the file again"):
+            open_pictures(path)
+    for column in (
+        pa.array([1]),
+        pa.nulls(3),
+        pa.array([["x"]]),
+        pa.array([{"bytes": b""}]),
+        pa.array(["x"]).cast("string_view"),
+    ):
+        with pytest.raises(InputError, match=r"v.arrow: column frame is of .*, expected string or binary"):
+            open_pictures(arrow(path, column))
+    with pa.ipc.new_stream(str(path), pa.schema([("image", pa.string())])):
+        pass
+    with pytest.raises(InputError, match="columns image, expected one named frame"):
+        open_pictures(path)
+
+
+def test_pictures_of_too_many_bytes_or_pixels_are_not_read(tmp_path, monkeypatch):
+    png = saved(Image.new("RGB", (101, 100)), "PNG")
+    touch(tmp_path / "v" / "1.png").write_bytes(png)
+    coded = base64.b64encode(png).decode()
+    arrow(tmp_path / "v.arrow", pa.array([coded]))
+    limits = (("pipeline.video.MAX_PIXELS", 100 * 100, "101 x 100 pixels"), ("pipeline.media.MAX_BYTES", 60, "at most"))
+    for name, most, why in limits:
+        monkeypatch.setattr(name, most)
+        for path in (tmp_path / "v", tmp_path / "v.arrow"):
+            with pytest.raises(ValueError, match=why):
+                open_pictures(path).image(0, 2.0)
