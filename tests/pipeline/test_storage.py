@@ -13,13 +13,9 @@ import shutil
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline import storage
-from pipeline.media import find_frames
-from pipeline.synth import SynthConfig, synth
 from trainer.cli import main
 
 SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
@@ -36,46 +32,41 @@ def preprocess(out: Path, *more) -> int:
     return main(["preprocess", str(source), "--out", str(out), "--workers", "1", *map(str, more)])
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 # ---- writes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["flock", "chmod", "fsync", "over", ["flock", "chmod", "fsync", "over"]])
+@pytest.mark.parametrize("what", [["flock"], ["chmod"], ["fsync"], ["over"], ["flock", "chmod", "fsync", "over"]])
 def test_a_file_is_replaced_where_niceties_are_refused(tmp_path, monkeypatch, what):
-    refuse.refuse(monkeypatch.setattr, tmp_path, *([what] if isinstance(what, str) else what))
+    refuse.refuse(monkeypatch.setattr, tmp_path, *what)
     for text in ("one", "two"):
         storage.write_text(tmp_path / "file", text)
-    assert names(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "two"
+    assert files(tmp_path) == {"file": "two"}
 
 
-def test_a_disk_without_renames_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+def test_a_disk_without_renames_is_named(tmp_path, monkeypatch):
     refuse.refuse(monkeypatch.setattr, tmp_path, "rename")
     with pytest.raises(OSError, match="renaming is refused there \\(Function not implemented\\)") as caught:
         storage.write_text(tmp_path / "file", "text")
-    assert (caught.value.filename, names(tmp_path)) == (str(tmp_path / "file"), [])
+    assert (caught.value.filename, files(tmp_path)) == (str(tmp_path / "file"), {})
 
 
-def test_an_error_names_the_file_and_leaves_the_old_one(tmp_path):
-    storage.write_text(tmp_path / "file", "old")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="No space left") as caught, storage.replacing(tmp_path / "file"):
-        raise full
-    assert caught.value.filename == str(tmp_path / "file")
-    assert names(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "old"
-
-
-def test_a_failing_disk_is_not_taken_for_one_that_refuses(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("when", ["written", "synced"])
+def test_an_error_of_a_full_or_broken_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, number, when):
     def broken(handle):
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error"):
-        storage.write_text(tmp_path / "file", "text")
+    storage.write_text(tmp_path / "file", "old")
+    target, name = (os, "fsync") if when == "synced" else (Path, "write_text")
+    monkeypatch.setattr(target, name, lambda *given, **more: broken(given))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        storage.write_text(tmp_path / "file", "new")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert files(tmp_path) == {"file": "old"}
 
 
 @pytest.mark.parametrize(
@@ -84,8 +75,7 @@ def test_a_failing_disk_is_not_taken_for_one_that_refuses(tmp_path, monkeypatch)
 def test_any_name_that_a_disk_takes_can_be_written(tmp_path, name):
     for text in ("one", "two"):
         storage.write_text(tmp_path / name, text)
-    assert names(tmp_path) == [name]
-    assert (tmp_path / name).read_text() == "two"
+    assert files(tmp_path) == {name: "two"}
 
 
 def test_a_name_that_is_too_long_is_named(tmp_path):
@@ -104,13 +94,11 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
 def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to("there")
+    for name, what in (("gone", "is a link to what is not there"), ("file", "is a file, not a folder")):
+        with pytest.raises(NotADirectoryError, match=what):
+            storage.make_folder(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path)
     storage.make_folder(tmp_path / "link")
-    with pytest.raises(NotADirectoryError, match="is a link to what is not there"):
-        storage.make_folder(tmp_path / "gone")
-    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
-        storage.make_folder(tmp_path / "file")
 
 
 def test_space_is_checked_where_the_disk_knows_it(tmp_path, monkeypatch):
@@ -118,7 +106,6 @@ def test_space_is_checked_where_the_disk_knows_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"1\.0 GB free, 2\.0 GB are needed") as caught:
         storage.check_space(tmp_path, 2 * 10**9)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
-    storage.check_space(tmp_path, 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (0, 0, 0))  # as some buckets say
     storage.check_space(tmp_path, 10**9)
 
@@ -126,8 +113,11 @@ def test_space_is_checked_where_the_disk_knows_it(tmp_path, monkeypatch):
 # ---- locks ---------------------------------------------------------------------------------------------
 
 
-def test_a_lock_keeps_others_out_until_it_is_left(tmp_path):
+def test_a_lock_keeps_others_out_until_it_is_left_also_past_a_forked_child(tmp_path):
     with storage.lock(tmp_path / ".lock", ValueError("taken")), (tmp_path / ".lock").open() as other:
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join()
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with pytest.raises(ValueError, match="taken"):
@@ -135,29 +125,18 @@ def test_a_lock_keeps_others_out_until_it_is_left(tmp_path):
     storage.lock(tmp_path / ".lock", ValueError("taken")).__exit__(None, None, None)
 
 
-def test_a_forked_child_that_ends_does_not_open_the_lock(tmp_path):
-    with storage.lock(tmp_path / ".lock", ValueError("taken")), (tmp_path / ".lock").open() as other:
-        child = multiprocessing.get_context("fork").Process(target=int)
-        child.start()
-        child.join()
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def test_without_locks_a_run_goes_without_and_leaves_none_behind(tmp_path, monkeypatch):
     refuse.refuse(monkeypatch.setattr, tmp_path, "flock")
-    with storage.lock(tmp_path / ".lock", ValueError("taken")), storage.lock(tmp_path / ".lock", ValueError("taken")):
-        pass
-    storage.lock(tmp_path / ".lock", ValueError("taken"))  # killed here, as it were
-    storage.lock(tmp_path / ".lock", ValueError("taken"))
+    for _ in range(2):  # the first is killed, as it were
+        storage.lock(tmp_path / ".lock", ValueError("taken"))
 
 
-# ---- preprocess, synth ---------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["flock", "chmod", "fsync", "over"])
+@pytest.mark.parametrize("what", [["flock", "chmod"], ["fsync", "over"]])
 def test_preprocess_works_where_niceties_are_refused(tmp_path, monkeypatch, what):
-    refuse.refuse(monkeypatch.setattr, tmp_path, what)
+    refuse.refuse(monkeypatch.setattr, tmp_path, *what)
     assert [preprocess(tmp_path / "out"), preprocess(tmp_path / "out", "--pad-s", 1)] == [0, 0]
     assert main(["inspect", str(tmp_path / "out")]) == 0
 
@@ -173,22 +152,21 @@ def test_preprocess_says_at_once_that_renaming_is_refused(tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["two  words", "it's", unicodedata.normalize("NFD", "é"), LONG])
+@pytest.mark.parametrize("name", ["it's  two words", unicodedata.normalize("NFD", "é"), LONG])
 def test_preprocess_writes_to_a_folder_of_any_name(tmp_path, name):
     assert preprocess(tmp_path / name) == 0
     assert main(["inspect", str(tmp_path / name)]) == 0
 
 
-def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
-    assert preprocess(tmp_path / os.fsdecode(b"caf\xe9")) == 1
-    assert "is not UTF-8, which Arrow cannot open; choose another" in capsys.readouterr().err
-
-
-def test_preprocess_into_a_link_to_nowhere_says_so(tmp_path, capsys):
-    (tmp_path / "out").symlink_to("nowhere")
-    assert preprocess(tmp_path / "out") == 1
-    assert "out: cannot write there: is a link to what is not there" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, why in (
+        (os.fsdecode(b"caf\xe9"), "is not UTF-8, which Arrow cannot open"),
+        ("link", "is a link to what"),
+    ):
+        assert preprocess(tmp_path / name) == 1
+        assert why in capsys.readouterr().err
 
 
 def test_a_finished_output_is_skipped_where_nothing_may_be_written(tmp_path, monkeypatch, capsys):
@@ -196,36 +174,6 @@ def test_a_finished_output_is_skipped_where_nothing_may_be_written(tmp_path, mon
     monkeypatch.setattr(storage, "FileLock", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EROFS, "ro")))
     assert preprocess(tmp_path / "out") == 0
     assert "nothing changed since the last run" in capsys.readouterr().out
-
-
-def test_links_that_lead_nowhere_below_the_frames_are_no_matter(tmp_path):
-    (tmp_path / "frames" / "v0").mkdir(parents=True)
-    for i in range(24):
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "frames" / "v0" / f"{i}.png")
-    (tmp_path / "frames" / "other.mp4").symlink_to("../annex/gone.mp4")
-    (tmp_path / "frames" / "round").symlink_to(".")
-    (tmp_path / "frames" / os.fsdecode(b"\xff.mp4")).touch()
-    assert preprocess(tmp_path / "out", "--frames-root", tmp_path) == 0
-
-
-@pytest.mark.parametrize(("said", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_video_is_found_however_its_accents_are_written(tmp_path, said, there):
-    path = tmp_path / (unicodedata.normalize(there, "café") + ".mp4")
-    path.touch()
-    assert find_frames(tmp_path, unicodedata.normalize(said, "café"), None) == path
-
-
-def test_a_video_whose_name_no_disk_takes_is_not_found(tmp_path):
-    assert find_frames(tmp_path, LONG + "n", LONG + "n.mp4") is None
-
-
-def test_synth_fills_a_mount_point(tmp_path, monkeypatch):
-    """As one that is there already: it is not renamed, and a disk's own lost+found is no content."""
-    (tmp_path / "raw" / "lost+found").mkdir(parents=True)
-    inode = (tmp_path / "raw").stat().st_ino
-    synth(tmp_path / "raw", SynthConfig(recordings={"train": 1}, views=1, px=32))
-    assert names(tmp_path / "raw") == ["frames", "lost+found", "train_training.json"]
-    assert (tmp_path / "raw").stat().st_ino == inode
 
 
 def test_what_comes_next_can_be_pasted(tmp_path, capsys):
