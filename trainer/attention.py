@@ -1,10 +1,9 @@
-"""Attention over windows that lie end to end in one row: each sees itself, causally, and nothing else.
+"""Attention over windows that lie end to end in one row: each attends to itself, causally, and to nothing else.
 
-On CUDA in half precision all windows attend in one launch of torch's `varlen_attn` (FlashAttention), which neither
-pads nor copies grouped keys. Everywhere else SDPA is called once per window, no padding, no mask tensor, 5e-7 from
-attending to each alone (a prototype, float32): on a CPU, and for float32 on CUDA, which no flash kernel takes. The
-library's own packing is off by default and fails silently (sequences see each other: logits off by 4e-2, gradients by
-99%), and a dense mask costs 2 to 4 times the time. For training and scoring; a KV cache is in `trainer.live.kv_cache`.
+On CUDA in half precision all windows go through one launch of torch's `varlen_attn` (FlashAttention), which neither
+pads nor copies grouped keys. Everywhere else SDPA is called once per window: no padding, no mask tensor, 5e-7 from
+each window alone (float32). The library's own packing is off by default and fails silently (sequences see each other:
+logits off by 4e-2), and a dense mask costs 2 to 4 times the time. A KV cache needs `trainer.live.kv_cache` instead.
 
     L tokens of the row    W windows    H heads    G key-value heads    D head width
 """
@@ -22,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "packed_attention"
-# torch 2.15 wants to be told that keys are shared by several heads; 2.11 sees it, and knows no such argument
+# torch 2.15 needs to be told that keys are shared by several heads; 2.11 sees it, and has no such argument
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -47,25 +46,19 @@ def packed_attention(
     """
     if seg_lens is None or attention_mask is not None:
         raise ValueError(f"{NAME}: needs seg_lens and no mask; call the text model with seg_lens=..., use_cache=False")
-    if seg_ends is not None and not dropout and takes_varlen(value):
-        return _in_one_launch(query, key, value, scaling, seg_ends, longest), None
-    return _by_window(query, key, value, scaling, dropout, seg_lens), None
-
-
-def takes_varlen(value: Tensor) -> bool:
-    """Whether a flash kernel takes it. Values come from a linear layer, so under autocast they are in its type."""
-    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
-
-
-def _in_one_launch(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, seg_ends: Tensor, longest: int
-) -> Tensor:
+    if seg_ends is None or dropout or not takes_varlen(value):
+        return _by_window(query, key, value, scaling, dropout, seg_lens), None
     # RoPE's float32 cosines made q and k float32 again, and autocast does not know the operator
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [L, H or G, D]
     grouped = GROUPED if q.shape[1] != k.shape[1] else {}
     ends = seg_ends, seg_ends  # of queries and of keys, the same tensor: torch 2.15 compares them by identity
     out = varlen_attn(q, k, v, *ends, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
-    return cast(Tensor, out)[None]
+    return cast(Tensor, out)[None], None
+
+
+def takes_varlen(value: Tensor) -> bool:
+    """Whether a flash kernel takes it. Values come from a linear layer, so under autocast they are in its type."""
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.disable
@@ -75,11 +68,11 @@ def _by_window(
     lengths = seg_lens.tolist()
     if not query.shape[2] == key.shape[2] == sum(lengths):
         raise ValueError(f"{NAME}: lengths {lengths} for {query.shape[2]} queries and {key.shape[2]} keys")
-    seen = [
+    windows = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(seen, 2).transpose(1, 2).contiguous()
+    return torch.cat(windows, 2).transpose(1, 2).contiguous()
 
 
 def use_packed(vlm: Any) -> None:

@@ -38,7 +38,8 @@ from pipeline.storage import LOCK, lock, move, naming, sha256, sync, write_json
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.model import DecisionHeads, ProspectModel, load_model, merge_adapters, model_folder
+from trainer.hub import model_folder
+from trainer.model import DecisionHeads, ProspectModel, load_model, merge_adapters
 from trainer.tokenizer import Tokens, load_tokens
 
 FORMAT = 2

@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError
@@ -131,15 +130,3 @@ def synced(model: nn.Module, now: bool) -> Iterator[None]:
 def unwrapped(model: nn.Module) -> Any:
     """The ProspectModel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a shard; collective."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, laid out over ranks as `like` is."""
-    if not isinstance(like, DTensor):
-        return value.to(like.device)
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

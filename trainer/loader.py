@@ -13,7 +13,7 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import forkserver
@@ -64,7 +64,7 @@ def default_workers(device: torch.device) -> int:
     return min(MOST_WORKERS, max(1, cores // _local_ranks() - 1)) if device.type == "cuda" else 0
 
 
-def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Iterator[list[Pack]]:
+def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Generator[list[Pack]]:
     """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`. Close it to end them.
 
     pin: what workers made comes in pinned memory. Raises what making a step raises.

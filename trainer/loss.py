@@ -33,7 +33,7 @@ class Supervision:
 
     places: Tensor  # int64 [n] in the flattened logits
     weights: Tensor  # float [n]
-    sizes: list[int]  # how many of the n belong to each head and class
+    sizes: list[int]  # how many of the n belong to each of the first four TERMS
     inverted: bool = False  # the arm's first head says silence, and so do its labels
 
     def counts(self) -> Tensor:
@@ -55,11 +55,11 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
         drawn = (labels == 0) & (labels.flip(0) != 1)
         weights = torch.where(drawn, 1 / neg_rate.clamp(min=2**-32), weights)
     inverted = arm.decides == "inverted"
-    speak = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
-    dst = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
-    both = torch.stack([speak, dst]).flatten()
-    of_dst = torch.arange(len(both)) >= labels.shape[1]
-    places = [((both == value) & (of_dst == head)).nonzero()[:, 0] for head in (False, True) for value in (0, 1)]
+    speaking = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
+    dst_update = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
+    both = torch.stack([speaking, dst_update]).flatten()
+    second = torch.arange(len(both)) >= labels.shape[1]
+    places = [((both == value) & (second == head)).nonzero()[:, 0] for head in (False, True) for value in (0, 1)]
     chosen = torch.cat(places)
     return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places], inverted)
 
@@ -83,7 +83,7 @@ def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its terms speaking, dst_update, lm before their weights) from sums [5] over counts [5] of the whole step.
+    """(loss, its terms before their weights) from sums [5] over counts [5] of the whole step.
 
     Linear in `sums`: with the same counts, the losses of micro-batches add up to that of the step.
     """

@@ -1,11 +1,8 @@
-"""SmolVLM with two decision heads, and the three ways to get one: tiny, a folder, a name on the hub.
+"""SmolVLM with two decision heads, and the three ways to get one: random weights, a folder, a name on the hub.
 
-Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack: the same
-call in transformers 5.17 and 5.23. The language-model head runs on supervised text rows only, which at a
-vocabulary of 49k makes its loss nearly free (a prototype at 256M took a third less memory and a quarter less time per
-step than on all rows).
-
-(The arm lm-eos needs it on decision rows as well.)
+Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack: the same call in
+transformers 5.17 and 5.23. The language-model head runs on supervised text rows only (a third less memory and a quarter
+less time per step at 256M than on all rows), and on decision rows where the arm `lm-eos` decides by it.
 
     L tokens of a pack    N frames    H hidden    k tokens per frame    S side in pixels    T text rows    V vocabulary
 """
@@ -14,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +23,7 @@ from trainer import vision
 from trainer.arms import find_arm
 from trainer.attention import use_packed
 from trainer.config import RANDOM_MODELS, TrainConfig
+from trainer.hub import hub_options, model_folder, not_loaded
 from trainer.packing import Pack, blank_pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
@@ -58,10 +55,7 @@ class DecisionHeads(nn.Module):
 
 
 class ProspectModel(nn.Module):
-    """A SmolVLM and its heads. `config` says the arm, what is frozen, adapted, recomputed, compiled, and k.
-
-    silence: id of the token that says silence, which the arm lm-eos decides by.
-    """
+    """A SmolVLM and its heads. `silence`: id of the token that says silence, which the arm lm-eos decides by."""
 
     def __init__(
         self,
@@ -75,12 +69,9 @@ class ProspectModel(nn.Module):
         self.arm, self.silence = find_arm(config.arm), silence
         assert silence is not None or self.arm.decides != "lm-eos"
         self.tokens_per_frame, self._bf16 = config.tokens_per_frame, config.bf16
-        given = vision.most_tokens(vlm)
-        if self.tokens_per_frame > given:
-            raise InputError(
-                f"tokens_per_frame is {self.tokens_per_frame}, but this model has {given} per frame; "
-                f"lower --tokens-per-frame"
-            )
+        if self.tokens_per_frame > (most := vision.most_tokens(vlm)):
+            k = self.tokens_per_frame
+            raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
         use_packed(vlm)
         if config.lora_rank:
@@ -89,7 +80,7 @@ class ProspectModel(nn.Module):
             part = part_of(name)
             adapts = not config.lora_rank or part != "text" or ".lora_" in name
             parameter.requires_grad_(part not in config.freeze and adapts)
-        self.looks = "vision" not in config.freeze  # whether gradients reach the tower
+        self._vision_learns = "vision" not in config.freeze
         if config.checkpointing:
             enable = getattr(vlm, "activation_checkpointing_enable", vlm.gradient_checkpointing_enable)  # 5.17: the old
             enable({"use_reentrant": False})
@@ -158,7 +149,7 @@ class ProspectModel(nn.Module):
         """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector
         [N, k, H]."""
         if frames.dtype == torch.uint8:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.looks):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
                 frames = vision.look(self.vlm, frames, self.tokens_per_frame)
         projected = frames.shape[-1] != vision.width(self.vlm)  # `encode` keeps nothing else of another width
         features = frames.float() if projected else vision.project(self.vlm, frames.float())
@@ -227,20 +218,20 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration((tiny_config if name == "tiny" else nano_config)(vocabulary))
     name = model_folder(name)
+    where = hub_options(name)
     try:
-        config = AutoConfig.from_pretrained(name)  # first: without one, the library builds the full-size model
+        config = AutoConfig.from_pretrained(name, **where)  # first: without, the library builds the full-size model
         if config.model_type == "idefics3":  # SmolVLM 1: the same architecture, its weights have the same names
-            told = config.to_dict() | {"model_type": "smolvlm"}
-            told["vision_config"] |= {"model_type": "smolvlm_vision"}
-            config = SmolVLMConfig.from_dict(told)
+            values = config.to_dict() | {"model_type": "smolvlm"}
+            values["vision_config"] |= {"model_type": "smolvlm_vision"}
+            config = SmolVLMConfig.from_dict(values)
         if not isinstance(config, SmolVLMConfig):
             raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
         vlm, loading = SmolVLMForConditionalGeneration.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
         )
     except Exception as error:  # a damaged file raises whatever its parser does
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no SmolVLM could be loaded ({reason}); give a folder, or tiny") from None
+        raise not_loaded(name, "no SmolVLM", error, where) from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
@@ -249,40 +240,31 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     return vlm
 
 
-def model_folder(name: str) -> str:
-    """Where a model's files are: a run's are in its `last`."""
-    last = Path(name) / "last"
-    return str(last) if last.is_dir() else name
-
-
-def tiny_config(vocabulary: int) -> SmolVLMConfig:
-    """About 1.1M parameters. The connector itself yields one token per 64x64 frame, with its layout kept.
+def random_config(vocabulary: int, hidden: int, layers: int, scale: int) -> SmolVLMConfig:
+    """A SmolVLM of width `hidden` whose connector makes one token of a frame of 16 x scale pixels, its layout kept.
 
     Weights start at 1/sqrt(hidden), as SmolVLM's do; the library's 0.02 learns poorly at this width.
     """
     text: dict[str, Any] = {
-        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "max_position_embeddings": 8192, "initializer_range": 128**-0.5, "rms_norm_eps": 1e-5,
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 8192, "initializer_range": hidden**-0.5, "rms_norm_eps": 1e-5,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
     }  # fmt: skip
     vision: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "image_size": 64, "patch_size": 16, "initializer_range": 64**-0.5,
+        "image_size": 16 * scale, "patch_size": 16, "initializer_range": 64**-0.5,
     }  # fmt: skip
     return SmolVLMConfig(
-        text_config=text, vision_config=vision, scale_factor=4, image_token_id=0, tie_word_embeddings=False
+        text_config=text, vision_config=vision, scale_factor=scale, image_token_id=0, tie_word_embeddings=False
     )
+
+
+def tiny_config(vocabulary: int) -> SmolVLMConfig:
+    """About 1.1M parameters, frames of 64 x 64 pixels."""
+    return random_config(vocabulary, hidden=128, layers=4, scale=4)
 
 
 def nano_config(vocabulary: int) -> SmolVLMConfig:
-    """About 0.25M parameters, a quarter of tiny's cost: 32x32 frames in four patches. For studies of a hundred runs."""
-    config = tiny_config(vocabulary)
-    text: dict[str, Any] = config.text_config.to_dict() | {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "initializer_range": 64**-0.5,
-    }  # fmt: skip
-    vision = config.vision_config.to_dict() | {"image_size": 32}
-    return SmolVLMConfig(
-        text_config=text, vision_config=vision, scale_factor=2, image_token_id=0, tie_word_embeddings=False
-    )
+    """About 0.25M parameters, frames of 32 x 32 pixels, a quarter of tiny's cost: for studies of a hundred runs."""
+    return random_config(vocabulary, hidden=64, layers=2, scale=2)

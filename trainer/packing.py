@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.dataset import ClipExample
+from pipeline.schema import NOT_SAMPLED
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
 from trainer.frame_source import FrameSource
@@ -37,11 +37,11 @@ class Pack:
     input_ids: Tensor  # int64 [L]
     position_ids: Tensor  # int64 [L], from 0 in each window
     seg_lens: Tensor  # int64 [W]
-    seg_ends: Tensor  # int32 [W + 1]: `ends_of(seg_lens)`
+    seg_ends: Tensor  # int32 [W + 1]: 0, and where each window ends
     frame_index: Tensor  # int64 [N, k] where each frame's tokens stand
     lm_index: Tensor  # int64 [T] positions whose next token is a target
     lm_targets: Tensor  # int64 [T]
-    labels: Tensor  # int8 [2, N], of which `losses.supervise` makes indices
+    labels: Tensor  # int8 [2, N], of which `loss.supervise` makes indices
     neg_rate: Tensor  # float32 [N]
 
     @property
@@ -58,13 +58,15 @@ class Pack:
         """Tokens of the longest window."""
         return max(self.seg_lens.tolist())
 
+    @property
+    def device_tensors(self) -> dict[str, Tensor]:
+        """The parts that go to the model's device, frames aside."""
+        parts = ((name, value) for name, value in self.__dict__.items() if name not in ON_HOST)
+        return {name: value for name, value in parts if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> Pack:
-        moved: dict[str, Any] = {
-            name: upload(value, device)
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor) and name not in ON_HOST
-        }
-        return replace(self, frames=lambda: upload(self.frames(), device), **moved)
+        moved = {name: upload(value, device) for name, value in self.device_tensors.items()}
+        return replace(self, frames=lambda: upload(self.frames(), device), **moved)  # type: ignore[arg-type]
 
     def loaded(self) -> Pack:
         """With its frames in memory: what a loader's worker sends."""
@@ -72,15 +74,13 @@ class Pack:
 
     def pin_memory(self) -> Pack:
         """In pinned memory, frames included: what a DataLoader calls."""
-        moved: dict[str, Any] = {
-            name: value.pin_memory() for name, value in self.__dict__.items() if isinstance(value, Tensor)
-        }
-        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)
+        moved = {name: value.pin_memory() for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """Frames that are there already."""
+    """Frames that are in memory."""
 
     frames: Tensor
 
@@ -89,7 +89,7 @@ class Loaded:
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on `device`. Nobody waits for it: the host would for a copy to a GPU from pageable memory."""
+    """`value` on `device`, through pinned memory: the host would wait for a copy to a GPU from pageable memory."""
     return (pinned(value) if device.type == "cuda" else value).to(device, non_blocking=True)
 
 
@@ -110,7 +110,7 @@ def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig
 
 
 def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Which windows share a pack: numbers into `lengths` [W]; at most `budget` tokens each, a longer one goes alone."""
+    """Which windows share a pack: indices into `lengths` [W]; at most `budget` tokens each, a longer one goes alone."""
     packs: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -132,6 +132,11 @@ def pack_windows(windows: Sequence[Window], frames: FrameSource, budget: int) ->
 
 def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
     """One pack of `windows`, in their order."""
+
+    def load() -> Tensor:
+        parts = [frames.load(window.clip, window.first_frame, window.end_frame) for window in windows]
+        return torch.from_numpy(np.concatenate(parts))
+
     lengths = [len(window.input_ids) for window in windows]
     seg_lens = torch.tensor(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
@@ -140,7 +145,7 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
     frame_index = np.concatenate([start + w.frame_positions for start, w in zip(starts, windows, strict=True)])
     return Pack(
         clip_ids=tuple(dict.fromkeys(window.clip.clip_id for window in windows)),
-        frames=lambda: load_frames(windows, frames),
+        frames=load,
         input_ids=torch.from_numpy(ids),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         seg_lens=seg_lens,
@@ -151,11 +156,6 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
         labels=torch.from_numpy(np.concatenate([w.labels for w in windows], axis=1)),
         neg_rate=torch.cat([torch.full((w.labels.shape[1],), w.clip.neg_rate) for w in windows]),
     )
-
-
-def load_frames(windows: Sequence[Window], frames: FrameSource) -> Tensor:
-    """Pixels or features [N, ...], in the order of `Pack.frame_index`."""
-    return torch.from_numpy(np.concatenate([frames.load(w.clip, w.first_frame, w.end_frame) for w in windows]))
 
 
 def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
@@ -174,6 +174,6 @@ def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
         frame_index=torch.arange(k)[None],
         lm_index=nothing,
         lm_targets=nothing,
-        labels=torch.full((2, 1), -100, dtype=torch.int8),
+        labels=torch.full((2, 1), NOT_SAMPLED, dtype=torch.int8),
         neg_rate=torch.ones(1),
     )

@@ -20,7 +20,8 @@ from trainer.arms import find_arm
 from trainer.checkpoint import load_run, recover, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.features import kept_layer
-from trainer.model import DecisionHeads, ProspectModel, load_model, model_folder
+from trainer.hub import model_folder
+from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
 OPTIONS = "options.json"

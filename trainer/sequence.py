@@ -3,17 +3,14 @@
     [system ... [step] S1: name [state] ... end] image*k image*k [user ... end] image*k image*k
     [DST ... end] [assistant ... end] image*k ...
 
-User text stands before the first frame of its range, DST and assistant text after the last of theirs
-(after the onset frame where labels are onsets), so no event's text precedes a frame that is positive for
-it. A head that fires once writes one text: what several turns of a role say at one frame is joined, in
-order. A turn without frames, or wholly outside the clip, gives no text. The context holds the reference's
-texts: training is teacher-forced. What an arm does not read of the state is left out: DST texts, their content, the
-states in the prompt. Training, the self-fed pass and a live stream build from the same pieces: `prompt_ids`, `Block`,
-`utterance`, `to_repeat`.
+User text stands before the first frame of its range, DST and assistant text after the last of theirs (after the onset
+frame where labels are onsets), so no event's text precedes a frame that is positive for it. A role's texts at one frame
+are joined, in order; a turn without frames, or wholly outside the clip, gives no text. Training is teacher-forced: the
+context holds the reference's texts, but for what the arm leaves out. Live decoding builds its context from the same
+pieces: `prompt_ids`, `Block`, `utterance`, `to_repeat`.
 
-A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own
-frames: seen, not supervised. Costs at most a third more frame tokens; every frame is supervised in exactly one
-window.
+A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own frames, as
+unsupervised context: at most a third more frame tokens. Every frame is supervised in exactly one window.
 
     L tokens    F frames of the window    k tokens per frame    T supervised text tokens
 """
@@ -30,10 +27,10 @@ import numpy.typing as npt
 
 from pipeline.dataset import ClipExample, Turn
 from pipeline.errors import InputError
-from pipeline.schema import NOT_SAMPLED, TRANSITIONS
-from pipeline.updates import write_updates
+from pipeline.schema import NOT_SAMPLED
+from pipeline.state import initial_state, replay
 from trainer.arms import ARMS, Arm
-from trainer.tokenizer import STATES, Tokens
+from trainer.tokenizer import Tokens
 
 CONTEXT = 0.25  # share of a window's room for frames that repeats what came before
 ROLE = "You are a helpful assistant."  # opens every prompt
@@ -64,11 +61,6 @@ class Window:
     def end_frame(self) -> int:
         return self.first_frame + len(self.frame_positions)
 
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"{self.clip.clip_id} [{self.first_frame}, {self.end_frame})"
-
 
 @dataclass
 class Block:
@@ -88,58 +80,20 @@ class Block:
 def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
     """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
 
-    Raises InputError, naming the clip, where the prompt or one frame with its texts exceeds the budget.
+    Raises InputError, naming the clip, where the prompt and one frame with its texts exceed the budget.
     """
     blocks = _blocks(clip, tokens, arm)
-    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame, arm))
-    if room < k:
-        raise InputError(
-            f"clip {clip.clip_id}: its prompt has {max_tokens - room} tokens and max_tokens is {max_tokens}; "
-            f"raise --max-tokens"
-        )
     costs = np.array([block.cost(k) for block in blocks], np.int64)
+    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame, arm))
     if costs.max() > room:
-        worst = int(costs.argmax())
+        worst = clip.start_frame + int(costs.argmax())
         raise InputError(
-            f"clip {clip.clip_id} frame {clip.start_frame + worst}: {costs[worst]} tokens with its texts, "
-            f"but max_tokens {max_tokens} leaves {room} beside the prompt; raise --max-tokens"
+            f"clip {clip.clip_id} frame {worst}: {costs.max()} tokens with its texts, but max_tokens {max_tokens} "
+            f"leaves {room} beside the prompt; raise --max-tokens"
         )
-    windows = [_build(clip, tokens, k, blocks, cut, arm) for cut in cut_windows(costs, room)]
+    windows = [_window(clip, tokens, k, blocks, cut, arm) for cut in cut_windows(costs, room)]
     assert all(len(window.input_ids) <= max_tokens for window in windows)
     return windows
-
-
-class _Bytes:
-    """Tokens that never write a text in fewer ids than the real ones do: one per byte, and as many markers."""
-
-    marker: Mapping[str, int] = defaultdict(int)
-    end = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [0] * (1 + len(text.encode()))  # some set a space before it
-
-
-def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
-    """InputError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
-    tokens (`longest`). Only clips whose texts have so many bytes are tokenized."""
-    over = [
-        (needed, clip.clip_id)
-        for clip in clips
-        if _needed(clip, _Bytes(), k, arm) > max_tokens and (needed := _needed(clip, tokens, k, arm)) > max_tokens
-    ]
-    if over:
-        needed, worst = max(over)
-        hint = f"use --max-tokens {needed}" if needed <= longest else f"the model reads {longest}: shorten its texts"
-        raise InputError(
-            f"clip {worst}: its prompt and one frame with its texts have {needed} tokens, max_tokens is {max_tokens} "
-            f"({len(over)} clips need more); {hint}"
-        )
-
-
-def _needed(clip: ClipExample, tokens: Tokens | _Bytes, k: int, arm: Arm) -> int:
-    """Tokens of the prompt and of the frame that costs most."""
-    blocks = _blocks(clip, tokens, arm)
-    return len(_prompt(clip, tokens, clip.start_frame, arm)) + max(block.cost(k) for block in blocks)
 
 
 def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
@@ -163,6 +117,34 @@ def to_repeat(room: int, coming: int) -> int:
     return min(int(CONTEXT * room), room - coming)
 
 
+def _window(
+    clip: ClipExample, tokens: Tokens, k: int, blocks: list[Block], cut: tuple[int, int, int], arm: Arm
+) -> Window:
+    first, own, end = cut
+    ids = _prompt(clip, tokens, clip.start_frame + first, arm)
+    frames: list[range] = []
+    supervised: list[int] = []
+    for i in range(first, end):
+        ids += blocks[i].before
+        frames.append(range(len(ids), len(ids) + k))
+        ids += [tokens.image] * k
+        for reply in blocks[i].replies:
+            if i >= own:
+                supervised += range(len(ids), len(ids) + len(reply) - 1)
+            ids += reply
+    labels = clip.labels[:, first:end].copy()
+    labels[:, : own - first] = NOT_SAMPLED
+    return Window(
+        clip=clip,
+        first_frame=clip.start_frame + first,
+        context=own - first,
+        input_ids=np.array(ids, np.int64),
+        frame_positions=np.array(frames, np.int64).reshape(end - first, k),
+        lm_positions=np.array(supervised, np.int64),
+        labels=labels,
+    )
+
+
 # ---- where texts stand -------------------------------------------------------------------------------
 
 
@@ -180,7 +162,7 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
     return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
 
 
-def _blocks(clip: ClipExample, tokens: Tokens | _Bytes, arm: Arm) -> list[Block]:
+def _blocks(clip: ClipExample, tokens: Tokens | _ByteTokens, arm: Arm) -> list[Block]:
     """One block per frame of the clip [F]."""
     blocks = [Block() for _ in range(clip.num_frames)]
     for frame, texts in user_texts(clip).items():
@@ -195,22 +177,22 @@ def _blocks(clip: ClipExample, tokens: Tokens | _Bytes, arm: Arm) -> list[Block]
 
 
 def user_texts(clip: ClipExample) -> dict[int, list[str]]:
-    """What the user is heard to say before each (absolute) frame, in order."""
+    """The user's texts by the (absolute) frame that they stand before, in order."""
     return _texts(clip, "user")
 
 
 def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     """A role's texts by the frame of the clip that they stand at."""
-    said: dict[int, list[str]] = {}
+    texts: dict[int, list[str]] = {}
     for turn in clip.turns:
         frame = _text_frame(turn, clip)
         if turn.role == role and frame is not None and clip.start_frame <= frame < clip.end_frame:
-            said.setdefault(frame, []).append(write_updates(turn.updates) if role == "DST_UPDATE" else turn.text)
-    return said
+            texts.setdefault(frame, []).append(turn.text)
+    return texts
 
 
-def utterance(role: str, texts: Sequence[str], tokens: Tokens | _Bytes) -> list[int]:
-    """Ids of a role's marker, what it says (what several turns say is joined), and the end."""
+def utterance(role: str, texts: Sequence[str], tokens: Tokens | _ByteTokens) -> list[int]:
+    """Ids of a role's marker, its texts joined, and the end."""
     joined = (", " if role == "DST_UPDATE" else " ").join(texts)
     return [tokens.marker[role], *tokens.encode(joined), tokens.end]
 
@@ -223,80 +205,66 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
 
     A transition without frames counts from the next turn that has some, so the future never leaks in.
     """
-    state = dict.fromkeys((step for step, _ in clip.steps), "not_started") | dict(clip.initial_state)
-    known_from: list[tuple[int, Turn]] = []
-    at = clip.end_frame
+    placed, at = [], clip.end_frame
     for turn in reversed(clip.turns):
         own = _text_frame(turn, clip)
         at = at if own is None else own
-        known_from.append((at, turn))
-    known_from.reverse()
-    for at, turn in sorted(known_from, key=lambda item: item[0]):
-        if at < frame:
-            state |= {step: TRANSITIONS[transition] for step, transition in turn.updates}
-    return state
+        placed.append((at, turn))
+    placed.reverse()
+    updates = (update for at, turn in sorted(placed, key=lambda item: item[0]) if at < frame for update in turn.updates)
+    return replay(initial_state((step for step, _ in clip.steps), clip.initial_state), updates)
 
 
-def _prompt(clip: ClipExample, tokens: Tokens | _Bytes, frame: int, arm: Arm) -> list[int]:
+def _prompt(clip: ClipExample, tokens: Tokens | _ByteTokens, frame: int, arm: Arm) -> list[int]:
     """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`.
 
-    An arm whose updates say nothing is told the state at the clip's start: live, it could not replay them either.
+    An arm whose updates carry no content gets the state at the clip's start: live, it could not replay them either.
     """
     known = frame if arm.dst_text == "content" else clip.start_frame
     return prompt_ids(clip, tokens, state_before(clip, known) if arm.state else None)
 
 
-def prompt_ids(clip: ClipExample, tokens: Tokens | _Bytes, state: Mapping[str, str] | None) -> list[int]:
-    """Ids of role, task and steps, each with its `state` (None: without). InputError for a state without a token."""
-    ids = [tokens.marker["system"], *tokens.encode("\n".join(_task(clip)))]
-    for step, name in clip.steps:
-        ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}")]
-        if state is None:
-            continue
-        if state[step] not in STATES:
-            raise InputError(
-                f"clip {clip.clip_id} initial_state {step}: {state[step]!r}, expected one of "
-                f"{', '.join(STATES)}; fix the source and run preprocess again"
-            )
-        ids.append(tokens.marker[state[step]])
-    return [*ids, tokens.end]
-
-
-def _task(clip: ClipExample) -> list[str]:
-    """What opens the conversation: the role, the goal, and the recipe where no steps tell it.
+def prompt_ids(clip: ClipExample, tokens: Tokens | _ByteTokens, state: Mapping[str, str] | None) -> list[int]:
+    """Ids of role, goal and steps, each with its `state` (None: without); of the recipe where there are no steps.
 
     Never the source's system turn: generated ones repeat a state, often one of the future.
     """
     recipe = None if clip.steps else clip.knowledge
-    return [ROLE, *(text for text in (clip.goal, recipe) if text)]
+    task = [ROLE, *(text for text in (clip.goal, recipe) if text)]
+    ids = [tokens.marker["system"], *tokens.encode("\n".join(task))]
+    for step, name in clip.steps:
+        ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}")]
+        ids += [] if state is None else [tokens.marker[state[step]]]
+    return [*ids, tokens.end]
 
 
-# ---- assembly ----------------------------------------------------------------------------------------
+# ---- the budget, before the first step ---------------------------------------------------------------
 
 
-def _build(
-    clip: ClipExample, tokens: Tokens, k: int, blocks: list[Block], cut: tuple[int, int, int], arm: Arm
-) -> Window:
-    first, own, end = cut
-    ids = _prompt(clip, tokens, clip.start_frame + first, arm)
-    frames: list[range] = []
-    supervised: list[int] = []
-    image = [tokens.image] * k
-    for i in range(first, end):
-        for part in blocks[i].parts(image):
-            if part is image:
-                frames.append(range(len(ids), len(ids) + k))
-            elif part is not blocks[i].before and i >= own:
-                supervised += range(len(ids), len(ids) + len(part) - 1)
-            ids += part
-    labels = clip.labels[:, first:end].copy()
-    labels[:, : own - first] = NOT_SAMPLED
-    return Window(
-        clip=clip,
-        first_frame=clip.start_frame + first,
-        context=own - first,
-        input_ids=np.array(ids, np.int64),
-        frame_positions=np.array(frames, np.int64).reshape(end - first, k),
-        lm_positions=np.array(supervised, np.int64),
-        labels=labels,
-    )
+class _ByteTokens:
+    """An upper bound on what any tokenizer needs: one id per byte and one for a space before the text."""
+
+    marker: Mapping[str, int] = defaultdict(int)
+    end = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * (1 + len(text.encode()))
+
+
+def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
+    """InputError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
+    tokens (`longest`). Only clips whose texts have so many bytes are tokenized."""
+
+    def needed(clip: ClipExample, tokens: Tokens | _ByteTokens) -> int:
+        blocks = _blocks(clip, tokens, arm)
+        return len(_prompt(clip, tokens, clip.start_frame, arm)) + max(block.cost(k) for block in blocks)
+
+    suspects = (clip for clip in clips if needed(clip, _ByteTokens()) > max_tokens)
+    over = [(size, clip.clip_id) for clip in suspects if (size := needed(clip, tokens)) > max_tokens]
+    if over:
+        size, worst = max(over)
+        hint = f"use --max-tokens {size}" if size <= longest else f"the model reads {longest}: shorten its texts"
+        raise InputError(
+            f"clip {worst}: its prompt and one frame with its texts have {size} tokens, max_tokens is {max_tokens} "
+            f"({len(over)} clips need more); {hint}"
+        )

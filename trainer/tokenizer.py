@@ -1,10 +1,9 @@
 """Text -> ids, and the markers around it. Ids are looked up by string, never through eos_token or pad_token.
 
-SmolVLM has 88 `<|reserved_special_token_i|>` that mean nothing yet; roles and states take the first
-eleven, so no vocabulary is resized. Their order in MARKERS is a file format: a checkpoint knows them by
-number. For `--model tiny` a byte-level BPE of at most 1,024 tokens is trained on the split's own texts
-(under a second). Literal "<image>" in someone's text stays text: special tokens are never parsed out of
-data.
+SmolVLM has 88 `<|reserved_special_token_i|>` without a meaning; roles and states take the first eleven, so no
+vocabulary is resized. The order of MARKERS is a file format: a checkpoint knows them by number. For `--model tiny` a
+byte-level BPE of at most 1,024 tokens is trained on the split's own texts (under a second). A literal "<image>" in a
+text stays text: special tokens are never parsed out of data.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import InputError
 from pipeline.schema import STATES
+from trainer.hub import hub_options, not_loaded
 
 IMAGE, END = "<image>", "<end_of_utterance>"
 MARKERS = ("system", "user", "assistant", "DST_UPDATE", "step", *STATES)
@@ -70,10 +70,10 @@ class Tokens:
         return len(self.tokenizer)
 
     def _special(self, token: str) -> int:
-        found = self.tokenizer.backend_tokenizer.token_to_id(token)
-        if found is None:
+        number = self.tokenizer.backend_tokenizer.token_to_id(token)
+        if number is None:
             raise InputError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
-        return int(found)
+        return int(number)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -81,14 +81,14 @@ class Tokens:
 
 def load_tokens(name: str | Path) -> Tokens:
     """The tokenizer of a folder or of a model on the hub. Truncation and padding that a tool left in it are off."""
+    where = hub_options(name)
     try:
-        loaded = PreTrainedTokenizerFast.from_pretrained(name)
-        loaded.backend_tokenizer.no_truncation()
-        loaded.backend_tokenizer.no_padding()
-        return Tokens(loaded)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        return Tokens(tokenizer)
     except Exception as error:  # a damaged file raises whatever its parser does
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no tokenizer could be loaded ({reason}); give a folder, or tiny") from None
+        raise not_loaded(name, "no tokenizer", error, where) from None
 
 
 def train_tiny_tokens(texts: Iterable[str]) -> Tokens:

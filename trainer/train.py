@@ -1,17 +1,13 @@
-"""Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up, `fit` loops,
-`train_step` steps.
+"""Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up, `fit` loops, `train_step` steps.
 
-Teacher-forced: texts in the context are the reference's. One optimizer step is `clips_per_step` clips over all
-ranks, cut into packs by memory alone; the loss is normalised over the whole step, so neither the cut nor the number
-of ranks changes it. What step i reads is a pure function of i, so the state of a run is its weights, the optimizer's
-moments and the number of steps done: on the CPU a resumed run ends with the weights, bit for bit, of one that never
-stopped.
+One optimizer step is `clips_per_step` clips over all ranks, cut into packs by memory alone; the loss is normalised over
+the whole step, so neither the cut nor the number of ranks changes it. What step i reads is a pure function of i, so the
+state of a run is its weights, the optimizer's moments and the number of steps done: on the CPU a resumed run ends with
+the weights, bit for bit, of one that never stopped.
 
     RUN/options.json               what the run is a function of (trainer.run_folder)
     RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
     RUN/last, RUN/best             checkpoints; best by mean AP on the evaluation split
-
-    5 loss terms (losses.TERMS)
 """
 
 from __future__ import annotations
@@ -20,13 +16,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError, NotFiniteError
@@ -36,7 +33,7 @@ from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.curves import draw
-from trainer.distributed import World, join, synced, unwrapped, whole
+from trainer.distributed import World, join, synced, unwrapped
 from trainer.frame_source import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
@@ -118,10 +115,11 @@ def train_step(
             (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP divide by it
         parts.append(sums.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     loss, terms = combine(world.sum(torch.stack(parts).sum(0)), counts, config)
     supervised_by = counts[0:2].sum(), counts[2:4].sum(), counts[4]
-    numbers = torch.stack([loss, *terms.values(), *supervised_by, whole(norm), *whole_step[5:]]).tolist()  # the wait
+    numbers = torch.stack([loss, *terms.values(), *supervised_by, norm, *whole_step[5:]]).tolist()  # the wait
     if not math.isfinite(numbers[0]):
         bad = [pack for pack, sums in zip(passes, parts, strict=True) if not torch.isfinite(sums).all()]
         raise _not_finite("loss", bad, world)
@@ -141,7 +139,7 @@ def sum_terms(model: nn.Module, pack: Pack, supervised: Supervision) -> Tensor:
 
 def _not_finite(what: str, packs: Sequence[Pack], world: World) -> NotFiniteError:
     mine = [clip_id for pack in packs for clip_id in pack.clip_ids]
-    clips = dict.fromkeys(clip_id for found in world.gather(mine) for clip_id in found)
+    clips = dict.fromkeys(clip_id for of_rank in world.gather(mine) for clip_id in of_rank)
     return NotFiniteError(
         f"the {what} is not finite at clips {', '.join(clips)}; look at them, or train anew with a lower --lr"
     )
@@ -218,30 +216,47 @@ def train(
     """
     options = options or RunOptions()
     find_tracker(options.logger)
-    with naming(run), join() as world, ExitStack() as held:
-        split = Split(data, "train")
+    if options.fsdp and config.lora_rank:
+        raise InputError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
+    with naming(run), join() as world, ExitStack() as stack:
         config = config.on(world.device.type)
-        held_out, note = _open_eval(data, split, config)
-        begun = run_options(config, split, held_out, features)
+        split, held_out, note = Split(data, "train"), None, None
+        if config.eval_split in split.manifest["splits"]:
+            held_out = Split(data, config.eval_split)
+        else:
+            there = ", ".join(sorted(split.manifest["splits"]))
+            note = f"no split {config.eval_split!r} to evaluate on, found: {there}; preprocess one, or set --eval-split"
+        splits = [split, *([held_out] if held_out else [])]
+        started = run_options(config, split, held_out, features)
         if world.is_main:
-            check_folder(run, begun, resume, held)  # and puts RUN/last in its place: the others look for it afterwards
+            check_folder(run, started, resume, stack)  # and puts RUN/last in its place, which the others look for
         world.wait()
-        setup = resumed_state(run) if resume and (run / "last").is_dir() else new_state(split, config)
-        already = _agreed(setup.done, world)
-        _check_texts([split, *([held_out] if held_out else [])], setup, config)
-        frames = open_source([split, *([held_out] if held_out else [])], setup.model, frames_root, features)
-        model, optimizer = _distribute(setup, run, config, options, world)
+        state = resumed_state(run) if resume and (run / "last").is_dir() else new_state(split, config)
+        already = state.done
+        if len(set(world.gather(already))) > 1:
+            raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
+        if already < config.steps:
+            clips = (clip for each in splits for clip in each.in_order(rate=None))
+            longest = int(state.model.vlm.config.text_config.max_position_embeddings)
+            k, arm = config.tokens_per_frame, state.model.arm
+            check_budget(clips, state.tokens, k, config.max_tokens, longest, arm)
+        frames = open_source(splits, state.model, frames_root, features)
+
+        sharded = options.fsdp and world.size > 1
+        model = world.shard(state.model) if sharded else state.model.to(world.device)
+        optimizer = make_optimizer(state.model, config)
+        if already:
+            load_state(run / "last", state.model, optimizer)
+        model = model if sharded else world.copy(model)
         if world.is_main:
-            write_options(run, begun, held)
-            sizes = ((p.nbytes, p.requires_grad) for p in setup.model.parameters())
+            write_options(run, started, stack)
+            sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
-        with _open_log(run, config, already, options, world) as log:
-            session = _Session(run, model, optimizer, setup, config, options, frames, held_out, world, log)
-            seconds = session.go(split, cached=features is not None)
+        session = _Session(run, model, optimizer, state, config, options, frames, held_out, world)
+        seconds = session.go(split, cached=features is not None)
         if world.is_main:
             draw(run)
-        if already == config.steps:
-            note = f"all {already} steps had been done before"
+        note = f"all {already} steps had been done before" if already == config.steps else note
         return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.is_main)
 
 
@@ -263,109 +278,63 @@ def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) ->
     return line
 
 
-def _check_texts(splits: Sequence[Split], setup: TrainState, config: TrainConfig) -> None:
-    """InputError, before the first step, for a text that no window holds."""
-    if setup.done < config.steps:
-        clips = (clip for split in splits for clip in split.in_order(rate=None))
-        k, longest = config.tokens_per_frame, int(setup.model.vlm.config.text_config.max_position_embeddings)
-        check_budget(clips, setup.tokens, k, config.max_tokens, longest, setup.model.arm)
-
-
-def _agreed(done: int, world: World) -> int:
-    """The steps done, which must be the same on every rank."""
-    if len(set(world.gather(done))) > 1:
-        raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
-    return done
-
-
-def _open_log(
-    run: Path, config: TrainConfig, done: int, options: RunOptions, world: World
-) -> AbstractContextManager[Log]:
-    if not world.is_main:
-        return nullcontext(lambda line: None)
-    return open_log(run, config.steps, done, options.logger, options.progress, config.to_json())
-
-
-def _open_eval(data: Path, split: Split, config: TrainConfig) -> tuple[Split | None, str | None]:
-    if config.eval_split in split.manifest["splits"]:
-        return Split(data, config.eval_split), None
-    found = ", ".join(sorted(split.manifest["splits"]))
-    note = f"no split {config.eval_split!r} to evaluate on, found: {found}; preprocess one, or set --eval-split"
-    return None, note
-
-
-def _distribute(
-    setup: TrainState, run: Path, config: TrainConfig, options: RunOptions, world: World
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model on its device and over the ranks, with its optimizer as it was left."""
-    if options.fsdp and config.lora_rank:
-        raise InputError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
-    sharded = options.fsdp and world.size > 1
-    model = world.shard(setup.model) if sharded else setup.model.to(world.device)
-    optimizer = make_optimizer(setup.model, config)
-    if setup.done:
-        load_state(run / "last", setup.model, optimizer)
-    return (model if sharded else world.copy(model)), optimizer
-
-
-# ---- what a run writes -------------------------------------------------------------------------------
-
-
 @dataclass
 class _Session:
-    """What a run writes: metrics as they come, checkpoints and evaluations when they are due."""
+    """What a run writes: the log as it comes, checkpoints and evaluations when they are due."""
 
     run: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    setup: TrainState
+    state: TrainState
     config: TrainConfig
     options: RunOptions
     frames: FrameSource
     held_out: Split | None
     world: World
-    log: Log
+    log: Log | None = None  # the main rank's
     loss: float | None = None
     evaluation: EvalReport | None = None
 
     def go(self, split: Split, cached: bool) -> float:
         """Do the steps that are left; the seconds they took. Stopped by a loss that is not finite, it saves first."""
         began = time.monotonic()
-        setup, world = self.setup, self.world
-        data = StepData(split, setup.tokens, self.frames, self.config, world.rank, world.size)
-        workers = default_workers(world.device) if self.options.workers is None else self.options.workers
+        config, options, world, first = self.config, self.options, self.world, self.state.done
+        data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
+        if not (cached or "vision" in config.freeze or config.checkpointing or first == config.steps):
+            self._check_memory(data[first])
         transfer = Transfer(world.device)
-        self._check_memory(data, cached)
-        steps = uploaded(step_packs(data, setup.done, workers, pin=transfer.overlaps), transfer)
-        blank = setup.model.blank_pack(setup.tokens.image, cached)
-        try:
-            fit(self.model, self.optimizer, steps, self.config, self.after_step, setup.done, world, blank)
-        except NotFiniteError:
-            self.save("last")  # the optimizer has not moved: the weights are those of the last good step
-            raise
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            raise InputError(
-                f"step {setup.done + 1}: {reason}; lower --micro-batch-tokens, or add --checkpointing"
-            ) from None
+        workers = default_workers(world.device) if options.workers is None else options.workers
+        blank = self.state.model.blank_pack(self.state.tokens.image, cached)
+        with ExitStack() as stack:
+            if world.is_main:
+                log = open_log(self.run, config.steps, first, options.logger, options.progress, config.to_json())
+                self.log = stack.enter_context(log)
+            packs = stack.enter_context(closing(step_packs(data, first, workers, pin=transfer.overlaps)))
+            steps = uploaded(packs, transfer)
+            try:
+                fit(self.model, self.optimizer, steps, config, self.after_step, first, world, blank)
+            except NotFiniteError:
+                self.save("last")  # the optimizer has not moved: the weights are those of the last good step
+                raise
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+                hint = "lower --micro-batch-tokens, or add --checkpointing"
+                raise InputError(f"step {self.state.done + 1}: {reason}; {hint}") from None
         return time.monotonic() - began
 
-    def _check_memory(self, data: StepData, cached: bool) -> None:
+    def _check_memory(self, packs: Sequence[Pack]) -> None:
         """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
-        model, world = self.setup.model, self.world
-        if cached or "vision" in self.config.freeze or self.config.checkpointing or self.setup.done >= len(data):
-            return
-        frames = world.most(max((pack.labels.shape[1] for pack in data[self.setup.done]), default=0))
-        if world.device.type == "cuda":
-            room = torch.cuda.get_device_properties(world.device).total_memory
-            ranks = world.size if self.options.fsdp else 1
-            line = memory_line(model, frames, room, ranks)
-            if self.options.progress and world.is_main:
+        frames = self.world.most(max((pack.labels.shape[1] for pack in packs), default=0))
+        if self.world.device.type == "cuda":
+            room = torch.cuda.get_device_properties(self.world.device).total_memory
+            line = memory_line(self.state.model, frames, room, self.world.size if self.options.fsdp else 1)
+            if self.options.progress and self.world.is_main:
                 print(line, file=sys.stderr)
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
-        self.setup.done, self.loss = step, line["loss"]
-        self.log(line)
+        self.state.done, self.loss = step, line["loss"]
+        if self.log is not None:
+            self.log(line)
         every, last = self.config.eval_every, step == self.config.steps
         if self.held_out is not None and (last or (every and step % every == 0)):
             self._evaluate(self.held_out, step)
@@ -373,21 +342,20 @@ class _Session:
             self.save("last")
 
     def _evaluate(self, split: Split, step: int) -> None:
-        scored = score_split(
-            unwrapped(self.model), self.setup.tokens, split, self.frames, self.config, self.world, self.options.fsdp
-        )
-        self.evaluation = report(split.name, scored, self.setup.model.arm)
-        self.log({"step": step, "evaluation": self.evaluation.to_json()})
-        found = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
-        mean = self.world.gather(sum(found) / len(found) if found else -1.0)[0]  # rank 0's: all save, or none
-        if mean > self.setup.best:
-            self.setup.best = mean
+        model, tokens = unwrapped(self.model), self.state.tokens
+        scored = score_split(model, tokens, split, self.frames, self.config, self.world, self.options.fsdp)
+        self.evaluation = report(split.name, scored, self.state.model.arm)
+        if self.log is not None:
+            self.log({"step": step, "evaluation": self.evaluation.to_json()})
+        known = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
+        mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
+        if mean > self.state.best:
+            self.state.best = mean
             self.save("best")
 
     def save(self, name: str) -> None:
         """RUN/last can go on, RUN/best can only score."""
-        info = {"step": self.setup.done, "best": self.setup.best, **self.setup.info}
+        info = {"step": self.state.done, "best": self.state.best, **self.state.info}
         optimizer = self.optimizer if name == "last" else None
-        save_checkpoint(
-            self.run / name, unwrapped(self.model), self.setup.tokens, self.config, info, optimizer, self.world
-        )
+        model, tokens = unwrapped(self.model), self.state.tokens
+        save_checkpoint(self.run / name, model, tokens, self.config, info, optimizer, self.world)

@@ -7,6 +7,7 @@ copied and nothing overlaps: the same calls give what they were given.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.packing import ON_HOST, Loaded, Pack, pinned
+from trainer.packing import Loaded, Pack, pinned
 
 
 class Transfer:
@@ -69,7 +70,7 @@ class Transfer:
 
 def upload(pack: Pack, transfer: Transfer) -> Callable[[], Pack]:
     """Start to move a pack, frames included; the function gives it on the device."""
-    moving = {name: part for name, part in pack.__dict__.items() if isinstance(part, Tensor) and name not in ON_HOST}
+    moving = pack.device_tensors
     take = transfer.up([pack.frames(), *moving.values()])
 
     def taken() -> Pack:
@@ -81,7 +82,7 @@ def upload(pack: Pack, transfer: Transfer) -> Callable[[], Pack]:
 
 
 @dataclass(frozen=True, eq=False)
-class Coming(Pack):
+class Prefetched(Pack):
     """A pack that moves to the device before it is asked for: `to` gives it there, and starts the next one's copy."""
 
     take: Callable[[], Pack]
@@ -93,30 +94,32 @@ class Coming(Pack):
 def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[Pack]]:
     """The steps, whose packs are copied to the device while the one before each is computed; on a CPU as they are.
 
-    A step is fetched when the one before it is given out. At most two packs are on the device at a time.
+    Packs must be used once, in order. A step is fetched when the one before it is given out; at most two packs are on
+    the device at a time.
     """
     if not transfer.overlaps:
         yield from steps
         return
-    started: dict[int, Callable[[], Pack]] = {}  # number of a pack in the run -> its copy
-    known: list[Pack] = []  # from number `first` on: those of two steps
-    first = 0
+    waiting: deque[Pack] = deque()
+    started: deque[tuple[Pack, Callable[[], Pack]]] = deque()
 
-    def start(number: int) -> None:
-        if number not in started and number - first < len(known):
-            started[number] = upload(known[number - first], transfer)
+    def start() -> None:
+        if waiting:
+            started.append((waiting[0], upload(waiting.popleft(), transfer)))
 
-    def take(number: int) -> Pack:
-        start(number)
-        pack = started.pop(number)()
-        start(number + 1)
-        return pack
+    def take(pack: Pack) -> Pack:
+        first, copied = started.popleft()
+        assert first is pack, "packs are used in order"
+        moved = copied()
+        start()
+        return moved
 
     source = iter(steps)
     ahead = next(source, None)
+    waiting.extend(ahead or [])
     while ahead is not None:
         step, ahead = ahead, next(source, None)
-        known[:] = [*step, *(ahead or [])]
-        start(first)
-        yield [Coming(**pack.__dict__, take=partial(take, n)) for n, pack in enumerate(step, first)]
-        first += len(step)
+        waiting.extend(ahead or [])
+        if not started:
+            start()
+        yield [Prefetched(**pack.__dict__, take=partial(take, pack)) for pack in step]

@@ -9,8 +9,8 @@ import torch
 from by_hand import NoisyFrames, clip_example, write_shards
 from small_run import clip, curve, write_data
 
-from pipeline.dataset import Split
 import trainer
+from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
@@ -196,14 +196,6 @@ def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, 
     assert report.evaluation is None
     assert report.note == "no split 'dev' to evaluate on, found: train, val; preprocess one, or set --eval-split"
     assert not (tmp_path / "run" / "best").exists()
-
-
-def test_steps_go_on_over_epochs_with_fresh_draws(data):
-    split = Split(data, "train")
-    first, second = ([split.at(0, i) for i in range(6 * epoch, 6 * epoch + 6)] for epoch in (0, 1))
-    assert sorted(c.clip_id for c in first) == sorted(c.clip_id for c in second)
-    drawn = [{c.clip_id: c.labels.tolist() for c in clips} for clips in (first, second)]
-    assert drawn[0] != drawn[1]
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from small_run import CONFIG, clip, curve, go, weights, write_data
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
-from trainer.distributed import World, join, whole
+from trainer.distributed import World, join
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
@@ -96,7 +96,7 @@ def one_step(world: World, owned: list[list[int]], fsdp: bool = False, bf16: boo
     wrapped = world.shard(model) if fsdp else world.copy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], STEP, world, blank)
-    after = torch.cat([whole(p.detach()).flatten().double() for p in model.parameters()])
+    after = torch.cat([getattr(p, "full_tensor", p.detach)().detach().flatten().double() for p in model.parameters()])
     return {"step": result.__dict__, "weights": [float(c.sum()) for c in after.split(5000)]}
 
 

@@ -1,0 +1,81 @@
+"""Packs: indices into one row, the token budget, and parity with each window by itself."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from by_hand import NoisyFrames
+from test_model import gradient, tiny, windows
+
+from trainer.packing import make_pack, pack_windows, plan
+
+FRAMES = NoisyFrames()
+
+
+def test_pack_indices_point_at_frames_and_texts(tokens):
+    chosen = windows(tokens)
+    pack = make_pack(chosen, FRAMES)
+    assert (pack.input_ids[pack.frame_index] == tokens.image).all()
+    assert sum(int((w.input_ids == tokens.image).sum()) for w in chosen) == pack.frame_index.numel()
+    assert torch.equal(pack.input_ids[pack.lm_index + 1], pack.lm_targets)
+    assert np.array_equal(pack.labels.numpy(), np.concatenate([w.labels for w in chosen], 1))
+    assert pack.frames().shape == (pack.labels.shape[1], 3, 64, 64)
+    lengths = [len(w.input_ids) for w in chosen]
+    assert (pack.seg_lens.tolist(), pack.seg_ends.tolist()) == (lengths, [0, *np.cumsum(lengths)])
+    assert pack.seg_ends.dtype == torch.int32
+    assert pack.longest == max(lengths)
+    assert (pack.position_ids == 0).sum() == 4
+
+
+def test_packs_keep_to_the_budget_and_fill_it(tokens):
+    assert plan([50, 30, 20, 60, 40], 100) == [[3, 4], [0, 1, 2]]
+    assert plan([500, 30], 100) == [[0], [1]]
+    assert plan([], 100) == []
+    chosen = windows(tokens, 7)
+    packs = pack_windows(chosen, FRAMES, 300)
+    assert sum(pack.num_tokens for pack in packs) == sum(len(w.input_ids) for w in chosen)  # none is padding
+
+
+@pytest.mark.parametrize("more", [{}, {"checkpointing": True}])
+def test_a_pack_equals_its_windows_one_by_one(tokens, more):
+    model, chosen = tiny(tokens, **more).train(), windows(tokens)
+    assert len({len(w.input_ids) for w in chosen}) == 4
+    together = model(make_pack(chosen, FRAMES))
+    alone = [model(make_pack([w], FRAMES)) for w in chosen]
+    decisions, text = (torch.cat(parts, dim) for parts, dim in zip(zip(*alone, strict=True), (1, 0), strict=True))
+    assert torch.allclose(together.decisions, decisions, atol=1e-5)
+    assert torch.allclose(together.text, text, atol=1e-5)
+
+
+def test_the_gradient_of_a_pack_equals_that_of_its_windows(tokens):
+    model, chosen = tiny(tokens), windows(tokens)
+    together = gradient(model, [make_pack(chosen, FRAMES)])
+    alone = gradient(model, [make_pack([w], FRAMES) for w in chosen])
+    assert float((together - alone).norm() / alone.norm()) < 1e-5
+
+
+def test_a_pack_equals_the_library_s_attention_on_each_window(tokens):
+    """Not our attention on one window, but transformers' own sdpa."""
+    model, chosen = tiny(tokens).eval(), windows(tokens)
+    packed = model(make_pack(chosen, FRAMES)).decisions
+    model.vlm.set_attn_implementation({"text_config": "sdpa"})
+    alone = torch.cat([model(make_pack([w], FRAMES)).decisions for w in chosen], 1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+def test_a_pack_goes_to_a_worker_and_back(tokens):
+    pack = make_pack(windows(tokens), FRAMES)
+    again = pickle.loads(pickle.dumps(pack.loaded()))
+    assert torch.equal(again.frames(), pack.frames())
+    assert torch.equal(again.input_ids, pack.input_ids)
+
+
+def test_a_blank_pack_gives_every_parameter_a_gradient_of_zero(tokens):
+    model = tiny(tokens)
+    scores = model(model.blank_pack(tokens.image, cached=False))
+    assert scores.text.shape[0] == 0
+    (scores.text.sum() + scores.decisions[:, :0].sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

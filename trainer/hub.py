@@ -1,0 +1,52 @@
+"""Where a pretrained model's files come from: a folder, a run, or the hub; without a network, the hub's cache."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+
+def model_folder(name: str) -> str:
+    """Where a model's files are: a run's are in its `last`."""
+    last = Path(name) / "last"
+    return str(last) if last.is_dir() else name
+
+
+def hub_options(name: str | Path) -> dict[str, Any]:
+    """Options of from_pretrained: for a hub name, only the cache where the hub can't be reached.
+
+    Left to itself the library retries for minutes.
+    """
+    return {} if Path(name).exists() or _hub_answers() else {"local_files_only": True}
+
+
+def not_loaded(name: str | Path, what: str, error: Exception, options: dict[str, Any]) -> InputError:
+    """The error for a model's part (`what`) that can't be loaded; `options` are those of `hub_options`."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if options:
+        reason = "offline: the hub does not answer, and its cache has no such model"
+    return InputError(f"{name}: {what} could be loaded ({reason}); give a folder, or tiny")
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the hub answers within 8 seconds; asked once per process. (A look-up of its name may hang for longer.)"""
+    from huggingface_hub import constants, get_session
+
+    answers = []
+
+    def ask() -> None:
+        try:
+            if get_session().head(constants.ENDPOINT, timeout=5).status_code < 400:  # else it is a proxy's answer
+                answers.append(True)
+        except Exception:  # of whatever library makes the request: there is no network, or HF_HUB_OFFLINE is set
+            return
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(8)
+    return bool(answers)
