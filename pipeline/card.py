@@ -9,50 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
+import jinja2
 import pyarrow as pa
 
 from pipeline.schema import CLIPS, FRAMES
+from pipeline.summary import split_order
 from pipeline.terminal import plain
 
 CARD: Final = "README.md"
-_TABLES: Final = {
-    "frames": (FRAMES, "One row per frame; `clip` (or `clip_id`) and the split lead to its row in `clips`."),
-    "clips": (CLIPS, "One row per clip: its conversation, and what its labels follow from."),
-}
 _LAST: Final = "<!-- Written by prospect-dst, and replaced by its next run unless edited. sha256: {} -->\n"
-
-_TEXT: Final = """\
-# Frame labels: when does the assistant speak, when does the state change?
-
-Labels per video frame and the clips that they belong to, written by `prospect-dst preprocess`. The pictures are not
-in here. The licence is that of the source, which is not known here.
-
-```python
-from datasets import load_dataset
-
-frames, clips = load_dataset(FOLDER, "frames"), load_dataset(FOLDER, "clips")
-```
-
-Readers that know Hive partitions (polars, DuckDB, pyarrow) add a column `split` from the folders' names;
-`load_dataset` gives the splits instead.
-
-## Counts
-
-{counts}
-
-## Hazards
-
-{hazards}
-"""
+_COUNTS: Final = ("recordings", "clips", "frames", "supervised", "speaking_positive", "dst_update_positive")
+_OF_INPUT: Final = ("split", "clips", "quarantined", "frame_convention")
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
     """Write the card of an output of `preprocess`, from what its manifest says."""
-    path.write_bytes(_signed("\n".join(_parts(manifest)) + "\n"))
+    path.write_bytes(_signed(_text(manifest)))
 
 
 def is_ours(path: Path) -> bool:
@@ -68,42 +45,36 @@ def _signed(text: str) -> bytes:
     return (text + _LAST.format(hashlib.sha256(text.encode()).hexdigest())).encode()
 
 
-def _parts(manifest: dict[str, Any]) -> Iterator[str]:
-    order = ("train", "val", "test")
-    splits = dict(sorted(manifest["splits"].items(), key=lambda one: (*(one[0] != name for name in order), one[0])))
-    yield "---\nlicense: unknown\nconfigs:"
-    for table in _TABLES:
-        yield f"- config_name: {table}" + ("\n  default: true" if table == "frames" else "") + "\n  data_files:"
-        yield from (f'  - split: "{_name(split)}"\n    path: {table}/split={split}/*.parquet' for split in splits)
-    yield "---\n"
-    counted = ("recordings", "clips", "frames", "supervised", "speaking_positive", "dst_update_positive")
-    heads = ("split", *(name.replace("_", " ") for name in counted), "hours")
-    rows = [[name, *(f"{one[c]:,}" for c in counted), f"{one['hours']:.2f}"] for name, one in splits.items()]
+def _text(manifest: dict[str, Any]) -> str:
+    """The card without its last line. It may be published: files and the folder of the frames go by their names."""
     root = manifest["options"]["frames_root"]
-    found = [f"- {one['split']}: {plain(_published(one['text'], root))}" for one in manifest["hazards"]]
-    yield _TEXT.format(counts=_rows(heads, rows), hazards="\n".join(found) or "None found.")
-    for table, (schema, what) in _TABLES.items():
-        yield f"## Columns of `{table}`\n\n{what}\n\n{_rows(('column', 'type', 'meaning'), _columns(schema))}\n"
-    yield from _made(manifest)
 
+    def published(text: str) -> str:
+        return text.replace(str(Path(root)), Path(root).name) if root and Path(root).is_absolute() else text
 
-def _made(manifest: dict[str, Any]) -> Iterator[str]:
-    """How the output was made: version, options, input files by name (a card may be published, so no folders)."""
-    version, schema = manifest["prospect_dst"], f"{manifest['schema_version']} ({manifest['schema_hash']})"
-    yield f"## How it was made\n\nBy prospect-dst {version}, schema {schema}, with these options:\n"
-    for name, value in manifest["options"].items():
-        yield f"- {name}: `{_published(json.dumps(value), manifest['options']['frames_root'])}`"
-    named = ("split", "clips", "quarantined", "frame_convention")
-    rows = [
-        [plain(Path(one["path"]).name), *(str(one.get(name, "")) for name in named), one["sha256"][:16]]
+    splits = dict(sorted(manifest["splits"].items(), key=lambda one: split_order(one[0])))
+    counts = [[name, *(f"{one[c]:,}" for c in _COUNTS), f"{one['hours']:.2f}"] for name, one in splits.items()]
+    inputs = [
+        [plain(Path(one["path"]).name), *(str(one.get(name, "")) for name in _OF_INPUT), one["sha256"][:16]]
         for one in manifest["inputs"]
     ]
-    yield "\n" + _rows(("file", *(name.replace("_", " ") for name in named), "sha256"), rows) + "\n"
-
-
-def _published(text: str, root: str | None) -> str:
-    """The text with the folder of the frames by its name alone, where it was given by its whole path."""
-    return text.replace(str(Path(root)), Path(root).name) if root and Path(root).is_absolute() else text
+    frames = "One row per frame; `clip` (or `clip_id`) and the split lead to its row in `clips`."
+    clips = "One row per clip: its conversation, and what its labels follow from."
+    columns = ("column", "type", "meaning")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    environment.filters["hub_name"] = lambda split: re.sub(r"\W", "_", split)  # as `datasets` allows it
+    return environment.from_string(files("pipeline").joinpath("card.md").read_text(encoding="utf-8")).render(
+        manifest=manifest,
+        splits=splits,
+        counts=_table(("split", *_COUNTS, "hours"), counts),
+        hazards=[f"- {one['split']}: {plain(published(one['text']))}" for one in manifest["hazards"]],
+        tables={
+            "frames": (_table(columns, _columns(FRAMES)), frames),
+            "clips": (_table(columns, _columns(CLIPS)), clips),
+        },
+        options={name: published(json.dumps(value)) for name, value in manifest["options"].items()},
+        inputs=_table(("file", *_OF_INPUT, "sha256"), inputs),
+    )
 
 
 def _columns(fields: Iterable[pa.Field], above: str = "") -> Iterator[list[str]]:
@@ -117,12 +88,6 @@ def _columns(fields: Iterable[pa.Field], above: str = "") -> Iterator[list[str]]
             yield from _columns(inner, f"{above}{field.name}.")
 
 
-def _rows(heads: Iterable[str], rows: Iterable[list[str]]) -> str:
-    lines = [list(heads)]
-    lines += [["---"] * len(lines[0]), *rows]
+def _table(header: Sequence[str], rows: Iterable[list[str]]) -> str:
+    lines = [[name.replace("_", " ") for name in header], ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _name(split: str) -> str:
-    """As `datasets` allows it for a split."""
-    return re.sub(r"\W", "_", split)
