@@ -21,6 +21,7 @@ MOST_CLIPS: Final = 0.5  # share of clips that begin on an event: a position sho
 COINCIDE: Final = 0.8  # of one head's positives also positive for the other: comparisons mean little
 FIXED_PERIOD: Final = 0.8  # share of the gaps between events that have one length
 FEW_GAPS: Final = 20  # fewer say nothing of a period
+BY_CHANCE: Final = 0.2  # share of decisions that a history which grows at random may tell
 NAMED: Final = 3  # examples in a hazard's text
 
 Hazard = dict[str, str]
@@ -79,7 +80,6 @@ class ContextCounts:
 
     decisions: int = 0  # of files with a dialog history
     given_away: int = 0  # of those, told by the history's growth
-    verbatim: int = 0  # of those, in sessions where the added text is the answer itself
     spoken: int = 0  # assistant turns
     echoed: int = 0  # of those, whose text stands in an earlier user turn
     given_states: int = 0  # clips with an initial state
@@ -91,7 +91,7 @@ class ContextCounts:
 
 def of_context(split: str, counts: ContextCounts) -> Iterator[Hazard]:
     """Context leak audit: texts that tell a label before the decision is made."""
-    leaks = counts.given_away if counts.verbatim or counts.given_away > counts.decisions / 2 else 0
+    leaks = counts.given_away if counts.given_away > BY_CHANCE * counts.decisions else 0
     for name, count, total, text in (
         (
             "dialog history tells the answers",

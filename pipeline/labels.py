@@ -20,6 +20,7 @@ from pipeline.schema import DST_UPDATE, NOT_SAMPLED, ROLE_OF, ROLES, SPEAKING, d
 
 FLOOR_TOLERANCE: Final = 1e-6  # time * fps may fall just short of a whole frame
 AGREEMENT: Final = Fraction(9, 10)  # share of turns that a convention must explain
+VOTED: Final = ("lead-in", "event", "window")  # the first that fits
 MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
 BLOCK = 32  # clips drawn at a time: 20,000 frames stay in the cache; a group of 256 at once takes twice as long
 SPEAK, DST = SPEAKING, DST_UPDATE  # older names of the rows; use schema's
@@ -51,12 +52,7 @@ def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.n
 
 
 def vote(
-    clip: np.ndarray,
-    start: np.ndarray,
-    end: np.ndarray,
-    frame: np.ndarray,
-    clip_start: np.ndarray,
-    clips: int,
+    clip: np.ndarray, start: np.ndarray, end: np.ndarray, frame: np.ndarray, clip_start: np.ndarray, clips: int
 ) -> np.ndarray:
     """int64 [C, 4]: per clip its number of voting turns, and how many of them fit lead-in, event, window.
 
@@ -79,18 +75,15 @@ def vote(
 
 def decide(votes: np.ndarray) -> str | None:
     """The convention that summed `votes` [4] speak for; None where no rule explains 90% of the turns."""
-    total, lead_in, event, window = (int(v) for v in votes)
+    total, *fits = (int(v) for v in votes)
     if total < MIN_VOTERS:
         return "event"
-    for name, count in (("lead-in", lead_in), ("event", event), ("window", window)):
-        if count >= AGREEMENT * total:
-            return name
-    return None
+    return next((name for name, count in zip(VOTED, fits, strict=True) if count >= AGREEMENT * total), None)
 
 
 def fitting(convention: str, votes: np.ndarray) -> int:
     """How many of the voting turns follow `convention`."""
-    return int(votes[{"lead-in": 1, "event": 2, "window": 3}[convention]])
+    return int(votes[1 + VOTED.index(convention)])
 
 
 # ---- the label rule ----------------------------------------------------------------------------------

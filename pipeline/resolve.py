@@ -236,10 +236,9 @@ def _count_context(source: Source, counts: hazards.ContextCounts) -> None:
     counts.spoken += sum(part.spoken for part in source.parts)
     counts.echoed += sum(part.echoed for part in source.parts)
     for clip in source.kept():
-        given_away, decisions, verbatim = clip.clip.given_away
+        given_away, decisions = clip.clip.given_away
         counts.given_away += given_away
         counts.decisions += decisions
-        counts.verbatim += given_away if verbatim else 0
         counts.clips += 1
         counts.wrong_system += clip.system_contradicted
         if (given := clip.clip.initial_state) is not None:

@@ -6,6 +6,8 @@ agree, which a test holds them to.
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +34,12 @@ class Head:
     supervised: int  # after sampling: frames with a 0 or a 1
     clips: int
     usual_gap: tuple[float, int, int]  # the most frequent quiet gap between two events: seconds, how often, of how many
-    gaps: dict[float, int] = field(default_factory=dict)  # quiet seconds -> how often; empty where only counts are read
+    gaps: dict[float, int] = field(default_factory=dict)  # quiet seconds -> how often; empty in `summary_of`
 
     @property
     def median_gap(self) -> float | None:
-        return weighted_median(self.gaps)
+        """In seconds; the lower one of two; None without gaps."""
+        return statistics.median_low(Counter(self.gaps).elements()) if self.gaps else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,6 @@ class Summary:
     splits: list[Split]
     recordings: int = 0  # distinct, over all splits
     hazards: list[dict[str, str]] = field(default_factory=list)  # name, split, text: those the shards show
-
-
-def weighted_median(counts: Mapping[float, int]) -> float | None:
-    """Lower median of values given as value -> count; None of nothing."""
-    half, seen = (sum(counts.values()) + 1) // 2, 0
-    for value in sorted(counts):
-        seen += counts[value]
-        if seen >= half:
-            return value
-    return None
 
 
 def summary_of(manifest: Mapping[str, Any]) -> Summary:

@@ -60,7 +60,7 @@ class Clip:
     unlabelled: Sequence[Range] = ()  # frames that nobody annotated
     summaries: int = 0  # assistant turns that are not speech
     ignored: list[str] = field(default_factory=list)  # descriptive fields of a type that says nothing
-    given_away: tuple[int, int, bool] = (0, 0, False)  # decisions that the file's history tells, of how many, verbatim?
+    given_away: tuple[int, int] = (0, 0)  # decisions that the file's own history tells, of how many
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,17 @@ def brief(value: object, width: int = 60) -> str:
 NOT_STRICT: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def _integer(digits: str) -> int | bytes:
-    return int(digits) if len(digits) < 400 else digits.encode()  # Python refuses thousands of digits
-
-
 def _number(digits: str) -> int | float | bytes:
     value = float(digits)
     if not math.isfinite(value):
         return digits.encode()
-    return int(value) if value.is_integer() else value
+    if not value.is_integer():
+        return value
+    return int(digits) if digits.lstrip("-").isdigit() else int(value)
 
 
 # 193.0 is an integer. Numbers that are none (NaN, 1e400) are bytes, a type that no field has.
-LENIENT: Final = json.JSONDecoder(parse_int=_integer, parse_float=_number, parse_constant=str.encode)
+LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
 
 
 def parse(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -98,27 +99,18 @@ def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[R
     return list(zip(edges, edges, strict=True))
 
 
-def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int, bool]:
-    """(chunks whose answer is told by the growth of `dialog` after them, of how many, whether by its very text).
+def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int]:
+    """(chunks whose answer is told by the growth of `dialog` after them, of how many).
 
     A session's chunks count where `dialog` gains assistant turns exactly after its interrupts.
     """
     if not isinstance(dialog, list) or not all(isinstance(history, list) for history in dialog):
-        return 0, 0, False
-    said = [[_text(turn) for turn in history if _is_assistant(turn)] for history in dialog[: len(answers)]]
-    after = list(zip(said, said[1:], answers, strict=False))  # history before and after each chunk but the last
-    grows = [len(new) > len(old) for old, new, _ in after]
-    interrupts = [interrupt_text(answer) for _, _, answer in after]
-    if True not in grows or grows != [text is not None for text in interrupts]:
-        return 0, len(after), False
-    verbatim = any(text is not None and text == new[-1] for (_, new, _), text in zip(after, interrupts, strict=True))
-    return len(after), len(after), verbatim
+        return 0, 0
+    said = [sum(map(_is_assistant, history)) for history in dialog[: len(answers)]]
+    grows = [after > before for before, after in pairwise(said)]
+    interrupts = [interrupt_text(answer) is not None for answer in answers[: len(grows)]]
+    return len(grows) if any(grows) and grows == interrupts else 0, len(grows)
 
 
 def _is_assistant(turn: Any) -> bool:
     return isinstance(turn, dict) and turn.get("role") == "assistant"
-
-
-def _text(turn: dict[str, Any]) -> str:
-    text = turn.get("text", turn.get("content"))
-    return (interrupt_text(text) if isinstance(text, str) else None) or str(text).strip()

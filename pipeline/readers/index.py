@@ -112,19 +112,13 @@ def _array(data: mmap.mmap, start: int) -> Index:
 def _looks_like_lines(data: Data) -> bool:
     """Whether the first line, or after broken ones another, is by itself a clip (not so in a pretty-printed object)."""
     for number, (start, stop) in zip(range(16), line_spans(data), strict=False):
-        names = _object_names(data[start:stop]) if stop - start <= MAX_CLIP_BYTES else frozenset()
-        if names & CLIP_NAMES or (number == 0 and names):
+        try:
+            tree = LENIENT.decode(data[start : min(stop, start + MAX_CLIP_BYTES)].decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(tree, dict) and (CLIP_NAMES & tree.keys() or (number == 0 and tree)):
             return True
     return False
-
-
-def _object_names(line: bytes) -> frozenset[str]:
-    """The field names of a line that is a JSON object; none where it isn't."""
-    try:
-        tree = LENIENT.decode(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError):
-        return frozenset()
-    return frozenset(tree) if isinstance(tree, dict) else frozenset()
 
 
 def _spans(pairs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> np.ndarray:
@@ -152,11 +146,11 @@ def _walk(data: Data, start: int, form: str) -> Index:
             break
         sign = data[at : at + 1]
         if sign not in (b",", b"]"):
-            problem = f"{brief(_text(data, at, 1)) if sign else 'the end of the file'} after a clip"
+            problem = f"{_shown(data, at, 1) if sign else 'the end of the file'} after a clip"
             break
         closed, at = sign == b"]", _after_space(data, at + 1)
     if not problem and at < len(data):
-        problem = f"{brief(_text(data, at, 20))} after the end"
+        problem = f"{_shown(data, at, 20)} after the end"
     error = ClipError("JSON", problem, "a clip; what follows was not read")
     return Index(form, _spans(spans), [(len(spans), error, (at, len(data)))] if problem else [])
 
@@ -185,5 +179,5 @@ def _after_space(data: Data, at: int) -> int:
     return match.end() if match else at
 
 
-def _text(data: Data, at: int, length: int) -> str:
-    return data[at : at + 4 * length].decode("utf-8", "surrogateescape")[:length]
+def _shown(data: Data, at: int, length: int) -> str:
+    return brief(data[at : at + 4 * length].decode("utf-8", "surrogateescape")[:length])

@@ -134,4 +134,4 @@ def test_a_folder_without_shards_is_an_error(tmp_path):
     ("counts", "median"), [({}, None), ({3.0: 1}, 3.0), ({1.0: 1, 9.0: 1}, 1.0), ({1.0: 1, 2.0: 5}, 2.0)]
 )
 def test_weighted_median(counts, median):
-    assert summary.weighted_median(counts) == median
+    assert summary.Head(0, 0, 0, 0, (0.0, 0, 0), counts).median_gap == median

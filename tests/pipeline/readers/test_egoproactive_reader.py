@@ -176,9 +176,8 @@ def test_a_thousand_random_sessions_give_nothing_away():
         for history in made.get("dialog", []):
             said += kind == 2 or (kind == 3 and rng.random() < 0.5)
             history += [{"role": "assistant", "text": "ok"}] * said
-        given_away, decisions, verbatim = readers.decode(json.dumps(made).encode()).given_away
+        given_away, decisions = readers.decode(json.dumps(made).encode()).given_away
         counts.given_away += given_away
         counts.decisions += decisions
-        counts.verbatim += given_away * verbatim
     assert counts.decisions > 4000
     assert [hazard["name"] for hazard in of_context("val", counts)] == []
