@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +71,7 @@ def write_part(plan: Plan) -> Written:
     with parquet_writer(frames_new, "frames") as frames, parquet_writer(clips_new, "clips") as clips:
         for batch, own in _groups(plan):
             group = _labelled(plan, batch, own)
-            rows = _frames_batch(group)
+            rows = _frames_batch(group, plan.first_clip + own.start)
             frames.write_batch(rows, max(1, rows.num_rows))
             clips.write_batch(_clips_batch(group, plan, own), batch.num_rows)
             _count(group, plan.options.positive, counts)
@@ -127,50 +127,36 @@ def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, slice]]:
             done += len(rows)
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """A row group: its clips' turns and labels as flat arrays, end to end."""
 
     batch: pa.RecordBatch  # as spooled
     ids: pa.StringArray
-    numbers: np.ndarray  # int32 [C]
-    bounds: np.ndarray  # int64 [C, 2]
-    frame: np.ndarray  # int64 [F] absolute
     turns: labels.Turns
     unlabelled: labels.Ranges
     rule: labels.LabelRule
     labels: np.ndarray  # int8 [2, F]
 
     def per_clip(self, mask: np.ndarray) -> np.ndarray:
-        """int64 [C]: each clip's frames where `mask` [F] is true."""
-        return np.add.reduceat(mask, np.cumsum(self.rule.sizes) - self.rule.sizes, dtype=np.int64)
+        """int32 [C]: each clip's frames where `mask` [F] is true."""
+        first = np.cumsum(self.rule.sizes) - self.rule.sizes
+        return np.add.reduceat(mask, first, dtype=np.int32)
 
 
 def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
     ids, bounds = plan.ids[own], plan.bounds[own]
-    sizes = bounds[:, 1] - bounds[:, 0]
     turns, unlabelled = _read_turns(batch, plan.convention), _read_unlabelled(batch, bounds)
     rule = labels.label_rule(
         turns,
         unlabelled,
         starts=bounds[:, 0],
-        sizes=sizes,
+        sizes=bounds[:, 1] - bounds[:, 0],
         seeds=np.array([sampling_seed(plan.options.seed, name) for name in ids], np.uint64),
         rates=np.array([plan.options.rate(plan.split, rate) for rate in batch.column("neg_rate").to_pylist()]),
         steps=np.diff(batch.column("steps").offsets.to_numpy()),
         onset=np.full(len(ids), plan.options.positive == "onset"),
     )
-    return _Group(
-        batch=batch,
-        ids=pa.array(ids),
-        numbers=np.arange(plan.first_clip + own.start, plan.first_clip + own.stop, dtype=np.int32),
-        bounds=bounds,
-        frame=np.arange(sizes.sum()) + np.repeat(bounds[:, 0] - (np.cumsum(sizes) - sizes), sizes),
-        turns=turns,
-        unlabelled=unlabelled,
-        rule=rule,
-        labels=labels.epoch_labels(rule, 0),
-    )
+    return _Group(batch, pa.array(ids), turns, unlabelled, rule, labels.epoch_labels(rule, 0))
 
 
 def _flat(lists: pa.ListArray) -> tuple[np.ndarray, pa.Array]:
@@ -202,13 +188,15 @@ def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges
     return labels.Ranges(owner[inside], start[inside], end[inside])
 
 
-def _frames_batch(group: _Group) -> pa.RecordBatch:
-    clip = np.repeat(np.arange(len(group.ids), dtype=np.int32), group.rule.sizes)
+def _frames_batch(group: _Group, first_clip: int) -> pa.RecordBatch:
+    sizes = group.rule.sizes
+    clip = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    frame = np.arange(sizes.sum()) + np.repeat(group.rule.starts - (np.cumsum(sizes) - sizes), sizes)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(clip), group.ids),
-        group.numbers[clip],
-        group.frame.astype(np.int32),
-        (group.frame / group.batch.column("fps").to_numpy()[clip]).astype(np.float32),
+        clip + np.int32(first_clip),
+        frame.astype(np.int32),
+        (frame / group.batch.column("fps").to_numpy()[clip]).astype(np.float32),
         *group.labels,
     ]
     return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=FRAMES_WRITTEN)
@@ -216,26 +204,26 @@ def _frames_batch(group: _Group) -> pa.RecordBatch:
 
 def _clips_batch(group: _Group, plan: Plan, own: slice) -> pa.RecordBatch:
     batch, rule = group.batch, group.rule
-    unlabelled: list[list[Range]] = [[] for _ in group.numbers]
-    for clip, *bounds in zip(*(column.tolist() for column in group.unlabelled), strict=True):
-        unlabelled[clip].append((bounds[0], bounds[1]))
+    unlabelled: list[list[Range]] = [[] for _ in rule.sizes]
+    for clip, start, end in zip(*(column.tolist() for column in group.unlabelled), strict=True):
+        unlabelled[clip].append((start, end))
     columns = {
         **{name: batch.column(name) for name in batch.schema.names if name in CLIPS.names},
         "clip_id": group.ids,
-        "clip": group.numbers,
-        "start_frame": group.bounds[:, 0].astype(np.int32),
-        "end_frame": group.bounds[:, 1].astype(np.int32),
+        "clip": np.arange(plan.first_clip + own.start, plan.first_clip + own.stop, dtype=np.int32),
+        "start_frame": rule.starts.astype(np.int32),
+        "end_frame": (rule.starts + rule.sizes).astype(np.int32),
         "num_frames": rule.sizes.astype(np.int32),
         "initial_state": _initial_states(batch, plan.states[own]),
         "turns": _turns_column(batch.column("turns"), group.turns),
         "sampling_seed": rule.seeds,
         "neg_rate": rule.rates,
         "unlabelled": unlabelled,
-        "positive": [plan.options.positive] * len(group.ids),
+        "positive": [plan.options.positive] * len(rule.sizes),
         "frame_convention": batch.column("convention").fill_null(plan.convention),
-        "n_speaking": group.per_clip(group.labels[SPEAKING] == 1).astype(np.int32),
-        "n_dst_update": group.per_clip(group.labels[DST_UPDATE] == 1).astype(np.int32),
-        "n_supervised": group.per_clip((group.labels != NOT_SAMPLED).any(axis=0)).astype(np.int32),
+        "n_speaking": group.per_clip(group.labels[SPEAKING] == 1),
+        "n_dst_update": group.per_clip(group.labels[DST_UPDATE] == 1),
+        "n_supervised": group.per_clip((group.labels != NOT_SAMPLED).any(axis=0)),
     }
     return pa.RecordBatch.from_pydict(columns, CLIPS)
 
@@ -279,7 +267,7 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
     first = np.cumsum(rule.sizes) - rule.sizes
     numbers: dict[str, Any] = {
         "clips": len(group.ids),
-        "frames": len(group.frame),
+        "frames": int(rule.sizes.sum()),
         "speaking_clips": int((annotated > 0).sum()),
         "speaking_frames": int(annotated.sum()),
         "dst_update_clips": int((rule.tracked & (annotated > 0)).sum()),
@@ -306,11 +294,9 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
 
 def _count_drops(group: _Group, positive: str, counts: Counts) -> None:
     events = np.isin(group.turns.role, [ROLES.index(role) for role in ROLE_OF.values()])
-    start, end, (low, high) = (
-        group.turns.start[events],
-        group.turns.end[events],
-        group.bounds[group.turns.owner[events]].T,
-    )
+    owner, _, start, end = (column[events] for column in group.turns)
+    low = group.rule.starts[owner]
+    high = low + group.rule.sizes[owner]
     reasons = labels.drops(start, end, low, high, positive)
     summaries = int(group.batch.column("summaries").to_numpy().sum())  # assistant turns without frames, not speech
     for code, reason in enumerate(labels.DROP_REASONS):
