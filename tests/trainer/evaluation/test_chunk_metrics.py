@@ -205,7 +205,7 @@ def test_random_submissions_get_the_official_numbers(cases):
             for i in range(rng.randrange(1, 5))
         ]
         guess = [{"answers": rng.choices(texts, k=max(0, len(s["answers"]) - rng.randrange(2)))} for s in gold]
-        sessions = [Session("", s["video_path"], s["task"], None, (), tuple(s["answers"])) for s in gold]
+        sessions = [Session(s["video_path"], s["task"], answers=tuple(s["answers"])) for s in gold]
         report = report_chunks(sessions, [line["answers"] for line in guess], draws=0)
         overall, per_task, skipped = official(gold, guess)
         assert {name: report["overall"][name] for name in overall} == overall
