@@ -218,14 +218,21 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.labels for s in scored], 1)
     speaks, updates = labels == 1
-    heads = []
-    for row, has_head in ((SPEAK, True), (DST, arm.dst_head)):
+
+    def head(row: int, has_scores: bool = True) -> HeadReport:
         known, positives = labels[row] >= 0, int((labels[row] == 1).sum())
+        ap = average_precision_score(labels[row, known], logits[row, known]) if positives and has_scores else None
         frames = int(known.sum())
-        ap = average_precision_score(labels[row, known], logits[row, known]) if positives and has_head else None
-        heads.append(HeadReport(ap and float(ap), positives / max(frames, 1), frames, positives))
+        return HeadReport(None if ap is None else float(ap), positives / max(frames, 1), frames, positives)
+
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
-        split, len(scored), *heads, int((speaks & ~updates).sum()), int((updates & ~speaks).sum()),
-        int((updates & speaks).sum()), sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
-    )  # fmt: skip
+        split=split,
+        clips=len(scored),
+        speaking=head(SPEAK),
+        dst_update=head(DST, arm.dst_head),
+        speaking_only=int((speaks & ~updates).sum()),
+        dst_update_only=int((updates & ~speaks).sum()),
+        both=int((updates & speaks).sum()),
+        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
+    )
