@@ -9,9 +9,11 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from io import StringIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.table import Column, Table
+from rich.text import Text
 
 
 def console() -> Console:
@@ -19,6 +21,15 @@ def console() -> Console:
     if sys.stdout is None:  # closed by whoever called
         return Console(file=StringIO(), width=100)
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def table(first: str, *others: str) -> Table:
+    """An empty table with these column headings; all but the first column are right-aligned."""
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rows.add_column(Text(first))
+    for name in others:
+        rows.add_column(Text(name), justify="right")
+    return rows
 
 
 @contextlib.contextmanager

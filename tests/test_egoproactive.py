@@ -40,16 +40,26 @@ def write_video(path: Path, speaking: list[bool]) -> None:
 def write_dataset(folder: Path, sessions: int = 10, chunks: int = 6) -> None:
     """The published layout: chunks of 1 s, the third one annotated by nobody."""
     (folder / "val").mkdir(parents=True)
-    rng, kept, query = np.random.default_rng(0), [0, 1, 3, 4, 5], "How do I pot a cactus?"
+    rng = np.random.default_rng(0)
     lines = []
     for i in range(sessions):
         speaking = [True, *(rng.random(chunks - 1) < 0.4).tolist()]
         write_video(folder / "val" / f"ego{i}.mp4", speaking)
-        line = {"video_path": f"ego{i}.mp4", "duration_in_sec": float(chunks), "task": f"Potting {i % 2}"}
-        line |= {"video_intervals": [[float(k), k + 1.0] for k in kept], "query": query, "domain": "Gardening"}
-        line |= {"answers": ["$interrupt$Gravel first." if speaking[k] else "$silent$" for k in kept]}
-        lines.append(json.dumps(line | {"dialog": [[{"role": "user", "text": query}] for _ in kept]}))
-    (folder / "wearable_ai_2026_egoproactive_val_700.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        kept = [k for k in range(chunks) if k != 2]
+        lines.append(
+            {
+                "video_path": f"ego{i}.mp4",
+                "duration_in_sec": float(chunks),
+                "video_intervals": [[float(k), k + 1.0] for k in kept],
+                "query": "How do I pot a cactus?",
+                "domain": "Gardening",
+                "task": f"Potting {i % 2}",
+                "answers": ["$interrupt$Gravel first." if speaking[k] else "$silent$" for k in kept],
+                "dialog": [[{"role": "user", "text": "How do I pot a cactus?"}] for _ in kept],
+            }
+        )
+    path = folder / "wearable_ai_2026_egoproactive_val_700.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""Teacher-forced scores: both heads' logits at every frame of a split, and their average precision.
+"""The model's scores at every frame of a split, teacher-forced, and their average precision: what training looks at.
 
 The context holds the reference's texts, which flatters (a DST text, whatever it says, announces that speech is near):
-`trainer.live.rollout` is free-running, `trainer.evaluate` reports both. Every frame is supervised, whatever rate the
-shards were written with. On a CPU each window has a forward pass to itself, so no score depends on what else is scored;
-on a GPU windows are packed as in training, which moves a logit by rounding (float32: under 1e-3).
+`rollout` does without, `trainer.evaluate` gives both. Every frame is supervised here, whatever rate the shards
+were written with.
+
+On a CPU each window has a forward pass to itself, so no score depends on what else is scored, on no digit; packs would
+save a fifth of the time at tiny size. On a GPU, where a window alone takes as many launches as a pack, windows are
+packed as in training: a logit moves by what rounding does in passes of other shapes (float32: under 1e-3 in
+tests/trainer/test_score.py; bfloat16 has 8 bits: some 1e-2. Neither was run on a GPU so far).
 
     F frames of a clip    N frames of a pass    W windows of a pass
 """
@@ -147,51 +151,56 @@ def score_clips(
         budget = config.micro_batch_tokens if model.device.type == "cuda" else 0
     training = model.training
     model.eval()
-    pending: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
+    waiting: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
 
     def windows() -> Iterator[Window]:
         for clip in clips:
-            of_clip = windows_of([clip], tokens, config)
-            pending.append((clip, len(of_clip)))
-            yield from of_clip
+            found = windows_of([clip], tokens, config)
+            waiting.append((clip, len(found)))
+            yield from found
 
-    scored = _score_windows(model, windows(), frames, budget)
+    scored = _scored(model, windows(), frames, budget)
     for first in scored:
-        clip, count = pending.popleft()
+        clip, count = waiting.popleft()
         logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
         yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
     model.train(training)
 
 
-def _score_windows(
+def _scored(
     model: ProspectModel, windows: Iterator[Window], frames: FrameSource, budget: int
 ) -> Iterator[_WindowScores]:
     """Of each window, in order, a pass late: a GPU is given the next one before the last one's scores are fetched."""
     transfer = Transfer(model.device)
-    fetch: Callable[[], list[_WindowScores]] = list
+    before: Callable[[], list[_WindowScores]] | None = None
     for group in _passes(windows, budget):
-        before, fetch = fetch, _start_pass(model, group, frames, transfer)
+        now = _score(model, group, frames, transfer)
+        if before is not None:
+            yield from before()
+        before = now
+    if before is not None:
         yield from before()
-    yield from fetch()
 
 
 def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:
     """The windows in order, as many together as `budget` tokens hold, at least one."""
-    group: list[Window] = []
+    held: list[Window] = []
+    room = budget
     for window in windows:
-        if group and sum(len(held.input_ids) for held in [*group, window]) > budget:
-            yield group
-            group = []
-        group.append(window)
-    if group:
-        yield group
+        if held and len(window.input_ids) > room:
+            yield held
+            held, room = [], budget
+        held.append(window)
+        room -= len(window.input_ids)
+    if held:
+        yield held
 
 
 @torch.inference_mode()
-def _start_pass(
+def _score(
     model: ProspectModel, windows: Sequence[Window], frames: FrameSource, transfer: Transfer
 ) -> Callable[[], list[_WindowScores]]:
-    """One forward pass over some windows; the function that it returns waits for their scores."""
+    """One pass over some windows; what it gives has their scores."""
     pack = upload(make_pack(windows, frames), transfer)()
     scores = model(pack)
     lm_tokens = [len(window.lm_positions) for window in windows]
@@ -199,15 +208,15 @@ def _start_pass(
     decisions = transfer.down(scores.decisions)  # [2, N]
     losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
 
-    def fetch() -> list[_WindowScores]:
+    def fetched() -> list[_WindowScores]:
         logits = np.split(decisions().numpy(), np.cumsum([w.labels.shape[1] for w in windows])[:-1], axis=1)
-        own = [of_window[:, window.context :] for of_window, window in zip(logits, windows, strict=True)]
-        return list(zip(own, losses().tolist(), lm_tokens, strict=True))
+        found = zip(windows, logits, losses().tolist(), lm_tokens, strict=True)
+        return [(logit[:, window.context :], loss, count) for window, logit, loss, count in found]
 
-    return fetch
+    return fetched
 
 
-def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
+def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
     """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
 
     Raises NotFiniteError where a score is NaN or infinite.
@@ -217,22 +226,22 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
         raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.labels for s in scored], 1)
-    speaks, updates = labels == 1
-
-    def head(row: int, has_scores: bool = True) -> HeadReport:
-        known, positives = labels[row] >= 0, int((labels[row] == 1).sum())
-        ap = average_precision_score(labels[row, known], logits[row, known]) if positives and has_scores else None
-        frames = int(known.sum())
-        return HeadReport(None if ap is None else float(ap), positives / max(frames, 1), frames, positives)
-
+    speak, dst = labels[SPEAK] == 1, labels[DST] == 1
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
         split=split,
         clips=len(scored),
-        speaking=head(SPEAK),
-        dst_update=head(DST, arm.dst_head),
-        speaking_only=int((speaks & ~updates).sum()),
-        dst_update_only=int((updates & ~speaks).sum()),
-        both=int((updates & speaks).sum()),
+        speaking=_head(logits[SPEAK], labels[SPEAK]),
+        dst_update=_head(logits[DST], labels[DST], arm.dst_head),
+        speaking_only=int((speak & ~dst).sum()),
+        dst_update_only=int((dst & ~speak).sum()),
+        both=int((dst & speak).sum()),
         lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
     )
+
+
+def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], there: bool = True) -> HeadReport:
+    known = labels >= 0
+    frames, positives = int(known.sum()), int((labels == 1).sum())
+    ap = float(average_precision_score(labels[known], logits[known])) if positives and there else None
+    return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)

@@ -31,7 +31,7 @@ from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
 from trainer.benchmark import Plan, answer_of, benchmark
 from trainer.config import Settings, TrainConfig
-from trainer.demo import synthetic_data
+from trainer.synthetic_data import make
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ("speak+dst", "speak")
@@ -60,7 +60,7 @@ def nothing(work: Path, repeat: int) -> Path:
 def tells(work: Path) -> Path:
     """The benchmark of all arms on data where only the state tells."""
     out = work / "effect"
-    data = synthetic_data(out, 1.0, echo=print)
+    data = make(out, 1.0, echo=print)
     benchmark(Plan(data, out, config=TINY, settings=WINDOW), tell=lambda line: print(line, flush=True))
     return out
 

@@ -1,9 +1,8 @@
-"""What `benchmark` left on disk, read for the report: its tables, what guessing gets, and the curves over seeds.
+"""Reads what `benchmark` left on disk: its tables, the level of each metric without a model, and curves over seeds.
 
-Works from the Parquet files alone, without the shards or a model. Holds one arm's columns at a time: 3 million frames
-(5,000 clips of 5 minutes) take 120 MB and 3.5 s a seed, most of it for sorting.
+Works from the Parquet files alone, without the shards or a model; holds one run's scores at a time.
 
-    N frames of a split    B bins    S seeds    P parts of a clip
+    B bins    S seeds    P parts of a clip
 """
 
 from __future__ import annotations
@@ -13,41 +12,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import polars as pl
+from scipy.special import expit
 from sklearn.metrics import precision_recall_curve
 
 from pipeline.errors import InputError
 from pipeline.terminal import command
-from trainer.evaluation.plots import MODES, NEVER, Curve, Line, Values, number
+from trainer.evaluation.plots import MODES, NEVER, Curve, Line, format_number
+from trainer.evaluation.tables import value_at
 from trainer.run_log import read_metrics
 
 Row = dict[str, Any]
-
-SUMMARY, RUNS = "benchmark.json", "runs"
-LEAST_IN_BIN: Final = 20  # frames; a point of the reliability curve with fewer is noise
-_RECALLS = np.linspace(0, 1, 101)
+MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """OUT as the contract has it; the tables as rows."""
+    """OUT's tables as rows, NaN as None."""
 
     out: Path
-    info: Row
+    info: Row  # benchmark.json
     arms: list[Row]  # arm, mode, metric, value, low, high, seeds, recordings
-    comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, [seed_share,] seeds, ...
-    results: list[Row]  # arm, seed, mode, metric, value, recordings
+    comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, seed_share, seeds, recordings
     metrics: dict[tuple[str, int], Row]  # (arm, seed) -> its metrics.json; a run that has none is absent
 
     @property
+    def primary(self) -> tuple[str, str, str]:
+        """(metric, arm, arm) of the question that was fixed beforehand."""
+        return (self.info["primary"]["metric"], *self.info["primary"]["pair"])
+
+    @property
     def modes(self) -> list[str]:
-        """The modes that were measured, teacher-forced first."""
-        found = {row["mode"] for row in self.arms}
-        return [mode for mode in MODES if mode in found] + sorted(found - set(MODES))
+        """The modes that were measured."""
+        measured = {row["mode"] for row in self.arms}
+        return [mode for mode in MODES if mode in measured]
 
     @property
     def mode(self) -> str:
@@ -56,116 +57,80 @@ class Benchmark:
         return wanted if wanted in self.modes or not self.modes else self.modes[-1]
 
     def run(self, arm: str, seed: int) -> Path:
-        return self.out / RUNS / arm / f"seed-{seed}"
+        return self.out / "runs" / arm / f"seed-{seed}"
 
-    def scores(self, arm: str, seed: int, mode: str) -> Path:
-        return self.run(arm, seed) / "scores" / f"{mode}.parquet"
+    def arm(self, arm: str, mode: str, metric: str) -> Row:
+        """Its row of arms.parquet; {} where there is none."""
+        key = (arm, mode, metric)
+        return next((row for row in self.arms if (row["arm"], row["mode"], row["metric"]) == key), {})
 
-    def arm(self, arm: str, mode: str, metric: str) -> Row | None:
-        return _find(self.arms, arm=arm, mode=mode, metric=metric)
-
-    def value(self, arm: str, mode: str, metric: str) -> float | None:
-        row = self.arm(arm, mode, metric)
-        return None if row is None else row["value"]
-
-    def comparison(self, a: str, b: str, mode: str, metric: str) -> Row | None:
-        """a against b; None where it was not made that way round."""
-        return _find(self.comparisons, a=a, b=b, mode=mode, metric=metric)
+    def comparison(self, a: str, b: str, mode: str, metric: str) -> Row:
+        """a minus b; {} where the pair was not compared that way round."""
+        key = (a, b, mode, metric)
+        rows = self.comparisons
+        return next((row for row in rows if (row["a"], row["b"], row["mode"], row["metric"]) == key), {})
 
     def threshold(self, arm: str, seed: int) -> float | None:
         """The logit at which the run speaks; None where none could be chosen, or nothing was measured."""
-        return look(self.metrics.get((arm, seed)), "thresholds", "event", "speaking")
+        return value_at(self.metrics.get((arm, seed)), "thresholds", "event", "speaking")
 
-    def measured(self, arm: str, mode: str, *path: str) -> list[Any]:
-        """What stands at `path` in the arm's metrics in `mode`: one a seed that has it."""
-        found = [look(self.metrics.get((arm, seed)), mode, *path) for seed in self.info["seeds"]]
-        return [one for one in found if one is not None]
+    def of_seeds(self, arm: str, mode: str, *path: str) -> list[Any]:
+        """What the arm's metrics.json hold at `path` in `mode`, one per seed that has it."""
+        values = [value_at(self.metrics.get((arm, seed)), mode, *path) for seed in self.info["seeds"]]
+        return [value for value in values if value is not None]
 
-    def anywhere(self, mode: str, *path: str) -> Any:
-        """The first of all arms' `measured`: for what depends on the reference alone."""
-        return next((one for arm in self.info["arms"] for one in self.measured(arm, mode, *path)), None)
-
-
-def _find(rows: Sequence[Row], **wanted: Any) -> Row | None:
-    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
-
-
-def look(found: Any, *path: str) -> Any:
-    """What stands at `path` in nested dictionaries; None where that is not there."""
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+    def of_reference(self, mode: str, *path: str) -> Any:
+        """The same of any run: for what depends on the reference alone."""
+        return next((value for arm in self.info["arms"] for value in self.of_seeds(arm, mode, *path)), None)
 
 
 def read_benchmark(out: Path) -> Benchmark:
-    """What is in OUT; InputError where it is no benchmark's folder."""
+    """What is in OUT. InputError where it is no benchmark's folder."""
     try:
-        info = json.loads((out / SUMMARY).read_bytes())
-        tables = [pq.read_table(out / f"{name}.parquet") for name in ("arms", "comparisons", "results")]
-        metrics = _all_metrics(out, info)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        what = str(error).splitlines()[0]
-        raise InputError(
-            f"{out}: not what benchmark leaves ({what}); run {command('benchmark', 'DATA', '--out', out)}"
-        ) from None
-    arms, comparisons, results = (_rows(table) for table in tables)
-    return Benchmark(out, info, arms, comparisons, results, metrics)
+        info = json.loads((out / "benchmark.json").read_bytes())
+        paths = (out / f"{name}.parquet" for name in ("arms", "comparisons"))
+        arms, comparisons = (pl.read_parquet(path, glob=False).fill_nan(None).to_dicts() for path in paths)
+        bench = Benchmark(out, info, arms, comparisons, {})
+        for arm, seed in product(info["arms"], info["seeds"]):
+            path = bench.run(arm, seed) / "scores" / "metrics.json"
+            if path.is_file():
+                bench.metrics[arm, seed] = json.loads(path.read_bytes())
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        what, again = str(error).splitlines()[0], command("benchmark", "DATA", "--out", out)
+        raise InputError(f"{out}: not what benchmark leaves ({what}); run {again}") from None
+    return bench
 
 
-def _all_metrics(out: Path, info: Row) -> dict[tuple[str, int], Row]:
-    runs = {(arm, seed): out / RUNS / arm / f"seed-{seed}" for arm, seed in product(info["arms"], info["seeds"])}
-    paths = {key: run / "scores" / "metrics.json" for key, run in runs.items()}
-    return {key: json.loads(path.read_bytes()) for key, path in paths.items() if path.is_file()}
+# ---- levels without a model --------------------------------------------------------------------------
 
-
-def _rows(table: pa.Table) -> list[Row]:
-    """NaN, which is no value, as None."""
-    return [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in table.to_pylist()]
-
-
-# ---- what guessing gets ------------------------------------------------------------------------------
-
-_EVENT_F1 = {"event_f1": "speaking", "dst_event_f1": "dst_update"}
-_AP = {
+_BASELINES: Final = {  # metric -> where metrics.json holds its level without a model
+    "event_f1": ("speaking", "events", "metronome", "f1"),
+    "dst_event_f1": ("dst_update", "events", "metronome", "f1"),
     "speaking_ap": ("speaking", "frames", "chance"),
     "speaking_ap_alone": ("speaking", "frames", "alone", "chance"),
     "dst_ap": ("dst_update", "frames", "chance"),
+    "joint_state_accuracy": ("state", "joint_accuracy_never_updating"),
 }
 
 
-@dataclass(frozen=True)
-class Guess:
-    """The value of a metric that needs no model, and who gets it: 'a metronome, every 6 s'."""
+class Baseline(NamedTuple):
+    """What a metric is without a model, and who gets it: 'a metronome every 6 s'."""
 
     value: float
-    who: str
+    name: str
 
 
-def guess(bench: Benchmark, mode: str, metric: str) -> Guess | None:
-    """What is had without seeing anything; None where nobody measured it, or the metric has no such level."""
-    if metric in _EVENT_F1:
-        found = metronome(bench, mode, _EVENT_F1[metric])
-        return found and Guess(found[1], f"a metronome, every {found[0]:g} s")
-    if metric in _AP:
-        return _guess(bench.anywhere(mode, *_AP[metric]), "guessing")
-    if metric in ("speaking_auroc", "speaking_balanced_accuracy") and bench.anywhere(mode, "speaking", "frames"):
-        return Guess(0.5, "guessing")
-    if metric == "joint_state_accuracy":
-        return _guess(bench.anywhere(mode, "state", "joint_accuracy_never_updating"), "never updating")
-    return None
-
-
-def _guess(value: float | None, who: str) -> Guess | None:
-    return None if value is None else Guess(value, who)
-
-
-def metronome(bench: Benchmark, mode: str, head: str) -> tuple[float, float] | None:
-    """(seconds, event F1) of an assistant that sees nothing and fires that often, the period chosen on val."""
-    period, f1 = (bench.anywhere(mode, head, "events", "metronome", key) for key in ("period_s", "f1"))
-    return None if period is None or f1 is None else (period, f1)
-
-
-# ---- what is missing ---------------------------------------------------------------------------------
+def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
+    """None where it was not measured, or the metric has no such level. The metronome's period was chosen on val."""
+    if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
+        return Baseline(0.5, "guessing") if bench.of_reference(mode, "speaking", "frames") else None
+    path = _BASELINES.get(metric, ())
+    value = bench.of_reference(mode, *path) if path else None
+    if value is None:
+        return None
+    if "metronome" in path:
+        return Baseline(value, f"a metronome every {bench.of_reference(mode, *path[:-1], 'period_s'):g} s")
+    return Baseline(value, NEVER if metric == "joint_state_accuracy" else "guessing")
 
 
 def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
@@ -173,175 +138,125 @@ def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
     lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((arm, seed), {})]
     if not lacking:
         return None
-    if any((arm, seed) not in bench.metrics for seed in lacking):
-        return f"not evaluated ({_seeds(lacking)}); run the benchmark again"
-    if mode != MODES[1]:
-        return f"not scored {mode} ({_seeds(lacking)}); run the benchmark again"
-    blind = [seed for seed in lacking if bench.threshold(arm, seed) is None]
-    if blind:
-        return f"not self-fed: no threshold could be chosen, as val has no frame to speak at ({_seeds(blind)})"
-    return f"not self-fed ({_seeds(lacking)}), though there is a threshold to speak at; run the benchmark again"
+    unmeasured = [seed for seed in lacking if (arm, seed) not in bench.metrics]
+    unfired = [seed for seed in lacking if mode == MODES[1] and bench.threshold(arm, seed) is None]
+    seeds = unmeasured or unfired or lacking
+    where = f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+    if unfired and not unmeasured:
+        return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
+    return f"not {'evaluated' if unmeasured else f'scored {mode}'} {where}; run the benchmark again"
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+# ---- curves over seeds -------------------------------------------------------------------------------
 
 
-# ---- scores ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One run's speaking scores on the split that is reported, in the file's order."""
-
-    clip_ids: pa.ChunkedArray
-    frames: Values
-    logits: Values  # [N]
-    probabilities: Values | None  # [N], corrected for sampling
-    labels: Values  # [N]: 1, 0, or -100
-
-
-def read_scored(bench: Benchmark, arm: str, seed: int, mode: str) -> Scored | None:
-    """The run's scores in `mode`; None where there is no file."""
-    path = bench.scores(arm, seed, mode)
-    if not path.is_file():
-        return None
+def speaking_scores(bench: Benchmark, arm: str, mode: str) -> Iterator[pl.DataFrame]:
+    """Per seed that has them, clip, frame, and speaking's logit, probability and label on the split reported."""
     columns = ["clip_id", "frame", "speaking_logit", "speaking_probability", "speaking_label"]
-    table = pq.read_table(path, columns=columns, filters=[("split", "=", bench.info["split"])])
-    numbers = [table[name].cast(pa.float64()).to_numpy() for name in columns[1:]]
-    frames, logits, probabilities, labels = numbers
-    return Scored(table["clip_id"], frames, logits, None if np.isnan(probabilities).any() else probabilities, labels)
+    for seed in bench.info["seeds"]:
+        path = bench.run(arm, seed) / "scores" / f"{mode}.parquet"
+        if path.is_file():
+            rows = pl.scan_parquet(path, glob=False).filter(pl.col("split") == bench.info["split"])
+            yield rows.select(columns).with_columns(pl.col("^speaking.*$").cast(pl.Float64)).collect()
 
 
 def greatest_difference(bench: Benchmark, a: str, b: str, mode: str) -> float | None:
-    """Between two arms' raw speaking probabilities, over all frames and seeds; None where they can't be compared."""
-    greatest = None
-    for seed in bench.info["seeds"]:
-        first, second = (read_scored(bench, arm, seed, mode) for arm in (a, b))
-        if first is None or second is None or not first.clip_ids.equals(second.clip_ids):
+    """Between two arms' uncorrected speaking probabilities, over all frames and seeds; None if not comparable."""
+    pairs = zip(speaking_scores(bench, a, mode), speaking_scores(bench, b, mode), strict=False)
+    greatest = []
+    for first, second in pairs:
+        if first.is_empty() or not first["clip_id", "frame"].equals(second["clip_id", "frame"]):
             return None
-        if not np.array_equal(first.frames, second.frames) or not len(first.frames):
-            return None
-        apart = float(np.abs(sigmoid(first.logits) - sigmoid(second.logits)).max())
-        greatest = apart if greatest is None else max(greatest, apart)
-    return greatest
-
-
-def sigmoid(logits: Values) -> Values:
-    """Probabilities [N] of logits [N], without overflow."""
-    return np.exp(-np.logaddexp(0.0, -logits))
+        p, q = (expit(scores["speaking_logit"].to_numpy()) for scores in (first, second))
+        greatest.append(float(np.abs(p - q).max()))
+    return max(greatest) if len(greatest) == len(bench.info["seeds"]) else None
 
 
 def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | None]:
-    """(a curve an arm that has scores in `mode`; chance, which is the share of positive frames)"""
-    curves, chance = [], None
+    """(a curve per arm that has scores in `mode`; chance, which is the share of positive frames)
+
+    Precision at each of 101 recalls is that of the highest threshold that reaches it.
+    """
+    curves, chance, recalls = [], None, np.linspace(0, 1, 101)
     for arm in bench.info["arms"]:
-        found = list(_each_seed(bench, arm, mode))
-        lines = [line for scored in found if (line := _precisions(scored)) is not None]
+        lines = []
+        for scores in speaking_scores(bench, arm, mode):
+            known = scores.filter(pl.col("speaking_label") >= 0)
+            positive = known["speaking_label"].to_numpy() == 1
+            if positive.any() and not positive.all():
+                chance = float(positive.mean())
+                precision, recall, _ = precision_recall_curve(positive, known["speaking_logit"].to_numpy())
+                reaching = np.searchsorted(-recall[:-1], -recalls, side="right") - 1  # the last has no threshold
+                lines.append((recalls, precision[reaching]))
         if lines:
-            chance = float((found[0].labels == 1).sum() / (found[0].labels >= 0).sum())
-            note = number(bench.value(arm, mode, "speaking_ap"))
-            curves.append(Curve(arm, lines, (_RECALLS, np.mean([y for _, y in lines], axis=0)), note))
+            mean = np.mean([precision for _, precision in lines], axis=0)
+            note = format_number(bench.arm(arm, mode, "speaking_ap").get("value"))
+            curves.append(Curve(arm, lines, (recalls, mean), note))
     return curves, chance
 
 
-def _each_seed(bench: Benchmark, arm: str, mode: str) -> Iterator[Scored]:
-    found = (read_scored(bench, arm, seed, mode) for seed in bench.info["seeds"])
-    return (scored for scored in found if scored is not None)
-
-
-def _precisions(scored: Scored) -> Line | None:
-    """Precision at each of 101 recalls: that of the highest threshold that reaches it. None without both classes."""
-    known = scored.labels >= 0
-    truth = scored.labels[known] == 1
-    if not truth.any() or truth.all():
-        return None
-    precision, recall, _ = precision_recall_curve(truth, scored.logits[known])
-    at = np.searchsorted(-recall[:-1], -_RECALLS, side="right") - 1  # recall falls; its last, 0, is no threshold's
-    return _RECALLS, precision[at]
-
-
 def reliability(bench: Benchmark, mode: str) -> list[Curve]:
-    """An arm's curve of share positive over mean probability; thick: the frames of all seeds together."""
-    curves = []
+    """Per arm the share of positives over the mean probability, in bins; thick: the frames of all seeds together."""
+    curves, count = [], bench.info["settings"]["bins"]
     for arm in bench.info["arms"]:
-        bins = [_bins(scored, bench.info["settings"]["bins"]) for scored in _each_seed(bench, arm, mode)]
-        known = [found for found in bins if found is not None]
-        if known:
-            note = number(bench.value(arm, mode, "speaking_ece"))
-            curves.append(Curve(arm, [_points(found) for found in known], _points(np.sum(known, axis=0)), note))
+        bins = []
+        for scores in speaking_scores(bench, arm, mode):
+            known = scores.filter(pl.col("speaking_label") >= 0)
+            p, label = (known[f"speaking_{name}"] for name in ("probability", "label"))
+            if not p.has_nulls():
+                at = np.minimum((p.to_numpy() * count).astype(int), count - 1)
+                bins.append(np.stack([np.bincount(at, weights, count) for weights in (None, p, label)]))
+        if bins:
+            note = format_number(bench.arm(arm, mode, "speaking_ece").get("value"))
+            curves.append(Curve(arm, [_shares(seed) for seed in bins], _shares(sum(bins)), note))
     return curves
 
 
-def _bins(scored: Scored, count: int) -> Values | None:
-    """[3, B]: frames, sum of probabilities, positives; None where probabilities are not known."""
-    if scored.probabilities is None:
-        return None
-    known = scored.labels >= 0
-    p, truth = scored.probabilities[known], scored.labels[known] == 1
-    at = np.minimum((p * count).astype(int), count - 1)
-    return np.stack([np.bincount(at, weights, count) for weights in (None, p, truth)])
-
-
-def _points(bins: Values) -> Line:
-    """(mean probability, share positive) of the bins with enough frames."""
-    frames, probability, positive = bins[:, bins[0] >= LEAST_IN_BIN]
+def _shares(bins: Any) -> Line:
+    """(mean probability, share positive), from [3, B] frames, sum of probabilities, positives; small bins left out."""
+    frames, probability, positive = bins[:, bins[0] >= MIN_FRAMES_PER_BIN]
     return probability / frames, positive / frames
-
-
-# ---- state -------------------------------------------------------------------------------------------
 
 
 def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
     """Each arm's joint state accuracy over P equal parts of the clips, in % of their length; last, never updating.
 
-    Empty where no arm's updates tell of the state.
+    Empty where no arm writes updates that tell the state.
     """
+    metric = "joint_state_accuracy"
     curves = [
-        _over_parts(arm, shares, bench.value(arm, mode, "joint_state_accuracy"))
+        _over_parts(arm, shares, bench.arm(arm, mode, metric).get("value"))
         for arm in bench.info["arms"]
-        if (shares := bench.measured(arm, mode, "state", "over_time"))
+        if (shares := bench.of_seeds(arm, mode, "state", "over_time"))
     ]
-    never = bench.anywhere(mode, "state", "over_time_never_updating")
-    if not curves or never is None:
-        return curves
-    return [*curves, _over_parts(NEVER, [never], bench.anywhere(mode, "state", "joint_accuracy_never_updating"))]
+    never, level = bench.of_reference(mode, "state", "over_time_never_updating"), baseline(bench, mode, metric)
+    return [*curves, _over_parts(NEVER, [never], level.value)] if curves and never and level else curves
 
 
 def _over_parts(name: str, shares: Sequence[Sequence[float | None]], whole: float | None) -> Curve:
     """shares: [S][P], None in a part without frames."""
-    values = np.array(shares, np.float64)
-    middles = (np.arange(values.shape[1]) + 0.5) * 100 / values.shape[1]
-    return Curve(name, [(middles, line) for line in values], (middles, values.mean(axis=0)), number(whole))
+    by_seed = np.array(shares, np.float64)
+    middles = (np.arange(by_seed.shape[1]) + 0.5) * 100 / by_seed.shape[1]
+    return Curve(name, [(middles, line) for line in by_seed], (middles, by_seed.mean(axis=0)), format_number(whole))
 
 
-# ---- training ----------------------------------------------------------------------------------------
+def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
+    """(each arm's average precision of `head` over optimizer steps, as its runs logged it; the split)
 
-
-def training(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
-    """(each arm's average precision over optimizer steps as its runs logged it, `head` 'speaking' or 'dst_update'; the split)"""
-    curves, splits = [], ["val"]
+    The mean is over steps at which every seed was evaluated; of a step that was logged twice, the later counts.
+    """
+    curves, split = [], "val"
     for arm in bench.info["arms"]:
-        runs = [_evaluations(bench.run(arm, seed)) for seed in bench.info["seeds"]]
-        splits += [line["split"] for run in runs for line in run.values()]
-        seeds = [{step: line[head]["ap"] for step, line in run.items() if _known(line, head)} for run in runs]
-        if any(seeds):
-            curves.append(_over_steps(arm, [found for found in seeds if found]))
-    return curves, splits[-1]
-
-
-def _evaluations(run: Path) -> dict[int, Row]:
-    """By step; of one that was logged twice, the later."""
-    return {line["step"]: line["evaluation"] for line in read_metrics(run) if "evaluation" in line}
-
-
-def _known(evaluation: Row, head: str) -> bool:
-    return (evaluation.get(head) or {}).get("ap") is not None
-
-
-def _over_steps(arm: str, seeds: Sequence[dict[int, float]]) -> Curve:
-    """The mean where every seed was evaluated."""
-    common = sorted(set.intersection(*(set(found) for found in seeds)))
-    mean = [float(np.mean([found[step] for found in seeds])) for step in common]
-    lines = [(np.array(sorted(found), float), np.array([found[step] for step in sorted(found)])) for found in seeds]
-    return Curve(arm, lines, (np.array(common, float), np.array(mean)), number(mean[-1]) if mean else "")
+        seeds = []
+        for seed in bench.info["seeds"]:
+            lines = [line for line in read_metrics(bench.run(arm, seed)) if "evaluation" in line]
+            aps = {line["step"]: value_at(line["evaluation"], head, "ap") for line in lines}
+            seeds.append({step: ap for step, ap in sorted(aps.items()) if ap is not None})
+            split = lines[-1]["evaluation"]["split"] if lines else split
+        if seeds := [aps for aps in seeds if aps]:
+            steps = sorted(set.intersection(*map(set, seeds)))
+            mean = np.array([np.mean([aps[step] for aps in seeds]) for step in steps])
+            each = [(np.array([*aps], float), np.array([*aps.values()])) for aps in seeds]
+            note = format_number(float(mean[-1])) if steps else ""
+            curves.append(Curve(arm, each, (np.array(steps, float), mean), note))
+    return curves, split

@@ -1,184 +1,129 @@
-"""What a model learned, as a picture: one held-out clip, its frames, the scores of both heads, and the truth.
+"""One held-out clip with the scores of both heads and its labels: a figure, and rows of blocks for a terminal.
 
-Reads a scores Parquet (one row per frame: clip_id, frame, {speaking,dst_update}_{logit,label}) and the shards'
-turns; draws an SVG that needs nothing but itself, and the same as rows of blocks for a terminal. Scores are
-sigmoid(logit), not corrected for the negative rate they were trained at.
+Reads a scores Parquet and the shards. Scores are sigmoid(logit), not corrected for the negative rate of training.
 
     F frames of the clip
 """
 
 from __future__ import annotations
 
-import html
+import base64
+import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 from rich.text import Text
+from scipy.special import expit
 
 from pipeline.errors import InputError
-from pipeline.media import find_frames, read_frames
+from pipeline.media import find_frames, fit, read_frames
 from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 from pipeline.timeline import ClipView, find_clip
+from trainer.evaluation.plots import DST, MUTED, SPEAKING, Values, new_figure, printable, render
 
-WIDTH: Final = 1200
-_LEFT, _RIGHT, _TOP, _PANEL, _GAP = 96, 24, 64, 90, 34
-_MOST_THUMBNAILS: Final = 40
-_COLOURS: Final = {"speaking": "#2563eb", "DST": "#d97706"}
+HEADS: Final = {"speaking": "speaking", "DST": "dst_update"}
+COLOURS: Final = {"speaking": SPEAKING, "DST": DST, "assistant": SPEAKING, "DST_UPDATE": DST}
+MAX_THUMBNAILS, THUMBNAIL_SIDE, MAX_TURNS = 40, 48, 14
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A clip with its scores, float [F] in 0..1, and labels, int8 [F], of each head."""
+class HeldOutClip(NamedTuple):
+    """A clip with its scores, float [F] in 0..1, and labels, int8 [F], by the names in HEADS."""
 
     view: ClipView
-    scores: dict[str, np.ndarray]
+    scores: dict[str, Values]
     labels: dict[str, np.ndarray]
 
 
-def telling_clip(folder: Path, scores: Path, split: str) -> Scored:
-    """The clip of a scores file with the most moments of both kinds; the first of equals."""
+def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
+    """The clip of a scores file with the most positive frames of both heads; the first of equals."""
     table = pl.scan_parquet(scores, glob=False).filter(pl.col("split") == split)
-    busy = (
-        table.group_by("clip_id", maintain_order=True)
-        .agg(s=(pl.col("speaking_label") == 1).sum(), d=(pl.col("dst_update_label") == 1).sum())
-        .select("clip_id", busy=pl.min_horizontal("s", "d") * 1000 + pl.col("s") + pl.col("d"))
-        .collect()
-    )
-    if busy.is_empty():
+    speaking, updates = ((pl.col(f"{head}_label") == 1).sum() for head in HEADS.values())
+    rank = pl.min_horizontal(speaking, updates) * 1000 + speaking + updates
+    ranked = table.group_by("clip_id", maintain_order=True).agg(rank=rank).collect()
+    if ranked.is_empty():
         raise InputError(f"{scores}: found no scored frame, expected some")
-    name = busy.row(int(busy["busy"].arg_max() or 0))[0]
-    mine = table.filter(pl.col("clip_id") == name).sort("frame").collect()
-    logits = {"speaking": mine["speaking_logit"].to_numpy(), "DST": mine["dst_update_logit"].to_numpy()}
-    return Scored(
-        find_clip(folder, f"{split}:{name}"),
-        {head: 1 / (1 + np.exp(-logit.astype(np.float64))) for head, logit in logits.items()},
-        {"speaking": mine["speaking_label"].to_numpy(), "DST": mine["dst_update_label"].to_numpy()},
+    clip_id = ranked.row(int(ranked["rank"].arg_max() or 0))[0]
+    frames = table.filter(pl.col("clip_id") == clip_id).sort("frame").collect()
+    return HeldOutClip(
+        find_clip(folder, f"{split}:{clip_id}"),
+        {name: expit(frames[f"{head}_logit"].to_numpy().astype(np.float64)) for name, head in HEADS.items()},
+        {name: frames[f"{head}_label"].to_numpy() for name, head in HEADS.items()},
     )
 
 
-# ---- for a terminal ----------------------------------------------------------------------------------
-
-
-def blocks(scored: Scored, columns: int = 88) -> Iterator[Text]:
-    """Per head one row of scores as blocks and one of the truth, for the clip's first `columns` frames."""
-    row = scored.view.row
-    yield Text(f"held-out clip {plain(row['clip_id'])}: score per frame, and below it where it should speak", "dim")
-    for head, score in scored.scores.items():
+def blocks(clip: HeldOutClip, columns: int = 88) -> Iterator[Text]:
+    """Per head one row of scores as blocks and one of the labels, for the clip's first `columns` frames."""
+    yield Text(f"held-out clip {plain(clip.view.row['clip_id'])}: score per frame, and below it the label", "dim")
+    for head, score in clip.scores.items():
         heights = np.clip((score[:columns] * 8).round().astype(int), 0, 8).tolist()
-        truth = "".join("█" if label == 1 else "·" for label in scored.labels[head][:columns].tolist())
-        yield Text.assemble((f"{head:>9} ", HUES[head]), ("".join(_BLOCKS[h] for h in heights), HUES[head]))
-        yield Text.assemble((f"{'truth':>9} ", "dim"), (truth, "dim"))
+        labels = "".join("█" if label == 1 else "·" for label in clip.labels[head][:columns].tolist())
+        yield Text.assemble((f"{head:>9} {''.join(_BLOCKS[height] for height in heights)}", HUES[head]))
+        yield Text(f"{'label':>9} {labels}", "dim")
 
 
-# ---- as SVG ------------------------------------------------------------------------------------------
+def render_clip(clip: HeldOutClip, frames_root: Path | None, captions: dict[str, str], title: str) -> str:
+    """The SVG; `captions` stand beside each head's name, e.g. 'AP 0.99, chance 0.12'."""
+    return render(partial(_make_figure, clip, frames_root, captions, title))[0]
 
 
-def svg(scored: Scored, frames_root: Path | None, captions: dict[str, str], title: str) -> str:
-    """The picture; `captions` stand beside each head's name, e.g. 'AP 0.99, chance 0.12'."""
-    count = len(next(iter(scored.scores.values())))
-    size = (WIDTH - _LEFT - _RIGHT) / min(count, _MOST_THUMBNAILS)
-    panels_at = _TOP + size + 44
-    turns_at = panels_at + 2 * (_PANEL + _GAP) + 26
-    turns = list(_turns(scored, turns_at))
-    height = turns_at + 10 * len(turns) + 10  # two elements a line
-    body = [
-        f'<text class="title" x="{_LEFT}" y="28">{html.escape(title)}</text>',
-        f'<text class="note" x="{_LEFT}" y="48">{html.escape(_about(scored))}</text>',
-        *_thumbnails(scored, frames_root, size),
-    ]
-    for i, head in enumerate(scored.scores):
-        body += _panel(scored, head, captions.get(head, ""), panels_at + i * (_PANEL + _GAP))
-    body += _axis(scored, panels_at + 2 * (_PANEL + _GAP) - _GAP)
-    return _SVG.format(width=WIDTH, height=round(height), style=_STYLE, body="\n".join([*body, *turns]))
+def _make_figure(clip: HeldOutClip, frames_root: Path | None, captions: dict[str, str], title: str) -> Figure:
+    row, turns = clip.view.row, _turns(clip.view.row)[:MAX_TURNS]
+    heights = [30, *[100] * len(clip.scores), 22 * len(turns)]
+    figure = new_figure(sum(heights) + 170, width=1200)
+    pictures, *panels, texts = figure.subplots(len(heights), height_ratios=heights)
+    figure.suptitle(title, x=0.02, ha="left", size=19, weight="bold")
+    about = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
+    pictures.set_title(f"clip {printable(row['clip_id'], 60)}, {about}", size=13, weight="normal", color=MUTED)
+    edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
+    thumbnails = _thumbnails(row, frames_root)
+    if thumbnails:
+        pictures.imshow(np.concatenate(thumbnails, axis=1), extent=(0, 1, 0, 1), aspect="auto")
+    pictures.set_axis_off()
+    for axes, (head, score) in zip(panels, clip.scores.items(), strict=True):
+        axes.set_title(head, color=COLOURS[head], size=14)
+        axes.set_title(captions.get(head, ""), loc="right", size=13, weight="normal", color=MUTED)
+        axes.stairs(clip.labels[head] == 1, edges, fill=True, color=COLOURS[head], alpha=0.22)
+        axes.stairs(score, edges, baseline=None, color=COLOURS[head], linewidth=2, clip_on=False)
+        axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(edges[0], edges[-1]))
+        axes.set_xticks(edges[:: max(1, round(row["num_frames"] / 10))])
+        axes.xaxis.set_major_formatter(lambda second, _: clock(second))
+    _write_turns(texts, turns, row["fps"])
+    return figure
 
 
-def _about(scored: Scored) -> str:
-    row = scored.view.row
-    return (
-        f"clip {plain(row['clip_id'])}, not seen in training. Line: the head's score at each frame. "
-        "Band: where the answer is yes."
-    )
-
-
-def _x(scored: Scored, frame: float) -> float:
-    """Pixel of the left edge of a frame, counted from the clip's start."""
-    count = len(next(iter(scored.scores.values())))
-    return _LEFT + (WIDTH - _LEFT - _RIGHT) * frame / count
-
-
-def _thumbnails(scored: Scored, root: Path | None, size: float) -> Iterator[str]:
-    row = scored.view.row
+def _thumbnails(row: dict[str, Any], root: Path | None) -> list[np.ndarray]:
+    """Frames at equal distances, uint8 [side, side, 3] each; none where there are none to show."""
     path = find_frames(root, row["video_uid"], row["frames_file"], row["dataset"]) if root else None
-    if path is None:
-        return
-    which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], _MOST_THUMBNAILS)).round().astype(int)
-    for place, jpeg in enumerate(read_frames(path, (row["start_frame"] + which).tolist())):
-        yield (
-            f'<image x="{_LEFT + place * size:.1f}" y="{_TOP}" width="{size - 1:.1f}" height="{size - 1:.1f}" '
-            f'href="data:image/jpeg;base64,{html.escape(jpeg)}"/>'
-        )
+    which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
+    coded = read_frames(path, (row["start_frame"] + which).tolist()) if path else []
+    images = (Image.open(io.BytesIO(base64.b64decode(jpeg))).convert("RGB") for jpeg in coded)
+    return [fit(image, THUMBNAIL_SIDE).transpose(1, 2, 0) for image in images]
 
 
-def _panel(scored: Scored, head: str, caption: str, top: float) -> Iterator[str]:
-    colour, score, labels = _COLOURS[head], scored.scores[head], scored.labels[head]
-    width = _x(scored, 1) - _x(scored, 0)
-    yield f'<text class="head" x="{_LEFT}" y="{top - 8:.0f}" style="fill:{colour}">{head}</text>'
-    yield f'<text class="note" x="{_LEFT + 90}" y="{top - 8:.0f}">{html.escape(caption)}</text>'
-    for frame in np.flatnonzero(labels == 1).tolist():
-        x = _x(scored, frame)
-        yield f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{_PANEL}" fill="{colour}" opacity="0.22"/>'
-    for share in (0, 0.5, 1):
-        y = top + _PANEL * (1 - share)
-        yield f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{share:g}</text>'
-    steps = [f"{_x(scored, at):.1f},{top + _PANEL * (1 - s):.1f}" for i, s in enumerate(score) for at in (i, i + 1)]
-    yield f'<polyline points="{" ".join(steps)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-
-
-def _axis(scored: Scored, y: float) -> Iterator[str]:
-    row = scored.view.row
-    step = max(1, round(row["num_frames"] / 10))
-    for frame in range(0, row["num_frames"], step):
-        label = clock((row["start_frame"] + frame) / row["fps"])
-        x = _x(scored, frame + 0.5)
-        yield f'<text class="tick" x="{x:.1f}" y="{y + 16:.0f}" text-anchor="middle">{label}</text>'
-
-
-def _turns(scored: Scored, top: float, most: int = 14) -> Iterator[str]:
-    """What was said and when, one line per moment and role; the reference, not the model's own words."""
-    row = scored.view.row
-    said: dict[tuple[int, str], list[str]] = {}
+def _turns(row: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """(frame, role, text) of the reference's turns in the clip, one per frame and role."""
+    texts: dict[tuple[int, str], list[str]] = {}
     for turn in row["turns"]:
-        if _inside(turn, row):
-            said.setdefault((turn["start_frame"], turn["role"]), []).append(plain(turn["text"]))
-    for i, ((start, role), texts) in enumerate(list(said.items())[:most]):
-        hue = {"assistant": _COLOURS["speaking"], "DST_UPDATE": _COLOURS["DST"]}.get(role, "#57606a")
-        y = top + 20 * i
-        time = clock(start / row["fps"], tenths=True)
-        yield f'<text class="tick" x="{_LEFT - 8}" y="{y:.0f}" text-anchor="end">{time}</text>'
-        yield (
-            f'<text class="turn" x="{_LEFT}" y="{y:.0f}"><tspan style="fill:{hue}">{role}</tspan> '
-            f"{html.escape(', '.join(texts)[:140])}</text>"
-        )
+        start = turn["start_frame"]
+        if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
+            texts.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
+    return [(start, role, printable(", ".join(lines), 140)) for (start, role), lines in texts.items()]
 
 
-def _inside(turn: dict[str, Any], row: dict[str, Any]) -> bool:
-    start = turn["start_frame"]
-    return turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]
-
-
-_STYLE = """text{font-family:system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}
-.title{font-size:19px;font-weight:600}.note{font-size:13px;fill:#57606a}.tick{font-size:11.5px;fill:#57606a}
-.head{font-size:14px;font-weight:600}.turn{font-size:13px}.grid{stroke:#d0d7de;stroke-width:1}"""
-_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">
-<style>{style}</style>
-<rect width="100%" height="100%" fill="#ffffff"/>
-{body}
-</svg>
-"""
+def _write_turns(axes: Axes, turns: list[tuple[int, str, str]], fps: float) -> None:
+    axes.set_axis_off()
+    axes.set_ylim(max(1, len(turns)), 0)
+    for y, (frame, role, text) in enumerate(turns):
+        style: dict[str, Any] = {"size": 13, "va": "top", "transform": axes.get_yaxis_transform()}
+        axes.text(0.045, y, clock(frame / fps, tenths=True), ha="right", color=MUTED, **style)
+        axes.text(0.055, y, role, color=COLOURS.get(role, MUTED), **style)
+        axes.text(0.16, y, text, **style)
