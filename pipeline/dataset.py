@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,8 +135,7 @@ class Statistics:
 class Split:
     """The clips of one split, by their number on disk. `key` names its exact content.
 
-    Pickled, for a worker, it leaves behind what was read. Raises InputError for a missing split and for a missing or
-    damaged shard.
+    Raises InputError for a missing split and for a missing or damaged shard.
     """
 
     def __init__(self, data: Path, split: str) -> None:
@@ -159,10 +158,6 @@ class Split:
                 self._groups.append((path, i))
                 self.sizes.append(footer.row_group(i).num_rows)
         self._starts = [0, *accumulate(self.sizes)]  # the first clip of each group
-        self._held: OrderedDict[int, _RowGroup] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": OrderedDict()}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -206,12 +201,7 @@ class Split:
     def _find(self, number: int) -> tuple[_RowGroup, int]:
         """A clip's row group, in memory, and its row there."""
         at = bisect_right(self._starts, number) - 1
-        if at not in self._held:
-            while len(self._held) >= HELD_GROUPS:
-                self._held.popitem(last=False)
-            self._held[at] = _RowGroup(*self._groups[at])
-        self._held.move_to_end(at)
-        return self._held[at], number - self._starts[at]
+        return _row_group(*self._groups[at], self.key), number - self._starts[at]
 
 
 # ---- one row group in memory -------------------------------------------------------------------------
@@ -231,9 +221,12 @@ _NO_FRAME = pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, 
 
 
 class _RowGroup:
-    """A row group of clips as flat arrays; its texts are read when a clip with texts is first asked for."""
+    """A row group of clips as flat arrays; its texts are read when a clip with texts is first asked for.
 
-    def __init__(self, path: Path, index: int) -> None:
+    content: names what the file holds, as a cache's key.
+    """
+
+    def __init__(self, path: Path, index: int, content: str) -> None:
         self._path, self._index = path, index
         table = _read(path, index, _NUMBERS)
         self.turn_at, turns = _flat(table["turns"])
@@ -281,6 +274,9 @@ class _RowGroup:
             turns=tuple(texts.turns[self.turn_at[row] : self.turn_at[row + 1]]),
             labels=self.own(row, labels),
         )
+
+
+_row_group = lru_cache(HELD_GROUPS)(_RowGroup)
 
 
 class _Texts:

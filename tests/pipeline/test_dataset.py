@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 import weakref
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -147,14 +148,13 @@ def test_changing_a_clip_changes_nothing_that_is_read_later(tmp_path):
 
 
 def test_few_row_groups_are_in_memory(tmp_path, monkeypatch):
-    held, most, group = weakref.WeakSet(), [], dataset._RowGroup
+    held, most = weakref.WeakSet(), []
 
-    def watched(path, index):
-        loaded = group(path, index)
-        held.add(loaded)
+    def watched(*where):
+        held.add(loaded := dataset._RowGroup(*where))
         return loaded
 
-    monkeypatch.setattr(dataset, "_RowGroup", watched)
+    monkeypatch.setattr(dataset, "_row_group", lru_cache(HELD_GROUPS)(watched))
     split = Split(write_shards(tmp_path, {"train": clips(13)}, group=2), "train")
     for clip in split.in_order():
         assert clip.turns[1].text == "yes"

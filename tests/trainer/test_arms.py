@@ -14,7 +14,6 @@ import trainer
 from pipeline.errors import InputError
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
-from trainer.loss import bce_sums, supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.sequence import build_windows
 from trainer.tokenizer import MARKERS, train_tiny_tokens
@@ -69,34 +68,6 @@ def test_an_unknown_arm_is_refused_by_name():
         TrainConfig(arm="loud")
 
 
-def test_an_inverted_heads_loss_takes_silence_for_its_label():
-    labels = torch.tensor([[1, 0, -100], [0, 1, -100]], dtype=torch.int8)
-    supervised = supervise(labels, torch.ones(3), ARMS["silence"])
-    assert supervised.inverted
-    assert supervised.sizes == [1, 1, 0, 0]  # and there is no DST head
-    assert supervised.places.tolist() == [0, 1]  # frame 0 speaks: 0 for silence
-    sums = bce_sums(torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), supervised)
-    assert sums.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 0, 0])
-
-
-def test_a_direct_heads_loss_takes_the_labels_as_they_are_and_dsts_where_there_is_a_head():
-    labels = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
-    both, speak = (supervise(labels, torch.ones(2), ARMS[arm]) for arm in ("speak+dst", "speak"))
-    assert (both.places.tolist(), both.sizes) == ([1, 0, 2, 3], [1, 1, 1, 1])
-    assert (speak.places.tolist(), speak.sizes) == ([1, 0], [1, 1, 0, 0])
-
-
-def test_direct_and_inverted_losses_and_gradients_are_the_same_bits():
-    torch.manual_seed(0)
-    labels, rate = torch.randint(0, 2, (2, 500)), torch.ones(500)
-    direct = (6 * torch.randn(2, 500)).requires_grad_()
-    mirrored = (-direct).detach().requires_grad_()
-    a, b = bce_sums(direct, supervise(labels, rate)), bce_sums(mirrored, supervise(1 - labels, rate))
-    assert torch.equal(a, b[[1, 0, 3, 2]])
-    (x,), (y,) = torch.autograd.grad(a.sum(), direct), torch.autograd.grad(b.sum(), mirrored)
-    assert torch.equal(x, -y)
-
-
 @pytest.mark.parametrize("balance", ["none", "mean"])
 def test_silence_and_speak_give_the_same_probabilities(tmp_path, balance):
     """BCE(x, y) = BCE(-x, 1 - y): what differs between these two arms is the harness."""
@@ -121,18 +92,6 @@ def test_an_lm_eos_model_speaks_where_the_end_is_not_the_next_token():
     chances = model.vlm.lm_head(hidden).softmax(-1)[:, TOKENS.end]
     expected = [math.log((1 - p) / p) for p in chances.tolist()]
     assert model.decisions(hidden)[0].tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_without_a_dst_head_the_dst_loss_counts_nothing(tmp_path):
-    data = write_data(tmp_path / "data")
-    for arm in ("speak", "lm-eos"):
-        go(data, tmp_path / arm, arm=arm)
-        (line, *_) = curve(tmp_path / arm)
-        assert line["loss"] == pytest.approx(line["speaking"] + line["lm"], rel=1e-6)
-        assert (line["dst_update"], line["n_dst_update"]) == (0, 0)
-        evaluation = next(line["evaluation"] for line in curve(tmp_path / arm) if "evaluation" in line)
-        assert evaluation["dst_update"]["ap"] is None
-        assert evaluation["speaking"]["ap"] is not None
 
 
 def test_every_arm_trains_on_the_same_frames_in_the_same_order(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
+from trainer.arms import ARMS
 from trainer.config import TrainConfig
 from trainer.loss import bce_sums, combine, lm_sum, supervise
 
@@ -61,9 +62,15 @@ def test_nothing_at_unsampled_frames_matters(pairs):
     assert (logits.grad[labels == -100] == 0).all()
 
 
-def test_direct_and_inverted_labels_are_the_same_loss():
-    logits, labels = torch.randn(2, 9), torch.randint(0, 2, (2, 9))
-    assert torch.allclose(head_sums(logits, labels)[0].sum(), head_sums(-logits, 1 - labels)[0].sum())
+def test_direct_and_inverted_losses_and_gradients_are_the_same_bits():
+    torch.manual_seed(0)
+    labels, rate = torch.randint(0, 2, (2, 500)), torch.ones(500)
+    direct = (6 * torch.randn(2, 500)).requires_grad_()
+    mirrored = (-direct).detach().requires_grad_()
+    a, b = bce_sums(direct, supervise(labels, rate)), bce_sums(mirrored, supervise(1 - labels, rate))
+    assert torch.equal(a, b[[1, 0, 3, 2]])
+    (x,), (y,) = torch.autograd.grad(a.sum(), direct), torch.autograd.grad(b.sum(), mirrored)
+    assert torch.equal(x, -y)
 
 
 def test_nothing_supervised_is_exactly_zero_with_a_graph():
@@ -135,12 +142,18 @@ def test_reweigh_counts_drawn_negatives_as_one_over_the_rate():
     assert sums.tolist() == pytest.approx([n * math.log(2) for n in (5, 2, 5, 2)])
 
 
-def test_reweighed_sampling_estimates_the_full_rate_loss():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 200_000)
-    full = torch.zeros(2, 200_000, dtype=torch.int64)
-    drawn = torch.where(torch.rand(200_000) < 0.2, full, -100)
-    sums, counts = head_sums(logits, drawn, torch.full((200_000,), 0.2), reweigh=True)
-    expected, n = head_sums(logits, full)
-    assert torch.allclose(sums[::2] / counts[::2], expected[::2] / n[::2], rtol=0.01)
-    assert torch.allclose(counts[::2], n[::2], rtol=0.02)
+def test_an_inverted_heads_loss_takes_silence_for_its_label():
+    labels = torch.tensor([[1, 0, -100], [0, 1, -100]], dtype=torch.int8)
+    supervised = supervise(labels, torch.ones(3), ARMS["silence"])
+    assert supervised.inverted
+    assert supervised.sizes == [1, 1, 0, 0]  # and there is no DST head
+    assert supervised.places.tolist() == [0, 1]  # frame 0 speaks: 0 for silence
+    sums = bce_sums(torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), supervised)
+    assert sums.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 0, 0])
+
+
+def test_a_direct_heads_loss_takes_the_labels_as_they_are_and_dsts_where_there_is_a_head():
+    labels = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    both, speak = (supervise(labels, torch.ones(2), ARMS[arm]) for arm in ("speak+dst", "speak"))
+    assert (both.places.tolist(), both.sizes) == ([1, 0, 2, 3], [1, 1, 1, 1])
+    assert (speak.places.tolist(), speak.sizes) == ([1, 0], [1, 1, 0, 0])

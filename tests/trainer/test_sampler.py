@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from pipeline import dataset
-from pipeline.dataset import Split
+from pipeline.dataset import HELD_GROUPS, Split
 from trainer.sampler import Sampler, order, share
 
 TURNS = (turn("assistant", "yes", 2, 4),)
@@ -34,8 +35,9 @@ def sampler(data):
 @pytest.fixture
 def read(monkeypatch):
     """(shard, row group), as they are read."""
-    reads, group = [], dataset._RowGroup
-    monkeypatch.setattr(dataset, "_RowGroup", lambda *where: reads.append(where) or group(*where))
+    reads = []
+    read = lru_cache(HELD_GROUPS)(lambda *where: reads.append(where) or dataset._RowGroup(*where))
+    monkeypatch.setattr(dataset, "_row_group", read)
     return reads
 
 

@@ -69,60 +69,40 @@ def test_real_clip_shape_two_updates_then_speech_at_one_moment():
     assert targets == "S1->complete, S2->start . Now screw it ."
 
 
-def test_dst_text_comes_first_whatever_the_source_order():
-    clip = toy(turn("assistant", "good", 1, 2), dst(1, 2, ("S1", "complete")))
-    assert after_prompt(clip) == "F F [DST_UPDATE] S1->complete . [assistant] good . F F F F"
-
-
-def test_user_sharing_the_frame_of_the_reply_is_heard_before_the_decision():
-    clip = toy(turn("user", "hi", 1, 2), turn("assistant", "hello", 1, 2))
-    assert after_prompt(clip) == "F [user] hi . F [assistant] hello . F F F F"
-
-
-def test_several_turns_of_a_role_at_one_frame_are_all_kept_in_order():
-    clip = toy(
-        turn("assistant", "first", 1, 2),
-        turn("user", "a", 4, 5),
-        turn("assistant", "second", 0, 2),
-        turn("user", "b", 4, 6),
-    )
-    assert after_prompt(clip) == "F F [assistant] first second . F F [user] a b . F F"
-
-
-def test_onset_text_stands_right_after_the_onset_frame():
-    clip = toy(dst(1, 4, ("S1", "complete")), turn("assistant", "good", 2, 4), positive="onset")
-    assert after_prompt(clip) == "F F [DST_UPDATE] S1->complete . F [assistant] good . F F F"
-    _, window, _ = one(clip)
-    assert window.labels.tolist() == [[0, 0, 1, -100, 0, 0], [0, 1, -100, -100, 0, 0]]
-
-
-def test_turns_partly_outside_are_cut_to_the_clip():
-    clip = toy(
-        turn("user", "early", 5, 12),
-        turn("assistant", "late", 15, 30),
-        start=10,
-    )
-    assert after_prompt(clip) == "[user] early . F F F F F F [assistant] late ."
-
-
-def test_turns_wholly_outside_or_without_frames_or_empty_give_no_text():
-    clip = toy(
-        turn("user", "before", 8, 10),
-        turn("assistant", "unseen", None, None),
-        turn("assistant", "empty", 12, 12),
-        dst(16, 18, ("S1", "complete")),
-        turn("user", "after", 16, 17),
-        start=10,
-    )
-    assert after_prompt(clip) == "F F F F F F"
-
-
-def test_onset_before_the_clip_gives_no_text_and_is_already_in_the_state():
-    clip = toy(dst(8, 12, ("S1", "complete")), start=10, positive="onset")
-    text, window, _ = one(clip)
-    assert "[DST_UPDATE]" not in text
-    assert "S1: Put the base down [completed]" in text
-    assert window.labels.tolist() == [[0] * 6, [-100, -100, 0, 0, 0, 0]]
+@pytest.mark.parametrize(
+    ("turns", "more", "expected"),
+    [
+        pytest.param(
+            [turn("assistant", "good", 1, 2), dst(1, 2, ("S1", "complete"))], {},
+            "F F [DST_UPDATE] S1->complete . [assistant] good . F F F F", id="DST text first",
+        ),
+        pytest.param(
+            [turn("user", "hi", 1, 2), turn("assistant", "hello", 1, 2)], {},
+            "F [user] hi . F [assistant] hello . F F F F", id="a user at the frame of the reply",
+        ),
+        pytest.param(
+            [turn("assistant", "first", 1, 2), turn("user", "a", 4, 5), turn("assistant", "second", 0, 2),
+             turn("user", "b", 4, 6)], {},
+            "F F [assistant] first second . F F [user] a b . F F", id="several of a role at one frame",
+        ),
+        pytest.param(
+            [dst(1, 4, ("S1", "complete")), turn("assistant", "good", 2, 4)], {"positive": "onset"},
+            "F F [DST_UPDATE] S1->complete . F [assistant] good . F F F", id="right after an onset",
+        ),
+        pytest.param(
+            [turn("user", "early", 5, 12), turn("assistant", "late", 15, 30)], {"start": 10},
+            "[user] early . F F F F F F [assistant] late .", id="cut to the clip",
+        ),
+        pytest.param(
+            [turn("user", "before", 8, 10), turn("assistant", "unseen", None, None), turn("assistant", "empty", 12, 12),
+             dst(16, 18, ("S1", "complete")), turn("user", "after", 16, 17)], {"start": 10},
+            "F F F F F F", id="outside, empty or without frames",
+        ),
+        pytest.param([dst(8, 12)], {"start": 10, "positive": "onset"}, "F F F F F F", id="an onset before the clip"),
+    ],
+)  # fmt: skip
+def test_where_texts_stand(turns, more, expected):
+    assert after_prompt(toy(*turns, **more)) == expected
 
 
 def test_k_tokens_per_frame_and_decision_at_the_last():

@@ -12,7 +12,7 @@ from small_run import clip, curve, write_data
 import trainer
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer.checkpoint import load_run, save_checkpoint
+from trainer.checkpoint import load_run
 from trainer.config import RunOptions, TrainConfig
 from trainer.frame_source import PixelFrames
 from trainer.model import DecisionHeads, ProspectModel, load_model
@@ -178,11 +178,6 @@ def test_training_learns_white_frames(data, tmp_path):
     assert last["evaluation"]["dst_update"]["ap"] > 0.9
 
 
-def test_a_run_that_exists_is_not_overwritten(run, data):
-    with pytest.raises(InputError, match="exists and is not empty; choose a new folder"):
-        train(data, run, TINY, options=QUIET)
-
-
 def test_shards_without_train_say_which_splits_there_are(tmp_path):
     out = write_shards(tmp_path, {"test": [clip(0, "test")]})
     with pytest.raises(InputError, match="no split 'train', found: test"):
@@ -199,55 +194,6 @@ def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, 
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------
-
-
-def test_save_and_load_give_bit_equal_logits(tmp_path):
-    tokens, model, windows = parts()
-    train_step(model, make_optimizer(model, TINY), [make_pack(windows, FRAMES)], TINY)
-    save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 1})
-    save_checkpoint(tmp_path / "last", model, tokens, TINY, {"step": 2})  # replaces it
-    assert [p.name for p in tmp_path.iterdir()] == ["last"]
-    loaded = load_run(tmp_path)
-    batch = make_pack(windows, FRAMES)
-    with torch.no_grad():
-        found, expected = loaded.model(batch), model(batch)
-    assert torch.equal(found.decisions, expected.decisions)
-    assert torch.equal(found.text, expected.text)
-    assert loaded.info == {"step": 2}
-
-
-def test_a_checkpoint_without_heads_is_an_error(tmp_path):
-    tokens, model, _ = parts(1)
-    save_checkpoint(tmp_path / "last", model, tokens, TINY, {})
-    heads = tmp_path / "last" / "heads.safetensors"
-    heads.write_bytes(heads.read_bytes()[:50])
-    with pytest.raises(InputError, match=r"heads\.safetensors: damaged"):
-        load_run(tmp_path)
-    heads.unlink()
-    with pytest.raises(InputError, match=r"heads\.safetensors: not found"):
-        load_run(tmp_path)
-
-
-def test_a_folder_that_is_no_run_is_the_users_error(tmp_path):
-    with pytest.raises(InputError, match="expected a run of prospect-dst train"):
-        load_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
-    with pytest.raises(InputError, match="format 99, expected 2"):
-        load_run(tmp_path)
-
-
-def test_a_body_with_missing_weights_is_refused(run, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(run / "last", tmp_path / "last")
-    path = tmp_path / "last" / "model.safetensors"
-    state = load_file(path)
-    state.pop("model.connector.modality_projection.proj.weight")
-    save_file(state, path, {"format": "pt"})
-    with pytest.raises(InputError, match=r"1 weights missing, model\.connector"):
-        load_model(str(tmp_path / "last"), 300)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------
