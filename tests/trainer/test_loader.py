@@ -14,7 +14,6 @@ from small_run import curve, go, write_data
 
 from pipeline.errors import InputError
 from trainer import loader
-from trainer.config import RunOptions
 from trainer.loader import InFlight, default_workers
 from trainer.packing import blank_pack
 from trainer.transfer import Transfer, uploaded
@@ -114,9 +113,6 @@ def test_a_gpu_is_fed_by_several_workers_unless_told_otherwise(monkeypatch):
     assert default_workers(GPU) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_workers(GPU) == 1
-    assert RunOptions().workers is None
-    with pytest.raises(InputError, match="workers is -1"):
-        RunOptions(workers=-1)
 
 
 def test_workers_wait_until_what_they_load_fits_and_the_step_that_is_due_does_not():

@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -21,6 +21,7 @@ def tokens() -> Tokens:
     return train_tiny_tokens(TEXTS)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text):
     tokens = train_tiny_tokens(TEXTS)
