@@ -133,7 +133,7 @@ def preprocess(
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.card import CARD, is_ours
     from pipeline.preprocess import preprocess as run
-    from pipeline.summary import render_summary, summary_of
+    from pipeline.summary import render_summary
     from pipeline.terminal import console, plain, progress_bar
 
     options = given.make(Options)
@@ -143,7 +143,7 @@ def preprocess(
     if skipped:
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
-        console().print(render_summary(summary_of(manifest), manifest))
+        console().print(render_summary(manifest))
     if not is_ours(out / CARD):
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
@@ -159,7 +159,6 @@ def inspect(
 ) -> int:
     """Show what the labels look like: a summary, one clip's timeline, or a page of timelines."""
     from pipeline import output, timeline, viewer
-    from pipeline.inspect import summarise
     from pipeline.summary import render_summary
     from pipeline.terminal import console, plain
 
@@ -167,7 +166,7 @@ def inspect(
     if clip is not None:
         console().print(timeline.timeline(folder, clip))
     elif html is None:
-        console().print(render_summary(summarise(folder), manifest))
+        console().print(render_summary(manifest))
     if html is not None:
         viewer.write_page(folder, html, manifest=manifest)
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1000:,.0f} kB)")

@@ -1,7 +1,6 @@
 """The hazards of the data by name: what a model could learn instead of the task, or what a number could hide.
 
-A hazard never changes a label. `preprocess` reports all of them; `inspect` again those that the shards alone can show,
-through the same functions. Each yields {name, split, text}.
+A hazard never changes a label. Each function yields {name, split, text}; the manifest keeps them.
 """
 
 from __future__ import annotations
@@ -25,12 +24,6 @@ BY_CHANCE: Final = 0.2  # share of decisions that a history which grows at rando
 NAMED: Final = 3  # examples in a hazard's text
 
 Hazard = dict[str, str]
-
-
-def usual_gap(gaps: Mapping[float, int]) -> tuple[float, int, int]:
-    """(the most frequent quiet gap between events in seconds, how often, of how many); (0.0, 0, 0) without any."""
-    seconds, count = max(gaps.items(), key=lambda item: (item[1], -item[0]), default=(0.0, 0))
-    return seconds, count, sum(gaps.values())
 
 
 def of_labels(split: Split) -> Iterator[Hazard]:

@@ -41,7 +41,7 @@ from pipeline.resolve import Source, resolve
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import Plan, counts_by_split, write_part
 from pipeline.storage import sha256
-from pipeline.summary import summary_of
+from pipeline.summary import splits_of
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
@@ -269,8 +269,7 @@ def _hazards(
         videos[video] = max(videos.get(video, 0), info.bounds[1])
     for split, names in recordings.items():
         splits[split]["recordings"] = len(names)
-    by_name = {split.name: split for split in summary_of({"splits": splits}).splits}
-    found = [hazard for name in splits for hazard in hazards.of_labels(by_name[name])]
+    found = [hazard for split in splits_of({"splits": splits}) for hazard in hazards.of_labels(split)]
     found += [hazard for name, counts in context.items() for hazard in hazards.of_context(name, counts)]
     found += [hazard for split, held in files.items() for hazard in hazards.of_variants(split, held)]
     found += hazards.of_recordings(recordings)

@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from pipeline import labels
 from pipeline.extract import cut
-from pipeline.hazards import usual_gap
 from pipeline.options import Options
 from pipeline.output import FRAMES_WRITTEN, parquet_writer
 from pipeline.readers.clip import Range
@@ -99,7 +98,8 @@ def counts_by_split(written: list[Written]) -> dict[str, dict[str, Any]]:
     return {
         split: {
             **{name: count for name, count in total["counts"].items() if name != "seconds"},
-            **{f"{head}_usual_gap": usual_gap(total[head]) for head in HEADS},
+            **{f"{head}_gaps": sorted(total[head].items()) for head in HEADS},
+            "neg_rates": sorted(total["neg_rates"]),
             "hours": round(total["counts"]["seconds"] / 3600, 4),
             "drops": {reason: count for reason, count in sorted(total["drops"].items()) if count},
         }
@@ -282,6 +282,7 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
         "seconds": float((rule.sizes / fps).sum()),
     }
     counts["counts"].update(numbers)
+    counts["neg_rates"].update(rule.rates.tolist())
     for head, own in zip(HEADS, ones, strict=True):
         frames = np.flatnonzero(own)
         clip = np.searchsorted(first, frames, side="right") - 1

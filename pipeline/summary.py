@@ -1,7 +1,6 @@
 """The short table per split that `preprocess` ends with and `inspect` shows again: numbers in, table out.
 
-The numbers come from the manifest (`summary_of`), or from the shards themselves (`inspect.summarise`); both must
-agree, which a test holds them to.
+The numbers are counted while shards are written, and kept in the manifest.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +32,13 @@ class Head:
     frames: int  # before sampling: all frames of those clips
     supervised: int  # after sampling: frames with a 0 or a 1
     clips: int
-    usual_gap: tuple[float, int, int]  # the most frequent quiet gap between two events: seconds, how often, of how many
-    gaps: dict[float, int] = field(default_factory=dict)  # quiet seconds -> how often; empty in `summary_of`
+    gaps: dict[float, int]  # seconds without a positive frame between two events of a clip -> how often
+
+    @property
+    def usual_gap(self) -> tuple[float, int, int]:
+        """(the most frequent gap in seconds, how often, of how many); (0.0, 0, 0) without any."""
+        seconds, count = max(self.gaps.items(), key=lambda item: (item[1], -item[0]), default=(0.0, 0))
+        return seconds, count, sum(self.gaps.values())
 
     @property
     def median_gap(self) -> float | None:
@@ -58,31 +62,24 @@ class Split:
     not_sampled: int
     first: int  # clips whose first frame is positive for either head
     heads: dict[str, Head]
-    rates: list[float] = field(default_factory=list)  # distinct negative rates, ascending
+    rates: list[float]  # distinct negative rates, ascending
 
     @property
     def supervised(self) -> float:
         return 1 - self.not_sampled / self.frames if self.frames else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    splits: list[Split]
-    recordings: int = 0  # distinct, over all splits
-    hazards: list[dict[str, str]] = field(default_factory=list)  # name, split, text: those the shards show
-
-
-def summary_of(manifest: Mapping[str, Any]) -> Summary:
-    """The same summary from the counts that `preprocess` put into the manifest, but for the gaps."""
+def splits_of(manifest: Mapping[str, Any]) -> list[Split]:
+    """The splits of an output folder, from its manifest: train, val, test first."""
     splits = [_split(name, counts) for name, counts in manifest["splits"].items()]
-    return Summary(sorted(splits, key=lambda split: split_order(split.name)))
+    return sorted(splits, key=lambda split: split_order(split.name))
 
 
 def _split(name: str, counts: Mapping[str, Any]) -> Split:
     heads = {}
     for head in HEADS:
-        numbers = (counts[f"{head}_{what}"] for what in ("positive", "frames", "supervised", "clips", "usual_gap"))
-        heads[head] = Head(*numbers)
+        numbers = {key: counts[f"{head}_{key}"] for key in ("frames", "supervised", "clips")}
+        heads[head] = Head(positives=counts[f"{head}_positive"], gaps=dict(counts.get(f"{head}_gaps", [])), **numbers)
     both = counts["both_positive"]
     speak_only, dst_only = (head.positives - both for head in heads.values())
     return Split(
@@ -95,6 +92,7 @@ def _split(name: str, counts: Mapping[str, Any]) -> Split:
         not_sampled=counts["frames"] - counts["supervised"],
         first=counts["first_frame_positive"],
         heads=heads,
+        rates=counts.get("neg_rates", []),
     )
 
 
@@ -103,23 +101,15 @@ def split_order(name: str) -> tuple[int, str]:
     return {"train": 0, "val": 1, "test": 2}.get(name, 3), name
 
 
-def all_hazards(summary: Summary, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The manifest's hazards (some need the inputs) and what the shards show beyond them, by split; mixed ones last."""
-    order = [split.name for split in summary.splits]
-    unique: dict[tuple[str, str], dict[str, str]] = {}
-    for hazard in [*(manifest.get("hazards") or []), *summary.hazards]:
-        unique.setdefault((hazard["name"], hazard["split"]), hazard)
-    return sorted(unique.values(), key=lambda h: order.index(h["split"]) if h["split"] in order else len(order))
-
-
 # ---- the table ---------------------------------------------------------------------------------------
 
 
-def render_summary(summary: Summary, manifest: Mapping[str, Any]) -> RenderableType:
-    """A table (one column per split), then the inputs and hazards of the manifest; 100 columns wide."""
-    groups = [summary.splits[i : i + ONE_TABLE] for i in range(0, len(summary.splits), ONE_TABLE)]
+def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
+    """A table (one column per split), then the inputs and hazards; 100 columns wide."""
+    splits = splits_of(manifest)
+    groups = [splits[i : i + ONE_TABLE] for i in range(0, len(splits), ONE_TABLE)]
     lines = [Text(line, style="dim") for line in _input_lines(manifest)]
-    for hazard in all_hazards(summary, manifest):
+    for hazard in manifest["hazards"]:
         where = f" [{plain(hazard['split'])}] "
         lines.append(Text.assemble(("hazard", "bold red"), where, plain(hazard["text"])))
     return Group(*(_table(group, manifest) for group in groups), *([Text(""), *lines] if lines else []))

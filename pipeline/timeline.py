@@ -20,11 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import InputError
-from pipeline.inspect import split_names
 from pipeline.labels import DROP_REASONS, drops
 from pipeline.schema import LABEL_COLUMNS, NOT_SAMPLED
 from pipeline.state import NOT_STARTED, replay
-from pipeline.summary import HUES
+from pipeline.summary import HUES, split_order
 from pipeline.terminal import clock, plain
 
 
@@ -53,10 +52,10 @@ def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterato
 def clip_index(folder: Path) -> pl.DataFrame:
     """clip, clip_id, split and part (a file name) of every clip, in order."""
     found = []
-    for split in split_names(folder):
-        for path in sorted((folder / "clips" / f"split={split}").glob("part-*.parquet")):
-            ids = pl.scan_parquet(path, hive_partitioning=False, glob=False).select("clip", "clip_id")
-            found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
+    paths = [(path.parent.name.removeprefix("split="), path) for path in folder.glob("clips/split=*/part-*.parquet")]
+    for split, path in sorted(paths, key=lambda item: (split_order(item[0]), item[1].name)):
+        ids = pl.scan_parquet(path, hive_partitioning=False, glob=False).select("clip", "clip_id")
+        found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
     return pl.concat(found).collect()
 
 

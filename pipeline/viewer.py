@@ -20,14 +20,14 @@ from typing import Any, Final
 
 import jinja2
 import numpy as np
+import polars as pl
 from markupsafe import Markup
 
 from pipeline.errors import InputError
-from pipeline.inspect import summarise
 from pipeline.output import verify
 from pipeline.schema import NOT_SAMPLED
 from pipeline.storage import write_text
-from pipeline.summary import Split, Summary, all_hazards, drops_by_reason
+from pipeline.summary import Split, drops_by_reason, splits_of
 from pipeline.terminal import plain
 from pipeline.timeline import ClipView, clip_index, read_clips, states_of, turn_note
 
@@ -77,24 +77,26 @@ def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[
     """Write the page to `out`, whole or not at all; `manifest`: what `verify` gave, if it was called already."""
     manifest = verify(folder) if manifest is None else manifest
     before, after = page_around_data(f"{folder.resolve().name} - labels")
-    page = before + coded(page_data(folder, manifest, summarise(folder), max_clips)) + after
+    page = before + coded(page_data(folder, manifest, max_clips)) + after
     if out.is_dir():
         raise InputError(f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html")
     write_text(out, page)
 
 
-def page_data(folder: Path, manifest: Mapping[str, Any], summary: Summary, max_clips: int) -> dict[str, Any]:
+def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict[str, Any]:
     """Everything the page shows, as JSON types."""
-    order = {split.name: i for i, split in enumerate(summary.splits)}
+    splits = splits_of(manifest)
+    order = {split.name: i for i, split in enumerate(splits)}
+    recordings = pl.scan_parquet(folder / "clips" / "**" / "*.parquet").select(pl.col("recording_id").n_unique())
     clips = list(_within(MAX_BYTES, _clips(folder, max_clips)))
     kept = ("clips", "quarantined", "frame_convention", "sha256")
     return {
         "page": "labels",
         "folder": plain(folder.resolve().name),
-        "recordings": summary.recordings,
+        "recordings": recordings.collect().item(),
         "edges": GAP_EDGES,
-        "splits": [_split(split, manifest) for split in summary.splits],
-        "hazards": all_hazards(summary, manifest),
+        "splits": [_split(split, manifest) for split in splits],
+        "hazards": manifest["hazards"],
         "inputs": [
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
             for source in manifest.get("inputs") or []
@@ -151,16 +153,16 @@ def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
 
 
 def clip_data(view: ClipView) -> dict[str, Any]:
-    """A clip's labels, turns and states. A turn: [role, text, start, end, seconds, updates, note, state or None]."""
+    """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, changed states]."""
     row = view.row
-    initial, *states = states_of(row)
+    states = states_of(row)
     turns = []
-    for turn, state in list(zip(row["turns"], states, strict=True))[:MAX_TURNS]:
+    for turn, before, after in list(zip(row["turns"], states, states[1:], strict=False))[:MAX_TURNS]:
         start, time = turn["start_frame"], turn["time_s"]
         seconds = start / row["fps"] if time is None and start is not None else time
         updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
         shown = [turn["role"], short(turn["text"]), start, turn["end_frame"], seconds, updates, turn_note(row, turn)]
-        turns.append([*shown, _state(state) if updates else None])
+        turns.append([*shown, _state({step: name for step, name in after.items() if before.get(step) != name})])
     return {
         "id": short(row["clip_id"]),
         "split": view.split,
@@ -172,7 +174,7 @@ def clip_data(view: ClipView) -> dict[str, Any]:
         "frames": row["num_frames"],
         "rate": row["neg_rate"],
         "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
-        "initial": _state(initial),
+        "initial": _state(states[0]),
         "turns": turns,
         "more_turns": max(0, len(row["turns"]) - MAX_TURNS),
         "labels": run_lengths(view.speaking[:MAX_FRAMES], view.dst[:MAX_FRAMES]),

@@ -216,7 +216,7 @@ def benchmark(
     given: Given,
 ) -> int:
     """Does the dialog state help? Train and evaluate the arms, matched in all else, and write report.html."""
-    from pipeline.inspect import told_hazards
+    from pipeline.output import verify
     from pipeline.terminal import plain
     from trainer import benchmark as of
     from trainer.run_folder import resolve_config
@@ -242,7 +242,7 @@ def benchmark(
         draws=draws,
         jobs=jobs,
         command=shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else "",
-        hazards=tuple(told_hazards(data)),
+        hazards=tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data)["hazards"]),
     )
     report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True))
     typer.echo(of.answer_of(out))

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.storage import is_vacant, write_text
-from pipeline.summary import render_summary, summary_of
+from pipeline.summary import render_summary
 from pipeline.synth import SynthConfig, synth
 from pipeline.terminal import command
 from pipeline.timeline import timeline
@@ -45,7 +45,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfi
 
     step("preprocess", f"conversations -> per-frame labels -> {data}")
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
-    console.print(render_summary(summary_of(manifest), manifest))
+    console.print(render_summary(manifest))
 
     step("inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
     console.print(timeline(data, "test:0"))

@@ -249,7 +249,11 @@ def test_what_a_task_says_is_one_line_as_it_is_here(
 def test_a_machine_that_sees_other_files_is_named(
     source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "_look", by_value(lambda folder, token, inputs, versions: f"does not see {inputs[0]}; put it on a disk that all share"))
+    monkeypatch.setattr(
+        cluster,
+        "_look",
+        by_value(lambda folder, token, inputs, versions: f"does not see {inputs[0]}; put it on a disk that all share"),
+    )
     assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", address]) == 1
     told = capsys.readouterr().err
     assert re.fullmatch(rf"prospect-dst: --ray: node \S+ does not see {source}; put it on a disk .*\n", told)

@@ -74,9 +74,34 @@ def write_folder(folder, splits, parts=1, **manifest):
             for table, rows in (("clips", clips_table(some)), ("frames", frames_table(some))):
                 shards.append(about | {"table": table} | write_shard(folder, shard_path(table, split, part), rows))
     schema = {"schema_version": SCHEMA_VERSION, "schema_hash": SCHEMA_HASH}
-    manifest = {**schema, "shards": shards, "splits": {split: {} for split in splits}} | manifest
+    counts = {split: counts_of(clips) for split, clips in splits.items()}
+    manifest = {**schema, "shards": shards, "splits": counts, "hazards": []} | manifest
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def counts_of(clips):
+    """What the manifest says of a split; gaps are left to the caller."""
+    s, d = (np.concatenate([clip[1 + head] for clip in clips]) for head in (0, 1))
+    tracked = [clip for clip in clips if clip[0]["steps"]]
+    return {
+        "clips": len(clips),
+        "recordings": len({row["recording_id"] for row, _, _ in clips}),
+        "frames": len(s),
+        "hours": sum(len(s) / row["fps"] for row, s, _ in clips) / 3600,
+        "supervised": int(((s != -100) | (d != -100)).sum()),
+        "both_positive": int(((s == 1) & (d == 1)).sum()),
+        "first_frame_positive": sum(1 in (s[0], d[0]) for _, s, d in clips),
+        "neg_rates": sorted({row["neg_rate"] for row, _, _ in clips}),
+        "drops": {},
+        **_counts_of_head("speaking", s, len(clips), len(s)),
+        **_counts_of_head("dst_update", d, len(tracked), sum(len(clip[1]) for clip in tracked)),
+    }
+
+
+def _counts_of_head(name, labels, clips, frames):
+    counts = {"positive": (labels == 1).sum(), "supervised": (labels != -100).sum(), "clips": clips, "frames": frames}
+    return {f"{name}_{key}": int(value) for key, value in counts.items()} | {f"{name}_gaps": [[2.0, 1]]}
 
 
 def write_shard(folder, name, table):
