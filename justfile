@@ -52,6 +52,6 @@ bench-gpu-smoke:
 kill:
     PROSPECT_DST_KILLS=20 uv run pytest tests/trainer/test_resume.py -k kills --timeout 1200
 
-# ten minutes of kills, corruption, full disks, cut frames, shuffled shards and garbage: what was tried, what was lost
-torture *ARGS:
-    nice -n 10 uv run python -m tests.torture.run {{ARGS}}
+# kills, full disks, flipped bytes and garbage, TIMES times as many attempts as in the test suite
+torture TIMES="20" *ARGS:
+    PROSPECT_DST_TORTURE={{TIMES}} nice -n 10 uv run pytest tests/torture --timeout 3600 {{ARGS}}
