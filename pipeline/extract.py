@@ -75,23 +75,23 @@ class ClipInfo:
     """What the decisions on the whole input need of one clip, and what they decide. An extent is (first start, last
     end) of some turns with frames, as the source has them; (-1, -1) without any."""
 
-    clip: Clip  # without texts, steps and turns
-    clip_id: str
-    recording_id: str
+    clip: Clip  # in the end without texts, steps and turns
     number: int  # in its file
     span: Range  # bytes
-    placed: bool  # whether the reader gave the turns their frames: the file's convention is not theirs
-    given: tuple[int | None, int | None]  # bounds
-    unbounded: bool  # whether `given` is the 0..0 that generators write for a clip without DST updates
-    tracked: bool  # whether it says anything about the dialog state
-    annotated: bool  # whether anybody annotated some of its frames
-    contradicted: bool  # whether the given state makes one of the clip's own updates impossible
-    system_contradicted: bool  # the same of the states that its system turns name
-    extent: Range  # of the non-system turns
-    dst_extent: Range  # of the DST_UPDATE turns
-    first_end: int  # end of the first of the non-system turns by end; -1 without any
-    votes: Sequence[int]  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes  # of the DST_UPDATE turns in order, as msgpack of list[Updates]
+    recording_id: str
+    clip_id: str = ""
+    placed: bool = False  # whether the reader gave the turns their frames: the file's convention is not theirs
+    given: tuple[int | None, int | None] = (None, None)  # bounds
+    unbounded: bool = False  # whether `given` is the 0..0 that generators write for a clip without DST updates
+    tracked: bool = False  # whether it says anything about the dialog state
+    annotated: bool = False  # whether anybody annotated some of its frames
+    contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
+    system_contradicted: bool = False  # the same of the states that its system turns name
+    extent: Range = (NONE, NONE)  # of the non-system turns
+    dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
+    first_end: int = NONE  # end of the first of the non-system turns by end
+    votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
+    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of list[Updates]
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
@@ -120,11 +120,11 @@ def extract(task: Task, recording: str) -> Extracted:
     try:
         with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool:
             for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
-                places, clips = _decode(task, file.fileno(), range(first, last), result.refused)
-                turns = _flatten(clips)
-                recordings = [_recording_id(clip.video_uid, pattern) for clip in clips]
-                spool.write_batch(_spooled(clips, recordings, turns))
-                result.clips += _infos(task, places, clips, recordings, turns)
+                infos = _decode(task, file.fileno(), range(first, last), pattern, result.refused)
+                turns = _flatten([info.clip for info in infos])
+                spool.write_batch(_spooled(infos, turns))
+                _describe(infos, turns)
+                result.clips += infos
                 result.spoken += int((turns.role == _ASSISTANT).sum())
                 result.echoed += _echoes(turns)
     finally:
@@ -146,18 +146,20 @@ def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Ra
         yield begin, len(sizes)
 
 
-def _decode(task: Task, handle: int, which: range, refused: list[Refusal]) -> tuple[list[int], list[Clip]]:
-    """Places (in the task) and checked clips of some of its spans; the others go to `refused`."""
-    places, clips = [], []
+def _decode(
+    task: Task, handle: int, which: range, recording: re.Pattern[str], refused: list[Refusal]
+) -> list[ClipInfo]:
+    """The checked clips of some of the task's spans; the others go to `refused`."""
+    infos = []
     for i in which:
         start, end = task.spans[i].tolist()
         raw = os.pread(handle, end - start, start) if end - start <= MAX_CLIP_BYTES else b""
         try:
-            clips.append(decode(raw, end - start, task.fps))
-            places.append(i)
+            clip = decode(raw, end - start, task.fps)
+            infos.append(ClipInfo(clip, task.first + i, (start, end), _recording_id(clip.video_uid, recording)))
         except ClipError as error:
             refused.append(refuse(task.file, task.first + i, error, (start, end), _id_of(raw)))
-    return places, clips
+    return infos
 
 
 def _id_of(raw: bytes) -> str | None:
@@ -213,9 +215,10 @@ def _flatten(clips: list[Clip]) -> _Turns:
     return _Turns(offsets, owner, role, starts, ends, text, updates, spooled)
 
 
-def _spooled(clips: list[Clip], recordings: list[str], turns: _Turns) -> pa.RecordBatch:
+def _spooled(infos: list[ClipInfo], turns: _Turns) -> pa.RecordBatch:
+    clips = [info.clip for info in infos]
     columns = {
-        "recording_id": recordings,
+        "recording_id": [info.recording_id for info in infos],
         "dataset": [clip.dataset or "unknown" for clip in clips],
         "clip_idx": [clip.clip_idx or 0 for clip in clips],
         "initial_state": [list((clip.initial_state or {}).items()) for clip in clips],
@@ -244,48 +247,30 @@ def _echoes(turns: _Turns) -> int:
 # ---- what is kept in memory --------------------------------------------------------------------------
 
 
-def _infos(
-    task: Task, places: list[int], clips: list[Clip], recordings: list[str], turns: _Turns
-) -> Iterator[ClipInfo]:
+def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
+    """Fill in what is kept in memory of some clips; their texts, steps and turns go."""
     framed = (turns.role != _SYSTEM) & (turns.end != labels.NO_FRAMES[1])
     extents, dst_extents = _extents(turns, framed), _extents(turns, framed & (turns.role == _DST))
     first_ends = _extents(turns._replace(start=turns.end), framed)
-    given = [(clip.start_frame, clip.end_frame) for clip in clips]
-    known = list(zip(given, extents, dst_extents, strict=True))
-    unbounded = [bounds == (0, 0) and dst[1] == NONE and extent[1] > 0 for bounds, extent, dst in known]
-    firsts = [  # frames; bounds that are the DST turns' may leave turns out
-        extent[0] if bounds[0] is None or bounds == dst or empty else bounds[0]
-        for (bounds, extent, dst), empty in zip(known, unbounded, strict=True)
-    ]
-    votes = _votes(clips, turns, framed, np.array(firsts, np.int64))
-    told: list[dict[str, str]] = [{} for _ in clips]  # the states that a clip's system turns name
+    told: list[dict[str, str]] = [{} for _ in infos]  # the states that a clip's system turns name
     for turn in np.flatnonzero(turns.role == _SYSTEM).tolist():
         if _ANY_STATE.search(turns.text[turn]):
             told[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
-    ids = _clip_ids(clips, turns)
-    for i, clip in enumerate(clips):
-        changes = [change for _, _, own in turns.updates[i] for change in own] if clip.initial_state or told[i] else []
-        info = ClipInfo(
-            clip=clip,
-            clip_id=ids[i],
-            recording_id=recordings[i],
-            number=task.first + places[i],
-            span=tuple(task.spans[places[i]].tolist()),
-            placed=clip.convention is not None,
-            given=given[i],
-            unbounded=unbounded[i],
-            tracked=bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
-            annotated=tuple(clip.unlabelled) != EVERYWHERE,
-            contradicted=bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes),
-            system_contradicted=bool(told[i]) and state.contradicts(told[i], changes),
-            extent=extents[i],
-            dst_extent=dst_extents[i],
-            first_end=first_ends[i][0],
-            votes=votes[i],
-            updates=msgspec.msgpack.encode(turns.updates[i]),
-        )
+    ids = _clip_ids([info.clip for info in infos], turns)
+    for i, info in enumerate(infos):
+        clip, own = info.clip, turns.updates[i]
+        info.clip_id, info.placed, info.given = ids[i], clip.convention is not None, (clip.start_frame, clip.end_frame)
+        info.extent, info.dst_extent, info.first_end = extents[i], dst_extents[i], first_ends[i][0]
+        info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
+        info.tracked, info.annotated = bool(clip.steps or own), tuple(clip.unlabelled) != EVERYWHERE
+        if clip.initial_state or told[i]:
+            changes = [change for _, _, some in own for change in some]
+            info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
+            info.system_contradicted = bool(told[i]) and state.contradicts(told[i], changes)
+        info.updates = msgspec.msgpack.encode(own)
         clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
-        yield info
+    for info, votes in zip(infos, _votes(infos, turns, framed), strict=True):
+        info.votes = votes
 
 
 def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
@@ -297,16 +282,18 @@ def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
     return list(zip(np.where(end == NONE, NONE, start).tolist(), end.tolist(), strict=True))
 
 
-def _votes(clips: list[Clip], turns: _Turns, framed: np.ndarray, firsts: np.ndarray) -> list[list[int]]:
-    """The votes of labels.vote for each clip; none where the reader placed the turns. firsts [C]: first frames."""
-    time = turns.spooled.field("time_s")
-    unplaced = np.array([clip.convention is None for clip in clips], bool)
+def _votes(infos: list[ClipInfo], turns: _Turns, framed: np.ndarray) -> list[list[int]]:
+    """The votes of labels.vote for each clip; none where the reader placed the turns."""
+    firsts = [  # frames; bounds that are the DST turns' may leave turns out
+        info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
+        for info in infos
+    ]
+    time, unplaced = turns.spooled.field("time_s"), np.array([not info.placed for info in infos], bool)
     voting = framed & time.is_valid().to_numpy(zero_copy_only=False) & unplaced[turns.owner]
-    owner, fps = turns.owner[voting], np.array([clip.fps for clip in clips], np.float64)
+    owner, fps = turns.owner[voting], np.array([info.clip.fps for info in infos], np.float64)
     frame = labels.event_frame(time.fill_null(0.0).to_numpy()[voting], fps[owner])
-    votes: list[list[int]] = labels.vote(
-        owner, turns.start[voting], turns.end[voting], frame, firsts, len(clips)
-    ).tolist()
+    start, end = turns.start[voting], turns.end[voting]
+    votes: list[list[int]] = labels.vote(owner, start, end, frame, np.array(firsts, np.int64), len(infos)).tolist()
     return votes
 
 

@@ -120,14 +120,6 @@ def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
     sync(out)
 
 
-def intact(folder: Path) -> bool:
-    """Whether the folder holds a complete output, every shard unchanged."""
-    try:
-        return bool(verify(folder))
-    except (InputError, OSError):
-        return False
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest, once every file proves to be the one it lists; InputError names the damage otherwise."""
     manifest = read_manifest(folder)

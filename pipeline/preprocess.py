@@ -216,7 +216,7 @@ def _plans(sources: list[Source], options: Options, staged: Path) -> Iterator[Pl
         rows = [row for row, clip in enumerate(part.clips) if clip.keep]
         if not rows:
             continue
-        split, kept = source.split, [part.clips[row] for row in rows]
+        split = source.split
         if not numbers[split]:
             for table in ("frames", "clips"):
                 (staged / shard_path(table, split, 0)).parent.mkdir(parents=True)
@@ -229,9 +229,7 @@ def _plans(sources: list[Source], options: Options, staged: Path) -> Iterator[Pl
             convention=source.convention,
             options=options,
             rows=np.array(rows),
-            ids=[clip.clip_id for clip in kept],
-            bounds=np.array([clip.bounds for clip in kept]),
-            states=[clip.state for clip in kept],
+            clips=[part.clips[row] for row in rows],
         )
         numbers[split] += 1
         clips[split] += len(rows)

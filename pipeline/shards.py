@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import labels
-from pipeline.extract import cut
+from pipeline.extract import ClipInfo, cut
 from pipeline.options import Options
 from pipeline.output import FRAMES_WRITTEN, parquet_writer
 from pipeline.readers.clip import Range
@@ -42,9 +42,7 @@ class Plan:
     convention: str
     options: Options
     rows: np.ndarray  # int64 [K], ascending
-    ids: list[str]
-    bounds: np.ndarray  # int64 [K, 2]
-    states: list[Mapping[str, str] | None]  # replayed initial states; None: as given
+    clips: list[ClipInfo]
 
 
 Counts = defaultdict[str, Counter[Any]]  # "counts", "drops" (by reason), and for each head its gaps (by seconds)
@@ -121,8 +119,8 @@ def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, slice]]:
             first += batch.num_rows
             if len(rows) < batch.num_rows:
                 batch = batch.take(pa.array(rows))
-            bounds = plan.bounds[done : done + len(rows)]
-            for begin, end in cut(bounds[:, 1] - bounds[:, 0], len(rows), GROUP_FRAMES):
+            sizes = [clip.bounds[1] - clip.bounds[0] for clip in plan.clips[done : done + len(rows)]]
+            for begin, end in cut(sizes, len(rows), GROUP_FRAMES):
                 yield batch.slice(begin, end - begin), slice(done + begin, done + end)
             done += len(rows)
 
@@ -144,7 +142,8 @@ class _Group(NamedTuple):
 
 
 def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
-    ids, bounds = plan.ids[own], plan.bounds[own]
+    ids = [clip.clip_id for clip in plan.clips[own]]
+    bounds = np.array([clip.bounds for clip in plan.clips[own]], np.int64)
     turns, unlabelled = _read_turns(batch, plan.convention), _read_unlabelled(batch, bounds)
     rule = labels.label_rule(
         turns,
@@ -214,7 +213,7 @@ def _clips_batch(group: _Group, plan: Plan, own: slice) -> pa.RecordBatch:
         "start_frame": rule.starts.astype(np.int32),
         "end_frame": (rule.starts + rule.sizes).astype(np.int32),
         "num_frames": rule.sizes.astype(np.int32),
-        "initial_state": _initial_states(batch, plan.states[own]),
+        "initial_state": _initial_states(batch, [clip.state for clip in plan.clips[own]]),
         "turns": _turns_column(batch.column("turns"), group.turns),
         "sampling_seed": rule.seeds,
         "neg_rate": rule.rates,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import resource
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -59,18 +57,6 @@ def preprocess(*args: object) -> Ran:
     return Ran(status, out.getvalue(), err.getvalue())
 
 
-def preprocess_apart(*args: object, address_gb: float = 6, seconds: float = 60) -> Ran:
-    """The same in a process of its own, under a limit on its address space and wall time."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (int(address_gb * 2**30), int(address_gb * 2**30)))
-
-    code = "import sys; from trainer.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "preprocess", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False)
-    return Ran(done.returncode, done.stdout, done.stderr)
-
-
 @dataclass
 class Shards:
     """A split as it lies on disk: clip rows in order, and per clip its frame rows in order."""
@@ -101,11 +87,6 @@ def shards(out: Path, split: str = "train") -> Shards:
 def quarantine(out: Path) -> list[dict]:
     path = out / "quarantine.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def tree(out: Path, *folders: str) -> dict[str, bytes]:
-    """Relative path -> bytes of every Parquet file."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.parquet"))}
 
 
 # ---- comparing with the reference --------------------------------------------------------------------

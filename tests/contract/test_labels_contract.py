@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fields import Undecided, decide, problems, vote
-from harness import REAL, differences, preprocess, quarantine, shards, tree
+from harness import REAL, differences, preprocess, quarantine, shards
 from hostile import KINDS, ballot, clips, dump, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -272,68 +272,11 @@ def test_real_files_have_no_wrong_label(file: str, positive: str, tmp_path: Path
 # ---- rules one by one --------------------------------------------------------------------------------
 
 
-def test_turn_that_ends_at_the_clips_end_keeps_all_its_frames(tmp_path: Path):
-    found = run(tmp_path, [a_clip(turn("DST_UPDATE", 18, 20))], "--neg-rate", 1)
-    assert heads(found) == ("0000000000", "0000000011")
-
-
-def test_turn_outside_the_clip_or_empty_labels_nothing(tmp_path: Path):
-    turns = [turn("assistant", 20, 22), turn("assistant", 5, 10), turn("DST_UPDATE", 15, 15)]
-    turns += [turn("assistant"), turn("DST_UPDATE"), turn("assistant", 15), turn("assistant", None, 15)]
-    assert heads(run(tmp_path, [a_clip(*turns)], "--neg-rate", 1)) == ("0" * 10, "0" * 10)
-
-
-def test_turn_partly_outside_is_cut(tmp_path: Path):
-    turns = [turn("assistant", 5, 12), turn("DST_UPDATE", 19, 2**31 - 2)]
-    assert heads(run(tmp_path, [a_clip(*turns)], "--neg-rate", 0)) == ("11.......0", "00.......1")
-
-
-def test_onset_outside_the_clip_labels_nothing_but_the_rest_is_not_punished(tmp_path: Path):
-    turns = [turn("assistant", 5, 12), turn("DST_UPDATE", 14, 17)]
-    found = run(tmp_path, [a_clip(*turns)], "--neg-rate", 1, "--positive", "onset")
-    assert heads(found) == ("..00000000", "00001..000")
-
-
-def test_rest_beats_the_other_heads_zero_and_a_positive_beats_rest(tmp_path: Path):
-    turns = [turn("assistant", 12, 16), turn("DST_UPDATE", 13, 14), turn("assistant", 15, 16)]
-    found = run(tmp_path, [a_clip(*turns)], "--neg-rate", 0, "--positive", "onset")
-    assert heads(found) == ("..1..1....", "..01.0....")
-
-
-def test_clip_without_steps_or_updates_says_nothing_about_the_second_head(tmp_path: Path):
-    spoken = turn("assistant", 12, 14)
-    cases = [{"dst": []}, {"dst": None}, {"dst": [{"id": "S1", "name": "n"}]}]
-    found = run(tmp_path, [a_clip(spoken, id=i, **more) for i, more in enumerate(cases)], "--neg-rate", 1)
-    assert [heads(found, i)[1] for i in range(3)] == ["." * 10, "." * 10, "0" * 10]
-    assert [c["n_supervised"] for c in found.clips] == [10, 10, 10]
-
-
-def test_system_turn_does_not_define_the_bounds(tmp_path: Path):
-    turns = [turn("system", 0, 1), turn("user", 193, 195, 96.5), turn("assistant", 200, 203, 100.0)]
-    found = run(tmp_path, [a_clip(*turns, start=None, end=None)], "--neg-rate", 1)
-    assert (found.clips[0]["start_frame"], found.clips[0]["end_frame"]) == (193, 203)
-
-
 @pytest.mark.parametrize(("convention", "end"), [("event", 15), ("window", 16), ("lead-in", 15)])
 def test_inferred_end_is_half_open(convention: str, end: int, tmp_path: Path):
     turns = [turn("assistant", 12, 13), turn("user", 13, 15)]
     found = run(tmp_path, [a_clip(*turns, start=None, end=None)], "--frame-convention", convention)
     assert (found.clips[0]["start_frame"], found.clips[0]["end_frame"]) == (12, end)
-
-
-@pytest.mark.parametrize(
-    ("convention", "speaking", "dst"),
-    [
-        ("event", "..11......", "..00......"),
-        ("window", "..111......", "..001......"),  # the clip's end is inclusive, too
-        ("lead-in", "...1......", "...1......"),
-    ],
-)
-def test_one_clip_under_three_conventions(convention: str, speaking: str, dst: str, tmp_path: Path):
-    clip = a_clip(turn("assistant", 12, 14), turn("DST_UPDATE", 14, 14))
-    found = run(tmp_path, [clip], "--frame-convention", convention, "--neg-rate", 0)
-    assert heads(found) == (speaking, dst)
-    assert found.clips[0]["frame_convention"] == convention
 
 
 def voters(fitting: int, others: int) -> list[dict]:
@@ -418,13 +361,6 @@ def test_votes_are_taken_before_cutting(tmp_path: Path):
 # ---- rates, seeds, workers ---------------------------------------------------------------------------
 
 
-def supervised(found) -> list[set]:
-    return [
-        set(zip(f["frame"], f["speaking_label"] != -100, f["dst_update_label"] != -100, strict=True))
-        for f in found.frames
-    ]
-
-
 @pytest.mark.parametrize("positive", ["span", "onset"])
 def test_a_lower_rates_negatives_are_a_subset(positive: str, tmp_path: Path):
     content = clips(random.Random("nested"), "event", 25)
@@ -442,18 +378,6 @@ def test_a_lower_rates_negatives_are_a_subset(positive: str, tmp_path: Path):
     for lower, higher in pairwise(zeros):
         assert all(a <= b for a, b in zip(lower, higher, strict=True))
     assert sum(map(len, zeros[2])) < sum(map(len, zeros[3])) < sum(map(len, zeros[4]))
-
-
-def test_rate_one_supervises_all_and_rate_zero_only_events(tmp_path: Path):
-    clip = a_clip(turn("assistant", 12, 15), turn("DST_UPDATE", 13, 14))
-    full = run(tmp_path / "1", [clip], "--neg-rate", 1)
-    assert heads(full) == ("0011100000", "0001000000")
-    assert full.clips[0]["n_supervised"] == 10
-    none = run(tmp_path / "0", [clip], "--neg-rate", 0)
-    assert heads(none) == ("..111.....", "..010.....")
-    onset = run(tmp_path / "0on", [clip], "--neg-rate", 0, "--positive", "onset")
-    assert heads(onset) == ("..1.......", "..01......")
-    assert onset.clips[0]["n_supervised"] == 2
 
 
 @pytest.mark.parametrize(
@@ -477,62 +401,7 @@ def test_which_rate_holds(name: str, own, option, rate: float, tmp_path: Path):
     assert found.clips[0]["neg_rate"] == rate
 
 
-@pytest.mark.slow
-def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path):
-    rng = random.Random("workers")
-    files = []
-    for i in range(2):
-        spoken, ends = turn("assistant", 11, 12), [rng.randint(12, 14) for _ in range(2100)]
-        tiny = [a_clip(spoken, id=f"{i} {k}", end=end) for k, end in enumerate(ends)]
-        tiny[::97] = [c | {"fps": -1, "id": f"bad {i} {c['id']}"} for c in tiny[::97]]
-        files.append(write(tmp_path / "in", tiny, f"{('train', 'val')[i]}_x.json"))
-    files.append(write(tmp_path / "in", file_of(rng, "lead-in", 60), "train_y.json"))
-    written = []
-    for workers in (1, 2):
-        out = tmp_path / f"out{workers}"
-        ran = preprocess(*files, "--out", out, "--workers", workers, "--seed", 3)
-        assert ran.status == 3, ran.err
-        written.append((tree(out), (out / "quarantine.jsonl").read_bytes()))
-    assert len(written[0][0]) >= 4
-    assert written[0] == written[1]
-    found = shards(tmp_path / "out2").clips
-    assert [c["clip"] for c in found] == list(range(len(found)))
-
-
-def test_seed_changes_the_draws_and_nothing_else(tmp_path: Path):
-    content = clips(random.Random("seeds"), "event", 10)
-    a, b = (run(tmp_path / str(seed), content, "--seed", seed, "--neg-rate", 0.5) for seed in (1, 2))
-    assert [ones(f, "speaking") for f in a.frames] == [ones(f, "speaking") for f in b.frames]
-    assert supervised(a) != supervised(b)
-
-
-def test_the_same_input_again_is_skipped_with_its_status(tmp_path: Path):
-    path = write(tmp_path, [a_clip(turn("assistant", 12, 14)), {"video_uid": "bad"}])
-    first = preprocess(path, "--out", tmp_path / "out")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
-    again = preprocess(path, "--out", tmp_path / "out")
-    assert (first.status, again.status) == (3, 3)
-    assert "skipped" in again.out.replace(str(tmp_path), "")
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
-    other = preprocess(path, "--out", tmp_path / "out", "--seed", 5)
-    assert other.status == 3
-    assert "skipped" not in other.out.replace(str(tmp_path), "")
-
-
 # ---- padding -----------------------------------------------------------------------------------------
-
-
-def test_padding_stops_at_frame_zero_and_at_neighbours_of_the_same_video(tmp_path: Path):
-    def clip(name: str, video: str, start: int, end: int) -> dict:
-        spoken = turn("assistant", start, start + 1), turn("assistant", end + 1, end + 2)
-        return a_clip(*spoken, id=name, video_uid=video, start=start, end=end)
-
-    content = [clip("a", "v", 2, 10), clip("b", "v", 12, 30), clip("c", "w", 11, 12)]
-    found = run(tmp_path, content, "--pad-s", 2, "--neg-rate", 1)
-    assert [(c["start_frame"], c["end_frame"]) for c in found.clips] == [(0, 12), (10, 34), (7, 16)]
-    kept, _, _ = read_files([content], pad_s=2)
-    wrong, _ = differences(found, kept, split="train", positive="span", seed=0, rate=1.0)
-    assert not wrong, "\n".join(wrong)
 
 
 def test_reference_refuses_what_it_should_and_nothing_else():

@@ -119,7 +119,7 @@ def test_a_card_of_ours_is_replaced(tmp_path, out):
     preprocess([write_split(tmp_path, "train", 5)], out)
     assert "| train | 5 | 5 | 50 |" in split_text(out)[1]
     assert "test" not in split_text(out)[0]
-    assert shards.intact(out)
+    assert shards.verify(out)
 
 
 @pytest.mark.parametrize("edit", [lambda text: "# My data\n", lambda text: text.replace("unknown", "mit", 1)])
@@ -128,7 +128,7 @@ def test_a_card_that_was_edited_or_is_not_ours_stays(tmp_path, out, edit, capsys
     readme.write_text(edit(readme.read_text()))
     edited = readme.read_bytes()
     assert not card.is_ours(readme)
-    assert shards.intact(out)  # a licence filled in does not damage the data
+    assert shards.verify(out)  # a licence filled in does not damage the data
     path = write_split(tmp_path, "train", 5)
     assert main(["preprocess", str(path), "--out", str(out)]) == 0
     assert readme.read_bytes() == edited

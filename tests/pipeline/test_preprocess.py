@@ -414,7 +414,7 @@ p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]), workers=int(sys.argv[3]))
 
 
 def is_complete(out: Path) -> bool:
-    return shards.intact(out)
+    return bool(shards.verify(out))
 
 
 @pytest.mark.slow
@@ -461,7 +461,7 @@ def test_killed_between_the_renames_the_next_run_does_the_work(tmp_path):
     assert subprocess.run([sys.executable, "-c", DIES, source, out]).returncode == 9
     assert not (out / "manifest.json").exists()  # neither old nor new claims to be complete
     preprocess([source], out)
-    assert shards.intact(out)
+    assert shards.verify(out)
     assert len(clips_of(out)) == 2
 
 
@@ -482,7 +482,7 @@ def test_a_commit_that_fails_midway_brings_the_old_output_back(tmp_path, monkeyp
         run(tmp_path, [clip(), clip("b")])
     monkeypatch.undo()
     assert snapshot(tmp_path / "out") == before
-    assert shards.intact(tmp_path / "out")
+    assert shards.verify(tmp_path / "out")
 
 
 def test_a_run_that_is_refused_leaves_the_other_alone(tmp_path, small_parts):
@@ -494,7 +494,7 @@ def test_a_run_that_is_refused_leaves_the_other_alone(tmp_path, small_parts):
                 preprocess([source], out, Options(seed=1))
                 break
     assert first.wait() == 0
-    assert shards.intact(out)
+    assert shards.verify(out)
 
 
 def test_a_lost_quarantine_file_is_noticed(tmp_path):
