@@ -11,6 +11,7 @@ When one has finished, its slot of the KV cache goes to the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from trainer.attention import use_packed
 from trainer.config import TrainConfig
 from trainer.live.cuda_graph import StaticPass
-from trainer.live.kv_cache import CacheRow, KVCache, bytes_per_token, download, upload, use_slots
+from trainer.live.kv_cache import CacheRow, KVCache, download, kv_shape, upload, use_slots
 from trainer.model import ProspectModel
 from trainer.tokenizer import Tokens
 
@@ -155,7 +156,8 @@ def slots_for(model: ProspectModel, capacity: int) -> int:
         free, _ = torch.cuda.mem_get_info(model.device)
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # kept by torch
         budget = int(FREE_SHARE * (free + unused))
-    return max(1, min(MAX_SLOTS, budget // (capacity * bytes_per_token(model.vlm, _cache_dtype(model)))))
+    slot_bytes = 2 * capacity * math.prod(kv_shape(model.vlm)) * _cache_dtype(model).itemsize
+    return max(1, min(MAX_SLOTS, budget // slot_bytes))
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """Batched KV cache with one slot per session, and the attention function that extends and reads it.
 
-The new tokens of all sessions lie end to end in one row, as in training's packs: linear layers see one matrix without
-padding. Attention takes sessions that read few tokens (frames, a written token) in one padded call, and each that reads
-many (a prompt) in a call of its own. Slabs double up to `capacity`. The price: all slots are as long as the longest
-session, and a logit's last digits depend on what else is in the pass (1e-6).
+The new tokens of all sessions lie end to end in one row, as in training's packs: linear layers need no padding.
+Attention takes sessions that read few tokens (frames, a written token) in one padded call, each that reads many (a
+prompt) in its own. All slots are as long as the longest session; last digits depend on what else is read (1e-6).
 
     L new tokens of all sessions    B batched slots    w new tokens of one    T tokens of the longest, with the cached
     H heads    G heads that share keys and values    D head width
@@ -38,12 +37,12 @@ class CacheRow(NamedTuple):
 
 
 class BatchedRows(NamedTuple):
-    """Neighbouring slots, each with w queries; sessions with fewer repeat their last, slots without repeat any.
+    """Slots with w queries each; sessions with fewer repeat their last one, slots between them any.
 
     Indices are integers, made by the host: for boolean ones the host would wait for the GPU.
     """
 
-    slots: slice
+    slots: slice | Tensor
     slot: Tensor  # int64 [B, 1]
     positions: Tensor  # int64 [B, w] in the slot
     tokens: Tensor | None  # int64 [B, w] in 0..L; None: all L tokens are of one slot
@@ -65,10 +64,10 @@ class KVCache:
     """`slots` sessions of at most `capacity` tokens for the text model of a SmolVLM."""
 
     def __init__(self, vlm: Any, slots: int, capacity: int, dtype: torch.dtype) -> None:
-        text = vlm.config.text_config
-        empty = torch.zeros(slots, text.num_key_value_heads, 0, head_width(vlm), dtype=dtype, device=vlm.device)
-        self._slabs: Slabs = [(empty, empty)] * text.num_hidden_layers
-        self.heads_per_kv = text.num_attention_heads // text.num_key_value_heads  # G
+        layers, heads, width = kv_shape(vlm)
+        empty = torch.zeros(slots, heads, 0, width, dtype=dtype, device=vlm.device)
+        self._slabs: Slabs = [(empty, empty)] * layers
+        self.heads_per_kv = vlm.config.text_config.num_attention_heads // heads  # G
         self._device, self.capacity = vlm.device, capacity
 
     def plan(self, rows: Sequence[CacheRow]) -> AttentionPlan:
@@ -82,11 +81,10 @@ class KVCache:
         positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
         if len(short) < 2:
             return AttentionPlan(self._slabs, upload(self._device, positions)[0], rows, None)
-        first, last = short[0].slot, short[-1].slot
-        batch = [CacheRow(slot, 0, 0, 0) for slot in range(first, last + 1)]
-        for row in rows:
-            if first <= row.slot <= last:
-                batch[row.slot - first] = row if row.length <= limit else row._replace(length=0)
+        by_slot = {row.slot: row if row.length <= limit else row._replace(length=0) for row in rows}
+        near = range(short[0].slot, short[-1].slot + 1)
+        dense = len(near) < 2 * len(short)  # then slots in between attend, too: a slice of a slab is no copy
+        batch = [by_slot.get(slot, CacheRow(slot, 0, 0, 0)) for slot in near] if dense else short
         slots, starts, lengths, offsets = np.array(batch, np.int64).T[:, :, None]  # [B, 1] each
         place = np.arange(lengths.max())[None]
         repeated = np.minimum(place, np.maximum(lengths - 1, 0))  # [B, w]
@@ -96,7 +94,8 @@ class KVCache:
         end = int((starts + lengths).max())
         visible = torch.arange(end, device=self._device) <= batch_positions[..., None]  # [B, w, T]
         mask = visible[:, None].repeat(1, 1, self.heads_per_kv, 1)
-        batched = BatchedRows(slice(first, last + 1), slot, batch_positions, tokens, kept_, end, mask)
+        chosen = slice(near.start, near.stop) if dense else slot[:, 0]
+        batched = BatchedRows(chosen, slot, batch_positions, tokens, kept_, end, mask)
         return AttentionPlan(self._slabs, all_positions, [row for row in rows if row.length > limit], batched)
 
     def reserve(self, more: int) -> Slabs:
@@ -134,15 +133,11 @@ def download(result: Tensor) -> npt.NDArray[np.float32]:
     return result.cpu().numpy()
 
 
-def bytes_per_token(vlm: Any, dtype: torch.dtype) -> int:
-    """Of keys and values in all layers."""
+def kv_shape(vlm: Any) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, D."""
     text = vlm.config.text_config
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head_width(vlm) * dtype.itemsize)
-
-
-def head_width(vlm: Any) -> int:
-    text = vlm.config.text_config
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers, text.num_key_value_heads, width
 
 
 # ---- attention ---------------------------------------------------------------------------------------
@@ -182,12 +177,16 @@ def slot_sdpa(
             return _batched(query[None], key[None], value[None], keys, values, rows, scaling), None
         new = query[rows.tokens], key[rows.tokens], value[rows.tokens]
         out[rows.tokens.flatten()[rows.kept]] = _batched(*new, keys, values, rows, scaling).flatten(0, 1)[rows.kept]
-    for row in plan.single:
-        own, end = slice(row.offset, row.offset + row.length), row.start + row.length
-        keys[row.slot, :, row.start : end] = key[own].transpose(0, 1)
-        values[row.slot, :, row.start : end] = value[own].transpose(0, 1)
-        cached = keys[row.slot, None, :, :end], values[row.slot, None, :, :end]
-        out[own] = _single(query[own], *cached, row, scaling)
+    for slot, start, length, offset in plan.single:
+        own, end, mask = slice(offset, offset + length), start + length, None
+        keys[slot, :, start:end] = key[own].transpose(0, 1)
+        values[slot, :, start:end] = value[own].transpose(0, 1)
+        if start and length > 1:
+            mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril(start)
+        cached = keys[slot, None, :, :end], values[slot, None, :, :end]
+        options: dict[str, Any] = {"is_causal": not start, "scale": scaling, "enable_gqa": True}
+        attended = F.scaled_dot_product_attention(query[own].transpose(0, 1)[None], *cached, mask, **options)
+        out[own] = attended[0].transpose(0, 1)
     return out[None], None
 
 
@@ -202,13 +201,3 @@ def _batched(
     folded = query.transpose(1, 2).reshape(count, keys.shape[1], -1, d)  # [B, H/G, G * w, D]
     attended = F.scaled_dot_product_attention(folded, *cached, rows.mask, scale=scaling)
     return attended.reshape(count, heads, w, d).transpose(1, 2)
-
-
-def _single(query: Tensor, keys: Tensor, values: Tensor, row: CacheRow, scaling: float | None) -> Tensor:
-    """[w, H, D] of one session, whose queries [w, H, D] are the last tokens of [1, H/G, T, D]."""
-    mask = None
-    if row.start and row.length > 1:
-        position = torch.arange(row.start + row.length, device=query.device)
-        mask = position <= position[row.start :, None]  # [w, T]
-    options: dict[str, Any] = {"is_causal": not row.start, "scale": scaling, "enable_gqa": True}
-    return F.scaled_dot_product_attention(query.transpose(0, 1)[None], keys, values, mask, **options)[0].transpose(0, 1)
