@@ -17,9 +17,6 @@ def report(*clips: ScoredClip):
     return report_states(find_states(clips, S))
 
 
-# ---- replay ------------------------------------------------------------------------------------------
-
-
 def test_the_state_at_the_start_is_the_initial_one_and_what_happened_before():
     clip = clip_example([dst(4, 6, START), dst(None, None, DONE), dst(12, 13, NEXT)], 10, 8, initial=[("S2", "paused")])
     assert state_at_start(clip) == {"S1": "in_progress", "S2": "paused"}  # the one without frames waits for frame 12
@@ -45,9 +42,6 @@ def test_changes_happen_at_the_frame_that_shows_their_instant():
 def test_under_onset_labels_a_turn_that_began_before_the_clip_has_happened():
     clip = clip_example([dst(8, 12, START)], 10, 8, positive="onset")
     assert state_at_start(clip) == {"S1": "in_progress", "S2": "not_started"}
-
-
-# ---- joint accuracy ----------------------------------------------------------------------------------
 
 
 def test_joint_accuracy_by_hand():
@@ -81,9 +75,6 @@ def test_an_update_that_says_nothing_changes_nothing():
 def test_a_model_whose_updates_never_say_anything_keeps_no_state():
     """speak+markers announces that something changed, not what: there is nothing to judge."""
     assert find_states([clip_of([dst(2, 3, START)], frames=10, updates={1.0: ()})], S) is None
-
-
-# ---- transitions -------------------------------------------------------------------------------------
 
 
 def test_transitions_match_by_step_and_kind_inside_the_window():
