@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,7 @@ _EQUAL = 5e-7  # differences below this are reported as equal
 _DETECTABLE = float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(0.975))  # 1.43 half-widths
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """One arm's value, the mean over its seeds, and its 95% interval. None: undefined, or one recording only."""
 
     value: float | None
@@ -45,8 +44,7 @@ class Interval:
 class Comparison:
     """One arm minus another, paired by recording and seed: the mean over seeds and its 95% interval.
 
-    All but the counts are None where the difference is undefined; only the difference is given with one recording, or
-    where more than 5% of the draws are undefined.
+    None: undefined; all but the difference with one recording, or where over 5% of the draws are undefined.
     """
 
     difference: float | None
@@ -153,21 +151,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def answer(
     comparison: Comparison, a: str, b: str, metric_label: str, unit: str, mode: str, higher_is_better: bool = True
 ) -> str:
-    """The result of comparing the arms `a` and `b` in one sentence that claims no more than its interval does.
-
-    `metric_label`: 'event F1'; `unit`: 's', or '' if it has none. The better arm comes first, and the numbers are its
-    own minus the other's.
-    """
+    """The result of comparing the arms `a` and `b` in one sentence that claims no more than its interval does: the
+    better arm comes first, and the numbers are its own minus the other's."""
     difference, low, high = comparison.difference, comparison.low, comparison.high
     recordings, seeds = comparison.recordings, comparison.seeds
     where = f"on {_count(recordings, 'recording')}, {_count(seeds, 'seed')} ({mode})"
-    caveats = ""
-    if low is None and recordings > 1:
-        caveats += f"; undefined in {comparison.undefined} draws of the recordings"
-    if recordings < FEW_RECORDINGS:
-        caveats += "; too few recordings for an interval to be trusted"
-    if seeds == 1:
-        caveats += "; one seed: says nothing about others"
+    caveats = f"; undefined in {comparison.undefined} draws of the recordings" if low is None and recordings > 1 else ""
+    caveats += "; too few recordings for an interval to be trusted" if recordings < FEW_RECORDINGS else ""
+    caveats += "; one seed: says nothing about others" if seeds == 1 else ""
     what = f"{unit} {metric_label}".strip()
     if difference is None:
         return f"No answer: {metric_label} is undefined for {a}, {b} or both, {where}"

@@ -22,7 +22,7 @@ from pipeline.dataset import ClipExample, Turn
 from pipeline.labels import labels_a_frame
 from pipeline.schema import ROLE_OF
 from trainer.config import Settings
-from trainer.evaluation.frame_metrics import Mask, between, beyond, fires, plain, ratio
+from trainer.evaluation.frame_metrics import Mask, between, fires, plain, ratio
 from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
 
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
@@ -288,9 +288,8 @@ def _f1(targets: Sequence[_Target], fired: Callable[[ScoredClip], Ints]) -> floa
 def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Settings) -> float | None:
     """The threshold of the best event F1, the highest of equals; None without scores or references.
 
-    It lies between two scores: a head that gives all frames the same score stays silent. CUTS of them are tried, spread
-    over the ranks of all frames by equal ratios (dense among the highest scores), then as many between the neighbours
-    of the best.
+    CUTS thresholds between scores are tried, spread over the ranks of all frames by equal ratios (dense among the
+    highest scores), then as many between the neighbours of the best.
     """
     targets = _targets(clips, head, settings)
     total = sum(target.references for target in targets)
@@ -298,7 +297,7 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
         return None
     rising, counts = np.unique(np.concatenate([target.scored.logits[head] for target in targets]), return_counts=True)
     if len(rising) == 1:
-        return beyond(float(rising[0]))
+        return between(float(rising[0]), float(rising[0]))
     fired = np.cumsum(counts[:0:-1])  # frames that reach each score, the highest first; the lowest is no cut
 
     def threshold(cut: int) -> float:

@@ -65,14 +65,6 @@ def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str
     ).only(own >= 0)
 
 
-def label_counts(clips: Sequence[ScoredClip]) -> dict[str, int]:
-    """How many frames are positive for which heads, among those supervised for both."""
-    labels = np.concatenate([scored.clip.labels for scored in clips], axis=1)
-    speaking, updating = labels[:, (labels >= 0).all(axis=0)]
-    counts = np.bincount(speaking + 2 * updating, minlength=4).tolist()
-    return dict(zip(("neither", "speaking_only", "dst_update_only", "both"), counts, strict=True))
-
-
 def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dict[str, Any]:
     """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities."""
     any_event = frames.positive | (frames.other == 1)
@@ -161,26 +153,21 @@ class Ranking:
 
 
 def between(above: float, below: float) -> float:
-    """A threshold between two adjacent scores, equal to neither, also after rounding to float32."""
+    """A threshold between two adjacent scores, equal to neither, also after rounding to float32. Above all scores where
+    the two are equal: a head that gives all frames the same score separates nothing and stays silent."""
+    if above == below:
+        return above + max(1.0, abs(above))
     middle = (above + below) / 2
     return middle if np.float32(middle) > below else above
 
 
-def beyond(score: float) -> float:
-    """A threshold that the score does not reach, however large it is."""
-    return score + max(1.0, abs(score))
-
-
 def best_threshold(scores: Singles, positive: Mask) -> float | None:
-    """The threshold (`>=` fires) of the best F1, the highest of equals; None without a positive frame.
-
-    It lies between two scores: a head that gives all frames the same score stays silent.
-    """
+    """The threshold (`>=` fires) of the best F1, the highest of equals; None without a positive frame."""
     if not positive.any():
         return None
     rising, rank = np.unique(scores, return_inverse=True)
     if len(rising) == 1:
-        return beyond(float(rising[0]))
+        return between(float(rising[0]), float(rising[0]))
     fired = np.cumsum(np.bincount(rank)[:0:-1])  # at each cut but the lowest, at which all frames fire
     hits = np.cumsum(np.bincount(rank, positive)[:0:-1])
     best = len(rising) - 1 - int((2 * hits / (fired + positive.sum())).argmax())

@@ -98,7 +98,7 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
         "hours": sum(scored.clip.num_frames / scored.clip.fps for scored in clips) / 3600,
-        "cells": frame_metrics.label_counts(clips),
+        "cells": _label_counts(clips),
     }
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)
@@ -113,6 +113,14 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
             report[head]["events"]["metronome"] = period and {"period_s": period, "f1": f1}
     states = state_metrics.find_states(clips, settings)
     return report | {"state": states and state_metrics.report_states(states)}
+
+
+def _label_counts(clips: Sequence[ScoredClip]) -> dict[str, int]:
+    """How many frames are positive for which heads, among those supervised for both."""
+    labels = np.concatenate([scored.clip.labels for scored in clips], axis=1)
+    speaking, updating = labels[:, (labels >= 0).all(axis=0)]
+    counts = np.bincount(speaking + 2 * updating, minlength=4).tolist()
+    return dict(zip(("neither", "speaking_only", "dst_update_only", "both"), counts, strict=True))
 
 
 def _recordings(clips: Sequence[ScoredClip]) -> list[str]:

@@ -359,13 +359,11 @@ def files(tmp_path):
     return data, write_lines(tmp_path / "sessions.jsonl", SESSIONS)
 
 
-def write_parquet(path, speaking=None, said=None):
-    """Anybody's scores of the three clips: by clip the frames of high scores, or the texts said by frame."""
+def write_parquet(path, speaking):
+    """Another program's scores of the three clips: by clip the frames of high scores."""
     rows = [(uid, frame) for uid, frames in FRAMES.items() for frame in range(frames)]
     columns = {"clip_id": [uid for uid, _ in rows], "frame": [frame for _, frame in rows]}
-    columns["speaking_logit"] = [float(speaking is not None and frame in speaking[uid]) for uid, frame in rows]
-    if said is not None:
-        columns["said"] = pa.array([said[uid].get(frame) for uid, frame in rows], pa.string())
+    columns["speaking_logit"] = [float(frame in speaking[uid]) for uid, frame in rows]
     pq.write_table(pa.table(columns), path)
     return path
 
@@ -400,28 +398,12 @@ def test_scores_to_submission_to_the_same_numbers(files, tmp_path, capsys):
     assert json.loads((tmp_path / "b/metrics.json").read_text())["submission"]["chunks"] == found
 
 
-def test_texts_of_a_live_run_reach_the_submission(files, tmp_path):
-    data, sessions = files
-    said = {"aa01": {0: "Gravel.", 21: "Soil.", 152: "Press."}, "aa02": {3: "Lever."}, "aa03": {1: "A", 20: "B"}}
-    scores = write_parquet(tmp_path / "x.parquet", said=said)
-    submission = tmp_path / "submission.jsonl"
-    options = ["--chunks", sessions, "--submission", submission, "--out", tmp_path / "out"]
-    assert run(data, "--scores", scores, *options) == 0
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["scores"]["chunks"]["overall"]["macro_f1"] == 1.0
-    assert json.loads(submission.read_text().splitlines()[2])["answers"] == ["$interrupt$A", "$interrupt$B"]
-
-
-def test_without_a_threshold_it_says_so(files, tmp_path, capsys):
-    data, sessions = files
-    scores = write_parquet(tmp_path / "x.parquet")
-    assert run(data, "--scores", scores, "--chunks", sessions, "--submission", tmp_path / "p.jsonl") == 0
-    assert "no chunk metrics and no submission: no threshold for speaking" in " ".join(capsys.readouterr().out.split())
-    assert not (tmp_path / "p.jsonl").exists()
-
-
 def test_options_that_do_not_go_together_are_refused(files, tmp_path, capsys):
     data, sessions = files
-    scores, submission = write_parquet(tmp_path / "x.parquet"), write_lines(tmp_path / "p.jsonl", [])
+    scores, submission = (
+        write_parquet(tmp_path / "x.parquet", dict.fromkeys(FRAMES, ())),
+        write_lines(tmp_path / "p.jsonl", []),
+    )
     assert run(data, "--scores", scores, "--submission", tmp_path / "p.jsonl") == 2
     assert "--submission needs --chunks" in capsys.readouterr().err
     assert run("--scores", submission) == 2

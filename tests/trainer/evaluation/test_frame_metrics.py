@@ -22,9 +22,9 @@ from trainer.evaluation.frame_metrics import (
     between,
     fires,
     head_frames,
-    label_counts,
     report_frames,
 )
+from trainer.evaluation.metrics import Settings, measure
 
 RECORDINGS = [f"r{i}" for i in range(5)]
 
@@ -96,7 +96,12 @@ def test_frames_are_counted_by_both_labels():
     labels = np.array([[1, 1, 0, 0, -100, 0], [0, 1, 1, 0, 0, -100]], np.int8)
     scored = clip_of(frames=6, speaking=range(6), updating=range(6))
     scored = replace(scored, clip=replace(scored.clip, labels=labels))
-    assert label_counts([scored]) == {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
+    assert measure([scored], None, Settings())["cells"] == {
+        "speaking_only": 1,
+        "dst_update_only": 1,
+        "both": 1,
+        "neither": 1,
+    }
     speaking = head_frames([scored], "speaking", ["r-c0"])
     assert (speaking.scores.tolist(), speaking.other.tolist()) == ([0, 1, 2, 3, 5], [0, 1, 1, 0, -100])
     assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]
