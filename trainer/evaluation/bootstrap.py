@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ _EQUAL = 5e-7  # differences below this are reported as equal
 _DETECTABLE = float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(0.975))  # 1.43 half-widths
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True)
+class Interval:
     """One arm's value, the mean over its seeds, and its 95% interval. None: undefined, or one recording only."""
 
     value: float | None
