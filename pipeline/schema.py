@@ -50,87 +50,80 @@ HEAD_OF: Final = {role: head for head, role in ROLE_OF.items()}
 LABEL_COLUMNS: Final = ("speaking_label", "dst_update_label")
 
 
-def _field(name: str, type_: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
-    return pa.field(name, type_, nullable=nullable, metadata={"doc": doc})
+def _fields(text: str, **nested: list[pa.Field]) -> list[pa.Field]:
+    """Columns from lines of name, type and documentation; `?`: may be null; `list`: of structs of the nested fields."""
+    fields = []
+    for line in text.strip().splitlines():
+        name, kind, doc = line.split(maxsplit=2)
+        if kind == "list":
+            type_ = pa.list_(pa.field("element", pa.struct(nested[name]), nullable=False))
+        else:
+            type_ = pa.type_for_alias(kind.removesuffix("?"))
+        fields.append(pa.field(name, type_, nullable=kind.endswith("?"), metadata={"doc": doc}))
+    return fields
 
 
-def _list(*fields: pa.Field) -> pa.DataType:
-    return pa.list_(pa.field("element", pa.struct(fields), nullable=False))
-
-
-_UPDATE = _list(
-    _field("id", pa.string(), "step id"), _field("transition", pa.string(), "one of TRANSITIONS, e.g. start")
+_UPDATE = _fields("""
+id                string    step id
+transition        string    one of TRANSITIONS, e.g. start
+""")
+_TURN = _fields(
+    """
+role              string    system, user, assistant or DST_UPDATE
+text              string    what was said; for DST_UPDATE its updates as 'S1->complete, S2->start'
+start_frame       int32?    first absolute frame of the event, the source's frame convention already applied; null: \
+no frames
+end_frame         int32?    one past the event's last frame; null as start_frame
+time_s            float64?  seconds from the video's start, as the source says
+updates           list      state transitions of a DST_UPDATE turn, in order; else empty
+""",
+    updates=_UPDATE,
 )
-_TURN = _list(
-    _field("role", pa.string(), "system, user, assistant or DST_UPDATE"),
-    _field("text", pa.string(), "what was said; for DST_UPDATE its updates as 'S1->complete, S2->start'"),
-    _field(
-        "start_frame",
-        pa.int32(),
-        "first absolute frame of the event, the source's frame convention already applied; null: no frames",
-        nullable=True,
-    ),
-    _field("end_frame", pa.int32(), "one past the event's last frame; null as start_frame", nullable=True),
-    _field("time_s", pa.float64(), "seconds from the video's start, as the source says", nullable=True),
-    _field("updates", _UPDATE, "state transitions of a DST_UPDATE turn, in order; else empty"),
-)  # fmt: skip
-
 FRAMES: Final = pa.schema(
-    [
-        _field("clip_id", pa.string(), "the clip this frame belongs to"),
-        _field("clip", pa.int32(), "position of the clip in its split, from 0"),
-        _field("frame", pa.int32(), "absolute frame number in the video, from 0"),
-        _field("time_s", pa.float32(), "frame / fps, seconds from the video's start"),
-        _field("speaking_label", pa.int8(), "1 the assistant speaks here, 0 supervised silence, -100 not sampled"),
-        _field("dst_update_label", pa.int8(), "1 the state changes here, 0 supervised, -100 not sampled"),
-    ]
-)  # fmt: skip
-
+    _fields("""
+clip_id           string    the clip this frame belongs to
+clip              int32     position of the clip in its split, from 0
+frame             int32     absolute frame number in the video, from 0
+time_s            float32   frame / fps, seconds from the video's start
+speaking_label    int8      1 the assistant speaks here, 0 supervised silence, -100 not sampled
+dst_update_label  int8      1 the state changes here, 0 supervised, -100 not sampled
+""")
+)
 CLIPS: Final = pa.schema(
-    [
-        _field("clip_id", pa.string(), "unique within its split"),
-        _field("clip", pa.int32(), "position of the clip in its split, from 0"),
-        _field("video_uid", pa.string(), "one camera's recording"),
-        _field("recording_id", pa.string(), "one real-world take, over all camera views; split and resample by this"),
-        _field("dataset", pa.string(), "the source's name; 'unknown' where it gives none"),
-        _field("clip_idx", pa.int32(), "the source's number of the clip in its video; 0 where it gives none"),
-        _field("fps", pa.float64(), "frames per second of the frame numbers, e.g. 24000/1001 to the last digit"),
-        _field("start_frame", pa.int32(), "first frame of the clip (absolute)"),
-        _field("end_frame", pa.int32(), "one past the last frame of the clip"),
-        _field("num_frames", pa.int32(), "end_frame - start_frame"),
-        _field("frames_file", pa.string(), "where the source keeps the frames; relative", nullable=True),
-        _field("goal", pa.string(), "the task's goal", nullable=True),
-        _field("knowledge", pa.string(), "the task's recipe, as text", nullable=True),
-        _field(
-            "steps",
-            _list(_field("id", pa.string(), "step id"), _field("name", pa.string(), "what the step is")),
-            "the task's steps, in order; empty where the source has no DST",
-        ),
-        _field(
-            "initial_state",
-            _list(_field("id", pa.string(), "step id"), _field("state", pa.string(), "e.g. in_progress")),
-            "state before the clip's first turn, replayed over the conversation's earlier clips where there are any, "
-            "else as the source says; a step left out is not started",
-        ),
-        _field("turns", _TURN, "the conversation, in the source's order"),
-        _field("sampling_seed", pa.uint64(), "seed of the clip's draws: a pure function of (--seed, clip_id)"),
-        _field("neg_rate", pa.float64(), "probability that a frame positive for neither head is supervised"),
-        _field(
-            "unlabelled",
-            _list(
-                _field("start_frame", pa.int32(), "first frame (absolute)"),
-                _field("end_frame", pa.int32(), "one past the last"),
-            ),
-            "ranges of frames that nobody annotated: -100 for both heads, in every epoch",
-        ),
-        _field("positive", pa.string(), "span: every frame of an event is positive; onset: its first alone"),
-        _field("frame_convention", pa.string(), "how the source's start_frame/end_frame were read"),
-        _field("n_speaking", pa.int32(), "frames with speaking_label 1"),
-        _field("n_dst_update", pa.int32(), "frames with dst_update_label 1"),
-        _field("n_supervised", pa.int32(), "frames with a 0 or 1 for at least one head (epoch 0)"),
-    ]
-)  # fmt: skip
-
+    _fields(
+        """
+clip_id           string    unique within its split
+clip              int32     position of the clip in its split, from 0
+video_uid         string    one camera's recording
+recording_id      string    one real-world take, over all camera views; split and resample by this
+dataset           string    the source's name; 'unknown' where it gives none
+clip_idx          int32     the source's number of the clip in its video; 0 where it gives none
+fps               float64   frames per second of the frame numbers, e.g. 24000/1001 to the last digit
+start_frame       int32     first frame of the clip (absolute)
+end_frame         int32     one past the last frame of the clip
+num_frames        int32     end_frame - start_frame
+frames_file       string?   where the source keeps the frames; relative
+goal              string?   the task's goal
+knowledge         string?   the task's recipe, as text
+steps             list      the task's steps, in order; empty where the source has no DST
+initial_state     list      state before the clip's first turn, replayed over the conversation's earlier clips where \
+there are any, else as the source says; a step left out is not started
+turns             list      the conversation, in the source's order
+sampling_seed     uint64    seed of the clip's draws: a pure function of (--seed, clip_id)
+neg_rate          float64   probability that a frame positive for neither head is supervised
+unlabelled        list      ranges of frames that nobody annotated: -100 for both heads, in every epoch
+positive          string    span: every frame of an event is positive; onset: its first alone
+frame_convention  string    how the source's start_frame/end_frame were read
+n_speaking        int32     frames with speaking_label 1
+n_dst_update      int32     frames with dst_update_label 1
+n_supervised      int32     frames with a 0 or 1 for at least one head (epoch 0)
+""",
+        steps=_fields("id string step id\nname string what the step is"),
+        initial_state=_fields("id string step id\nstate string e.g. in_progress"),
+        turns=_TURN,
+        unlabelled=_fields("start_frame int32 first frame (absolute)\nend_frame int32 one past the last"),
+    )
+)
 
 _DESCRIBED = "\n".join(
     "\n".join(f"{f.name}|{f.type}|{f.nullable}|{f.metadata[b'doc'].decode()}" for f in table)

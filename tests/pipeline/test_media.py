@@ -252,11 +252,6 @@ def test_what_is_transparent_is_black(tmp_path, kind):
         assert found[0].tolist() == [[117] * 3 if kind == "LA" else [200, 100, 50]] * 4 + [[0, 0, 0]] * 4
 
 
-def test_half_transparent_is_half_as_bright(tmp_path):
-    for found in shown(tmp_path, saved(Image.new("RGBA", (8, 8), (200, 100, 50, 128)), "PNG")):
-        assert np.abs(found[0, 0].astype(int) - (100, 50, 25)).max() <= 1
-
-
 def test_frames_are_cropped_to_the_centre_and_resized_with_channels_first():
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64, 0] = 255  # red in the centre square

@@ -1,8 +1,5 @@
 """The contract on disk: draws pinned by golden values, the same in numpy and polars; paths that stay inside."""
 
-import subprocess
-import sys
-
 import numpy as np
 import polars as pl
 import pytest
@@ -49,10 +46,8 @@ def test_numpy_and_polars_draw_the_same(seed, epoch, frames):
 
 
 def test_draws_of_several_clips_at_once():
-    seeds = np.array([5, 5, 9], np.uint64)
-    frames = np.array([3, 4, 3])
     expected = [scalar_draw(5, 2, 3), scalar_draw(5, 2, 4), scalar_draw(9, 2, 3)]
-    assert draws(seeds, 2, frames).tolist() == expected
+    assert draws(np.array([5, 5, 9], np.uint64), 2, np.array([3, 4, 3])).tolist() == expected
 
 
 def test_draws_look_uniform():
@@ -65,37 +60,25 @@ def test_thresholds_are_integers(rate, threshold):
     assert rate_threshold(rate) == threshold
 
 
-def test_seeds_do_not_depend_on_the_process():
-    code = "from pipeline.schema import sampling_seed; print(sampling_seed(3, 'clip'))"
-    seen = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": h}, capture_output=True, text=True).stdout
-        for h in ("1", "2")
-    }
-    assert seen == {f"{sampling_seed(3, 'clip')}\n"}
-
-
 def test_every_column_says_what_it_means():
     assert all(field.metadata[b"doc"] for field in [*FRAMES, *CLIPS])
     assert FRAMES.names == ["clip_id", "clip", "frame", "time_s", "speaking_label", "dst_update_label"]
 
 
-@pytest.mark.parametrize(
-    ("path", "inside"),
-    [
-        ("frames/a.arrow", True),
-        ("a..b", True),
-        ("take:2", True),
-        ("C:b", False),
-        ("a\\b", True),
-        ("../a", False),
-        ("a/../../b", False),
-        ("/etc/passwd", False),
-        ("C:\\x", False),
-        ("\\\\host\\x", False),
-        ("a\\..\\b", False),
-        ("a\0b", False),
-        ("", False),
-    ],
-)
-def test_paths_from_a_file_never_climb_out(path, inside):
-    assert is_inside(path) is inside
+def test_paths_from_a_file_never_climb_out():
+    for path in ("frames/a.arrow", "a..b", "take:2", "a\\b", "a/..b/c"):
+        assert is_inside(path), path
+    for path in (
+        "C:b",
+        "../a",
+        "a/../../b",
+        "/etc/passwd",
+        "C:\\x",
+        "\\\\host\\x",
+        "a\\..\\b",
+        "a/..",
+        "..",
+        "a\0b",
+        "",
+    ):
+        assert not is_inside(path), path

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import shlex
 import shutil
 import unicodedata
 from pathlib import Path
@@ -84,13 +83,6 @@ def test_a_name_that_is_too_long_is_named(tmp_path):
     assert caught.value.filename == str(tmp_path / (LONG + "n"))
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path):
-    (tmp_path / "link").symlink_to("place/file")
-    storage.write_text(tmp_path / "link", "text")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "place" / "file").read_text() == "text"
-
-
 def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").touch()
@@ -152,12 +144,6 @@ def test_preprocess_says_at_once_that_renaming_is_refused(tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["it's  two words", unicodedata.normalize("NFD", "é"), LONG])
-def test_preprocess_writes_to_a_folder_of_any_name(tmp_path, name):
-    assert preprocess(tmp_path / name) == 0
-    assert main(["inspect", str(tmp_path / name)]) == 0
-
-
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
     (tmp_path / "link").symlink_to("nowhere")
@@ -174,10 +160,3 @@ def test_a_finished_output_is_skipped_where_nothing_may_be_written(tmp_path, mon
     monkeypatch.setattr(storage, "FileLock", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EROFS, "ro")))
     assert preprocess(tmp_path / "out") == 0
     assert "nothing changed since the last run" in capsys.readouterr().out
-
-
-def test_what_comes_next_can_be_pasted(tmp_path, capsys):
-    out = tmp_path / "it's here"
-    assert main(["synth", str(out), "--train", "1", "--val", "0", "--test", "0", "--views", "1", "--px", "32"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
-    assert shlex.split(line) == ["prospect-dst", "preprocess", str(out), "--out", "DATA", "--frames-root", str(out)]

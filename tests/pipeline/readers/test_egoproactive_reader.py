@@ -56,21 +56,17 @@ def test_every_frame_of_three_sessions(tmp_path):
     )  # fmt: skip
     assert out.labels("val", 1)["speaking"] == spread((0, 16, 1), (16, 47, 0))
     assert out.labels("val", 2)["speaking"] == spread((0, 1, -100), (1, 33, 1))
-    for clip in range(3):
-        assert set(out.labels("val", clip)["dst_update"].values()) == {-100}
+    assert {label for clip in range(3) for label in out.labels("val", clip)["dst_update"].values()} == {-100}
     rows = out.clips("val")
-    assert [row["video_uid"] for row in rows] == ["pots", "tyre", "tee"]
     assert [row["frames_file"] for row in rows] == ["pots.mp4", "val/tyre.mp4", "tee.mp4"]
-    gaps = [(4, 21), (53, 85), (101, 152)]
-    assert rows[0]["unlabelled"] == [{"start_frame": start, "end_frame": end} for start, end in gaps]
+    assert [row["video_uid"] for row in rows] == ["pots", "tyre", "tee"]
     assert rows[2]["unlabelled"] == [{"start_frame": 0, "end_frame": 1}]
     assert out.manifest["splits"]["val"]["speaking_frames"] == 184 - 17 - 32 - 51 + 47 + 32
 
 
 def test_texts_stand_in_their_chunks_and_the_query_at_the_first(tmp_path):
     (row, *_) = run(tmp_path, SESSIONS, "val.jsonl").clips("val")
-    told = [(t["role"], t["text"], t["start_frame"], t["end_frame"]) for t in row["turns"]]
-    assert told == [
+    assert [(t["role"], t["text"], t["start_frame"], t["end_frame"]) for t in row["turns"]] == [
         ("user", "How?", 0, 1),
         ("assistant", "Gravel.", 0, 4),
         ("assistant", "Soil.", 21, 37),
@@ -85,29 +81,17 @@ def test_at_a_lower_rate_gaps_stay_out_and_onsets_are_the_chunks_first_frames(tm
     assert set(out.labels("train", 0)["speaking"].values()) == {1, -100}
 
 
-def test_fps_of_the_option_and_of_the_session(tmp_path):
-    out = run(tmp_path, [SESSIONS[1], SESSIONS[1] | {"fps": 1, "video_path": "b.mp4"}], "val.jsonl", fps=4.0)
-    assert out.bounds("val") == [(0, 94), (0, 24)]
-    assert [len(out.ones("val", clip)[0]) for clip in (0, 1)] == [32, 8]
-
-
-def test_frames_after_the_last_chunk_are_annotated_by_nobody(tmp_path):
-    out = run(tmp_path, [SESSIONS[1] | {"duration_in_sec": 25.0}], "val.jsonl")
-    assert out.bounds("val") == [(0, 50)]
-    assert out.labels("val")["speaking"] == spread((0, 16, 1), (16, 47, 0), (47, 50, -100))
+def test_fps_and_duration_of_the_session(tmp_path):
+    """Frames after the last chunk are annotated by nobody."""
+    clips = [SESSIONS[1] | {"duration_in_sec": 25.0}, SESSIONS[1] | {"fps": 1, "video_path": "b.mp4"}]
+    out = run(tmp_path, clips, "val.jsonl", fps=4.0)
+    assert out.bounds("val") == [(0, 100), (0, 24)]
+    assert out.labels("val")["speaking"] == spread((0, 32, 1), (32, 94, 0), (94, 100, -100))
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
-    [
-        ("$silent$", None),
-        ("", None),
-        ("now $interrupt$", None),
-        ("$INTERRUPT$x", None),
-        ("$interrupt$", ""),
-        ("$interrupt$ x ", "x"),
-        ("\n\t $interrupt$x $interrupt$", "x $interrupt$"),
-    ],
+    [("$silent$", None), ("", None), ("now $interrupt$", None), ("$interrupt$", ""), ("\n\t $interrupt$ x ", "x")],
 )
 def test_a_tag_may_follow_white_space_alone(answer, text):
     assert interrupt_text(answer) == text
@@ -155,29 +139,22 @@ LEAK = "dialog history tells the answers"
 def test_a_dialog_that_grows_after_interrupts_is_counted(tmp_path):
     text = run(tmp_path, SESSIONS, "val.jsonl").hazards()[LEAK]
     assert text.startswith("8 of 8 speaking decisions")
-
-
-def test_sessions_that_give_nothing_away_are_silent(tmp_path):
     clean = [session(s["video_path"], s["query"], s["video_intervals"], s["answers"], leak=False) for s in SESSIONS]
-    clean += [{k: v for k, v in s.items() if k != "dialog"} | {"video_path": f"n{i}.mp4"} for i, s in enumerate(clean)]
-    assert LEAK not in run(tmp_path, clean, "val.jsonl").hazards()
+    assert LEAK not in run(tmp_path / "clean", clean, "val.jsonl").hazards()
 
 
 def test_a_thousand_random_sessions_give_nothing_away():
-    """Without a dialog, with one that does not grow, that grows at every chunk, or whenever it likes."""
+    """With a dialog that does not grow, grows at every chunk, or whenever it likes."""
     rng, counts = random.Random(0), ContextCounts()
-    for _ in range(1000):
+    for i in range(1000):
         chunks = rng.randint(2, 14)
         answers = ["$interrupt$Do it."] + [rng.choice(("$silent$", "$interrupt$Go on.")) for _ in range(chunks - 1)]
-        made = session("a.mp4", "How?", [[8 * i, 8 * i + 8] for i in range(chunks)], answers, leak=False)
-        kind, said = rng.randrange(4), 0
-        if kind == 0:
-            del made["dialog"]
-        for history in made.get("dialog", []):
-            said += kind == 2 or (kind == 3 and rng.random() < 0.5)
+        made, said = session("a.mp4", "How?", [[8 * i, 8 * i + 8] for i in range(chunks)], answers, leak=False), 0
+        for history in made["dialog"]:
+            said += i % 3 == 1 or (i % 3 == 2 and rng.random() < 0.5)
             history += [{"role": "assistant", "text": "ok"}] * said
         given_away, decisions = readers.decode(json.dumps(made).encode()).given_away
         counts.given_away += given_away
         counts.decisions += decisions
     assert counts.decisions > 4000
-    assert [hazard["name"] for hazard in of_context("val", counts)] == []
+    assert not list(of_context("val", counts))

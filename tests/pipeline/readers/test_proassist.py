@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from made_up import proassist, run, run_on, written
 
-from pipeline.errors import UsageError
-
 
 def test_an_assistant_speaks_at_the_last_frame_before_its_turn(tmp_path):
     out = run(tmp_path, [proassist()], "train.jsonl", neg_rate={"train": 1.0})
@@ -80,33 +78,24 @@ def test_files_of_three_splits_go_into_one_output(tmp_path):
         assert out.ones(split)[0] == [8, 15]
 
 
-def test_a_split_that_contradicts_a_name_is_refused_unless_forced(tmp_path):
-    path = written(tmp_path / NAMES["val"], [proassist()])
-    with pytest.raises(UsageError, match=r"--split train contradicts the file name, which tells val.*--force-split"):
-        run_on([path], tmp_path, split="train")
-    assert len(run_on([path], tmp_path, split="train", force_split=True).clips("train")) == 1
-    assert len(run_on([path], tmp_path, split="val").clips("val")) == 1
-
-
 def test_the_public_layout_is_read_where_it_was_prepared(tmp_path):
     """Of processed_data/<dataset>, prepared/ alone; what it was made from is left out with a line."""
     root = tmp_path / "processed_data"
     for dataset in ("wtag", "holoassist"):
         for split, name in NAMES.items():
-            clip = proassist(f"{dataset}-{split}") | {"dataset": dataset}
-            written(root / dataset / "prepared" / name, [clip])
-        written(root / dataset / "val_test_split.json", [{"val": ["a"], "test": ["b"]}])
-        written(root / dataset / "generated_dialogs" / "train.json", [{"video_uid": "x", "conversations": []}])
-        written(root / dataset / "features" / "train.json", [{}])
-        (root / dataset / "frames").mkdir()
+            written(root / dataset / "prepared" / name, [proassist(f"{dataset}-{split}") | {"dataset": dataset}])
+        for other in ("val_test_split.json", "generated_dialogs/train.json", "features/train.json"):
+            written(root / dataset / other, [{}])
     out = run_on([root], tmp_path)
     assert out.refused() == []
     assert [clip["video_uid"] for clip in out.clips("train")] == ["holoassist-train", "wtag-train"]
-    assert [clip["video_uid"] for clip in out.clips("test")] == ["holoassist-test", "wtag-test"]
     skipped = {"/".join(one["path"].split("/")[-2:]): one["why"] for one in out.manifest["skipped"]}
-    named = [f"{dataset}/{what}" for dataset in ("wtag", "holoassist") for what in ("val_test_split.json",)]
-    named += [f"{dataset}/generated_dialogs" for dataset in ("wtag", "holoassist")]
-    assert skipped == dict.fromkeys(named, "beside prepared/, which is read instead")
+    left = [
+        f"{dataset}/{what}"
+        for dataset in ("wtag", "holoassist")
+        for what in ("val_test_split.json", "generated_dialogs")
+    ]
+    assert skipped == dict.fromkeys(left, "beside prepared/, which is read instead")
 
 
 def test_variants_of_one_preparation_are_all_read_and_named(tmp_path):
