@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.schema import HEAD_TITLES, HEADS
-from pipeline.terminal import percent, plain
+from pipeline.terminal import percent, plain, table
 
 HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}  # by HEAD_TITLES
 ONE_TABLE: Final = 5  # splits side by side
@@ -116,15 +115,13 @@ def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
 
 
 def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
-    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for split in splits:
-        table.add_column(Text(plain(split.name)), justify="right")
+    rows = table("", *(plain(split.name) for split in splits))
     for row in zip(*map(_cells, splits), strict=True):
         label, _, ends_section, style = row[0]
-        table.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
+        rows.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
     for reason, counts in drops_by_reason(splits, manifest).items():
-        table.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
-    return table
+        rows.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
+    return rows
 
 
 def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:

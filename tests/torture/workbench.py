@@ -1,7 +1,8 @@
 """Commands in processes of their own, and a small finished world (raw, labels, run, features) that they work on.
 
 A process is forked from a server that has torch imported and nothing started, which saves the seconds of importing it
-each time; the command is otherwise the real one. Outputs hold absolute paths, so the world is put back at the same place before each attempt.
+each time; the command is otherwise the real one. Outputs hold absolute paths, so the world is put back at the same
+place before each attempt.
 """
 
 from __future__ import annotations

@@ -72,16 +72,16 @@ class Benchmark:
 
     def threshold(self, arm: str, seed: int) -> float | None:
         """The logit at which the run speaks; None where none could be chosen, or nothing was measured."""
-        return value_at(self.metrics.get((arm, seed)), "thresholds", "event", "speaking")
+        return value_at(self.metrics.get((arm, seed)), "thresholds.event.speaking")
 
-    def of_seeds(self, arm: str, mode: str, *path: str) -> list[Any]:
+    def of_seeds(self, arm: str, mode: str, path: str) -> list[Any]:
         """What the arm's metrics.json hold at `path` in `mode`, one per seed that has it."""
-        values = [value_at(self.metrics.get((arm, seed)), mode, *path) for seed in self.info["seeds"]]
+        values = [value_at(self.metrics.get((arm, seed)), f"{mode}.{path}") for seed in self.info["seeds"]]
         return [value for value in values if value is not None]
 
-    def of_reference(self, mode: str, *path: str) -> Any:
+    def of_reference(self, mode: str, path: str) -> Any:
         """The same of any run: for what depends on the reference alone."""
-        return next((value for arm in self.info["arms"] for value in self.of_seeds(arm, mode, *path)), None)
+        return next((value for arm in self.info["arms"] for value in self.of_seeds(arm, mode, path)), None)
 
 
 def read_benchmark(out: Path) -> Benchmark:
@@ -104,12 +104,12 @@ def read_benchmark(out: Path) -> Benchmark:
 # ---- levels without a model --------------------------------------------------------------------------
 
 _BASELINES: Final = {  # metric -> where metrics.json holds its level without a model
-    "event_f1": ("speaking", "events", "metronome", "f1"),
-    "dst_event_f1": ("dst_update", "events", "metronome", "f1"),
-    "speaking_ap": ("speaking", "frames", "chance"),
-    "speaking_ap_alone": ("speaking", "frames", "alone", "chance"),
-    "dst_ap": ("dst_update", "frames", "chance"),
-    "joint_state_accuracy": ("state", "joint_accuracy_never_updating"),
+    "event_f1": "speaking.events.metronome.f1",
+    "dst_event_f1": "dst_update.events.metronome.f1",
+    "speaking_ap": "speaking.frames.chance",
+    "speaking_ap_alone": "speaking.frames.alone.chance",
+    "dst_ap": "dst_update.frames.chance",
+    "joint_state_accuracy": "state.joint_accuracy_never_updating",
 }
 
 
@@ -123,13 +123,13 @@ class Baseline(NamedTuple):
 def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
     """None where it was not measured, or the metric has no such level. The metronome's period was chosen on val."""
     if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
-        return Baseline(0.5, "guessing") if bench.of_reference(mode, "speaking", "frames") else None
-    path = _BASELINES.get(metric, ())
-    value = bench.of_reference(mode, *path) if path else None
+        return Baseline(0.5, "guessing") if bench.of_reference(mode, "speaking.frames") else None
+    path = _BASELINES.get(metric, "")
+    value = bench.of_reference(mode, path)
     if value is None:
         return None
     if "metronome" in path:
-        return Baseline(value, f"a metronome every {bench.of_reference(mode, *path[:-1], 'period_s'):g} s")
+        return Baseline(value, f"a metronome every {bench.of_reference(mode, path.replace('f1', 'period_s')):g} s")
     return Baseline(value, NEVER if metric == "joint_state_accuracy" else "guessing")
 
 
@@ -227,9 +227,9 @@ def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
     curves = [
         _over_parts(arm, shares, bench.arm(arm, mode, metric).get("value"))
         for arm in bench.info["arms"]
-        if (shares := bench.of_seeds(arm, mode, "state", "over_time"))
+        if (shares := bench.of_seeds(arm, mode, "state.over_time"))
     ]
-    never, level = bench.of_reference(mode, "state", "over_time_never_updating"), baseline(bench, mode, metric)
+    never, level = bench.of_reference(mode, "state.over_time_never_updating"), baseline(bench, mode, metric)
     return [*curves, _over_parts(NEVER, [never], level.value)] if curves and never and level else curves
 
 
@@ -250,7 +250,7 @@ def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
         seeds = []
         for seed in bench.info["seeds"]:
             lines = [line for line in read_metrics(bench.run(arm, seed)) if "evaluation" in line]
-            aps = {line["step"]: value_at(line["evaluation"], head, "ap") for line in lines}
+            aps = {line["step"]: value_at(line["evaluation"], f"{head}.ap") for line in lines}
             seeds.append({step: ap for step, ap in sorted(aps.items()) if ap is not None})
             split = lines[-1]["evaluation"]["split"] if lines else split
         if seeds := [aps for aps in seeds if aps]:

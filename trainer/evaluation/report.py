@@ -22,6 +22,7 @@ from trainer.evaluation import conclusions, plots
 from trainer.evaluation.benchmark_folder import (
     MIN_FRAMES_PER_BIN,
     Benchmark,
+    Row,
     baseline,
     precision_recall,
     read_benchmark,
@@ -100,7 +101,7 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
             rows.append({"name": name, "heading": _heading(name), "modes": cells, "baselines": baselines})
     cells = {}
     for mode in bench.modes:
-        seeds = [bench.of_seeds(arm, mode, "state", "transitions", "median_latency_s") for arm in arms]
+        seeds = [bench.of_seeds(arm, mode, "state.transitions.median_latency_s") for arm in arms]
         if any(seeds):  # means without an interval: not compared
             cells[mode] = [{"value": np.mean(latencies) if latencies else None, "low": None} for latencies in seeds]
     if cells:
@@ -144,23 +145,23 @@ def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
 def _arms_forest(bench: Benchmark, metric: str) -> Forest:
     levels = [level for mode in bench.modes if (level := baseline(bench, mode, metric))]  # the same in every mode
     line = (levels[0].value, f"{levels[0].name}: {format_number(levels[0].value)}") if levels else None
-    rows = []
-    for arm in bench.info["arms"]:
-        cells = {mode: bench.arm(arm, mode, metric) for mode in bench.modes}
-        marks = [Mark(mode, cell.get("value"), cell.get("low"), cell.get("high")) for mode, cell in cells.items()]
-        rows.append(plots.Row(arm, arm_colour(arm), marks))
-    return Forest(_heading(metric), rows, line)
+    arms = bench.info["arms"]
+    cells = {arm: [bench.arm(arm, mode, metric) or {"mode": mode} for mode in bench.modes] for arm in arms}
+    return Forest(_heading(metric), [_row(arm, arm_colour(arm), row, "value") for arm, row in cells.items()], line)
 
 
 def _differences_forest(bench: Benchmark, metric: str, pairs: Sequence[tuple[str, str]]) -> Forest:
-    rows = []
-    for a, b in pairs:
-        cells = {mode: bench.comparison(a, b, mode, metric) for mode in bench.modes}
-        marks = [Mark(mode, cell.get("difference"), cell.get("low"), cell.get("high")) for mode, cell in cells.items()]
-        rows.append(plots.Row(f"{a} - {b}", plots.INK, marks))
+    cells = {
+        f"{a} - {b}": [bench.comparison(a, b, mode, metric) or {"mode": mode} for mode in bench.modes] for a, b in pairs
+    }
     side = "right" if METRICS[metric].higher_is_better else "left"
     heading = f"Difference in {_heading(metric)}: {side} of the line the first is better"
+    rows = [_row(pair, plots.INK, row, "difference") for pair, row in cells.items()]
     return Forest(heading, rows, (0.0, "no difference"), signed=True)
+
+
+def _row(name: str, colour: str, cells: Sequence[Row], value: str) -> plots.Row:
+    return plots.Row(name, colour, [Mark(c["mode"], c.get(value), c.get("low"), c.get("high")) for c in cells])
 
 
 def _pr_panel(bench: Benchmark, mode: str) -> Panel:

@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.text import Text
@@ -96,7 +95,13 @@ def _make_figure(clip: HeldOutClip, frames_root: Path | None, captions: dict[str
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(edges[0], edges[-1]))
         axes.set_xticks(edges[:: max(1, round(row["num_frames"] / 10))])
         axes.xaxis.set_major_formatter(lambda second, _: clock(second))
-    _write_turns(texts, turns, row["fps"])
+    texts.set_axis_off()
+    texts.set_ylim(max(1, len(turns)), 0)
+    style: dict[str, Any] = {"size": 13, "va": "top", "transform": texts.get_yaxis_transform()}
+    for y, (frame, role, text) in enumerate(turns):
+        texts.text(0.045, y, clock(frame / row["fps"], tenths=True), ha="right", color=MUTED, **style)
+        texts.text(0.055, y, role, color=COLOURS.get(role, MUTED), **style)
+        texts.text(0.16, y, text, **style)
     return figure
 
 
@@ -117,13 +122,3 @@ def _turns(row: dict[str, Any]) -> list[tuple[int, str, str]]:
         if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
             texts.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
     return [(start, role, printable(", ".join(lines), 140)) for (start, role), lines in texts.items()]
-
-
-def _write_turns(axes: Axes, turns: list[tuple[int, str, str]], fps: float) -> None:
-    axes.set_axis_off()
-    axes.set_ylim(max(1, len(turns)), 0)
-    for y, (frame, role, text) in enumerate(turns):
-        style: dict[str, Any] = {"size": 13, "va": "top", "transform": axes.get_yaxis_transform()}
-        axes.text(0.045, y, clock(frame / fps, tenths=True), ha="right", color=MUTED, **style)
-        axes.text(0.055, y, role, color=COLOURS.get(role, MUTED), **style)
-        axes.text(0.16, y, text, **style)

@@ -13,42 +13,31 @@ if TYPE_CHECKING:
     from trainer.evaluation.evaluate_scores import Evaluation
     from trainer.teacher_forced import EvalReport
 
-_SPEECH, _UPDATES = ("speaking", "events"), ("dst_update", "events")
-_FRAMES = ("speaking", "frames")
-_SECTIONS: Final = {  # title -> label, path in one mode's metrics, format, path and name of what to compare it with
-    "speaking": (
-        ("average precision", (*_FRAMES, "ap"), ".3f", (*_FRAMES, "chance"), "chance"),
-        ("  at frames without DST update", (*_FRAMES, "alone", "ap"), ".3f", (*_FRAMES, "alone", "chance"), "chance"),
-        ("calibration error", (*_FRAMES, "calibration", "ece"), ".3f", (), ""),
-        ("event F1", (*_SPEECH, "f1"), ".3f", (*_SPEECH, "metronome", "f1"), "a metronome"),
-        *((f"  {name}", (*_SPEECH, name), ".3f", (), "") for name in ("precision", "recall")),
-        *((f"  {name}", (*_SPEECH, name, "f1"), ".3f", (), "") for name in ("reactive", "proactive")),
-        ("median latency, s", (*_SPEECH, "median_latency_s"), "+.2f", (), ""),
-        ("false alarms per quiet hour", (*_SPEECH, "false_alarms_per_quiet_hour"), ".1f", (), ""),
-        ("duplicates per event", (*_SPEECH, "duplicates_per_event"), ".3f", (), ""),
-        ("F1 by what was said", ("dialogue", "f1"), ".3f", (), ""),
-    ),
-    "DST updates": (
-        ("average precision", ("dst_update", "frames", "ap"), ".3f", ("dst_update", "frames", "chance"), "chance"),
-        ("event F1", (*_UPDATES, "f1"), ".3f", (*_UPDATES, "metronome", "f1"), "a metronome"),
-    ),
-    "state": (
-        (
-            "joint accuracy",
-            ("state", "joint_accuracy"),
-            ".3f",
-            ("state", "joint_accuracy_never_updating"),
-            "never updating",
-        ),
-        ("transition F1", ("state", "transitions", "f1"), ".3f", (), ""),
-    ),
-}
+_ROWS: Final = (  # section, label, path in one mode's metrics, format, path and name of what to compare it with
+    ("speaking", "average precision", "speaking.frames.ap", ".3f", "speaking.frames.chance", "chance"),
+    ("speaking", "  at frames without DST update", "speaking.frames.alone.ap", ".3f", "speaking.frames.alone.chance",
+     "chance"),
+    ("speaking", "calibration error", "speaking.frames.calibration.ece", ".3f", "", ""),
+    ("speaking", "event F1", "speaking.events.f1", ".3f", "speaking.events.metronome.f1", "a metronome"),
+    ("speaking", "  precision", "speaking.events.precision", ".3f", "", ""),
+    ("speaking", "  recall", "speaking.events.recall", ".3f", "", ""),
+    ("speaking", "  reactive", "speaking.events.reactive.f1", ".3f", "", ""),
+    ("speaking", "  proactive", "speaking.events.proactive.f1", ".3f", "", ""),
+    ("speaking", "median latency, s", "speaking.events.median_latency_s", "+.2f", "", ""),
+    ("speaking", "false alarms per quiet hour", "speaking.events.false_alarms_per_quiet_hour", ".1f", "", ""),
+    ("speaking", "duplicates per event", "speaking.events.duplicates_per_event", ".3f", "", ""),
+    ("speaking", "F1 by what was said", "dialogue.f1", ".3f", "", ""),
+    ("DST updates", "average precision", "dst_update.frames.ap", ".3f", "dst_update.frames.chance", "chance"),
+    ("DST updates", "event F1", "dst_update.events.f1", ".3f", "dst_update.events.metronome.f1", "a metronome"),
+    ("state", "joint accuracy", "state.joint_accuracy", ".3f", "state.joint_accuracy_never_updating", "never updating"),
+    ("state", "transition F1", "state.transitions.f1", ".3f", "", ""),
+)  # fmt: skip
 MAX_TASKS: Final = 10  # in the printed table; metrics.json has all
 
 
-def value_at(tree: Any, *path: str) -> Any:
-    """What nested dictionaries hold at `path`; None where that is not there."""
-    for key in path:
+def value_at(tree: Any, path: str) -> Any:
+    """What nested dictionaries hold at a dotted path; None where that is not there."""
+    for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
@@ -63,16 +52,15 @@ def render_evaluation(evaluation: Evaluation) -> Any:
     if not modes:
         return Group(*tables, *evaluation.notes)
     rows = table(f"on {plain(evaluation.split)}", *modes, "to compare with")
-    for title, section in _SECTIONS.items():
-        cells = []
-        for name, path, how, other_path, other in section:
-            values = [value_at(report, *path) for report in modes.values()]
-            if any(value is not None for value in values):
-                known = [value_at(report, *other_path) for report in modes.values()] if other else []
-                compared = next((f"{other} {value:.3f}" for value in known if value is not None), "")
-                cells.append([f"  {name}", *("-" if v is None else format(v, how) for v in values), compared])
-        for row in [[f"[bold]{title}[/]"], *cells] if cells else []:
-            rows.add_row(*row)
+    section = ""
+    for title, name, path, how, other_path, other in _ROWS:
+        values, others = ([value_at(report, p) for report in modes.values()] for p in (path, other_path))
+        if any(value is not None for value in values):
+            if title != section:
+                rows.add_row(f"[bold]{title}[/]")
+            section = title
+            compared = next((f"{other} {value:.3f}" for value in others if value is not None), "")
+            rows.add_row(f"  {name}", *("-" if value is None else format(value, how) for value in values), compared)
     return Group(rows, *_scope(next(iter(modes.values())), metrics), *tables, *evaluation.notes)
 
 
