@@ -335,15 +335,17 @@ def timeline(clip: Timeline) -> Figure:
             axes.axvline(instant, color=GRID, linewidth=1.2, zorder=0)
     tracks[-1].set_xlabel("seconds of the video")
     handles = [_point("o", INK, "hit"), _point("x", FALSE_ALARM, "false alarm"), _point("d", DST, "its update")]
-    handles.append(Line2D([], [], color=MUTED, linewidth=0.9, linestyle=DASHED, label="threshold"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, labelcolor=MUTED, handlelength=1)
+    styles: dict[str, Any] = {"score": "-", "threshold": DASHED}
+    handles += [Line2D([], [], color=MUTED, linestyle=style, label=name) for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, labelcolor=MUTED, handlelength=1)
     return figure
 
 
 def _draw_track(axes: Axes, track: Track, span: tuple[float, float]) -> None:
     colour = arm_colour(track.arm)
-    axes.set_title(printable(track.arm, 18), color=colour, size=12)
-    axes.set(ylabel="score", ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
+    axes.set_title(" ", size=12)  # room for the marks above the axes
+    axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
+    axes.set_ylabel(printable(track.arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
     axes.plot(*thin(track.times, track.scores), color=colour, linewidth=1.3)
     if track.threshold is not None:
         axes.axhline(track.threshold, color=colour, linewidth=0.9, linestyle=DASHED, alpha=0.8)
