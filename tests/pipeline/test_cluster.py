@@ -22,14 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import typer
 
 from pipeline import cluster
 from pipeline import preprocess as module
-from pipeline.errors import InputError
 from pipeline.extract import extract
 from pipeline.preprocess import preprocess
 from pipeline.shards import write_part
@@ -233,19 +230,6 @@ def test_a_part_that_kills_every_worker_is_one_line_and_leaves_the_old_output(
 
 
 @pytest.mark.slow
-def test_what_a_task_says_is_one_line_as_it_is_here(
-    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuses(plan: Any) -> Any:
-        raise InputError("clips.json clip 17: found nothing, expected something; mend it")
-
-    monkeypatch.setattr(module, "write_part", by_value(refuses))
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", address]) == 1
-    assert capsys.readouterr().err == ("prospect-dst: clips.json clip 17: found nothing, expected something; mend it\n")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
 def test_a_machine_that_sees_other_files_is_named(
     source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,71 +242,6 @@ def test_a_machine_that_sees_other_files_is_named(
     told = capsys.readouterr().err
     assert re.fullmatch(rf"prospect-dst: --ray: node \S+ does not see {source}; put it on a disk .*\n", told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train_x.json"]
-
-
-@pytest.mark.slow
-def test_encode_on_ray_writes_the_same_bytes_also_with_a_worker_killed(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, data = a_model(tmp_path / "model"), videos(tmp_path)
-    command = ["encode", str(data), "--model", model, "--frames-root", str(tmp_path / "frames"), "--batch", "4"]
-    assert main([*command, "--out", str(tmp_path / "here")]) == 3
-    told = capsys.readouterr().err.splitlines()
-    from trainer import encode
-
-    monkeypatch.setattr(cluster, "AHEAD", 1)  # one process after the other, as each imports torch
-    monkeypatch.setattr(encode, "_encode_there", dies_once(encode._encode_there, tmp_path / "killed", after=False))
-    assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
-    monkeypatch.undo()
-    assert (tmp_path / "killed").exists()
-    assert capsys.readouterr().err.splitlines() == told  # the same refusal
-    assert len(told) == 2
-    assert snapshot(tmp_path / "ray") == snapshot(tmp_path / "here")
-    assert len(snapshot(tmp_path / "ray")) == 3 + 1  # and the lock
-    assert main([*command, "--out", str(tmp_path / "ray"), "--ray", address]) == 3
-    assert "3 videos were there already; skipped" in capsys.readouterr().out
-
-
-def a_model(folder: Path) -> str:
-    torch = pytest.importorskip("torch")
-    from transformers import SmolVLMForConditionalGeneration
-
-    from trainer.model import tiny_config
-
-    torch.manual_seed(0)
-    SmolVLMForConditionalGeneration(tiny_config(64)).save_pretrained(folder)
-    return str(folder)
-
-
-def videos(folder: Path) -> Path:
-    """Four videos of noise, one of which is no Arrow file; shards of a clip of each."""
-    root = folder / "frames"
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        write_video(root / f"v{number}.arrow", rng.integers(0, 256, (40 + number, 64, 64, 3), np.uint8))
-    (root / "v3.arrow").write_bytes(b"no Arrow file")
-    path = folder / "train_videos.json"
-    clips = [clip(number) | {"start_frame_idx": 0, "end_frame_idx": 40} for number in range(4)]
-    path.write_text(json.dumps(clips))
-    assert main(["preprocess", str(path), "--out", str(folder / "data")]) == 0
-    return folder / "data"
-
-
-def write_video(path: Path, frames: np.ndarray) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
-    texts = []
-    for frame in frames:
-        held = io.BytesIO()
-        Image.fromarray(frame).save(held, "JPEG")
-        texts.append(base64.b64encode(held.getvalue()).decode())
-    table = pa.table({"frame": texts})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
 
 
 # ---- no Ray ------------------------------------------------------------------------------------------
@@ -384,7 +303,3 @@ def test_a_recipe_is_bash_and_its_commands_have_their_options(recipe: Path) -> N
     for match in used:
         known = {option for parameter in commands[match[1]].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z0-9-]+", match[2])) <= known
-
-
-def test_there_are_recipes_for_an_array_for_ray_and_for_training() -> None:
-    assert [recipe.name for recipe in RECIPES] == ["encode-array.sbatch", "ray.sbatch", "train.sbatch"]

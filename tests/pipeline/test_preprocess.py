@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import output as shards
-from pipeline.errors import InputError, UsageError
+from pipeline.cluster import here
+from pipeline.errors import InputError
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES, sampling_seed
@@ -96,17 +96,6 @@ def test_files_carry_the_schema_exactly(tmp_path):
         assert found.equals(schema, check_metadata=True)
 
 
-def test_rates_by_split_and_by_clip(tmp_path):
-    sources = [write(tmp_path / f"{s}_x.json", [clip(neg_frame_sampling_rate=0.25)]) for s in ("train", "val", "test")]
-    sources.append(write(tmp_path / "train_y.json", [clip("b")]))
-    preprocess(sources, tmp_path / "out")
-    assert clips_of(tmp_path / "out")["neg_rate"].to_list() == [0.25, 0.5]
-    assert clips_of(tmp_path / "out", "val")["neg_rate"].to_list() == [1.0]
-    preprocess(sources, tmp_path / "out", Options(neg_rate={"*": 0.1, "test": 0.9}))
-    assert clips_of(tmp_path / "out")["neg_rate"].to_list() == [0.1, 0.1]
-    assert clips_of(tmp_path / "out", "test")["neg_rate"].to_list() == [0.9]
-
-
 def test_rational_rates_are_exact_and_may_be_written_as_a_fraction(tmp_path):
     rates = [24000 / 1001, "24000/1001", "30000/1001", 2, 29.97, "24000/0", "1001", "a/b"]
     run(tmp_path, [clip(str(i), turns=[], fps=rate) for i, rate in enumerate(rates)])
@@ -120,14 +109,6 @@ def test_two_files_of_one_split_are_numbered_through(tmp_path):
     preprocess(sources, tmp_path / "out")
     assert clips_of(tmp_path / "out")["clip"].to_list() == [0, 1, 2, 3, 4, 5]
     assert clips_of(tmp_path / "out")["clip_id"].to_list() == ["x0", "x1", "x2", "y0", "y1", "y2"]
-
-
-def test_conversations_over_one_video_are_told_apart(tmp_path):
-    one, two = (clip(turns=[turn("assistant", 12, 14, 6.0, text)]) for text in ("hello", "hi"))
-    del one["id"], two["id"]
-    manifest = run(tmp_path, [one, two, one])
-    assert clips_of(tmp_path / "out")["clip_id"].n_unique() == 2
-    assert manifest["quarantined"] == 1  # the true duplicate
 
 
 def test_clips_of_different_data_sets_may_have_one_id_but_not_of_the_same(tmp_path):
@@ -168,51 +149,19 @@ def test_recordings_span_camera_views(tmp_path):
     assert clips_of(tmp_path / "out")["recording_id"].to_list()[2] == "other"
 
 
-def test_text_updates_and_summaries(tmp_path):
-    turns = [
-        {"role": "system", "content": "Help."},
-        {"role": "frames", "start": 10, "end": 13},
-        turn("user"),
-        turn("assistant"),
-        {"role": "frames", "start": 13, "end": 16},
-        turn("DST_UPDATE", content="S1->complete, S2 -> start"),
-        {"role": "system", "content": "Please summarize the progress."},
-        turn("assistant"),
-    ]
-    manifest = run(tmp_path, [clip(turns=turns, neg_frame_sampling_rate=0)])
-    row = clips_of(tmp_path / "out").row(0, named=True)
-    got = [(t["role"], t["start_frame"], t["end_frame"]) for t in row["turns"]]
-    assert got == [("system", None, None), ("user", 12, 13), ("assistant", 12, 13), ("DST_UPDATE", 15, 16),
-                   ("system", None, None), ("assistant", None, None)]  # fmt: skip
-    assert row["turns"][3]["updates"] == [
-        {"id": "S1", "transition": "complete"},
-        {"id": "S2", "transition": "start"},
-    ]
-    assert row["n_speaking"] == 1
-    assert manifest["splits"]["train"]["drops"] == {"summary, not speech": 1}
-
-
-def test_a_user_turn_is_heard_by_the_next_frame_when_frames_follow(tmp_path):
-    turns = [{"role": "frames", "start": 11, "end": 15}, turn("user"), {"role": "frames", "start": 15, "end": 16},
-             turn("assistant")]  # fmt: skip
-    run(tmp_path, [clip(turns=turns)])
-    got = [(t["start_frame"], t["end_frame"]) for t in clips_of(tmp_path / "out").row(0, named=True)["turns"]]
-    assert got == [(15, 16), (15, 16)]
-
-
 F0, F1, F2 = ({"role": "frames", "start": 5 * i + 10, "end": 5 * i + 15} for i in range(3))
 
 
 @pytest.mark.parametrize(
     ("turns", "heard"),
     [
-        ([F0, turn("user"), F1, F2, turn("assistant")], [(15, 16)]),
+        ([F0, turn("user"), F1, F2, turn("assistant")], [(15, 16)]),  # by the next frame, when frames follow
         ([F0, turn("user"), F1], [(15, 16)]),
         ([F0, turn("user", content="a"), F1, turn("user", content="b"), F2], [(15, 16), (20, 21)]),
         ([F0, turn("user", content="a"), turn("user", content="b"), turn("assistant")], [(14, 15), (14, 15)]),
     ],
 )
-def test_a_user_turn_is_heard_once(tmp_path, turns, heard):
+def test_a_user_turn_between_frames_is_heard_once(tmp_path, turns, heard):
     run(tmp_path, [clip(end=30, turns=turns)])
     found = clips_of(tmp_path / "out").row(0, named=True)["turns"]
     assert [(t["start_frame"], t["end_frame"]) for t in found if t["role"] == "user"] == heard
@@ -229,14 +178,6 @@ def test_drops_are_counted_by_reason(tmp_path):
     counts = run(tmp_path, [clip(turns=turns)], frame_convention="event")["splits"]["train"]
     assert counts["drops"] == {"no frames": 1, "empty range": 1, "outside the clip": 1}
     assert counts["turns_cut"] == 1
-
-
-def test_mixed_conventions_ask_which(tmp_path):
-    fits_event = [turn("assistant", 12, 14, 6.0)] * 5
-    fits_window = [turn("assistant", 9, 12, 6.0)] * 5
-    with pytest.raises(InputError, match=r"lead-in 0, event 5, window 5.*--frame-convention"):
-        run(tmp_path, [clip(turns=fits_event), clip("b", turns=fits_window)])
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_manifest_counts_what_the_shards_hold(tmp_path):
@@ -344,12 +285,22 @@ def test_parts_and_row_groups_hold_the_same_clips(tmp_path):
 
 def test_a_second_run_into_one_folder_refuses(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
+    (out / ".staging-of-the-other").mkdir(parents=True)
     with (out / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another run is writing there"):
             run(tmp_path, [clip()])
+    assert (out / ".staging-of-the-other").exists()
     run(tmp_path, [clip()])
+
+
+def test_what_a_worker_of_a_killed_run_writes_late_is_removed(tmp_path):
+    def mapper(function, calls):
+        (tmp_path / "out/.staging-of-the-killed").mkdir(exist_ok=True)
+        return here(function, calls)
+
+    preprocess([write(tmp_path / "train_x.json", [clip()])], tmp_path / "out", mapper=mapper)
+    assert not list((tmp_path / "out").glob(".staging*"))
 
 
 def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
@@ -363,28 +314,6 @@ def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no space left on the disk"):
         run(tmp_path, [clip(), clip("b")])
     assert snapshot(tmp_path / "out") == before
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a small disk")
-def test_a_disk_that_is_really_full(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
-        source = write(tmp_path / "train_x.json", many(3000))
-        with pytest.raises(InputError, match="no space left on the disk"):
-            preprocess([source], disk / "out", workers=1)
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
-    source = write(tmp_path / "train_x.json", [clip()])
-    (tmp_path / "file").touch()
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "file" / "out")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_users_own_frames_folder_is_never_replaced(tmp_path):
@@ -413,10 +342,6 @@ p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]), workers=int(sys.argv[3]))
 """
 
 
-def is_complete(out: Path) -> bool:
-    return bool(shards.verify(out))
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
     old, new = write(tmp_path / "train_a.json", [clip()]), write(tmp_path / "train_b.json", many(2000))
@@ -424,22 +349,22 @@ def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
     whole = time.monotonic()
     subprocess.run([sys.executable, "-c", KILLED, new, tmp_path / "timed", "1"], check=True)
     whole = time.monotonic() - whole
-    for attempt in range(8):
+    for attempt in range(4):
         shutil.rmtree(out, ignore_errors=True)
         preprocess([old], out)
         before = snapshot(out)
         process = subprocess.Popen([sys.executable, "-c", KILLED, new, out, str(1 + attempt % 2)])
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(whole * (0.3 + 0.1 * attempt))
+            process.wait(whole * (0.3 + 0.2 * attempt))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (out / "manifest.json").exists():
-            assert is_complete(out)
+            assert shards.verify(out)
             if json.loads((out / "manifest.json").read_text())["inputs"][0]["path"] == str(old):
                 after = {k: v for k, v in snapshot(out).items() if not k.startswith(".staging")}
                 assert after == before
         preprocess([new], out)
-        assert is_complete(out)
+        assert shards.verify(out)
         assert not list(out.glob(".staging*"))
         assert len(clips_of(out)) == 2000
 
@@ -485,32 +410,12 @@ def test_a_commit_that_fails_midway_brings_the_old_output_back(tmp_path, monkeyp
     assert shards.verify(tmp_path / "out")
 
 
-def test_a_run_that_is_refused_leaves_the_other_alone(tmp_path, small_parts):
-    source, out = write(tmp_path / "train_x.json", many(1500)), tmp_path / "out"
-    first = subprocess.Popen([sys.executable, "-c", KILLED, source, out, "1"])
-    while first.poll() is None:
-        with contextlib.suppress(InputError):
-            if list(out.glob(".staging*")):
-                preprocess([source], out, Options(seed=1))
-                break
-    assert first.wait() == 0
-    assert shards.verify(out)
-
-
 def test_a_lost_quarantine_file_is_noticed(tmp_path):
     source = write(tmp_path / "train_x.json", [clip(), {"video_uid": "broken"}])
     preprocess([source], tmp_path / "out")
     (tmp_path / "out/quarantine.jsonl").unlink()
     assert preprocess([source], tmp_path / "out")[1] is False
     assert (tmp_path / "out/quarantine.jsonl").exists()
-
-
-def test_refused_clips_do_not_vote(tmp_path):
-    misfits = clip("bad", 5000, 6000, [turn("assistant", 9, 12, 50.0)] * 50)
-    del misfits["end_frame_idx"]
-    good = clip("good", turns=[turn("assistant", 12, 14, 6.0)] * 20)
-    manifest = run(tmp_path, [misfits, good])
-    assert (manifest["quarantined"], manifest["inputs"][0]["frame_convention"]) == (1, "event")
 
 
 def test_frames_on_disk_are_held_against_the_annotations(tmp_path):
@@ -554,18 +459,6 @@ def test_one_bad_clip_among_good_ones(tmp_path, capsys):
     assert main(["preprocess", str(source), "--out", str(tmp_path / "no"), "--on-error", "fail"]) == 1
     assert "clip 1 turn 0" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-def test_wrong_options_are_bad_usage():
-    for wrong in (
-        {"positive": "x"},
-        {"neg_rate": {"*": 1.5}},
-        {"pad_s": -1},
-        {"recording_regex": "("},
-        {"split": "../x"},
-    ):
-        with pytest.raises(UsageError):
-            Options(**wrong)
 
 
 def test_the_pipeline_runs_where_torch_is_not_installed(tmp_path):
