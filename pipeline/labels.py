@@ -16,14 +16,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.schema import DST_UPDATE, NOT_SAMPLED, ROLE_OF, ROLES, SPEAKING, draws, rate_threshold
+from pipeline.schema import DST_UPDATE, NOT_SAMPLED, ROLE_OF, ROLES, draws, rate_threshold
 
 FLOOR_TOLERANCE: Final = 1e-6  # time * fps may fall just short of a whole frame
 AGREEMENT: Final = Fraction(9, 10)  # share of turns that a convention must explain
 VOTED: Final = ("lead-in", "event", "window")  # the first that fits
 MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
 BLOCK = 32  # clips drawn at a time: 20,000 frames stay in the cache; a group of 256 at once takes twice as long
-SPEAK, DST = SPEAKING, DST_UPDATE  # older names of the rows; use schema's
 NO_FRAMES: Final = (-1, -2)  # (start, end) of a turn without frames; no real range is reversed
 
 Labels = npt.NDArray[np.int8]

@@ -107,7 +107,7 @@ def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict
 
 def _split(split: Split, manifest: Mapping[str, Any]) -> dict[str, Any]:
     heads = {}
-    for name, head in zip(("speaking", "dst_update"), split.heads.values(), strict=True):
+    for name, head in split.heads.items():
         bins = np.searchsorted(GAP_EDGES, list(head.gaps), side="right") - 1
         counts = np.bincount(bins, weights=list(head.gaps.values()), minlength=len(GAP_EDGES)).astype(int)
         heads[name] = asdict(head) | {"median": head.median_gap, "gaps": counts.tolist()}

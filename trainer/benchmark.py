@@ -38,7 +38,7 @@ import torch
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from pipeline.labels import DST, SPEAK
+from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import make_folder, naming, replacing, write_json
 from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
@@ -190,12 +190,12 @@ def _check_data(plan: Plan, held: EvalSplits, learned: Split) -> None:
             f"preprocess one"
         )
     for split in held.all.values():
-        if not split.statistics().counts[SPEAK, 1]:
+        if not split.statistics().counts[SPEAKING, 1]:
             raise InputError(
                 f"{plan.data}: the assistant never speaks in {split.name}: nothing to measure; choose other data"
             )
     updating = [arm for arm in plan.arms if find_arm(arm).dst_head]
-    if updating and not learned.statistics().counts[DST, 1]:
+    if updating and not learned.statistics().counts[DST_UPDATE, 1]:
         without = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
         raise InputError(
             f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "

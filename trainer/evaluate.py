@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.dataset import Split
-from pipeline.labels import DST, SPEAK
+from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
@@ -124,9 +124,9 @@ def can_live(thresholds: Thresholds) -> bool:
 
 
 def _as_scored(clip: ClipScores, run: LoadedRun) -> ScoredClip:
-    logits = {"speaking": clip.logits[SPEAK]}
+    logits = {"speaking": clip.logits[SPEAKING]}
     if run.model.arm.dst_head:
-        logits["dst_update"] = clip.logits[DST]
+        logits["dst_update"] = clip.logits[DST_UPDATE]
     return ScoredClip(clip.clip, logits, _probabilities(logits, run.logit_correction))
 
 

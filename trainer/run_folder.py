@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
+from pipeline.schema import HEADS
 from pipeline.storage import LOCK, is_vacant, lock, make_folder, write_json
 from trainer.arms import find_arm
 from trainer.checkpoint import load_run, recover, verify_model
@@ -144,7 +145,7 @@ def new_state(split: Split, config: TrainConfig) -> TrainState:
     if find_arm(config.arm).decides == "inverted":
         heads.speak.bias.data.neg_()
     kinds = ("negative", "positive", "not_sampled")
-    counts = zip(("speaking", "dst_update"), statistics.counts.tolist(), strict=True)
+    counts = zip(HEADS, statistics.counts.tolist(), strict=True)
     info = {
         "data_key": split.key,
         "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},

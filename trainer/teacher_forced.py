@@ -28,7 +28,7 @@ from sklearn.metrics import average_precision_score
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import NotFiniteError
-from pipeline.labels import DST, SPEAK
+from pipeline.schema import DST_UPDATE, SPEAKING
 from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
@@ -226,13 +226,13 @@ def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
         raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.labels for s in scored], 1)
-    speak, dst = labels[SPEAK] == 1, labels[DST] == 1
+    speak, dst = labels[SPEAKING] == 1, labels[DST_UPDATE] == 1
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
         split=split,
         clips=len(scored),
-        speaking=_head(logits[SPEAK], labels[SPEAK]),
-        dst_update=_head(logits[DST], labels[DST], arm.dst_head),
+        speaking=_head(logits[SPEAKING], labels[SPEAKING]),
+        dst_update=_head(logits[DST_UPDATE], labels[DST_UPDATE], arm.dst_head),
         speaking_only=int((speak & ~dst).sum()),
         dst_update_only=int((dst & ~speak).sum()),
         both=int((dst & speak).sum()),

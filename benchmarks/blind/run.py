@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.media import count_frames
+from pipeline.schema import HEADS
 from pipeline.synth import write_frames
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
@@ -30,7 +31,7 @@ def main(demo: Path) -> None:
             write_frames(grey / "frames" / video.name, np.full((count, 64, 64, 3), 128, np.uint8))
         train(demo / "data", run, TrainConfig(), grey)
         found = evaluate(run, demo / "data", "test", frames_root=grey, live=False).metrics["teacher-forced"]
-    for head in ("speaking", "dst_update"):
+    for head in HEADS:
         frames = found[head]["frames"]
         print(f"{head}: average precision {frames['ap']:.3f} without seeing, by chance {frames['chance']:.3f}")
 

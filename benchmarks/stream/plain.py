@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline.dataset import ClipExample
+from pipeline.schema import HEADS
 from pipeline.state import replay
 from pipeline.updates import parse_updates
 from trainer.config import TrainConfig
-from trainer.evaluation.scores import HEADS, ScoredClip, Updates
+from trainer.evaluation.scores import ScoredClip, Updates
 from trainer.frame_source import FrameSource
 from trainer.live.engine import streaming, token_bias
 from trainer.live.kv_cache import use_slots

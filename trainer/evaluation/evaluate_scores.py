@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
+from pipeline.schema import HEADS
 from pipeline.storage import write_json
 from trainer.config import Settings
 from trainer.evaluation.chunk_metrics import (
@@ -27,7 +28,7 @@ from trainer.evaluation.chunk_metrics import (
     write_submission,
 )
 from trainer.evaluation.metrics import Thresholds, choose_thresholds, measure
-from trainer.evaluation.scores import HEADS, ScoredClip, read_info, read_scores
+from trainer.evaluation.scores import ScoredClip, read_info, read_scores
 
 TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")
 METRICS_FILE = "metrics.json"

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from pipeline.schema import HEADS
 from trainer.evaluation.bootstrap import Estimator, Floats
-from trainer.evaluation.scores import HEADS, Ints, ScoredClip, Singles, canonical
+from trainer.evaluation.scores import Ints, ScoredClip, Singles, canonical
 
 Mask = npt.NDArray[np.bool_]
 

@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.schema import HEADS
 from trainer.config import Settings
 from trainer.evaluation import event_metrics, frame_metrics, state_metrics
 from trainer.evaluation.bootstrap import Estimator, Floats
 from trainer.evaluation.event_metrics import Counted
-from trainer.evaluation.scores import HEADS, Ints, ScoredClip, canonical
+from trainer.evaluation.scores import Ints, ScoredClip, canonical
 
 __all__ = ["METRICS", "Metric", "Settings", "Thresholds", "choose_thresholds", "estimators", "look_up", "measure"]
 

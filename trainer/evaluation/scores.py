@@ -24,9 +24,9 @@ from scipy.special import logit as logit_of
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
+from pipeline.schema import HEADS
 from pipeline.storage import replacing
 
-HEADS: Final = ("speaking", "dst_update")  # by row of a clip's labels: SPEAK, DST
 INFO: Final = b"prospect-dst"  # the key of the file's metadata that holds `info`, as JSON
 ROW_GROUP: Final = 1 << 20
 SAME_ORDER: Final = 1e-6  # a probability may fall by this much as its logit rises: float32 rounding

@@ -8,7 +8,8 @@ import numpy as np
 from by_hand import clip_example, dst, turn
 
 from pipeline.dataset import Turn
-from trainer.evaluation.scores import HEADS, ScoredClip
+from pipeline.schema import HEADS
+from trainer.evaluation.scores import ScoredClip
 
 
 def said_at(second: float, role: str = "assistant", *updates: tuple[str, str]) -> Turn:
