@@ -1,7 +1,6 @@
 """Free-running evaluation: the model conditions on its own generated text.
 
-Of the reference it is given the user's texts and the state at the clip's start, nothing else. Many clips share each
-forward pass (`trainer.live.engine`); each is decoded as `stream` decodes it (`trainer.live.session`).
+Of the reference it is given the user's texts and the state at the clip's start, nothing else.
 
     F frames of a clip    k tokens per frame    H hidden
 """

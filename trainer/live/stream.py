@@ -37,7 +37,7 @@ ELLIPSIS_TOKENS = 8  # room for the end of a user text that is cut
 
 @dataclass(frozen=True)
 class StreamFrame:
-    """What happened at one frame: an object of `stream --json`."""
+    """An object of `stream --json`."""
 
     frame: int  # of the model's, from 0
     time_s: float  # frame / fps
@@ -56,8 +56,6 @@ class StreamFrame:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What is shown beside a stream's frames."""
-
     video: str
     run: str
     arm: str
@@ -172,13 +170,11 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
     for head, value in thresholds.items():
         if head not in HEADS or math.isnan(value):
             raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
-    if refractory_s is not None:
-        Settings(refractory_s=refractory_s)  # checks it
     try:
         chosen, rest = evaluated_thresholds(run)
     except InputError:
         if "speaking" not in thresholds:
             raise
         chosen, rest = {}, Settings.refractory_s
-    never = dict.fromkeys(HEADS, math.inf)
-    return DecodingConfig(never | chosen | dict(thresholds), rest if refractory_s is None else refractory_s)
+    rest = Settings(refractory_s=rest if refractory_s is None else refractory_s).refractory_s  # checked
+    return DecodingConfig(dict.fromkeys(HEADS, math.inf) | chosen | dict(thresholds), rest)

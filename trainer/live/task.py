@@ -28,7 +28,7 @@ State = Literal["not_started", "in_progress", "paused", "completed", "cancelled"
 
 @dataclass(frozen=True)
 class Task:
-    clip: ClipExample  # whose prompt a stream starts with
+    clip: ClipExample  # with goal, steps and state
     frames: range | None = None  # absolute; None: all of the video
     user_texts: Mapping[int, Sequence[str]] = field(default_factory=dict)  # by the frame that they stand before
 
@@ -107,29 +107,27 @@ def _read_clip(path: Path, clip: str | None) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({error}); expected goal and steps, or clips") from None
     clips = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
     names = [str(one.get("id", one.get("video_uid", number))) for number, one in enumerate(clips)]
-    chosen = [i for i, name in enumerate(names) if clip is None or clip in (name, str(i))]
+    chosen = [one for i, one in enumerate(clips) if clip in (None, names[i], str(i))]
     if len(chosen) != 1:
         some = f"name it with --clip, e.g. {', '.join(names[:4])}" if names else "give an object with goal and steps"
         raise InputError(f"{path}: {len(chosen)} clips fit, expected one; {some}")
-    return dict(clips[chosen[0]])
+    return chosen[0]
 
 
 def _fields(clip: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's fields, of a conversations file's clip, too."""
-    dst = clip.get("dst")
-    steps = dst.get("steps") if isinstance(dst, dict) else dst
-    return {
-        "goal": clip.get("goal", text_of(clip.get("inferred_goal"), "", [])),
-        "knowledge": clip.get("knowledge", text_of(clip.get("inferred_knowledge"), "", [])),
-        "steps": clip.get("steps", steps) or [],
-        "initial_state": clip.get("initial_state", _given_state(clip)) or {},
-    }
+    """A task's fields, of a conversations file's clip, too.
 
-
-def _given_state(clip: Mapping[str, Any]) -> Any:
-    """A clip's initial state, unless its own updates contradict it: generators write the state at the clip's end."""
-    given = clip.get("initial_dst_state")
+    A given state that the clip's own updates contradict is left out: generators write the one at the clip's end.
+    """
+    dst, given = clip.get("dst"), clip.get("initial_dst_state") or {}
     contents: Iterable[Any] = (turn.get("content") for turn in clip.get("conversation") or () if isinstance(turn, dict))
     updates = [one for content in contents if isinstance(content, list) for one in content if isinstance(one, dict)]
     known = [(u.get("id", ""), u["transition"]) for u in updates if u.get("transition") in TRANSITIONS]
-    return {} if isinstance(given, dict) and contradicts(given, known) else given
+    if isinstance(given, dict) and contradicts(given, known):
+        given = {}
+    return {
+        "goal": clip.get("goal", text_of(clip.get("inferred_goal"), "", [])),
+        "knowledge": clip.get("knowledge", text_of(clip.get("inferred_knowledge"), "", [])),
+        "steps": clip.get("steps", dst.get("steps") if isinstance(dst, dict) else dst) or [],
+        "initial_state": clip.get("initial_state", given) or {},
+    }

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,8 +40,6 @@ MAX_LINE = 1000  # characters that are kept of a user's line
 
 @dataclass(frozen=True)
 class VideoFrame:
-    """One frame, as the model and as people see it."""
-
     frame: int  # at the model's rate, from 0
     time_s: float  # frame / fps
     pixels: Pixels  # uint8 RGB [3, S, S]
@@ -67,11 +65,8 @@ def open_video_input(
         if rate is not None and not MIN_FPS <= rate <= MAX_FPS:
             raise InputError(f"{where}: {name} {rate:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
     if where.isascii() and where.isdigit():
-        camera = _Camera(int(where))
-        try:
+        with closing(_Camera(int(where))) as camera:
             yield camera.frames(fps, side)
-        finally:
-            camera.close()
         return
     path = Path(where)
     if not os.path.exists(path):
@@ -81,11 +76,8 @@ def open_video_input(
             f"{path}: ends in neither .arrow nor {' '.join(VIDEOS)}; rename it if it is one, or convert it: "
             f"ffmpeg -i IT -c:v libx264 OUT.mp4"
         )
-    opened = open_pictures(path)
-    try:
+    with closing(open_pictures(path)) as opened:
         yield _file_frames(path, opened, fps, side, realtime, source_fps, frames)
-    finally:
-        opened.close()
 
 
 # ---- files ---------------------------------------------------------------------------------------------

@@ -74,15 +74,6 @@ def test_what_a_slab_holds_past_the_session_is_never_seen(static_reads, monkeypa
     assert np.array_equal(logits_of(scored), logits_of(expected))
 
 
-def test_in_bfloat16_it_is_as_near_as_bfloat16_is(request):
-    model = tiny(bf16=True)
-    [expected] = run(model, example(), slots=1)
-    lengths = request.getfixturevalue("static_reads")
-    [scored] = run(model, example(), slots=1)
-    assert np.abs(logits_of(scored) - logits_of(expected)).max() < 0.1
-    assert len(lengths) > 5
-
-
 def test_where_no_graph_can_be_made_the_engine_reads_without(static_reads, monkeypatch):
     monkeypatch.setattr(StaticPass, "read", lambda self, parts, prefix: static_reads.append(prefix))
     model, clip = tiny(max_tokens=90), example(frames=60)

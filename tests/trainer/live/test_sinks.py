@@ -78,23 +78,10 @@ def test_the_log_has_a_line_per_event_in_order_and_no_line_per_frame():
     ]
 
 
-def test_an_arm_without_state_or_update_texts_shows_none():
-    frames = [frame(0, dst=None, started_over=True), frame(1, 0.9, None, updates=())]
-    assert log(frames, heads=["speaking"])[1:3] == [
-        "   0:00.0  context  full; the prompt was rebuilt",
-        "   0:00.5  state    fired, without a text",
-    ]
-
-
 def test_text_cannot_control_the_terminal():
     lines = log([frame(0, user_texts=("a\x1b[2Jb\nc",), assistant_text="\u202edrow")], video="x\x1b]0;t\x07")
     assert lines[0].startswith("x\ufffd]0;t\ufffd: ")
     assert lines[1:3] == ["   0:00.0  user     a\ufffd[2Jb c", "   0:00.0  says     \ufffddrow"]
-
-
-def test_of_many_steps_those_under_way_are_named():
-    state = {f"S{i}": "completed" if i < 4 else "not_started" for i in range(20)} | {"S4": "in_progress"}
-    assert sinks.state_line(state) == "4 of 20 done [>] S4"
 
 
 def test_json_lines_hold_every_field_and_are_flushed():
@@ -151,16 +138,6 @@ def test_text_stays_text_in_the_page(tmp_path):
     assert Page(tmp_path / "x.html").tags.count("script") == 2
     shown = re.sub("[\x1b\u202e]", "\ufffd", HOSTILE)
     assert page_data(tmp_path / "x.html")["frames"][0][5]["events"][0] == ["user", shown, ""]
-
-
-def test_the_page_is_whole_up_to_where_the_stream_broke_off(tmp_path):
-    def broken_off():
-        yield from SCRIPT[:2]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        record(HtmlRecorder(tmp_path / "x.html", info()), broken_off())
-    assert len(page_data(tmp_path / "x.html")["frames"]) == 2
 
 
 def test_a_stream_without_a_frame_leaves_what_was_there(tmp_path):

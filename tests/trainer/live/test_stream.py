@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import NoisyFrames, clip_example, turn, write_frames, write_shards
+from by_hand import NoisyFrames, clip_example, turn
 from PIL import Image
 from small_run import clip, go
 from test_evaluate import write_splits
@@ -100,15 +100,6 @@ def test_across_rebuilt_contexts_too_and_with_a_text_that_hardly_fits(run, max_t
     assert [f.assistant_text for f in frames] == scored.said
     for head, logits in scored.logits.items():
         assert np.abs(np.array([f.logits[head] for f in frames]) - logits).max() < 1e-4
-
-
-def test_a_part_of_a_video_is_streamed_with_its_own_user(run, tmp_path, capsys):
-    turns = [turn("user", "What now?", 8, 9), turn("user", "And then?", 30, 31)]
-    data = write_shards(tmp_path / "data", {"test": [clip_example(turns, 5, 12, clip_id="part", video="v")]})
-    write_frames(tmp_path / "v.arrow", [np.full((64, 64, 3), 8 * i, np.uint8) for i in range(30)])
-    frames = streamed(capsys, run, tmp_path / "v.arrow", "--task", data, "--clip", "part", *THRESHOLDS)
-    assert [f["frame"] for f in frames] == list(range(5, 17))
-    assert [f["frame"] for f in frames if f["user_texts"]] == [8]
 
 
 def test_texts_before_skipped_frames_are_read_too():
@@ -277,14 +268,6 @@ def test_a_video_runs_start_to_end_with_the_user_s_lines_and_a_page(run, tmp_pat
     assert sys.stdin.read() == "of a shell's loop\n"
 
 
-def test_without_json_events_are_printed(run, data, capsys):
-    path = data / "frames-on-disk" / "test-v0.arrow"
-    assert main(["stream", str(run), str(path), "--task", str(data), "--clip", "test:0", *THRESHOLDS]) == 0
-    out = capsys.readouterr().out
-    assert "What now, <image>?" in out
-    assert "12 frames" in out
-
-
 def test_the_page_replaces_nothing_that_is_read_and_no_device(run, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "0.png")
@@ -339,22 +322,3 @@ def test_the_real_video_runs_with_the_real_clip_as_its_task(run, capsys):
     frames = streamed(capsys, run, SHARED / "drive.mp4", "--task", task, *THRESHOLDS, "--max-tokens", 600)
     assert len(frames) == 33
     assert set(frames[-1]["state"]) == {"S1", "S2", "S3", "S4", "S5", "S6"}
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["nowhere.mp4"], "nowhere.mp4: no such file or folder"),
-        (["v.mp4", "--task", "nowhere.json"], "nowhere.json: no such file"),
-        (["v.mp4", "--fps", "0"], "fps 0, expected 0.01 to 1000"),
-        (["v.mp4", "--refractory-s", "-1"], "refractory_s is -1"),
-    ],
-)
-def test_a_mistake_gives_one_line(run, tmp_path, capsys, monkeypatch, args, message):
-    monkeypatch.chdir(tmp_path)
-    video(tmp_path / "v.mp4", 30)
-    assert main(["stream", str(run), *THRESHOLDS, *args]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("prospect-dst: ")
-    assert message in err
-    assert err.count("\n") == 1
