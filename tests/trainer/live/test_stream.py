@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, turn
+from live_video import write_video
 from PIL import Image
 from small_run import clip, go
 from test_evaluate import write_splits
-from test_frames import video
 
 from pipeline.errors import InputError, NotFiniteError
 from trainer.checkpoint import load_run, run_hash
@@ -256,7 +256,7 @@ def test_what_does_not_go_together_is_refused(data):
 
 
 def test_a_video_runs_start_to_end_with_the_user_s_lines_and_a_page(run, tmp_path, capsys, monkeypatch):
-    path = video(tmp_path / "v.mp4", 120, step=1)
+    path = write_video(tmp_path / "v.mp4", 120)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n@1.2 and now?\n"))
     frames = streamed(capsys, run, path, *THRESHOLDS, "--stdin", "--html", tmp_path / "v.html")
     assert [(f["frame"], f["time_s"]) for f in frames] == [(i, i / 2) for i in range(8)]
@@ -272,7 +272,7 @@ def test_the_page_replaces_nothing_that_is_read_and_no_device(run, tmp_path, cap
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "0.png")
     os.mkfifo(tmp_path / "pipe.html")
-    path, task = video(tmp_path / "v.mp4", 2), task_file(tmp_path, {"goal": "Tea"})
+    path, task = write_video(tmp_path / "v.mp4", 2), task_file(tmp_path, {"goal": "Tea"})
     before = path.read_bytes()
     (tmp_path / "link.mp4").symlink_to(path)
     for where, more, message in (
@@ -288,7 +288,7 @@ def test_the_page_replaces_nothing_that_is_read_and_no_device(run, tmp_path, cap
 
 
 def test_a_video_that_lost_its_end_says_so_after_what_is_there(run, tmp_path, capsys):
-    path = video(tmp_path / "v.mkv", 240, step=1)
+    path = write_video(tmp_path / "v.mkv", 240)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     assert main(["stream", str(run), str(path), *THRESHOLDS, "--json"]) == 1
     out, err = capsys.readouterr()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -11,10 +12,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from by_hand import write_frames
+from by_hand import clip_example, write_frames
+from live_video import grey, shades, write_images, write_video
 from PIL import Image
-from test_frames import at, grey, images, shades, video
 
+from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from trainer.frame_source import PixelFrames
 from trainer.live import video_input
@@ -40,8 +42,13 @@ def read(where: Path | str, fps: float = 2, side: int = 64, **more) -> list[Vide
         return list(frames)
 
 
-def numbers(found: list[VideoFrame], step: int = 10) -> list[int]:
-    return shades(np.stack([one.pixels for one in found]), step)
+def numbers(found: list[VideoFrame]) -> list[int]:
+    return shades(np.stack([one.pixels for one in found]))
+
+
+def at(fps: float) -> ClipExample:
+    """A clip of video v at that rate."""
+    return dataclasses.replace(clip_example([], video="v"), fps=fps)
 
 
 # ---- files -------------------------------------------------------------------------------------------
@@ -50,7 +57,7 @@ def numbers(found: list[VideoFrame], step: int = 10) -> list[int]:
 @pytest.mark.parametrize("fps", [2, 7.3, 30, 45])
 @pytest.mark.parametrize(("ending", "rate"), [("mp4", 30), ("mkv", Fraction(30000, 1001))])
 def test_a_video_gives_the_frames_that_training_reads(tmp_path, ending, rate, fps):
-    video(tmp_path / f"v.{ending}", 61, rate, step=4, bf="3")
+    write_video(tmp_path / f"v.{ending}", 61, rate, step=4, bf="3")
     source = PixelFrames(tmp_path, 48)
     count = source.count(at(fps))
     frames = read(tmp_path / f"v.{ending}", fps, 48)
@@ -59,7 +66,7 @@ def test_a_video_gives_the_frames_that_training_reads(tmp_path, ending, rate, fp
 
 
 def test_images_and_rows_are_frames_or_sampled_by_the_rate_they_were_taken_at(tmp_path):
-    folder = images(tmp_path / "v", [f"{i}.png" for i in range(1, 13)])
+    folder = write_images(tmp_path / "v", [f"{i}.png" for i in range(1, 13)])
     assert numbers(read(folder, 29.97)) == list(range(12))
     # at 0, 0.5, 1 .. seconds, of one picture each 0.2 s: 0, 2.5, 5, 7.5, 10; 12.5 is over
     assert numbers(read(folder, 2, source_fps=5)) == [0, 2, 5, 7, 10]
@@ -71,7 +78,7 @@ def test_images_and_rows_are_frames_or_sampled_by_the_rate_they_were_taken_at(tm
 
 
 def test_a_part_of_a_file_is_read(tmp_path):
-    path = video(tmp_path / "v.mp4", 31, 10, step=6)
+    path = write_video(tmp_path / "v.mp4", 31, 10, step=6)
     whole, part = read(path), read(path, frames=range(4, 6))
     assert [(one.frame, one.time_s, one.skipped) for one in part] == [(4, 2.0, 0), (5, 2.5, 0)]
     assert np.array_equal(part[0].pixels, whole[4].pixels)
@@ -91,7 +98,7 @@ def test_people_see_the_whole_picture_and_the_model_its_middle(tmp_path):
 
 
 def test_frames_before_a_damaged_picture_are_given(tmp_path):
-    folder = images(tmp_path / "v", [f"{i}.png" for i in range(4)])
+    folder = write_images(tmp_path / "v", [f"{i}.png" for i in range(4)])
     (folder / "2.png").write_bytes(b"nothing")
     with open_video_input(str(folder), 2, 64) as frames:
         assert [next(frames).frame, next(frames).frame] == [0, 1]
@@ -109,11 +116,11 @@ def written(path: Path, content: bytes = b"hello") -> Path:
     [
         (lambda path: path / "nowhere.mp4", {}, "nowhere.mp4: no such file or folder"),
         (lambda path: path, {}, r"test_.*: holds no frame; expected images"),
-        (lambda path: images(path / "gap", ["1.jpg", "3.jpg"]), {}, "gap: no image has the number 2"),
+        (lambda path: write_images(path / "gap", ["1.jpg", "3.jpg"]), {}, "gap: no image has the number 2"),
         (lambda path: written(path / "a.mp4"), {}, "a.mp4: not a video that can be read"),
         (lambda path: written(path / "a.txt"), {}, r"a.txt: ends in neither .arrow nor .mp4"),
         (lambda path: written(path / "a.arrow"), {}, "a.arrow: not an Arrow IPC file"),
-        (lambda path: video(path / "v.mp4", 2), {"source_fps": 30}, "a video has the times of its pictures"),
+        (lambda path: write_video(path / "v.mp4", 2), {"source_fps": 30}, "a video has the times of its pictures"),
         (lambda path: path, {"fps": 0}, r"fps 0, expected 0.01 to 1000"),
         (lambda path: path, {"fps": math.nan}, r"fps nan, expected 0.01 to 1000"),
         (lambda path: path, {"source_fps": 1e9}, "source fps 1e[+]09"),
@@ -133,7 +140,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch, make,
 @pytest.mark.parametrize("realtime", [False, True])
 def test_in_real_time_no_frame_is_early_and_late_ones_are_counted(tmp_path, monkeypatch, realtime):
     clock = Clock(monkeypatch)
-    folder = images(tmp_path / "v", [f"{i}.png" for i in range(7)])
+    folder = write_images(tmp_path / "v", [f"{i}.png" for i in range(7)])
     model_s = {0: 0.1, 1: 1.7, 2: 0, 3: 0, 4: 0.5, 5: 0.0, 6: 9.0}  # seconds that the model takes, by frame
     given = []
     with open_video_input(str(folder), 2, 64, realtime) as frames:
@@ -180,7 +187,7 @@ def test_a_camera_gives_its_newest_picture_at_each_tick_and_is_closed(monkeypatc
         found = [next(frames)]
         camera.show(40)
         for _ in range(2000):  # until the thread has it
-            if shades(video_input.fit(frames.gi_frame.f_locals["self"]._image(), 64)[None], 10) == [4]:
+            if shades(video_input.fit(frames.gi_frame.f_locals["self"]._image(), 64)[None]) == [4]:
                 break
             time.sleep(0.005)
         found.append(next(frames))
