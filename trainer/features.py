@@ -94,7 +94,7 @@ def _checksum(row: Features, number: int) -> int:
 
 
 class FeatureFile:
-    """An open file: `frames` [N] are absolute numbers, ascending; features are read when asked for."""
+    """An open file: `frames` [N] are absolute numbers, ascending; `features` [N, k, D] are memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         """InputError for a file that is missing, cut off, or not of this format."""
@@ -106,13 +106,13 @@ class FeatureFile:
                 raise SafetensorError(f"format {self.header.get('format')}, expected {FORMAT}")
             self.frames: npt.NDArray[np.int32] = file.get_tensor("frames").numpy()
             self.checksums: list[int] = file.get_tensor("checksums").tolist()
-            self._features = file.get_slice("features")
+            self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: no features ({error}); delete it, run prospect-dst encode") from None
 
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""
-        found: Features = self._features[first:end].numpy()
+        found = self.features[first:end]
         sums = [_checksum(row, number) for row, number in zip(found, self.frames[first:end].tolist(), strict=True)]
         return found if sums == self.checksums[first:end] else None
 
