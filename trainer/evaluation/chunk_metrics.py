@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -34,26 +33,18 @@ COUNTS: Final = ("tp", "fp", "tn", "fn")  # interrupt is the positive class
 DECIMALS: Final = 4  # as the official scorer prints
 
 
-@dataclass(frozen=True)
-class Session:
-    """One line of a sessions file."""
+class Session(msgspec.Struct):
+    """One line of a sessions file, or of a submission, whose fields may be absent."""
 
-    where: str  # for messages: file, line, video
-    video_path: str
-    task: str
-    query: str | None
-    intervals: tuple[tuple[float, float], ...]  # [N] [start, end) in seconds, ascending; empty where not given
-    answers: tuple[str, ...]  # [N] the reference
-
-
-class _Line(msgspec.Struct):
-    """A line of a sessions file, or of a submission, whose fields may all be absent."""
-
-    video_path: str | None = None
+    video_path: str = ""
     task: Any = "unknown"
-    query: Any = None
-    video_intervals: tuple[tuple[float, float], ...] = ()
-    answers: tuple[str, ...] = ()
+    video_intervals: tuple[tuple[float, float], ...] = ()  # [N] [start, end) in seconds, ascending
+    answers: tuple[str, ...] = ()  # [N]
+    where: str = ""  # for messages: file, line, video
+
+    @property
+    def video(self) -> str:
+        return PurePosixPath(self.video_path).stem
 
 
 def is_interrupt(answer: str) -> bool:
@@ -61,51 +52,44 @@ def is_interrupt(answer: str) -> bool:
     return answer.lstrip().startswith(INTERRUPT)
 
 
-def _read_lines(path: Path) -> list[tuple[str, _Line]]:
-    """(where, content) of every line that is not blank. Raises InputError, naming the line."""
+def read_sessions(path: Path) -> list[Session]:
+    """The sessions of a JSON Lines file in EgoProactive's format. Raises InputError, naming the line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InputError(f"{path}: {reason}, expected JSON Lines") from None
-    lines = []
+    sessions = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
             try:
-                lines.append((where, msgspec.json.decode(line, type=_Line)))
+                session = msgspec.json.decode(line, type=Session)
             except (msgspec.MsgspecError, RecursionError) as error:
                 what = (
                     f"answers [{SILENT} or {INTERRUPT}TEXT, ...], video_intervals [[start_s, end_s], ...], video_path"
                 )
                 raise InputError(f"{where}: {error}; expected a JSON object with {what}") from None
-    return lines
-
-
-def read_sessions(path: Path) -> list[Session]:
-    """The sessions of a JSON Lines file in EgoProactive's format. Raises InputError, naming the line."""
-    sessions = []
-    for where, line in _read_lines(path):
-        video = line.video_path or ""
-        query = line.query if isinstance(line.query, str) else None
-        where = f"{where} ({video})"
-        if bad := next((pair for pair in line.video_intervals if not pair[0] <= pair[1]), None):
-            raise InputError(f"{where}: video_intervals holds {list(bad)}, expected [start, end] in seconds")
-        sessions.append(Session(where, video, str(line.task), query, line.video_intervals, line.answers))
+            session.where = f"{where} ({session.video_path})"
+            if bad := next((pair for pair in session.video_intervals if not pair[0] <= pair[1]), None):
+                raise InputError(
+                    f"{session.where}: video_intervals holds {list(bad)}, expected [start, end] in seconds"
+                )
+            sessions.append(session)
     return sessions
 
 
 def read_submission(path: Path, sessions: Sequence[Session]) -> list[tuple[str, ...]]:
     """The predicted answers [S][up to N], one line per session in the sessions' order, as the official scorer pairs
     them. A line without `answers` predicts nothing. Raises InputError where lines are missing or of other videos."""
-    lines = _read_lines(path)
+    lines = read_sessions(path)
     if len(lines) != len(sessions):
         raise InputError(f"{path}: {len(lines)} lines, expected one for each of the {len(sessions)} sessions, in order")
-    for session, (where, line) in zip(sessions, lines, strict=True):
-        if line.video_path is not None and _stem(line.video_path) != _stem(session.video_path):
+    for session, line in zip(sessions, lines, strict=True):
+        if line.video_path and line.video != session.video:
             expected = f"expected {session.video_path!r} as in {session.where}"
-            raise InputError(f"{where}: video_path is {line.video_path!r}, {expected}")
-    return [line.answers for _, line in lines]
+            raise InputError(f"{line.where}: video_path is {line.video_path!r}, {expected}")
+    return [line.answers for line in lines]
 
 
 def write_submission(path: Path, sessions: Sequence[Session], answers: Sequence[Sequence[str]]) -> None:
@@ -114,39 +98,33 @@ def write_submission(path: Path, sessions: Sequence[Session], answers: Sequence[
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _stem(video_path: str) -> str:
-    return PurePosixPath(video_path).stem
-
-
 def chunk_frames(session: Session, fps: float) -> Ints:
     """int64 [N, 2]: the frames [ceil(start * fps), ceil(end * fps)) of each chunk, absolute, as its reader has them."""
-    return np.ceil(np.array(session.intervals, np.float64).reshape(-1, 2) * fps - FLOOR_TOLERANCE).astype(np.int64)
+    return np.ceil(np.array(session.video_intervals, float).reshape(-1, 2) * fps - FLOOR_TOLERANCE).astype(np.int64)
 
 
 def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> list[ClipExample]:
     """[S] each session's clip: of its video, with a speaking label in every interrupt chunk and in no silent one.
 
-    Of several such clips, the one whose user asks the session's query; then the first of the split. Clips without a
-    session are left over. Raises InputError, naming the session, where there is none.
+    Of several such clips, the first of the split that is left. Clips without a session are left over. Raises
+    InputError, naming the session, where there is none.
     """
-    waiting: dict[str, list[ClipExample]] = {}
-    for clip in sorted(clips, key=lambda clip: clip.clip):
-        waiting.setdefault(clip.video_uid, []).append(clip)
+    waiting = sorted(clips, key=lambda clip: clip.clip)
     found = []
     for session in sessions:
-        if len(session.intervals) != len(session.answers):
-            numbers = f"{len(session.intervals)} video_intervals, {len(session.answers)} answers"
+        if len(session.video_intervals) != len(session.answers):
+            numbers = f"{len(session.video_intervals)} video_intervals, {len(session.answers)} answers"
             raise InputError(f"{session.where}: {numbers}, expected one of each per chunk")
-        same = waiting.get(_stem(session.video_path), [])
-        fitting = [clip for clip in same if _agrees(session, clip)]
-        if not fitting:
+        same = [clip for clip in waiting if clip.video_uid == session.video]
+        clip = next((clip for clip in same if _agrees(session, clip)), None)
+        if clip is None:
             lack = " whose speaking labels are its interrupt chunks" if same else ""
             raise InputError(
-                f"{session.where}: the split has no clip of video {_stem(session.video_path)!r}{lack}; "
+                f"{session.where}: the split has no clip of video {session.video!r}{lack}; "
                 f"give the sessions file that the split was made from"
             )
-        found.append(max(fitting, key=lambda clip: _asks(clip, session.query)))  # the first of equals
-        same.remove(found[-1])
+        found.append(clip)
+        waiting.remove(clip)
     return found
 
 
@@ -158,10 +136,6 @@ def _agrees(session: Session, clip: ClipExample) -> bool:
         for (start, end), answer in zip(own.tolist(), session.answers, strict=True)
         if end > start
     )
-
-
-def _asks(clip: ClipExample, query: str | None) -> bool:
-    return query is not None and any(t.role == "user" and t.text.strip() == query.strip() for t in clip.turns)
 
 
 def answers_of(session: Session, scored: ScoredClip, threshold: float | None, refractory_s: float) -> list[str]:
@@ -221,8 +195,8 @@ def report_chunks(
         skipped += abs(len(session.answers) - len(predicted))
         for right, answer in zip(map(is_interrupt, session.answers), map(is_interrupt, predicted), strict=False):
             own[COUNTS.index(("t" if right == answer else "f") + ("p" if answer else "n"))] += 1
-    names = np.array(recordings or [_stem(session.video_path) for session in sessions], np.str_)
-    tasks = np.array([session.task for session in sessions], object)
+    names = np.array(recordings or [session.video for session in sessions], np.str_)
+    tasks = np.array([str(session.task) for session in sessions], object)
     return {
         "overall": _report_group(counts, names, draws),
         "per_task": {

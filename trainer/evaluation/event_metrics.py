@@ -63,13 +63,14 @@ def annotated(clip: ClipExample) -> Mask:
     return known
 
 
-def is_live(scored: ScoredClip, head: str) -> bool:
-    return (scored.said if head == "speaking" else scored.updates) is not None
+def actions_of(scored: ScoredClip, head: str) -> Sequence[object] | None:
+    """[F] what a free-running model said or updated after each frame; None: only its scores are known."""
+    return scored.said if head == "speaking" else scored.updates
 
 
 def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Ints:
     """int64 [P], ascending: the absolute, annotated frames at which the model acted, or its score makes an event."""
-    actions = scored.said if head == "speaking" else scored.updates
+    actions = actions_of(scored, head)
     if actions is not None:
         frames = np.flatnonzero([action is not None for action in actions])
     else:
@@ -151,8 +152,8 @@ class Counted(NamedTuple):
 def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Counted | None:
     """The events of one head; None where no clip has such events, or scores or a threshold are missing."""
     chosen = [s for s in canonical(clips) if head == "speaking" or tracked(s.clip)]
-    known = all(is_live(s, head) or (threshold is not None and head in s.logits) for s in chosen)
-    if not chosen or not known:
+    scores_do = threshold is not None
+    if not chosen or not all(actions_of(s, head) is not None or (scores_do and head in s.logits) for s in chosen):
         return None
     return Counted.of(chosen, (_count_events(scored, head, threshold, settings) for scored in chosen))
 
@@ -238,7 +239,7 @@ def event_rates(c: dict[str, Any]) -> dict[str, Any]:
 def report_events(events: Counted, head: str, threshold: float | None) -> dict[str, Any]:
     """Plain numbers, None where undefined; `threshold` is None where all clips are free-running."""
     sums, latencies = events.sums(), np.concatenate(events.latencies)
-    rates, live = plain(event_rates(sums)), all(is_live(scored, head) for scored in events.clips)
+    rates, live = plain(event_rates(sums)), all(actions_of(scored, head) is not None for scored in events.clips)
     for kind in ("reactive", "proactive"):
         rates[kind] |= {name: int(rates[kind][name]) for name in ("references", "predictions")}
         if head != "speaking":
@@ -254,7 +255,7 @@ def report_events(events: Counted, head: str, threshold: float | None) -> dict[s
     }
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """One clip's references, as far as counting matches needs them."""
 
     scored: ScoredClip
@@ -263,18 +264,18 @@ class _Target(NamedTuple):
     annotated: Mask  # [F]
 
 
-def _targets(clips: Sequence[ScoredClip], head: str, settings: Settings) -> list[_Target]:
+def targets_of(clips: Sequence[ScoredClip], head: str, settings: Settings) -> list[Target]:
     found = []
     for scored in (s for s in clips if head == "speaking" or tracked(s.clip)):
         clip, times = scored.clip, references(scored.clip, ROLE_OF[head])
         first = np.ceil((times - settings.early_s - TOLERANCE) * clip.fps) - clip.start_frame
         last = np.floor((times + settings.late_s + TOLERANCE) * clip.fps) - clip.start_frame
         windows = np.stack([np.maximum(first, 0), np.minimum(last, clip.num_frames - 1)], axis=1).astype(np.int64)
-        found.append(_Target(scored, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
+        found.append(Target(scored, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
     return found
 
 
-def _f1(targets: Sequence[_Target], fired: Callable[[ScoredClip], Ints]) -> float:
+def _f1(targets: Sequence[Target], fired: Callable[[ScoredClip], Ints]) -> float:
     """Event F1 of the ascending frames, from the clip's start, that `fired` gives for each clip."""
     matched = events = 0
     for scored, windows, count, known in targets:
@@ -291,7 +292,7 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
     CUTS thresholds between scores are tried, spread over the ranks of all frames by equal ratios (dense among the
     highest scores), then as many between the neighbours of the best.
     """
-    targets = _targets(clips, head, settings)
+    targets = targets_of(clips, head, settings)
     total = sum(target.references for target in targets)
     if not total or any(head not in target.scored.logits for target in targets):
         return None
@@ -317,12 +318,9 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
     return threshold(max(sorted({*coarse, *spread(low, high)}), key=f1))
 
 
-def metronome_f1(clips: Sequence[ScoredClip], head: str, period_s: float, settings: Settings) -> float | None:
+def metronome_f1(targets: Sequence[Target], period_s: float) -> float | None:
     """Event F1 of an assistant that sees nothing and fires every `period_s` seconds; None without any reference."""
-    return _metronome_f1(_targets(clips, head, settings), period_s)
 
-
-def _metronome_f1(targets: Sequence[_Target], period_s: float) -> float | None:
     def ticks(scored: ScoredClip) -> Ints:
         gap = max(1, round(period_s * scored.clip.fps))
         return np.arange(gap // 2, scored.clip.num_frames, gap)
@@ -332,7 +330,7 @@ def _metronome_f1(targets: Sequence[_Target], period_s: float) -> float | None:
 
 def best_metronome(clips: Sequence[ScoredClip], head: str, settings: Settings) -> float | None:
     """The period of the best event F1 on `clips`: seconds, from the refractory time to a minute; ties: the longer."""
-    targets = _targets(clips, head, settings)
+    targets = targets_of(clips, head, settings)
     periods = {round(2 * s) / 2 for s in np.geomspace(max(settings.refractory_s, 0.5), 60, 40).tolist()}
-    tried = [(f1, period) for period in periods if (f1 := _metronome_f1(targets, period)) is not None]
+    tried = [(f1, period) for period in periods if (f1 := metronome_f1(targets, period)) is not None]
     return max(tried)[1] if tried else None

@@ -110,8 +110,9 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
         }
         if events is not None:
             period = given.metronome_s.get(head)
-            f1 = period and event_metrics.metronome_f1(clips, head, period, settings)
-            report[head]["events"]["metronome"] = period and {"period_s": period, "f1": f1}
+            targets = event_metrics.targets_of(clips, head, settings)
+            metronome = period and {"period_s": period, "f1": event_metrics.metronome_f1(targets, period)}
+            report[head]["events"]["metronome"] = metronome
     states = state_metrics.find_states(clips, settings)
     return report | {"state": states and state_metrics.report_states(states)}
 

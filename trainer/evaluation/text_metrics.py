@@ -51,14 +51,6 @@ class Dialogue(NamedTuple):
     predicted: Sequence[Utterance]
 
 
-class _Pair(NamedTuple):
-    clip_id: str
-    predicted: int  # position in the dialogue's own order
-    reference: int
-    similarity: float
-    distance_s: float
-
-
 def match_texts(
     dialogues: Iterable[Dialogue], encoder: Encoder, early_s: float = EARLY_S, late_s: float = LATE_S
 ) -> dict[str, Any]:
@@ -73,10 +65,10 @@ def match_texts(
     dialogues = sorted(dialogues, key=lambda dialogue: dialogue.clip_id)
     texts = sorted({text for dialogue in dialogues for side in dialogue[1:] for _, text in side})
     vectors = dict(zip(texts, encoder(texts).astype(np.float64), strict=True)) if texts else {}
-    pairs = [pair for dialogue in dialogues for pair in _pairs(dialogue, vectors, early_s, late_s)]
+    pairs = [(d.clip_id, *pair) for d in dialogues for pair in _pairs(d, vectors, early_s, late_s)]
     predictions = sum(len(dialogue.predicted) for dialogue in dialogues)
     references = sum(len(dialogue.reference) for dialogue in dialogues)
-    right = [pair for pair in pairs if pair.similarity > SIMILAR]
+    right = [(similarity, distance_s) for *_, similarity, distance_s in pairs if similarity > SIMILAR]
     return {
         "predictions": predictions,
         "references": references,
@@ -90,8 +82,8 @@ def match_texts(
         "jaccard": _share(len(right), predictions + references - len(pairs)),
         "missing_rate": _share(references - len(pairs), references),
         "redundant_rate": _share(predictions - len(pairs), predictions),
-        "semantic_score": _share(math.fsum(pair.similarity for pair in right), len(right)),
-        "distance_s": _share(math.fsum(pair.distance_s for pair in right), len(right)),
+        "semantic_score": _share(math.fsum(similarity for similarity, _ in right), len(right)),
+        "distance_s": _share(math.fsum(distance for _, distance in right), len(right)),
         "pairs": [list(pair[:4]) for pair in pairs],
     }
 
@@ -100,8 +92,9 @@ def _share(part: float, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _pairs(dialogue: Dialogue, vectors: dict[str, Floats], early_s: float, late_s: float) -> list[_Pair]:
-    """The cheapest pairing of one clip: linear assignment with one silence per predicted text."""
+def _pairs(dialogue: Dialogue, vectors: dict[str, Floats], early_s: float, late_s: float) -> list[tuple[Any, ...]]:
+    """(predicted, reference, similarity, distance_s) of the cheapest pairing of one clip: linear assignment with one
+    silence per predicted text."""
     if not dialogue.predicted or not dialogue.reference:
         return []
     sides = (dialogue.predicted, dialogue.reference)
@@ -113,7 +106,7 @@ def _pairs(dialogue: Dialogue, vectors: dict[str, Floats], early_s: float, late_
     costs[(latency < -early_s - TOLERANCE) | (latency > late_s + TOLERANCE)] = np.inf
     silence = np.full((len(costs), len(costs)), SILENCE_COST)
     return [
-        _Pair(dialogue.clip_id, predicted[i][2], reference[j][2], float(similarity[i, j]), abs(float(latency[i, j])))
+        (predicted[i][2], reference[j][2], float(similarity[i, j]), abs(float(latency[i, j])))
         for i, j in zip(*linear_sum_assignment(np.hstack([costs, silence])), strict=True)
         if j < len(reference)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,38 +88,26 @@ def answers(session, clip):
     return answers_of(session, clip, 0.5, REFRACTORY_S)
 
 
-def rounded(**counts):
-    rates = chunk_rates([counts[name] for name in ("tp", "fp", "tn", "fn")])
-    return [round(float(rates[name]), 4) for name in ("interrupt_f1", "silent_f1", "macro_f1", "gmean_f1")]
-
-
-def test_the_scorer_s_hand_cases():
-    assert rounded(tp=7, fp=3, tn=5, fn=3) == [0.7, 0.625, 0.6625, 0.6614]
-    assert rounded(tp=9, fp=1, tn=1, fn=1) == [0.9, 0.5, 0.7, 0.6708]
-
-
-def test_undefined_is_zero():
-    assert rounded(tp=10, fp=0, tn=0, fn=0) == [1.0, 0.0, 0.5, 0.0]
-    assert rounded(tp=0, fp=5, tn=0, fn=5) == [0.0, 0.0, 0.0, 0.0]
-    assert rounded(tp=0, fp=0, tn=0, fn=0) == [0.0, 0.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    ("counts", "rates"),
     [
-        ("$interrupt$Add salt.", True),
-        ("$interrupt$", True),
-        (" \n\t$interrupt$ Add salt.", True),
-        ("$silent$", False),
-        ("\n$silent$", False),
-        ("", False),
-        ("Sure, $interrupt$ hi", False),
-        ("$Interrupt$ hi", False),
-        ("$interrupt hi", False),
+        ((7, 3, 5, 3), [0.7, 0.625, 0.6625, 0.6614]),  # the scorer's own hand cases
+        ((9, 1, 1, 1), [0.9, 0.5, 0.7, 0.6708]),
+        ((10, 0, 0, 0), [1.0, 0.0, 0.5, 0.0]),  # undefined is 0
+        ((0, 5, 0, 5), [0.0, 0.0, 0.0, 0.0]),
+        ((0, 0, 0, 0), [0.0, 0.0, 0.0, 0.0]),
     ],
 )
-def test_what_is_an_interrupt(answer, expected):
-    assert is_interrupt(answer) == expected
+def test_rates_by_hand(counts, rates):
+    found = chunk_rates(counts)
+    assert [round(float(found[f"{name}_f1"]), 4) for name in ("interrupt", "silent", "macro", "gmean")] == rates
+
+
+def test_only_a_leading_tag_is_an_interrupt():
+    for answer in ("$interrupt$Add salt.", "$interrupt$", " \n\t$interrupt$ Add salt."):
+        assert is_interrupt(answer)
+    for answer in ("$silent$", "\n$silent$", "", "Sure, $interrupt$ hi", "$Interrupt$ hi", "$interrupt hi"):
+        assert not is_interrupt(answer)
 
 
 def test_counts_are_pooled_and_also_given_by_task(sessions):
@@ -134,39 +123,27 @@ def test_counts_are_pooled_and_also_given_by_task(sessions):
     assert [overall[f"silent_{name}"] for name in ("precision", "recall", "f1")] == [0.6667, 0.8, 0.7273]
     assert (overall["macro_f1"], overall["gmean_f1"]) == (0.7273, 0.7273)
     by_task = report["per_task"]
-    assert {task: found["support"] for task, found in by_task.items()} == {
-        "Making [b]tea": 2,
-        "Patching a tyre": 3,
-        "Potting a cactus": 6,
-    }
-    assert by_task["Making [b]tea"]["interrupt_f1"] == 0.6667
-    assert by_task["Making [b]tea"]["macro_f1"] == 0.3333
+    assert [by_task[task]["support"] for task in sorted(by_task)] == [2, 3, 6]
+    assert (by_task["Making [b]tea"]["interrupt_f1"], by_task["Making [b]tea"]["macro_f1"]) == (0.6667, 0.3333)
     assert (report["total_sessions"], report["skipped_chunks"]) == (3, 0)
 
 
 def test_missing_predictions_are_skipped_and_counted(sessions):
-    predicted = [["$interrupt$"] * 2, [], ["$interrupt$"] * 3]
-    report = report_chunks(sessions, predicted)
+    report = report_chunks(sessions, [["$interrupt$"] * 2, [], ["$interrupt$"] * 3])
     assert report["skipped_chunks"] == 4 + 3 + 1
-    assert report["overall"]["support"] == 4
-    assert report["overall"]["interrupt_f1"] == 1.0
+    assert (report["overall"]["support"], report["overall"]["interrupt_f1"]) == (4, 1.0)
 
 
 def test_intervals_hold_the_value_and_need_two_recordings(sessions):
     predicted = [["$interrupt$"] * 6, ["$interrupt$", "$silent$", "$silent$"], ["$interrupt$", "$silent$"]]
     report = report_chunks(sessions, predicted)
-    overall = report["overall"]
-    assert set(overall["intervals"]) == {
-        "macro_f1", "gmean_f1", "interrupt_precision", "interrupt_recall", "interrupt_f1",
-        "silent_precision", "silent_recall", "silent_f1",
-    }  # fmt: skip
-    for name, (low, high) in overall["intervals"].items():
-        assert 0 <= low <= overall[name] <= high <= 1
+    assert len(report["overall"]["intervals"]) == 8
+    for name, (low, high) in report["overall"]["intervals"].items():
+        assert 0 <= low <= report["overall"][name] <= high <= 1
         assert low < high
     assert set(report["per_task"]["Making [b]tea"]["intervals"].values()) == {None}
-    together = report_chunks(sessions, predicted, ["take 1", "take 1", "take 1"])
-    assert together["overall"]["recordings"] == 1
-    assert together["overall"]["intervals"]["macro_f1"] is None
+    together = report_chunks(sessions, predicted, ["take 1", "take 1", "take 1"])["overall"]
+    assert (together["recordings"], together["intervals"]["macro_f1"]) == (1, None)
 
 
 def official(gold, predicted):
@@ -205,7 +182,7 @@ def test_random_submissions_get_the_official_numbers(cases):
             for i in range(rng.randrange(1, 5))
         ]
         guess = [{"answers": rng.choices(texts, k=max(0, len(s["answers"]) - rng.randrange(2)))} for s in gold]
-        sessions = [Session("", s["video_path"], s["task"], None, (), tuple(s["answers"])) for s in gold]
+        sessions = [Session(s["video_path"], s["task"], answers=tuple(s["answers"])) for s in gold]
         report = report_chunks(sessions, [line["answers"] for line in guess], draws=0)
         overall, per_task, skipped = official(gold, guess)
         assert {name: report["overall"][name] for name in overall} == overall
@@ -218,31 +195,28 @@ def test_the_frames_of_a_chunk(sessions):
     assert chunk_frames(sessions[2], 2.0).tolist() == [[1, 17], [17, 33]]
 
 
-def test_an_event_belongs_to_the_chunk_whose_frames_hold_it(sessions):
-    def told(*frames):
-        return "".join("I" if is_interrupt(a) else "." for a in answers(sessions[0], scored("aa01", set(frames))))
+@pytest.mark.parametrize(
+    ("frames", "interrupts"),
+    [
+        ((), "......"),
+        ((3,), "I....."),
+        ((4, 20), "......"),  # between chunks
+        ((21,), ".I...."),
+        ((37,), "..I..."),
+        ((183,), ".....I"),
+        ((36, 37), ".I...."),  # 37 falls to the refractory time
+        ((36, 38), ".II..."),
+    ],
+)
+def test_an_event_belongs_to_the_chunk_whose_frames_hold_it(sessions, frames, interrupts):
+    given = answers(sessions[0], scored("aa01", set(frames)))
+    assert "".join("I" if is_interrupt(answer) else "." for answer in given) == interrupts
 
-    assert told() == "......"
-    assert told(3) == "I....."
-    assert told(4, 20) == "......"  # between chunks
-    assert told(21) == ".I...."
-    assert told(36) == ".I...."
-    assert told(37) == "..I..."
-    assert told(183) == ".....I"
-    assert told(36, 37) == ".I...."  # 37 falls to the refractory time
-    assert told(36, 38) == ".II..."
 
-
-def test_a_live_clip_answers_with_what_it_said(sessions):
+def test_a_free_running_clip_answers_with_what_it_said(sessions):
     clip = scored("aa01", said={0: "Gravel.", 10: "nobody asked", 21: "Soil.", 30: " And more. ", 60: "?", 152: ""})
-    assert answers_of(sessions[0], clip, None, REFRACTORY_S) == [
-        "$interrupt$Gravel.",
-        "$interrupt$Soil. And more.",
-        "$silent$",
-        "$silent$",
-        "$interrupt$",
-        "$silent$",
-    ]
+    expected = ["$interrupt$Gravel.", "$interrupt$Soil. And more.", "$silent$", "$silent$", "$interrupt$", "$silent$"]
+    assert answers_of(sessions[0], clip, None, REFRACTORY_S) == expected
 
 
 def test_chunks_after_the_clip_s_end_have_no_answer(sessions):
@@ -270,18 +244,15 @@ def test_without_a_threshold_only_live_clips_are_counted(sessions):
 
 
 def test_sessions_of_one_video_find_their_clips(tmp_path):
-    """Told apart by their interrupts, else by the query, else by their order."""
+    """Told apart by their interrupts, else by their order."""
     second = {**SESSIONS[1], "answers": ["$silent$", "$interrupt$x", "$silent$"]}
-    third = {**SESSIONS[1], "query": "Another question"}
-    sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [SESSIONS[1], second, third, third]))
+    sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [SESSIONS[1], second, SESSIONS[1]]))
+    starts = [16, 0, 0]
     clips = [
-        clip_example([turn("user", query), turn("assistant", "!", start, start + 16)], 0, 47, clip_id=f"c{i}", clip=i,
-                     video="aa02", rate=1.0)
-        for i, (query, start) in enumerate(
-            [("Another question", 0), ("Another question", 0), ("Help me fix the tyre.", 0), ("?", 16)]
-        )
-    ]  # fmt: skip
-    assert [clip.clip_id for clip in match_clips(sessions, clips[::-1])] == ["c2", "c3", "c0", "c1"]
+        clip_example([turn("assistant", "!", at, at + 16)], 0, 47, clip_id=f"c{i}", clip=i, video="aa02", rate=1.0)
+        for i, at in enumerate(starts)
+    ]
+    assert [clip.clip_id for clip in match_clips(sessions, clips[::-1])] == ["c1", "c0", "c2"]
 
 
 def test_a_session_without_its_clip_is_named(sessions):
@@ -299,30 +270,24 @@ def test_a_session_without_its_clip_is_named(sessions):
     [
         (
             {"answers": "$silent$"},
-            r"s.jsonl line 2: Expected `array`, got `str` - at `\$.answers`; expected a JSON object",
+            "s.jsonl line 2: Expected `array`, got `str` - at `$.answers`; expected a JSON object",
         ),
-        ({"video_intervals": [[0, 8], [8, None]]}, r"Expected `float`, got `null` - at `\$.video_intervals\[1\]\[1\]`"),
-        (
-            {"video_intervals": [[8, 0]]},
-            r"line 2 \(aa02.mp4\): video_intervals holds \[8.0, 0.0\], expected \[start, end\]",
-        ),
+        ({"video_intervals": [[0, 8], [8, None]]}, "Expected `float`, got `null` - at `$.video_intervals[1][1]`"),
+        ({"video_intervals": [[8, 0]]}, "line 2 (aa02.mp4): video_intervals holds [8.0, 0.0], expected [start, end]"),
     ],
 )
 def test_a_malformed_session_is_named(tmp_path, change, message):
     path = write_lines(tmp_path / "s.jsonl", [SESSIONS[0], {**SESSIONS[1], **change}])
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(message)):
         read_sessions(path)
 
 
-def test_what_is_no_json_lines_is_refused(tmp_path):
+def test_what_is_no_session_is_named(tmp_path):
     (tmp_path / "s.jsonl").write_text('\n{"answers": []}\n[1]\n')
     with pytest.raises(InputError, match=r"s.jsonl line 3: Expected `object`, got `array`; expected a JSON object"):
         read_sessions(tmp_path / "s.jsonl")
     with pytest.raises(InputError, match=r"none\.jsonl: No such file"):
         read_sessions(tmp_path / "none.jsonl")
-
-
-def test_a_session_needs_as_many_answers_as_chunks(tmp_path):
     sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [{**SESSIONS[1], "answers": ["$silent$"]}]))
     with pytest.raises(InputError, match="3 video_intervals, 1 answers, expected one of each per chunk"):
         match_clips(sessions, [scored("aa02").clip])
@@ -340,13 +305,10 @@ def test_a_submission_has_a_line_for_each_session_in_order(tmp_path, sessions):
     lines = [{"video_path": s["video_path"], "answers": []} for s in SESSIONS]
     with pytest.raises(InputError, match="2 lines, expected one for each of the 3 sessions, in order"):
         read_submission(write_lines(tmp_path / "p.jsonl", lines[:2]), sessions)
-    with pytest.raises(InputError, match=r"line 1: video_path is 'aa03.mp4', expected 'aa01.mp4' as in"):
+    with pytest.raises(InputError, match=r"line 1 .*: video_path is 'aa03.mp4', expected 'aa01.mp4' as in"):
         read_submission(write_lines(tmp_path / "p.jsonl", lines[::-1]), sessions)
-    assert read_submission(write_lines(tmp_path / "p.jsonl", [{}, {"answers": ["x"]}, {}]), sessions) == [
-        (),
-        ("x",),
-        (),
-    ]
+    unnamed = write_lines(tmp_path / "p.jsonl", [{}, {"answers": ["x"]}, {}])
+    assert read_submission(unnamed, sessions) == [(), ("x",), ()]
 
 
 @pytest.fixture

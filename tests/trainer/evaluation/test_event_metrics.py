@@ -23,6 +23,7 @@ from trainer.evaluation.event_metrics import (
     predictions,
     references,
     report_events,
+    targets_of,
 )
 
 S = Settings()
@@ -252,13 +253,13 @@ def test_a_metronomes_f1_by_hand():
     """20 s, speech at 5 s and 15 s; a tick every 10 s, at 5 s and 15 s, hits both, one every 4 s is 5 ticks for 2."""
     clips = [clip_of([turn("assistant", "a", 10, 11), turn("assistant", "b", 30, 31)], 0, 40)]
     narrow, wide = Settings(early_s=0.5, late_s=0.5), Settings(early_s=1, late_s=1)
-    assert metronome_f1(clips, "speaking", 10.0, narrow) == 1.0
-    assert metronome_f1(clips, "speaking", 4.0, narrow) == 0.0  # at 2, 6, 10, 14, 18 s
-    assert metronome_f1(clips, "speaking", 4.0, wide) == 2 * 2 / (2 + 5)
-    assert metronome_f1([nobody_saw(clips[0], (0, 9), (32, 40))], "speaking", 4.0, wide) == 2 * 2 / (2 + 3)
+    assert metronome_f1(targets_of(clips, "speaking", narrow), 10.0) == 1.0
+    assert metronome_f1(targets_of(clips, "speaking", narrow), 4.0) == 0.0  # at 2, 6, 10, 14, 18 s
+    assert metronome_f1(targets_of(clips, "speaking", wide), 4.0) == 2 * 2 / (2 + 5)
+    assert metronome_f1(targets_of([nobody_saw(clips[0], (0, 9), (32, 40))], "speaking", wide), 4.0) == 2 * 2 / (2 + 3)
     assert best_metronome(clips, "speaking", narrow) == 10.5  # at 5 and 15.5 s: of equals the longest
 
 
 def test_where_nobody_speaks_there_is_no_metronome():
-    assert metronome_f1([clip_of([], 0, 40)], "speaking", 4.0, Settings()) is None
+    assert metronome_f1(targets_of([clip_of([], 0, 40)], "speaking", Settings()), 4.0) is None
     assert best_metronome([clip_of([], 0, 40)], "speaking", Settings()) is None
