@@ -214,9 +214,9 @@ def reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
 def event_rates(c: dict[str, Any]) -> dict[str, Any]:
     """Rates from summed counts, numbers or arrays; NaN where undefined.
 
-    f1 is 2 matched / (references + predictions): 0 for a model that is always silent, undefined only where there is
-    neither reference nor prediction. Of reactive and of proactive events, recall goes by the reference's kind and
-    precision by the prediction's; their f1 is the harmonic mean, 0 where one is 0 or undefined.
+    f1 is 0 for a model that is always silent, undefined only without reference and prediction. Of reactive and of
+    proactive events, recall goes by the reference's kind, precision by the prediction's; their f1 is the harmonic mean,
+    0 where one is 0 or undefined.
     """
     rates: dict[str, Any] = {
         "precision": ratio(c["matched"], c["predictions"]),
@@ -256,7 +256,7 @@ def report_events(events: Counted, head: str, threshold: float | None) -> dict[s
 
 
 class Target(NamedTuple):
-    """One clip's references, as far as counting matches needs them."""
+    """One clip's references, for counting matches alone."""
 
     scored: ScoredClip
     windows: Ints  # [up to E, 2] first and last frame, from the clip's start, at which a reference may be matched

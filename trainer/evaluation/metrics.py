@@ -80,8 +80,9 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
     A head without scores, or without a positive frame (an event) on `val`, gets none.
     """
     frame: dict[str, float | None] = {}
+    recordings = sorted({scored.clip.recording_id for scored in val})
     for head in HEADS:
-        frames = frame_metrics.head_frames(val, head, _recordings(val))
+        frames = frame_metrics.head_frames(val, head, recordings)
         frame[head] = None if frames is None else frame_metrics.best_threshold(frames.scores, frames.positive)
     event = {head: event_metrics.best_event_threshold(val, head, settings) for head in HEADS}
     metronome = {head: event_metrics.best_metronome(val, head, settings) for head in HEADS}
@@ -93,7 +94,8 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
 
     Without thresholds, what needs one is None; free-running clips (`said`, `updates`) need none for their events.
     """
-    clips, given, recordings = canonical(clips), thresholds or Thresholds({}, {}), _recordings(clips)
+    clips, given = canonical(clips), thresholds or Thresholds({}, {})
+    recordings = sorted({scored.clip.recording_id for scored in clips})
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
@@ -123,10 +125,6 @@ def _label_counts(clips: Sequence[ScoredClip]) -> dict[str, int]:
     speaking, updating = labels[:, (labels >= 0).all(axis=0)]
     counts = np.bincount(speaking + 2 * updating, minlength=4).tolist()
     return dict(zip(("neither", "speaking_only", "dst_update_only", "both"), counts, strict=True))
-
-
-def _recordings(clips: Sequence[ScoredClip]) -> list[str]:
-    return sorted({scored.clip.recording_id for scored in clips})
 
 
 def look_up(report: dict[str, Any], metric: Metric) -> float | None:

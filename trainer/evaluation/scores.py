@@ -140,8 +140,8 @@ def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[Score
     """Each split's clips, by clip_id, with their scores from a file of any program.
 
     Needed: `clip_id` (or `clip`, the clip's position in its split), `frame`, and `speaking_logit` or
-    `speaking_probability`; `split` too where several are asked for. Rows in any order, other columns are ignored.
-    Infinite logits become the largest finite float32. From probabilities alone, logits are log(p / (1 - p)).
+    `speaking_probability`; `split` too where several are asked for. Other columns are ignored. Infinite logits become
+    +-LARGEST. From probabilities alone, logits are log(p / (1 - p)).
 
     Raises InputError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
     logits and probabilities contradict each other.
