@@ -21,8 +21,8 @@ from sklearn.metrics import precision_recall_curve
 
 from pipeline.errors import InputError
 from pipeline.terminal import command
+from trainer.evaluation.metrics import value_at
 from trainer.evaluation.plots import MODES, NEVER, Curve, Line, format_number
-from trainer.evaluation.tables import value_at
 from trainer.run_log import read_metrics
 
 Row = dict[str, Any]

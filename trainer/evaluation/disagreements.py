@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from trainer.config import Settings
 from trainer.evaluation.benchmark_folder import Benchmark, why_missing
 from trainer.evaluation.event_metrics import instant, is_event, match, predictions, references
-from trainer.evaluation.plots import Timeline, Track
+from trainer.evaluation.plots import Timeline, Track, printable
 from trainer.evaluation.scores import ScoredClip, read_scores
 
 CLIPS_EACH_WAY: Final = 2
@@ -134,9 +134,9 @@ def _reference_lines(clip: ClipExample) -> Iterator[TranscriptLine]:
     names = {"assistant": "reference", "DST_UPDATE": "reference update"}
     for turn in clip.turns:
         if turn.role == "user" and turn.start_frame is not None:
-            yield TranscriptLine(turn.start_frame / clip.fps, "user", _short(turn.text))
+            yield TranscriptLine(turn.start_frame / clip.fps, "user", printable(turn.text, MAX_CHARACTERS))
         elif turn.role in names and is_event(turn, clip):
-            yield TranscriptLine(instant(turn, clip), names[turn.role], _short(turn.text))
+            yield TranscriptLine(instant(turn, clip), names[turn.role], printable(turn.text, MAX_CHARACTERS))
 
 
 def _model_lines(outcome: _Outcome) -> Iterator[TranscriptLine]:
@@ -148,11 +148,6 @@ def _model_lines(outcome: _Outcome) -> Iterator[TranscriptLine]:
     ):
         if update is not None:
             steps = ", ".join(f"{step}->{transition}" for step, transition in update) or "(empty)"
-            yield TranscriptLine(time, f"{arm} update", _short(steps))
+            yield TranscriptLine(time, f"{arm} update", printable(steps, MAX_CHARACTERS))
         if text is not None:
-            yield TranscriptLine(time, arm, _short(text) or "(no words)")
-
-
-def _short(text: str) -> str:
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+            yield TranscriptLine(time, arm, printable(text, MAX_CHARACTERS) or "(no words)")

@@ -129,14 +129,14 @@ def _label_counts(clips: Sequence[ScoredClip]) -> dict[str, int]:
 
 def look_up(report: dict[str, Any], metric: Metric) -> float | None:
     """The metric's value in the result of `measure`."""
-    value = _at(report, metric.path)
+    value = value_at(report, metric.path)
     return None if value is None else float(value)
 
 
-def _at(nested: Any, path: str) -> Any:
-    """The value at a dotted path; None where something on the way is None."""
+def value_at(nested: Any, path: str) -> Any:
+    """The value at a dotted path in nested dictionaries; None where that is not there."""
     for key in path.split("."):
-        nested = None if nested is None else nested[key]
+        nested = nested.get(key) if isinstance(nested, dict) else None
     return nested
 
 
@@ -171,7 +171,7 @@ def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: 
     np.add.at(sums, recording, counted.counts)
 
     def estimator(path: str) -> Estimator:
-        return lambda weights: _at(rates(dict(zip(counted.names, (weights @ sums).T, strict=True))), path)
+        return lambda weights: value_at(rates(dict(zip(counted.names, (weights @ sums).T, strict=True))), path)
 
     paths = [metric.path for metric in METRICS.values() if metric.path.startswith(prefix)]
     of_latencies = np.repeat(recording, [len(late) for late in counted.latencies])

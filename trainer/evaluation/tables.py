@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 
 from pipeline.terminal import plain, table
+from trainer.evaluation.metrics import value_at
 
 if TYPE_CHECKING:
     from trainer.evaluation.evaluate_scores import Evaluation
@@ -33,13 +34,6 @@ _ROWS: Final = (  # section, label, path in one mode's metrics, format, path and
     ("state", "transition F1", "state.transitions.f1", ".3f", "", ""),
 )  # fmt: skip
 MAX_TASKS: Final = 10  # in the printed table; metrics.json has all
-
-
-def value_at(tree: Any, path: str) -> Any:
-    """What nested dictionaries hold at a dotted path; None where that is not there."""
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def render_evaluation(evaluation: Evaluation) -> Any:
