@@ -125,15 +125,16 @@ def _default_dtype() -> str:
 
 
 def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int], keep: str) -> None:
-    if k < 1 or math.isqrt(k) ** 2 != k:
-        raise InputError(f"tokens_per_frame is {k}, expected a square number: 1, 4, 9, ...")
-    for name, value, known in (("dtype", dtype, DTYPES), ("store", store, STORED), ("keep", keep, LAYERS)):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if batch < 1:
-        raise InputError(f"batch is {batch}, expected above 0")
-    if not 1 <= part[0] <= part[1]:
-        raise InputError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
+    for holds, found, expected in (
+        (k >= 1 and math.isqrt(k) ** 2 == k, f"tokens_per_frame is {k}", "a square number: 1, 4, 9, ..."),
+        (dtype in DTYPES, f"dtype is {dtype!r}", f"one of {', '.join(DTYPES)}"),
+        (store in STORED, f"store is {store!r}", f"one of {', '.join(STORED)}"),
+        (keep in LAYERS, f"keep is {keep!r}", f"one of {', '.join(LAYERS)}"),
+        (batch >= 1, f"batch is {batch}", "above 0"),
+        (1 <= part[0] <= part[1], f"part is {part[0]}/{part[1]}", "1/N to N/N; --part counts from 1 (--array=1-N)"),
+    ):
+        if not holds:
+            raise InputError(f"{found}, expected {expected}")
 
 
 # ---- what is to be done ------------------------------------------------------------------------------

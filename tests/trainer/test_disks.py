@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import shutil
@@ -16,7 +15,6 @@ from small_run import curve, go, go_until, weights, write_data
 import trainer.checkpoint
 import trainer.train
 from trainer.checkpoint import RUN_INFO, load_run, recover
-from trainer.cli import main
 
 REFUSING = Path(__file__).parents[1] / "refusing"
 SPEC = importlib.util.spec_from_file_location("refusing", REFUSING / "sitecustomize.py")
@@ -36,7 +34,7 @@ def whole(data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("what", [("flock", "chmod", "fsync"), ("over",), ("folders",), ("folders", "over", "chmod")])
+@pytest.mark.parametrize("what", [("flock", "chmod", "fsync", "over"), ("folders", "chmod")])
 def test_a_run_is_saved_and_resumed_to_the_same_bits(data, whole, tmp_path, monkeypatch, what):
     with monkeypatch.context() as patch:
         refusing.refuse(patch.setattr, tmp_path, *what)
@@ -71,9 +69,10 @@ def test_a_kill_while_files_are_moved_one_by_one_costs_nothing(data, whole, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
-@pytest.mark.parametrize("left", [".lock", "lost+found", ".options.json.01234567.new"])
-def test_a_mount_point_or_a_killed_start_is_an_empty_folder(data, whole, tmp_path, left):
-    (tmp_path / left).mkdir() if left == "lost+found" else (tmp_path / left).touch()
+def test_a_mount_point_or_a_killed_start_is_an_empty_folder(data, whole, tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    for left in (".lock", ".options.json.01234567.new"):
+        (tmp_path / left).touch()
     go(data, tmp_path)
     assert weights(tmp_path) == weights(whole)
 
@@ -84,14 +83,6 @@ def test_renames_that_are_refused_are_told_before_the_first_step(data, tmp_path,
     with pytest.raises(OSError, match=r"renaming is refused there .*choose a folder on another disk") as caught:
         go(data, tmp_path / "run")
     assert caught.value.filename == str(tmp_path / "run" / "options.json")
-
-
-def test_a_disk_without_space_for_a_checkpoint_is_told_before_the_first_step(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: (10**9, 10**9, 10**6))
-    monkeypatch.setattr(trainer.train, "train_step", None)
-    with pytest.raises(OSError, match="GB free") as caught:
-        go(data, tmp_path / "run")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -109,12 +100,3 @@ def test_commands_in_a_fresh_process_on_a_disk_that_refuses_all_niceties(data, t
         ran = subprocess.run([sys.executable, "-m", "trainer.cli", *map(str, words)], env=env, capture_output=True)
         assert (ran.returncode, ran.stderr.decode()[-300:] if ran.returncode else "") == (0, "")
     assert load_run(tmp_path / "run").info["step"] == 2
-
-
-def test_a_read_only_folder_is_named(data, tmp_path, monkeypatch, capsys):
-    def read_only(path, *args, **more):
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    monkeypatch.setattr(Path, "mkdir", read_only)
-    assert main(["train", str(data), "--run", str(tmp_path / "run")]) == 1
-    assert f"{tmp_path / 'run'}: Read-only file system" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pickle
 import re
 
@@ -241,15 +240,6 @@ def test_of_a_short_video_what_is_there_is_encoded_and_the_rest_is_named(model, 
     assert FeatureFile(tmp_path / "out" / NAMES[0]).frames.max() == 14
 
 
-def test_a_video_whose_clips_name_two_files_is_refused(model, root, tmp_path):
-    write_frames(root / "other.arrow", [np.zeros((64, 64, 3), np.uint8)] * 20)
-    clips = [clip_example([], 0, 4, clip_id=f"c{i}", clip=i, video="v1" if i == 2 else "v0") for i in range(3)]
-    clips[1] = dataclasses.replace(clips[1], frames_file="other.arrow")
-    report = encode(write_shards(tmp_path / "data", {"train": clips}, root), tmp_path / "out", model)
-    assert report.videos == 1
-    assert "video v0: its clips name several frames_files" in report.refused[0]
-
-
 def test_features_too_large_for_float16_stop_the_run(data, tmp_path):
     loud = a_model(1)
     with torch.no_grad():
@@ -297,13 +287,6 @@ def test_the_parts_together_write_what_one_run_writes(model, data, tmp_path):
     assert encode(data, tmp_path / "parts", model).skipped == 3
 
 
-def test_which_part_a_video_falls_to_never_changes():
-    """By SHA-256 of 'v0 2': another rule would leave videos out where an array is run again by another version."""
-    for name in NEEDED:
-        digest = int(hashlib.sha256(f"{name} 2".encode()).hexdigest()[:16], 16)
-        assert module._share(clip_example([], video=name), 1000) == digest % 1000 + 1
-
-
 def test_parts_write_into_one_folder_at_once_but_no_part_twice(model, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -339,16 +322,3 @@ def test_a_mapper_gets_a_task_per_video_and_the_result_is_the_same(narrow, root,
     assert counts(there) == counts(here)
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert list(files(tmp_path / "here")) == NAMES[:2]
-
-
-def test_a_machine_with_another_tower_is_refused(model, data, tmp_path):
-    def mapper(function, calls):
-        for job, *more in calls if function is module._encode_there else []:
-            yield function(
-                dataclasses.replace(job, provenance=dataclasses.replace(job.provenance, fingerprint="0")), *more
-            )
-        yield from [] if function is module._encode_there else [function()]
-
-    with pytest.raises(InputError, match=f"model is {model}: another tower on .*; give all machines the same"):
-        encode(data, tmp_path / "out", model, mapper=mapper)
-    assert files(tmp_path / "out") == {}
