@@ -1,11 +1,8 @@
-"""One process or many, the same step: who we are (`World`), how the model is copied or sharded, what ranks say.
+"""Process group, DDP and FSDP2 wrapping, collectives. Without torchrun the world is one rank, and each call is free.
 
-Started by `torchrun`, each process is a rank; without it the world is one rank and nothing here costs anything.
-DDP copies the model and averages gradients; FSDP2 shards weights, gradients and optimizer state for a model that
-does not fit. Ranks share the clips of a step, so they can hold different numbers of packs: those that run out take
-blank ones, and every parameter gets a gradient (of 0) on every rank, without which the collective would hang.
-
-    every method is collective: all ranks call it, in the same order
+Ranks share the clips of a step, so they can hold different numbers of packs: those that run out take blank ones, and
+every parameter gets a gradient (of 0) on every rank, without which the collective would hang. Every method of `World`
+is collective: all ranks call it, in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ TIMEOUT = timedelta(minutes=30)  # of one collective: an evaluation on another r
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run, as one of them sees it."""
+    """The ranks of a run, seen from one of them."""
 
     rank: int = 0
     size: int = 1
@@ -78,8 +75,7 @@ class World:
     def shard(self, model: Any) -> nn.Module:
         """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer.
 
-        Under bf16 layers are gathered in it, half the bytes, and gradients still added in float32. The rest stays as it
-        is: heads compute in float32. Activations do, too, between layers, as on one GPU.
+        Under bf16 layers are gathered in it, half the bytes; gradients are added, and heads computed, in float32.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -97,13 +93,13 @@ class World:
 def join() -> Iterator[World]:
     """The world that torchrun's environment describes; leaves it at the end."""
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else CPU
+    if cuda:
         torch.cuda.set_device(device)
     if size == 1:
         yield World(device=device)
         return
-    cuda = device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), size, device)

@@ -1,8 +1,8 @@
 """The packs of each optimizer step, made by this process or ahead of it by workers.
 
-What step i reads is a pure function of i, so any worker may make it and none changes a result. A worker sends packs
-with their frames through shared memory. From pixels a step is gigabytes (786 KB a frame at 512 x 512), so the bytes
-loaded and not yet used are bounded by what /dev/shm had free: workers wait, instead of dying of a bus error.
+What step i reads is a pure function of i, so any worker may make it. Workers send packs with their frames through
+shared memory. A step of pixels is gigabytes (786 KB a frame at 512 x 512), so the bytes loaded and not yet used are
+bounded by what /dev/shm had free: workers wait, instead of dying of a bus error.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
 
 @dataclass
 class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
-    """Items of `data` with their frames, and the bytes of those, for a worker. An error is handed over as it is: raised
-    there, it would come with the worker's traceback for a message."""
+    """Items of `data` with their frames, and the bytes of those; errors as they are, without a worker's traceback."""
 
     data: StepData
     flight: InFlight
@@ -119,35 +118,40 @@ class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
 
 
 class InFlight:
-    """Bytes that workers have loaded and training has not used yet: at most `limit` (None: any), so that shared memory
-    suffices. The step that is due next may exceed it, if there is room: all others wait for it."""
+    """Bytes that workers have loaded and training has not used yet: at most `limit` (None: any).
+
+    The step that is due next may exceed it, if there is room: all others wait for it.
+    """
 
     def __init__(self, processes: BaseContext, first: int, limit: int | None) -> None:
         self.limit = limit
-        self._changed = processes.Condition()
+        self._lock = processes.Lock()
         self._bytes, self._due = (processes.Value("q", value, lock=False) for value in (0, first))
 
     def wait(self, step: int, size: int) -> None:
-        """In a worker: until `size` bytes more may be loaded. InputError where they will never fit."""
-        if self.limit is None:
-            return
-        limit = self.limit
-        with self._changed:
-            self._changed.wait_for(lambda: step <= self._due.value or self._bytes.value + size <= limit)
-            free = _free_shared_memory()
-            if free is not None and size > free:
-                raise InputError(
-                    f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has {free / 1e6:,.0f} MB "
-                    f"free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
-                )
-            self._bytes.value += size
+        """In a worker: until `size` bytes more may be loaded. InputError where they will never fit.
+
+        It looks again and again: a condition's `notify` would wait for ever for a worker that was killed.
+        """
+        while self.limit is not None:
+            with self._lock:
+                if step <= self._due.value or self._bytes.value + size <= self.limit:
+                    free = _free_shared_memory()
+                    if free is not None and size > free:
+                        raise InputError(
+                            f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has "
+                            f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, "
+                            f"or use --workers 0"
+                        )
+                    self._bytes.value += size
+                    return
+            time.sleep(0.02)
 
     def used(self, step: int, size: int) -> None:
         """In the training process: the packs of this step have left shared memory, and the next step is due."""
-        with self._changed:
+        with self._lock:
             self._bytes.value -= size
             self._due.value = step + 1
-            self._changed.notify_all()
 
 
 def _shared_memory_limit() -> int | None:
@@ -169,8 +173,7 @@ def _local_ranks() -> int:
 
 
 def end_with(owner: int, worker: int = 0) -> None:
-    """In a worker: end soon after the process that it works for, also where that was killed. (Torch's own watch looks
-    at the parent, which is the fork server, and that ends with its last child.)"""
+    """In a worker: end soon after `owner`, also where that was killed. (Torch watches the parent, the fork server.)"""
 
     def watch() -> None:
         while True:
