@@ -1,8 +1,7 @@
-"""The variants that a comparison trains: what each reads of the dialog state, and where its decision is read.
+"""The arms of a comparison: what each reads of the dialog state, and where its decision is read.
 
-All arms share data, seeds, order, steps and loss balance; they differ in these five columns and nothing else. The
-task's steps are in every arm's prompt; their *state* is not. `silence` against `speak` must come out equal, bit for bit
-(BCE(x, y) = BCE(-x, 1 - y)): a check of the harness that costs one arm.
+All arms share data, seeds, order, steps and loss balance, and differ in these columns alone. `silence` against `speak`
+must come out equal, bit for bit (BCE(x, y) = BCE(-x, 1 - y)): a check of the harness that costs one arm.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ class Arm:
     head: silence is the LM's END as the next token after the decision token, speech is any other)."""
 
     name: str
-    about: str
+    description: str
     decides: str = "direct"
     dst_head: bool = True  # whether there is a DST head
-    dst_text: str = "content"  # of a state update in the context: 'content', 'markers' (it carries none) or 'none'
-    state: bool = True  # whether the prompt tells the state at the window's start
+    dst_text: str = "content"  # of a state update in the context: 'content', 'markers' (without content) or 'none'
+    state: bool = True  # whether the prompt has the state at the window's start
 
 
 ARMS: dict[str, Arm] = {

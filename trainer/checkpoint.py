@@ -179,7 +179,7 @@ tags: [smolvlm, dialog-state-tracking, when-to-speak]
 
 A SmolVLM (from `{config.model}`) with two linear heads, {info.get("step", "?")} of {config.steps} steps of prospect-dst train.
 Both heads read the last of the {config.tokens_per_frame} token(s) of a frame. A logit above 0 says: the assistant
-speaks, or the task's state changes, at this frame. Arm `{config.arm}`: {find_arm(config.arm).about}.
+speaks, or the task's state changes, at this frame. Arm `{config.arm}`: {find_arm(config.arm).description}.
 
     import trainer
     run = trainer.load("this folder")

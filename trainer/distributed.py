@@ -57,9 +57,9 @@ class World:
         """Every rank's object, by rank, on each of them (pickled between processes of one run)."""
         if self.size == 1:
             return [mine]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine)
-        return found
+        objects: list[Any] = [None] * self.size
+        dist.all_gather_object(objects, mine)
+        return objects
 
     def wait(self) -> None:
         """Until every rank is here."""

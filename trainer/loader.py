@@ -1,6 +1,6 @@
-"""The packs of each optimizer step, made by this process or ahead of it by workers.
+"""The packs of each optimizer step, built in this process or ahead of it by workers.
 
-What step i reads is a pure function of i, so any worker may make it. Workers send packs with their frames through
+What step i reads is a pure function of i, so any worker may build it. Workers send packs with their frames through
 shared memory. A step of pixels is gigabytes (786 KB a frame at 512 x 512), so the bytes loaded and not yet used are
 bounded by what /dev/shm had free: workers wait, instead of dying of a bus error.
 """
@@ -67,7 +67,7 @@ def default_workers(device: torch.device) -> int:
 def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Generator[list[Pack]]:
     """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`. Close it to end them.
 
-    pin: what workers made comes in pinned memory. Raises what making a step raises.
+    pin: packs of workers come in pinned memory. Raises what reading a step raises.
     """
     steps = range(first, len(data))
     if not workers:
@@ -86,10 +86,10 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
     try:
-        for step, made in zip(steps, ahead, strict=True):
-            if isinstance(made, InputError):
-                raise made
-            packs, size = made
+        for step, result in zip(steps, ahead, strict=True):
+            if isinstance(result, InputError):
+                raise result
+            packs, size = result
             yield packs
             flight.used(step, size)
     finally:

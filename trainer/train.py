@@ -212,7 +212,7 @@ def train(
 
     frames_root: where the videos' frames are; None: as the manifest says. features: what `encode` wrote, instead.
     resume: go on from RUN/last, or start where there is none yet; without it `run` must be new.
-    Raises InputError for whatever the user can mend, before the first step where possible.
+    Raises InputError for what the user can correct, before the first step where possible.
     """
     options = options or RunOptions()
     find_tracker(options.logger)

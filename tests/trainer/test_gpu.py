@@ -67,16 +67,6 @@ def test_one_launch_for_all_windows_gives_the_gradient_of_one_each(monkeypatch):
     assert float((launched - looped).norm() / looped.norm()) < 2e-2
 
 
-def test_the_same_run_twice_agrees_to_rounding(tmp_path):
-    """What is promised: on a GPU sums may be added in another order each time, so no bits are."""
-    data = write_data(tmp_path / "data")
-    for name in ("a", "b"):
-        go(data, tmp_path / name)
-    for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
-        if "loss" in a:
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
-
-
 @pytest.mark.parametrize("more", [{}, {"bf16": False}, {"compile": True, "checkpointing": True}])
 def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
     data = write_data(tmp_path / "data")

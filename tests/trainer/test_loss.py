@@ -150,10 +150,3 @@ def test_an_inverted_heads_loss_takes_silence_for_its_label():
     assert supervised.places.tolist() == [0, 1]  # frame 0 speaks: 0 for silence
     sums = bce_sums(torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), supervised)
     assert sums.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 0, 0])
-
-
-def test_a_direct_heads_loss_takes_the_labels_as_they_are_and_dsts_where_there_is_a_head():
-    labels = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
-    both, speak = (supervise(labels, torch.ones(2), ARMS[arm]) for arm in ("speak+dst", "speak"))
-    assert (both.places.tolist(), both.sizes) == ([1, 0, 2, 3], [1, 1, 1, 1])
-    assert (speak.places.tolist(), speak.sizes) == ([1, 0], [1, 1, 0, 0])

@@ -26,13 +26,8 @@ from trainer.loss import supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model, tiny_config
 from trainer.packing import Loaded, Pack, make_pack
 from trainer.sequence import build_windows
-from trainer.tokenizer import Tokens, train_tiny_tokens
+from trainer.tokenizer import Tokens
 from trainer.train import make_optimizer, memory_line, sum_terms, train_step
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tokens:
-    return train_tiny_tokens(["What now?", "S1->complete", "Well done."] * 3)
 
 
 def pack_of(tokens: Tokens, frames=None) -> Pack:

@@ -68,7 +68,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "limits": conclusions.limits(bench),
         "size": conclusions.data_size(info),
         "colours": {"light": plots.css_colours(), "dark": plots.css_colours(dark=True)},
-        "arms": {arm: {"about": ARMS[arm].about, "colour": css_colour(arm_colour(arm))} for arm in info["arms"]},
+        "arms": {arm: {"about": ARMS[arm].description, "colour": css_colour(arm_colour(arm))} for arm in info["arms"]},
         "figures": {name: _draw(bench, name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
         "primary": {"metric": metric, "a": a, "b": b, "arm": a if a in info["arms"] else info["arms"][0]},
