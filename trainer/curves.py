@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipeline.errors import InputError
+from pipeline.schema import HEAD_TITLES
 from pipeline.storage import write_text
 from trainer.evaluation.plots import DASHED, DST, INK, MUTED, SPEAKING, Values, new_figure, printable, render, thin
 from trainer.run_log import METRICS, Line, read_metrics, short
 
 CURVES: Final = "curves.svg"
-HEADS: Final = {"speaking": "speaking", "dst_update": "DST"}
-NAMES: Final = {"loss": "total", **HEADS, "lm": "text", "grad_norm": "", "lr": ""}
+NAMES: Final = {"loss": "total", **HEAD_TITLES, "lm": "text", "grad_norm": "", "lr": ""}
 COLOURS: Final = {"loss": INK, "speaking": SPEAKING, "dst_update": DST, "lm": "#0d9488", "grad_norm": INK, "lr": INK}
 
 
@@ -120,7 +120,7 @@ def make_figure(curves: Curves) -> Figure:
         axes.set_xlim(curves.steps[0] - 1, curves.steps[-1])
         axes.xaxis.set_major_locator(MaxNLocator(10 if name in ("loss", "ap") else 5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}" if step else "step 0"))
-    _draw_lines(panels["loss"], curves, ["loss", *HEADS, "lm"])
+    _draw_lines(panels["loss"], curves, ["loss", *HEAD_TITLES, "lm"])
     _draw_lines(panels["norm"], curves, ["grad_norm"])
     _draw_lines(panels["rate"], curves, ["lr"], log=False)
     if curves.evaluations:
@@ -155,7 +155,7 @@ def _draw_precision(axes: Axes, evaluations: Sequence[Line]) -> None:
     """Both heads' average precision, and what guessing would get."""
     axes.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
     steps = [line["step"] for line in evaluations]
-    for head, name in HEADS.items():
+    for head, name in HEAD_TITLES.items():
         logged = [line["evaluation"][head] for line in evaluations]
         aps, colour = np.array([_float(entry["ap"]) for entry in logged]), COLOURS[head]
         if np.isfinite(aps).any():

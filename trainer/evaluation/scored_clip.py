@@ -23,19 +23,19 @@ from scipy.special import expit
 
 from pipeline.errors import InputError
 from pipeline.media import find_frames, fit, read_frames
+from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 from pipeline.timeline import ClipView, find_clip
 from trainer.evaluation.plots import DST, MUTED, SPEAKING, Values, new_figure, printable, render
 
-HEADS: Final = {"speaking": "speaking", "DST": "dst_update"}
 COLOURS: Final = {"speaking": SPEAKING, "DST": DST, "assistant": SPEAKING, "DST_UPDATE": DST}
 MAX_THUMBNAILS, THUMBNAIL_SIDE, MAX_TURNS = 40, 48, 14
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 
 
 class HeldOutClip(NamedTuple):
-    """A clip with its scores, float [F] in 0..1, and labels, int8 [F], by the names in HEADS."""
+    """A clip with its scores, float [F] in 0..1, and labels, int8 [F], by the titles in HEAD_TITLES."""
 
     view: ClipView
     scores: dict[str, Values]
@@ -45,7 +45,7 @@ class HeldOutClip(NamedTuple):
 def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
     """The clip of a scores file with the most positive frames of both heads; the first of equals."""
     table = pl.scan_parquet(scores, glob=False).filter(pl.col("split") == split)
-    speaking, updates = ((pl.col(f"{head}_label") == 1).sum() for head in HEADS.values())
+    speaking, updates = ((pl.col(f"{head}_label") == 1).sum() for head in HEADS)
     rank = pl.min_horizontal(speaking, updates) * 1000 + speaking + updates
     ranked = table.group_by("clip_id", maintain_order=True).agg(rank=rank).collect()
     if ranked.is_empty():
@@ -54,8 +54,8 @@ def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
     frames = table.filter(pl.col("clip_id") == clip_id).sort("frame").collect()
     return HeldOutClip(
         find_clip(folder, f"{split}:{clip_id}"),
-        {name: expit(frames[f"{head}_logit"].to_numpy().astype(np.float64)) for name, head in HEADS.items()},
-        {name: frames[f"{head}_label"].to_numpy() for name, head in HEADS.items()},
+        {name: expit(frames[f"{head}_logit"].to_numpy().astype(np.float64)) for head, name in HEAD_TITLES.items()},
+        {name: frames[f"{head}_label"].to_numpy() for head, name in HEAD_TITLES.items()},
     )
 
 
