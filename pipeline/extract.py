@@ -8,6 +8,7 @@ Costs one typed decode of the JSON and some 3 us a turn. Texts and turns go to d
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import operator
@@ -16,7 +17,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -59,6 +60,9 @@ _ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look
 _STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
 
+Update = tuple[int | None, int | None, str, str]  # start and end of its turn, step id, transition
+
+
 @dataclass(frozen=True)
 class Task:
     """A part of one file: where its clips lie, and the first one's number in the file."""
@@ -91,7 +95,7 @@ class ClipInfo:
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of list[Updates]
+    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of list[Update]
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
@@ -115,23 +119,29 @@ def extract(task: Task, recording: str) -> Extracted:
     """
     pattern, result = re.compile(recording), Extracted(task.spool, [], [])
     new = Path(f"{task.spool}.{secrets.token_hex(4)}")
-    collects = gc.isenabled()
-    gc.disable()  # decoded clips hold no cycles: looking for some only costs
-    try:
-        with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool:
-            for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
-                infos = _decode(task, file.fileno(), range(first, last), pattern, result.refused)
-                turns = _flatten([info.clip for info in infos])
-                spool.write_batch(_spooled(infos, turns))
-                _describe(infos, turns)
-                result.clips += infos
-                result.spoken += int((turns.role == _ASSISTANT).sum())
-                result.echoed += _echoes(turns)
-    finally:
-        if collects:
-            gc.enable()
+    with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, without_gc():
+        for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
+            infos = _decode(task, file.fileno(), range(first, last), pattern, result.refused)
+            turns = _flatten([info.clip for info in infos])
+            spool.write_batch(_spooled(infos, turns))
+            _describe(infos, turns)
+            result.clips += infos
+            result.spoken += int((turns.role == _ASSISTANT).sum())
+            result.echoed += _echoes(turns)
     move(new, Path(task.spool))
     return result
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Clips hold no cycles: looking for some only costs."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Range]:
@@ -180,9 +190,6 @@ def _recording_id(video_uid: str, pattern: re.Pattern[str]) -> str:
 # ---- turns as flat arrays ----------------------------------------------------------------------------
 
 
-Updates = tuple[int | None, int | None, list[tuple[str, str]]]  # a turn's start, end, (step id, transition) pairs
-
-
 class _Turns(NamedTuple):
     """All turns [T] of C clips, end to end."""
 
@@ -192,7 +199,7 @@ class _Turns(NamedTuple):
     start: np.ndarray  # int64 [T]
     end: np.ndarray  # int64 [T]
     text: list[str]  # of a DST_UPDATE: 'S1->complete, S2->start'
-    updates: list[list[Updates]]  # of each clip
+    updates: list[list[Update]]  # of each clip
     spooled: pa.StructArray
 
 
@@ -202,17 +209,30 @@ def _flatten(clips: list[Clip]) -> _Turns:
     offsets = np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32)
     owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
     role = np.fromiter(map(ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-    updates: list[list[Updates]] = [[] for _ in clips]
-    changes: list[Sequence[tuple[str, str]]] = [()] * len(roles)
     which = np.flatnonzero(role == _DST)
-    for turn, clip in zip(which.tolist(), owner[which].tolist(), strict=True):
-        changes[turn] = own = list(map(_UPDATE, text[turn]))
-        updates[clip].append((start[turn], end[turn], own))
-        text[turn] = ", ".join(map("%s->%s".__mod__, own))
-    children = [pa.array(c, f.type) for c, f in zip((roles, text, start, end, time, changes), _TURN, strict=True)]
-    spooled = pa.StructArray.from_arrays(children, fields=list(_TURN))
+    content = [text[turn] for turn in which.tolist()]
+    pairs = list(map(_UPDATE, chain.from_iterable(content)))
+    written, first = list(map("%s->%s".__mod__, pairs)), 0
+    counts = [0] * len(roles)
+    for turn, many in zip(which.tolist(), map(len, content), strict=True):
+        text[turn] = written[first] if many == 1 else ", ".join(written[first : first + many])
+        counts[turn], first = many, first + many
+    update_offsets = np.cumsum([0, *counts], dtype=np.int32)
+    of_turn = np.repeat(which, np.diff(update_offsets)[which]).tolist()
+    ids, transitions = zip(*pairs, strict=True) if pairs else ((), ())
+    updates = list(
+        zip([start[turn] for turn in of_turn], [end[turn] for turn in of_turn], ids, transitions, strict=True)
+    )
+    begins = update_offsets[offsets].tolist()
+    type_ = _TURN.field("updates").type
+    struct = pa.StructArray.from_arrays(
+        [pa.array(ids, pa.string()), pa.array(transitions, pa.string())], fields=[*type_.value_type]
+    )
+    lists = pa.ListArray.from_arrays(pa.array(update_offsets), struct, type=type_)
+    children = [pa.array(c, f.type) for c, f in zip((roles, text, start, end, time), list(_TURN)[:5], strict=True)]
     starts, ends = (children[i].fill_null(none).to_numpy() for i, none in zip((2, 3), labels.NO_FRAMES, strict=True))
-    return _Turns(offsets, owner, role, starts, ends, text, updates, spooled)
+    spooled = pa.StructArray.from_arrays([*children, lists], fields=list(_TURN))
+    return _Turns(offsets, owner, role, starts, ends, text, [updates[a:b] for a, b in pairwise(begins)], spooled)
 
 
 def _spooled(infos: list[ClipInfo], turns: _Turns) -> pa.RecordBatch:
@@ -262,9 +282,12 @@ def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
         info.clip_id, info.placed, info.given = ids[i], clip.convention is not None, (clip.start_frame, clip.end_frame)
         info.extent, info.dst_extent, info.first_end = extents[i], dst_extents[i], first_ends[i][0]
         info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
-        info.tracked, info.annotated = bool(clip.steps or own), tuple(clip.unlabelled) != EVERYWHERE
+        info.tracked, info.annotated = (
+            bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
+            tuple(clip.unlabelled) != EVERYWHERE,
+        )
         if clip.initial_state or told[i]:
-            changes = [change for _, _, some in own for change in some]
+            changes = [update[2:] for update in own]
             info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
             info.system_contradicted = bool(told[i]) and state.contradicts(told[i], changes)
         info.updates = msgspec.msgpack.encode(own)

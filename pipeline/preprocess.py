@@ -30,7 +30,7 @@ from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
 from pipeline.dataset import read_manifest
 from pipeline.errors import InputError, UsageError
-from pipeline.extract import Task, cut, extract
+from pipeline.extract import Task, cut, extract, without_gc
 from pipeline.inputs import find_inputs, split_of
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options
@@ -79,7 +79,7 @@ def preprocess(
     with locked(out):
         if (before := _unchanged(out, key)) is not None:
             return before, True
-        with staging(out) as folder:
+        with staging(out) as folder, without_gc():
             manifest = {"key": key} | _run(sources, options, folder, mapper or pool(workers), progress)
             manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
             commit(folder, out, manifest)

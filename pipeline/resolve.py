@@ -223,9 +223,9 @@ def _segment(clip: ClipInfo, convention: str) -> Segment:
     lead_in = convention == "lead-in" and not clip.placed
     first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
     updates = [
-        (max(end - 1, 0) if lead_in else start, *update)
-        for start, end, own in msgspec.msgpack.decode(clip.updates)
-        for update in (own if end is not None else ())
+        (max(end - 1, 0) if lead_in else start, step, transition)
+        for start, end, step, transition in msgspec.msgpack.decode(clip.updates)
+        if end is not None
     ]
     given = None if clip.contradicted else clip.clip.initial_state
     return Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given)
