@@ -13,6 +13,7 @@ from typing import Final
 
 from pipeline.schema import TRANSITIONS
 
+Updates = tuple[tuple[str, str], ...]  # (step id, transition), in order
 _AMBIGUOUS: Final = re.compile(r'^["\s]|,|\s$|^$')
 _PIECE: Final = re.compile(r'(?:\s*"(?:[^"\\]|\\.)*"(?=\s*->)|[^,])[^,]*')  # a quoted id may hold commas
 
@@ -25,7 +26,7 @@ def write_updates(updates: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def parse_updates(text: str) -> tuple[tuple[str, str], ...]:
+def parse_updates(text: str) -> Updates:
     """The (step id, transition) pairs that `write_updates` wrote; what reads as no update is left out."""
     updates = []
     for piece in _PIECE.findall(text):

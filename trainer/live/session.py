@@ -24,9 +24,8 @@ from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from pipeline.schema import HEAD_OF, HEADS
 from pipeline.state import replay
-from pipeline.updates import parse_updates
+from pipeline.updates import Updates, parse_updates
 from trainer.config import TrainConfig
-from trainer.evaluation.scores import Updates
 from trainer.live.engine import Part, ReadRequest, Steps
 from trainer.model import ProspectModel
 from trainer.sequence import REPLIES, Block, prompt_ids, state_before, to_repeat, utterance

@@ -23,9 +23,9 @@ from pipeline.dataset import ClipExample
 from pipeline.errors import InputError, NotFiniteError
 from pipeline.schema import HEADS
 from pipeline.terminal import command
+from pipeline.updates import Updates
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
-from trainer.evaluation.scores import Updates
 from trainer.live.cuda_graph import StaticVision
 from trainer.live.engine import Engine, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
