@@ -1,6 +1,6 @@
 """Does a 95% interval cover the truth in 95 of 100 experiments? 2,000 simulated data sets per row, truths known.
 
-What is tested is `trainer.evaluation.bootstrap` itself, `interval_of` and `compare_of`, never a copy. Beside it stand other
+What is tested is `trainer.evaluation.bootstrap` itself, `interval_of` and `compare_of`. Beside it stand other
 ways that one may take: clips drawn instead of recordings, plain percentiles, seeds drawn again, seeds left out.
 
     uv run python benchmarks/coverage/run.py            # some minutes on one core; writes results.md beside this file
