@@ -49,8 +49,8 @@ from trainer.evaluation.bootstrap import Floats, Weights, compare_of, draw_recor
 from trainer.evaluation.conclusions import headline
 from trainer.evaluation.evaluate_scores import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, EvalSplits, hold
 from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
+from trainer.evaluation.read_scores import read_scores
 from trainer.evaluation.report import write_report
-from trainer.evaluation.scores import read_scores
 from trainer.loader import end_with
 from trainer.run_folder import SOURCES, lock_folder, read_options, run_options
 from trainer.run_log import read_metrics

@@ -21,7 +21,8 @@ from trainer.config import Settings
 from trainer.evaluation.benchmark_folder import Benchmark, why_missing
 from trainer.evaluation.event_metrics import instant, is_event, match, predictions, references
 from trainer.evaluation.plots import Timeline, Track, printable
-from trainer.evaluation.scores import ScoredClip, read_scores
+from trainer.evaluation.read_scores import read_scores
+from trainer.evaluation.scores import ScoredClip
 
 CLIPS_EACH_WAY: Final = 2
 MAX_SECONDS: Final = 240.0  # shown of one clip

@@ -28,7 +28,7 @@ from trainer.evaluation.chunk_metrics import (
     write_submission,
 )
 from trainer.evaluation.metrics import Thresholds, choose_thresholds, measure
-from trainer.evaluation.scores import ScoredClip, read_info, read_scores
+from trainer.evaluation.scores import ScoredClip
 
 TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")
 METRICS_FILE = "metrics.json"
@@ -73,6 +73,8 @@ def evaluate_scores(
     it ran with; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
     chunks: a sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format.
     """
+    from trainer.evaluation.read_scores import read_info, read_scores  # polars, which a GPU machine may lack
+
     settings, info = settings or Settings(), read_info(path)
     held = hold(_shards(path, data, info), split)
     mode = str(info.get("mode", "scores"))

@@ -1,36 +1,27 @@
-"""The scores Parquet: one row per frame of a split, from any model, joined to the shards' clips when it is read.
+"""The scores Parquet: one row per frame of a split, from any model. `read_scores` reads it back.
 
-All metrics start from this file and need no model. Rows may stand in any order: each is placed by clip and frame. Every
-frame of every clip must be there once, and labels, where both sides have them, must be equal.
-
-    F frames of a clip    N frames of all clips of a split, clips by clip_id
+F frames of a clip    N frames of all clips of a split, clips by clip_id
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import logit as logit_of
 
-from pipeline.dataset import ClipExample, Split
-from pipeline.errors import InputError
+from pipeline.dataset import ClipExample
 from pipeline.schema import HEADS
 from pipeline.storage import replacing
 
 INFO: Final = b"prospect-dst"  # the key of the file's metadata that holds `info`, as JSON
 ROW_GROUP: Final = 1 << 20
-SAME_ORDER: Final = 1e-6  # a probability may fall by this much as its logit rises: float32 rounding
-LARGEST: Final = 1e30  # infinite logits become this, so that differences stay finite in float32
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -58,7 +49,7 @@ def canonical(clips: Iterable[ScoredClip]) -> list[ScoredClip]:
     return sorted(clips, key=lambda scored: scored.clip.clip_id)
 
 
-_UPDATES = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("transition", pa.string())]))
+UPDATES_TYPE: Final = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("transition", pa.string())]))
 _COLUMNS: Final = (  # name, type, nullable, description
     ("split", pa.string(), False, "train, val, test, ..."),
     ("clip_id", pa.string(), False, "the clip, as in the shards"),
@@ -72,13 +63,7 @@ _COLUMNS: Final = (  # name, type, nullable, description
     ("speaking_label", pa.int8(), False, "1 the assistant speaks here, 0 silence, -100 says nothing"),
     ("dst_update_label", pa.int8(), False, "1 the state changes here, 0 it does not, -100 says nothing"),
     ("said", pa.string(), True, "what the assistant said at this frame; null: silent"),
-    ("updates", _UPDATES, True, "the state update made at this frame; null: none; empty: one that says nothing"),
-)
-_READ_AS: Final = (
-    {"split": pa.string(), "clip_id": pa.string(), "clip": pa.int64(), "frame": pa.int64()}
-    | {f"{head}_{kind}": pa.float64() for head in HEADS for kind in ("logit", "probability")}
-    | {f"{head}_label": pa.int64() for head in HEADS}
-    | {"said": pa.string(), "updates": _UPDATES}
+    ("updates", UPDATES_TYPE, True, "the state update made at this frame; null: none; empty: one that says nothing"),
 )
 
 
@@ -118,161 +103,3 @@ def _rows(split: str, scored: ScoredClip, schema: pa.Schema) -> pa.Table:
         columns[f"{head}_probability"] = scored.probabilities.get(head, pa.nulls(n, pa.float32()))
         columns[f"{head}_label"] = clip.labels[row]
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns an error of the file as such into an InputError."""
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = "not found" if isinstance(error, FileNotFoundError) else f"not a readable Parquet file ({error})"
-        raise InputError(f"{path}: {' '.join(reason.split())}; expected per-frame scores as Parquet") from None
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """The `info` given to `write_scores`; {} for other programs' files. InputError where it is no Parquet file."""
-    with _readable(path), pq.ParquetFile(path) as file:
-        return dict(json.loads((file.metadata.metadata or {}).get(INFO, b"{}")))
-
-
-def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[ScoredClip]]:
-    """Each split's clips, by clip_id, with their scores from a file of any program.
-
-    Needed: `clip_id` (or `clip`, the clip's position in its split), `frame`, and `speaking_logit` or
-    `speaking_probability`; `split` too where several are asked for. Other columns are ignored. Infinite logits become
-    +-LARGEST. From probabilities alone, logits are log(p / (1 - p)).
-
-    Raises InputError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
-    logits and probabilities contradict each other.
-    """
-    table = _read_table(path, needs_split=len(splits) > 1)
-    scored = {}
-    for name, split in splits.items():
-        rows = table
-        if "split" in table.columns:
-            rows = table.filter(pl.col("split") == name)
-            if rows.is_empty():
-                found = ", ".join(sorted(table["split"].drop_nulls().unique())) or "none"
-                raise InputError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
-        scored[name] = _read_split(f"{path} split {name}", rows, split)
-    return scored
-
-
-def _read_table(path: Path, needs_split: bool) -> pl.DataFrame:
-    """The columns of `_READ_AS` that the file has, in those types."""
-    with _readable(path):
-        schema = pq.read_schema(path)
-        names = schema.names
-    unused = "clip" if "clip_id" in names else "clip_id"
-    needed = {"clip_id", "clip", "frame", "split"} - {unused} - (set() if needs_split else {"split"})
-    missing = sorted(needed - set(names))
-    if not {"speaking_logit", "speaking_probability"} & set(names):
-        missing.append("speaking_logit (or speaking_probability)")
-    if missing:
-        found = ", ".join(names)
-        raise InputError(f"{path}: no column {', '.join(missing)}, found {found}; rename or add it and run again")
-    texts = [name for name in ("split", "clip_id") if name in names and pa.types.is_string(schema.field(name).type)]
-    with _readable(path), pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
-        table = file.read([name for name in _READ_AS if name in names and name != unused])
-    for at, (name, type_) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
-        if pa.types.is_dictionary(type_) or (pa.types.is_floating(type_) and pa.types.is_floating(_READ_AS[name])):
-            continue
-        try:
-            table = table.set_column(at, name, table[name].cast(_READ_AS[name]))
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: {name} is {type_}, expected {_READ_AS[name]} ({reason}); convert it") from None
-    return pl.DataFrame(pl.from_arrow(table))
-
-
-def _read_split(where: str, rows: pl.DataFrame, split: Split) -> list[ScoredClip]:
-    clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    first = np.cumsum([0, *(clip.num_frames for clip in clips)])  # [C + 1] where each clip's frames begin
-    rows = _place(where, rows, clips, first)
-    for head, expected in zip(HEADS, np.concatenate([clip.labels for clip in clips], axis=1), strict=True):
-        if (label := f"{head}_label") in rows.columns:
-            both = rows.with_columns(expected=pl.Series(expected))
-            bad = (pl.min_horizontal(label, "expected") >= 0) & (pl.col(label) != pl.col("expected"))
-            message = "{frame_name}: {name} is {value}, the shards say {expected} ({count} frames differ); "
-            _refuse(where, both, bad, message + "score these shards, with frames in their order", label)
-    scores = {head: found for head in HEADS if (found := _scores(where, rows, head)) is not None}
-    if "speaking" not in scores:
-        raise InputError(f"{where}: the speaking scores are null throughout, expected one at every frame")
-    said = rows["said"].to_list() if "said" in rows.columns else None
-    updates: list[Any] | None = rows["updates"].to_list() if "updates" in rows.columns else None
-    if updates is not None:
-        updates = [None if one is None else tuple((u["id"], u["transition"]) for u in one) for one in updates]
-    return [
-        ScoredClip(
-            clip,
-            logits={head: logit[a:b] for head, (logit, _) in scores.items()},
-            probabilities={head: p[a:b] for head, (_, p) in scores.items() if p is not None},
-            said=None if said is None else said[a:b],
-            updates=None if updates is None else updates[a:b],
-        )
-        for clip, a, b in zip(clips, first[:-1].tolist(), first[1:].tolist(), strict=True)
-    ]
-
-
-def _refuse(where: str, rows: pl.DataFrame, bad: pl.Expr, message: str, name: str = "frame") -> None:
-    """InputError if some rows are `bad`. `message` is a template of their `count` and, of the first of them, its
-    columns, its `frame_name`, and the `name` and `value` of one column."""
-    found = rows.filter(bad)
-    if len(found):
-        row = found.row(0, named=True)
-        frame_name = f"clip {row.get('clip_id', row.get('clip'))} frame {row['frame']}"
-        told = message.format(**row, count=len(found), frame_name=frame_name, name=name, value=row[name])
-        raise InputError(f"{where}: {told}")
-
-
-def _place(where: str, rows: pl.DataFrame, clips: Sequence[ClipExample], first: Ints) -> pl.DataFrame:
-    """The rows in the order of clips and frames, N of them. InputError unless each frame is there once."""
-    if "clip_id" in rows.columns:
-        key, names = "clip_id", pl.Enum([clip.clip_id for clip in clips])
-        clip = rows[key].cast(names, strict=False).to_physical()  # the clip's place in `clips`, null where unknown
-    else:
-        key, places = "clip", {clip.clip: i for i, clip in enumerate(clips)}
-        clip = rows[key].replace_strict(places, default=None, return_dtype=pl.UInt32)
-    unknown = "{count} rows are of clips that the shards lack, the first is clip {value}; score the clips of this split"
-    _refuse(where, rows, pl.lit(clip.is_null()), unknown, key)
-    start, last = (pl.Series([getattr(c, name) for c in clips]).gather(clip) for name in ("start_frame", "end_frame"))
-    rows = rows.with_columns(start=start, last=last - 1, at=pl.Series(first[:-1]).gather(clip) - start + rows["frame"])
-    stray = "{count} rows are of no frame of their clip, the first is {frame_name}, expected {start} to {last}; "
-    inside = pl.col("frame").is_between("start", "last").fill_null(False)
-    _refuse(where, rows, ~inside, stray + "frames are absolute, as in the shards")
-    if not rows["at"].is_sorted():
-        rows = rows.sort("at")
-    once = "expected one row for each frame of the split"
-    double = "{count} rows are of a frame that has one already, the first is {frame_name}; "
-    _refuse(where, rows, pl.col("at") == pl.col("at").shift(), double + once)
-    if len(rows) < first[-1]:
-        missing = np.flatnonzero(np.bincount(rows["at"], minlength=int(first[-1])) == 0)
-        i = int(np.searchsorted(first, missing[0], side="right")) - 1
-        name = f"clip {clips[i].clip_id} frame {clips[i].start_frame + missing[0] - first[i]}"
-        raise InputError(f"{where}: {len(missing)} frames have no row, the first is {name}; {once}")
-    return rows.drop("start", "last", "at")
-
-
-def _scores(where: str, rows: pl.DataFrame, head: str) -> tuple[Singles, Singles | None] | None:
-    """(logits [N], probabilities [N] or None) of one head; None where it has no scores."""
-    logit, p = f"{head}_logit", f"{head}_probability"
-    given = [name for name in (logit, p) if name in rows.columns and rows[name].null_count() < len(rows)]
-    for name in given:
-        message = "{frame_name}: {name} is NaN or null ({count} such frames), expected a number at every frame; "
-        bad = pl.col(name).is_null() | pl.col(name).is_nan()
-        _refuse(where, rows, bad, message + "score them, or drop the column", name)
-    if p in given:
-        message = "{frame_name}: {name} is {value:g}, expected 0 to 1; if these are logits, name the column "
-        _refuse(where, rows, ~pl.col(p).is_between(0, 1), message + logit, p)
-    if len(given) == 2:
-        rising = rows.drop("said", "updates", strict=False).sort(logit, p).with_columns(highest=pl.col(p).cum_max())
-        message = f"{logit} and {p} order the frames differently ({{frame_name}} has {{value:g}}, a frame of a lower "
-        message += f"logit {{highest:g}}); drop the column {p}, or {logit} if the probability is what you mean"
-        _refuse(where, rising, pl.col("highest") - pl.col(p) > SAME_ORDER, message, p)
-    if not given:
-        return None
-    probabilities = rows[p].to_numpy() if p in given else None
-    logits = rows[logit].to_numpy() if logit in given else logit_of(probabilities)
-    single = np.clip(logits, -LARGEST, LARGEST).astype(np.float32)
-    return single, None if probabilities is None else probabilities.astype(np.float32)

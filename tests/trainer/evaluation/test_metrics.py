@@ -20,7 +20,8 @@ from trainer.evaluation.metrics import (
     measure,
     weighted_median,
 )
-from trainer.evaluation.scores import ScoredClip, read_scores, write_scores
+from trainer.evaluation.read_scores import read_scores
+from trainer.evaluation.scores import ScoredClip, write_scores
 
 S = Settings()
 HALF = Thresholds({"speaking": 1.25, "dst_update": 1.25}, {"speaking": 1.25, "dst_update": 1.25})

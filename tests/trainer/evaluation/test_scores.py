@@ -13,7 +13,8 @@ from by_hand import clip_example, dst, turn, write_shards
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer.evaluation.scores import ScoredClip, read_info, read_scores, write_scores
+from trainer.evaluation.read_scores import read_info, read_scores
+from trainer.evaluation.scores import ScoredClip, write_scores
 
 WHEEL = turn("assistant", "Now the wheel.", 12, 14)
 CLIPS = [
