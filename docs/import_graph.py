@@ -1,4 +1,4 @@
-"""Draws docs/imports.svg from the code: each module below all that import it (`just import-graph`).
+"""Draws docs/imports.svg from the code: each module below all that import it (`just import-graph`)."""
 
 from __future__ import annotations
 
