@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     """A demo of three steps: everything but the learning."""
     out = tmp_path_factory.mktemp("demo") / "demo"
     console = Console(record=True, width=100, file=(out.parent / "log").open("w"))
-    report = demo.demo(out, steps=3, seed=0, console=console, made_of=SMALL)
+    report = demo.demo(out, steps=3, seed=0, console=console, config=SMALL)
     return out, report, console.export_text()
 
 

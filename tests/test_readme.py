@@ -53,7 +53,7 @@ def test_polars_lines_work(sample, monkeypatch):
 
 
 def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.synthetic_data.RECORDINGS", {"train": 2, "val": 2, "test": 2})
+    monkeypatch.setattr("trainer.demo.RECORDINGS", {"train": 2, "val": 2, "test": 2})
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     lines = [line.partition("#")[0].split()[1:] for line in README.splitlines() if line.startswith("prospect-dst ")]

@@ -177,9 +177,10 @@ tags: [smolvlm, dialog-state-tracking, when-to-speak]
 ---
 # When should the assistant speak?
 
-A SmolVLM (from `{config.model}`) with two linear heads, {info.get("step", "?")} of {config.steps} steps of prospect-dst train.
-Both heads read the last of the {config.tokens_per_frame} token(s) of a frame. A logit above 0 says: the assistant
-speaks, or the task's state changes, at this frame. Arm `{config.arm}`: {find_arm(config.arm).description}.
+A SmolVLM (from `{config.model}`) with two linear heads, {info.get("step", "?")} of {config.steps} steps of
+prospect-dst train. Both heads read the last of the {config.tokens_per_frame} token(s) of a frame.
+A logit above 0 says: the assistant speaks, or the task's state changes, at this frame.
+Arm `{config.arm}`: {find_arm(config.arm).description}.
 
     import trainer
     run = trainer.load("this folder")
@@ -245,13 +246,6 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
         torch.cuda.set_rng_state(saved["rng/cuda"])
 
 
-def verify_model(name: str) -> None:
-    """InputError where `name` is a run or a checkpoint of ours with a damaged file; any other model passes."""
-    folder = Path(model_folder(name))
-    if (folder / RUN_INFO).is_file():
-        _verify(folder, read_info(folder)["files"], to_train=False)
-
-
 def read_info(folder: Path) -> dict[str, Any]:
     """run.json, its config and files still as JSON."""
     path = folder / RUN_INFO
@@ -269,6 +263,13 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def verify_model(name: str) -> None:
+    """InputError where `name` is a run or a checkpoint of ours with a damaged file; any other model passes."""
+    folder = Path(model_folder(name))
+    if (folder / RUN_INFO).is_file():
+        _verify(folder, read_info(folder)["files"], to_train=False)
+
+
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
     folder = _checkpoint_folder(run)
@@ -280,8 +281,7 @@ def _checkpoint_folder(run: Path) -> Path:
     """RUN/last, or `run` itself; what a kill interrupted there is completed first."""
     folder = run / "last" if (run / "last").is_dir() or _draft(run / "last").is_dir() else run
     if (_draft(folder) / RUN_INFO).is_file():
-        busy = InputError(f"{folder}: is being written just now; try again")
-        with lock(folder.parent / LOCK, busy):
+        with lock(folder.parent / LOCK, InputError(f"{folder}: is being written just now; try again")):
             recover(folder)
     return folder
 
@@ -294,8 +294,7 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> N
         if name == STATE and not to_train:
             continue
         path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path}: not found; train again, or get the whole folder")
-        if sha256(path) != expected["sha256"]:
-            size = f"{path.stat().st_size} bytes of {expected['bytes']}"
-            raise InputError(f"{path}: damaged ({size}, SHA-256 differs); train again, or get the file again")
+        found = sha256(path) if path.is_file() else None
+        if found != expected["sha256"]:
+            what = "damaged, its SHA-256 differs" if found else "not found"
+            raise InputError(f"{path}: {what}; train again, or get the whole folder again")

@@ -219,15 +219,15 @@ def benchmark(
     from pipeline.output import verify
     from pipeline.terminal import plain
     from trainer import benchmark as of
+    from trainer.demo import synthetic_data
     from trainer.run_folder import resolve_config
-    from trainer.synthetic_data import make
 
     values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
     if "eval_every" not in given.chosen:  # about eight points of the training curve
         values["eval_every"] = max(1, values["steps"] // 8)
     config = resolve_config(out, values, given.chosen & set(values))
     if str(data) == "synth" and not data.exists():
-        data = make(out, state_tells, echo=typer.echo)
+        data = synthetic_data(out, state_tells, echo=typer.echo)
     plan = of.Plan(
         data=data,
         out=out,

@@ -1,10 +1,12 @@
-"""The main job on made-up data, from nothing to a trained model's held-out score: synth -> preprocess -> inspect ->
-train -> evaluate. Under five minutes on two cores; every step is the command of that name, called as a function.
+"""All steps on synthetic data: synth -> preprocess -> inspect -> train -> evaluate, under five minutes on two cores.
+
+Each step is what the command of that name calls. `synthetic_data` prepares the data of `benchmark synth`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,96 +21,81 @@ from pipeline.summary import render_summary
 from pipeline.synth import SynthConfig, synth
 from pipeline.terminal import command
 from pipeline.timeline import timeline
-from trainer.evaluation.scored_clip import HeldOutClip, blocks, busiest_clip, render_clip
+from trainer.config import TrainConfig
+from trainer.evaluation.scored_clip import blocks, busiest_clip, render_clip
 from trainer.evaluation.tables import render_evaluation
 
 if TYPE_CHECKING:
     from trainer.evaluation.evaluate_scores import Evaluation
 
+RECORDINGS = {"train": 300, "val": 20, "test": 40}  # of `synthetic_data`
 
-def demo(out: Path, steps: int, seed: int, console: Console, made_of: SynthConfig | None = None) -> Evaluation:
-    """Do it all below the new folder `out`; returns the held-out report. Raises UsageError if `out` is in use.
 
-    made_of: other data than the default; its seed is replaced by `seed`.
+def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig | None = None) -> Evaluation:
+    """Do it all below the new folder `out`; returns the held-out report. UsageError if `out` is in use.
+
+    config: other data than the default; its seed is replaced by `seed`.
     """
+    from trainer.evaluate import evaluate
+    from trainer.train import train
+
     if out.exists() and (not out.is_dir() or not is_vacant(out)):
         raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
     raw, data, run = out / "raw", out / "data", out / "run"
-    step = _Steps(console)
+    began = time.monotonic()
 
-    step("synth", f"made-up task videos with conversations -> {raw}")
-    made = synth(raw, replace(made_of or SynthConfig(), seed=seed))
-    for split, counts in made.splits.items():
-        console.print(
-            f"    {split:5} {counts.recordings:4} recordings, {counts.videos:4} videos, {counts.clips:5} clips"
-        )
+    def heading(number: int, name: str, what: str) -> None:
+        console.print(f"\n[bold]{number}  {name}[/]  {what}  [dim]({time.monotonic() - began:.0f} s)[/]")
 
-    step("preprocess", f"conversations -> per-frame labels -> {data}")
+    heading(1, "synth", f"synthetic task videos with conversations -> {raw}")
+    for split, counts in synth(raw, replace(config or SynthConfig(), seed=seed)).splits.items():
+        numbers = f"{counts.recordings:4} recordings, {counts.videos:4} videos, {counts.clips:5} clips"
+        console.print(f"    {split:5} {numbers}")
+
+    heading(2, "preprocess", f"conversations -> per-frame labels -> {data}")
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
     console.print(render_summary(manifest))
 
-    step("inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
+    heading(3, "inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
     console.print(timeline(data, "test:0"))
 
-    step("train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
-    _train(data, run, steps, seed, console)
+    heading(4, "train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
+    trained = train(data, run, TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed))
+    console.print(f"    {trained.steps} steps in {trained.seconds:.0f} s, loss of the last one {trained.loss:.3f}")
 
-    step("evaluate", "on the test split: recordings that were never trained on")
-    report, scored = _evaluate(run, data)
-    console.print(render_evaluation(report))
+    heading(5, "evaluate", "on the test split: recordings that were never trained on")
+    evaluation = evaluate(run, data, "test")
+    scored = busiest_clip(data, run / "evaluation-test" / "teacher-forced.parquet", "test")
+    console.print(render_evaluation(evaluation))
     for line in blocks(scored):
         console.print(line)
-    picture = out / "learned.svg"
-    write_text(picture, _picture(scored, raw, report))
-    console.print(f"\n[bold]{picture}[/] shows that clip; {step.seconds():.0f} s in all. Yours next:")
+    title = "When should the assistant speak, when does the task's state change?"
+    write_text(out / "learned.svg", render_clip(scored, raw, captions(evaluation), title))
+    console.print(f"\n[bold]{out / 'learned.svg'}[/] shows that clip; {time.monotonic() - began:.0f} s in all. Next:")
     console.print("    prospect-dst preprocess YOUR_training.json --out DATA --frames-root FRAMES")
-    return report
-
-
-class _Steps:
-    """Numbers the steps and keeps the time."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.count, self.began = console, 0, time.monotonic()
-
-    def __call__(self, name: str, what: str) -> None:
-        self.count += 1
-        self.console.print(f"\n[bold]{self.count}  {name}[/]  {what}  [dim]({self.seconds():.0f} s)[/]")
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-
-def _train(data: Path, run: Path, steps: int, seed: int, console: Console) -> None:
-    from trainer.config import RunOptions, TrainConfig
-    from trainer.train import train
-
-    config = TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed)
-    report = train(data, run, config, options=RunOptions())
-    console.print(f"    {report.steps} steps in {report.seconds:.0f} s, loss of the last one {report.loss:.3f}")
-
-
-def _evaluate(run: Path, data: Path) -> tuple[Evaluation, HeldOutClip]:
-    from trainer.evaluate import evaluate
-    from trainer.evaluation.evaluate_scores import TEACHER_FORCED
-
-    found = evaluate(run, data, "test")
-    assert found.folder is not None
-    return found, busiest_clip(data, found.folder / f"{TEACHER_FORCED}.parquet", "test")
+    return evaluation
 
 
 def captions(evaluation: Evaluation) -> dict[str, str]:
     """Per head 'average precision 0.99, chance 0.12', of the frames with the reference's texts in the context."""
     report = evaluation.metrics["teacher-forced"]
-    found = {}
+    texts = {}
     for name, head in (("speaking", "speaking"), ("DST", "dst_update")):
         frames = report[head]["frames"]
         ap = "undefined" if frames["ap"] is None else f"{frames['ap']:.3f}"
-        found[name] = f"average precision {ap} on {report['clips']} held-out clips, by chance {frames['chance']:.3f}"
-    return found
+        texts[name] = f"average precision {ap} on {report['clips']} held-out clips, by chance {frames['chance']:.3f}"
+    return texts
 
 
-def _picture(scored: HeldOutClip, raw: Path, report: Evaluation) -> str:
-    return render_clip(
-        scored, raw, captions(report), "When should the assistant speak, when does the task's state change?"
-    )
+def synthetic_data(out: Path, state_tells: float, echo: Callable[[str], None]) -> Path:
+    """OUT/synth-STATE_TELLS/data, made unless it is there.
+
+    Labels are onsets, so that a text stands in training where it stands live: right after the frame that fires. At
+    `state_tells` 1 the picture does not show when to speak and the state does; at 0 the picture shows all of it.
+    """
+    raw, data = (out / f"synth-{state_tells:g}" / name for name in ("raw", "data"))
+    if not raw.exists():
+        report = synth(raw, SynthConfig(recordings=RECORDINGS, views=1, state_tells=state_tells))
+        echo(f"made {sum(split.recordings for split in report.splits.values())} recordings in {raw}")
+    preprocess([raw], data, Options(frames_root=str(raw), positive="onset"))
+    return data

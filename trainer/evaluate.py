@@ -1,17 +1,16 @@
-"""Scores a run on held-out clips and says what the scores are worth: `prospect-dst evaluate RUN DATA`.
+"""Score a run on held-out clips and measure the scores: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
-    OUT/self-fed.parquet          that split once more, frame by frame, the model's own texts in the context
+    OUT/self-fed.parquet          that split once more, free-running: the model's own texts in the context
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
-Thresholds are chosen on `val`, teacher-forced, and nowhere else; the self-fed pass runs with them. All metrics follow
-from the two Parquet files and the shards: `evaluation.verdict` gives the same digits without the model.
+Thresholds are chosen on `val`, teacher-forced, and nowhere else; the free-running pass uses them. All metrics follow
+from the two Parquet files and the shards: `evaluation.evaluate_scores` gives the same digits without the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,24 @@ from pipeline.dataset import Split
 from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
+from trainer.config import Settings
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
 from trainer.evaluation.evaluate_scores import (
     METRICS_FILE,
     SELF_FED,
     TEACHER_FORCED,
     Evaluation,
-    add_chunks,
     all_metrics,
     hold,
     pick_thresholds,
-    source_of,
+    threshold_source,
 )
-from trainer.evaluation.metrics import Settings, Thresholds
+from trainer.evaluation.metrics import Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.frame_source import FrameSource
 from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
-from trainer.teacher_forced import ClipScores, open_source, score_clips
+from trainer.teacher_forced import open_source, score_clips
 
 
 def evaluate(
@@ -58,9 +57,9 @@ def evaluate(
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
-    features: what `encode` wrote with this run's vision tower, instead of frames. live: also self-fed. encoder: a
-    local sentence-transformers folder, to match what was said by meaning, in ProAssist's own window. chunks: a sessions
-    file of EgoProactive's, for its metrics; submission: a file for the answers in its format, self-fed if `live`.
+    features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. encoder: a
+    local sentence-transformers folder, to match texts by meaning, in ProAssist's own window. chunks: a sessions file of
+    EgoProactive's, for its metrics; submission: a file for the answers in its format, free-running if `live`.
     """
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
@@ -70,67 +69,60 @@ def evaluate(
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
     folder = out or run / f"evaluation-{split}"
-    (folder / METRICS_FILE).unlink(missing_ok=True)  # it vouches for the other files: the last to come, the first to go
-    about: dict[str, Any] = {
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
+    origin: dict[str, Any] = {
         "data": str(data.resolve()),
-        "data_key": {s.name: s.key for s in held.all.values()},
+        "data_key": {name: s.key for name, s in held.all.items()},
         "model": run_hash(run),
     }
     scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
     thresholds, notes = pick_thresholds(scored, held, settings)
-    about |= {"thresholds": asdict(thresholds), "thresholds_from": source_of(None, notes, held)}
-    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, about | {"mode": TEACHER_FORCED})
-    of_modes = {TEACHER_FORCED: scored[split]}
-    if live and not can_live(thresholds):
-        notes.append("not self-fed: no threshold for speaking")
+    origin |= {"thresholds": asdict(thresholds), "thresholds_from": threshold_source(held, notes)}
+    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
+    by_mode = {TEACHER_FORCED: scored[split]}
+    if live and can_live(thresholds):
+        by_mode[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
+        write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
     elif live:
-        of_modes[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
-        write_scores(folder / f"{SELF_FED}.parquet", {split: of_modes[SELF_FED]}, about | {"mode": SELF_FED})
-    metrics = all_metrics(of_modes, thresholds, settings, encoder) | about | {"split": split, "arm": loaded.config.arm}
-    if sessions is not None:
-        notes += add_chunks(metrics, of_modes, sessions, thresholds, settings, submission)
+        notes.append("not self-fed: no threshold for speaking")
+    metrics, missing = all_metrics(by_mode, thresholds, settings, encoder, sessions, submission)
+    metrics |= origin | {"split": split, "arm": loaded.config.arm}
     write_json(folder / METRICS_FILE, metrics)
-    return Evaluation(split, metrics, tuple(notes), folder)
-
-
-# ---- the two modes -------------------------------------------------------------------------------------
+    return Evaluation(split, metrics, (*notes, *missing), folder)
 
 
 def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:
     """All clips of the split, scored with the reference's texts in the context."""
-    scored = score_clips(run.model, run.tokens, split.in_order(), frames, run.config)
-    return [_as_scored(clip, run) for clip in scored]
+    heads = {"speaking": SPEAKING, "dst_update": DST_UPDATE} if run.model.arm.dst_head else {"speaking": SPEAKING}
+    clips = []
+    for scored in score_clips(run.model, run.tokens, split.in_order(), frames, run.config):
+        logits = {head: scored.logits[row] for head, row in heads.items()}
+        clips.append(ScoredClip(scored.clip, logits, _probabilities(logits, run.logit_correction)))
+    return clips
 
 
 def run_live(
     run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings
 ) -> list[ScoredClip]:
-    """All clips of the split, frame by frame, the model's own texts in the context.
+    """All clips of the split, free-running.
 
     Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
     """
-    live = DecodingConfig({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
+    decoding = DecodingConfig({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    scored = free_running(run.model, run.tokens, clips, frames, run.config, live)
-    found = [
-        ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates) for s in scored
+    scored = [
+        ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates)
+        for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding)
     ]
-    return sorted(found, key=lambda s: s.clip.clip)
+    return sorted(scored, key=lambda s: s.clip.clip)
 
 
 def can_live(thresholds: Thresholds) -> bool:
-    """Whether there is what running live needs. A DST head without a threshold, as on data without DST, never fires."""
+    """Whether a free-running pass has the threshold that it needs. A DST head without one never fires."""
     return "speaking" in thresholds.event
 
 
-def _as_scored(clip: ClipScores, run: LoadedRun) -> ScoredClip:
-    logits = {"speaking": clip.logits[SPEAKING]}
-    if run.model.arm.dst_head:
-        logits["dst_update"] = clip.logits[DST_UPDATE]
-    return ScoredClip(clip.clip, logits, _probabilities(logits, run.logit_correction))
-
-
-def _probabilities(logits: Mapping[str, Any], correction: float | None) -> dict[str, Any]:
+def _probabilities(logits: dict[str, Any], correction: float | None) -> dict[str, Any]:
     """float32 [F] by head: of the logits after the correction for sampling; none where that is not known."""
     if correction is None:
         return {}

@@ -1,13 +1,9 @@
-"""The model's scores at every frame of a split, teacher-forced, and their average precision: what training looks at.
+"""Teacher-forced scores: both heads' logits at every frame of a split, and their average precision.
 
 The context holds the reference's texts, which flatters (a DST text, whatever it says, announces that speech is near):
-`rollout` does without, `trainer.evaluate` gives both. Every frame is supervised here, whatever rate the shards
-were written with.
-
-On a CPU each window has a forward pass to itself, so no score depends on what else is scored, on no digit; packs would
-save a fifth of the time at tiny size. On a GPU, where a window alone takes as many launches as a pack, windows are
-packed as in training: a logit moves by what rounding does in passes of other shapes (float32: under 1e-3 in
-tests/trainer/test_score.py; bfloat16 has 8 bits: some 1e-2. Neither was run on a GPU so far).
+`trainer.live.rollout` is free-running, `trainer.evaluate` reports both. Every frame is supervised, whatever rate the
+shards were written with. On a CPU each window has a forward pass to itself, so no score depends on what else is scored;
+on a GPU windows are packed as in training, which moves a logit by rounding (float32: under 1e-3).
 
     F frames of a clip    N frames of a pass    W windows of a pass
 """
@@ -47,7 +43,7 @@ _WindowScores = tuple[npt.NDArray[np.float32], float, int]  # logits of its own 
 
 
 class ClipScores(NamedTuple):
-    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST)."""
+    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST_UPDATE)."""
 
     clip: ClipExample
     logits: npt.NDArray[np.float32]
@@ -126,13 +122,9 @@ def score_split(
     """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
     rank, size = (0, 1) if together else (world.rank, world.size)
     mine = itertools.islice(split.in_order(), rank, None, size)
-    scored = [(s.logits, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
-    of_ranks = [scored] if size == 1 else world.gather(scored)
-    return [
-        ClipScores(clip, logits, clip.labels, lm_loss, lm_tokens)
-        for i, clip in enumerate(split.in_order())
-        for logits, lm_loss, lm_tokens in [of_ranks[i % size][i // size]]
-    ]
+    scored = [(s.logits, s.labels, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
+    by_rank = [scored] if size == 1 else world.gather(scored)
+    return [ClipScores(clip, *by_rank[i % size][i // size]) for i, clip in enumerate(split.in_order())]
 
 
 def score_clips(
@@ -151,56 +143,51 @@ def score_clips(
         budget = config.micro_batch_tokens if model.device.type == "cuda" else 0
     training = model.training
     model.eval()
-    waiting: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
+    pending: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
 
     def windows() -> Iterator[Window]:
         for clip in clips:
-            found = windows_of([clip], tokens, config)
-            waiting.append((clip, len(found)))
-            yield from found
+            of_clip = windows_of([clip], tokens, config)
+            pending.append((clip, len(of_clip)))
+            yield from of_clip
 
-    scored = _scored(model, windows(), frames, budget)
+    scored = _score_windows(model, windows(), frames, budget)
     for first in scored:
-        clip, count = waiting.popleft()
+        clip, count = pending.popleft()
         logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
         yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
     model.train(training)
 
 
-def _scored(
+def _score_windows(
     model: ProspectModel, windows: Iterator[Window], frames: FrameSource, budget: int
 ) -> Iterator[_WindowScores]:
     """Of each window, in order, a pass late: a GPU is given the next one before the last one's scores are fetched."""
     transfer = Transfer(model.device)
-    before: Callable[[], list[_WindowScores]] | None = None
+    fetch: Callable[[], list[_WindowScores]] = list
     for group in _passes(windows, budget):
-        now = _score(model, group, frames, transfer)
-        if before is not None:
-            yield from before()
-        before = now
-    if before is not None:
+        before, fetch = fetch, _start_pass(model, group, frames, transfer)
         yield from before()
+    yield from fetch()
 
 
 def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:
     """The windows in order, as many together as `budget` tokens hold, at least one."""
-    held: list[Window] = []
-    room = budget
+    group: list[Window] = []
     for window in windows:
-        if held and len(window.input_ids) > room:
-            yield held
-            held, room = [], budget
-        held.append(window)
-        room -= len(window.input_ids)
-    if held:
-        yield held
+        if group and sum(len(held.input_ids) for held in [*group, window]) > budget:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
 
 
 @torch.inference_mode()
-def _score(
+def _start_pass(
     model: ProspectModel, windows: Sequence[Window], frames: FrameSource, transfer: Transfer
 ) -> Callable[[], list[_WindowScores]]:
-    """One pass over some windows; what it gives has their scores."""
+    """One forward pass over some windows; the function that it returns waits for their scores."""
     pack = upload(make_pack(windows, frames), transfer)()
     scores = model(pack)
     lm_tokens = [len(window.lm_positions) for window in windows]
@@ -208,15 +195,15 @@ def _score(
     decisions = transfer.down(scores.decisions)  # [2, N]
     losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
 
-    def fetched() -> list[_WindowScores]:
+    def fetch() -> list[_WindowScores]:
         logits = np.split(decisions().numpy(), np.cumsum([w.labels.shape[1] for w in windows])[:-1], axis=1)
-        found = zip(windows, logits, losses().tolist(), lm_tokens, strict=True)
-        return [(logit[:, window.context :], loss, count) for window, logit, loss, count in found]
+        own = [of_window[:, window.context :] for of_window, window in zip(logits, windows, strict=True)]
+        return list(zip(own, losses().tolist(), lm_tokens, strict=True))
 
-    return fetched
+    return fetch
 
 
-def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
+def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
     """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
 
     Raises NotFiniteError where a score is NaN or infinite.
@@ -226,22 +213,22 @@ def report(split: str, scored: list[ClipScores], arm: Arm) -> EvalReport:
         raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.labels for s in scored], 1)
-    speak, dst = labels[SPEAKING] == 1, labels[DST_UPDATE] == 1
+    speaks, updates = labels == 1
+
+    def head(row: int, has_scores: bool = True) -> HeadReport:
+        known, positives = labels[row] >= 0, int((labels[row] == 1).sum())
+        ap = average_precision_score(labels[row, known], logits[row, known]) if positives and has_scores else None
+        frames = int(known.sum())
+        return HeadReport(None if ap is None else float(ap), positives / max(frames, 1), frames, positives)
+
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
         split=split,
         clips=len(scored),
-        speaking=_head(logits[SPEAKING], labels[SPEAKING]),
-        dst_update=_head(logits[DST_UPDATE], labels[DST_UPDATE], arm.dst_head),
-        speaking_only=int((speak & ~dst).sum()),
-        dst_update_only=int((dst & ~speak).sum()),
-        both=int((dst & speak).sum()),
+        speaking=head(SPEAKING),
+        dst_update=head(DST_UPDATE, arm.dst_head),
+        speaking_only=int((speaks & ~updates).sum()),
+        dst_update_only=int((updates & ~speaks).sum()),
+        both=int((updates & speaks).sum()),
         lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
     )
-
-
-def _head(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], there: bool = True) -> HeadReport:
-    known = labels >= 0
-    frames, positives = int(known.sum()), int((labels == 1).sum())
-    ap = float(average_precision_score(labels[known], logits[known])) if positives and there else None
-    return HeadReport(ap, positives / frames if frames else 0.0, frames, positives)

@@ -31,7 +31,7 @@ from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
 from trainer.benchmark import Plan, answer_of, benchmark
 from trainer.config import Settings, TrainConfig
-from trainer.synthetic_data import make
+from trainer.demo import synthetic_data
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ("speak+dst", "speak")
@@ -53,15 +53,15 @@ def nothing(work: Path, repeat: int) -> Path:
     preprocess([raw], data, Options(frames_root=str(raw), positive="onset", seed=1000 + repeat))
     out = folder / "answer"
     plan = Plan(data, out, QUESTION[::-1], (0, 1), NANO, WINDOW, jobs=1)
-    benchmark(plan, tell=lambda line: print(repeat, line, flush=True))
+    benchmark(plan, report_line=lambda line: print(repeat, line, flush=True))
     return out
 
 
 def tells(work: Path) -> Path:
     """The benchmark of all arms on data where only the state tells."""
     out = work / "effect"
-    data = make(out, 1.0, echo=print)
-    benchmark(Plan(data, out, config=TINY, settings=WINDOW), tell=lambda line: print(line, flush=True))
+    data = synthetic_data(out, 1.0, echo=print)
+    benchmark(Plan(data, out, config=TINY, settings=WINDOW), report_line=lambda line: print(line, flush=True))
     return out
 
 

@@ -20,7 +20,7 @@ from test_evaluate import write_splits
 import trainer.benchmark
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer.benchmark import Job, Plan, answer_of, benchmark, is_done
+from trainer.benchmark import Plan, answer_of, benchmark, commands_of, is_done, run_of
 from trainer.cli import main
 from trainer.config import Settings, TrainConfig
 from trainer.evaluation.evaluate_scores import hold
@@ -97,8 +97,7 @@ def test_what_it_is_of_is_written_down(told, plan):
 
 def test_its_commands_do_the_same(told, plan, tmp_path, monkeypatch):
     """The two lines that it gives for a run, run by hand elsewhere, give the run's metrics."""
-    fit, score = Job(replace(plan, out=tmp_path), "speak+dst", 1).commands
-    for line in (fit, score):
+    for line in commands_of(replace(plan, out=tmp_path), ("speak+dst", 1)):
         words = line.split()
         assert words[0] == "prospect-dst"
         assert main(words[1:]) == 0
@@ -109,7 +108,7 @@ def test_its_commands_do_the_same(told, plan, tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_recognised(told, plan, monkeypatch):
-    monkeypatch.setattr(trainer.benchmark, "do", lambda job: pytest.fail(f"{job.name} was done again"))
+    monkeypatch.setattr(trainer.benchmark, "carry_out", lambda plan, job: pytest.fail(f"{job} was done again"))
     monkeypatch.setattr(trainer.benchmark, "write_report", lambda out: out)
     lines: list[str] = []
     benchmark(plan, lines.append)
@@ -117,28 +116,23 @@ def test_finished_runs_are_recognised(told, plan, monkeypatch):
 
 
 def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
-    class Asked(Exception):
-        pass
-
-    def ask(job):
-        raise Asked(job.name)
-
-    monkeypatch.setattr(trainer.benchmark, "do", ask)
-    with pytest.raises(Asked, match=r"speak\+markers seed 0"):
+    monkeypatch.setattr(trainer.benchmark, "carry_out", lambda plan, job: pytest.fail(f"{job} is to be done"))
+    with pytest.raises(pytest.fail.Exception, match=r"\('speak\+markers', 0\) is to be done"):
         benchmark(replace(plan, arms=("speak", "speak+markers")))
 
 
 def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, plan, tmp_path):
-    held, learned, job = hold(plan.data, "test"), Split(plan.data, "train"), Job(plan, "speak", 0)
-    assert is_done(job, held, learned)
-    assert not is_done(Job(replace(plan, settings=Settings(late_s=3.0)), "speak", 0), held, learned)
-    with pytest.raises(InputError, match=r"lr is 0\.1, the run has 0\.002; benchmark into a new --out"):
-        is_done(Job(replace(plan, config=replace(SMALL, lr=0.1)), "speak", 0), held, learned)
+    splits, trained_on, job = hold(plan.data, "test"), Split(plan.data, "train"), ("speak", 0)
+    assert is_done(plan, job, splits, trained_on)
+    assert not is_done(replace(plan, settings=Settings(late_s=3.0)), job, splits, trained_on)
+    with pytest.raises(InputError, match=r"lr is 0\.1, the run has 0\.002; resume with the same, or train into a new"):
+        is_done(replace(plan, config=replace(SMALL, lr=0.1)), job, splits, trained_on)
     other = write_splits(tmp_path / "data", lambda clips: clips[:-1])  # one clip less in val, too
-    assert not is_done(Job(replace(plan, data=other), "speak", 0), hold(other, "test"), Split(other, "train"))
-    path = job.run / "scores/self-fed.parquet"
+    with pytest.raises(InputError, match=r"train data: \w+, the run has \w+; evaluation data: "):
+        is_done(replace(plan, data=other), job, hold(other, "test"), Split(other, "train"))
+    path = run_of(plan, job) / "scores/self-fed.parquet"
     path.rename(tmp_path / "away")
-    assert not is_done(job, held, learned)
+    assert not is_done(plan, job, splits, trained_on)
     (tmp_path / "away").rename(path)
 
 
@@ -163,6 +157,7 @@ def test_data_that_cannot_answer_is_refused_before_training(data, plan, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_killed_goes_on(told, plan, tmp_path):
     """Killed as soon as its first run is finished, and begun anew: the same tables as of one that never stopped."""
     words = ["benchmark", str(plan.data), "--out", str(tmp_path / "out"), "--arms", "speak,speak+dst", "--seeds", "1"]
@@ -202,11 +197,11 @@ def test_one_arm_alone_has_no_answer(told, plan, tmp_path):
     assert answer_of(alone.out).startswith("No answer: speak+dst and speak were not compared. speak reaches ")
 
 
-def test_a_plan_names_each_arm_once(data, tmp_path):
+def test_a_plan_names_each_arm_once(plan, tmp_path):
     with pytest.raises(InputError, match="arms: speak, speak, expected one or more, each once"):
-        Plan(data, tmp_path, ("speak", "speak"))
+        benchmark(replace(plan, out=tmp_path / "out", arms=("speak", "speak")))
     with pytest.raises(InputError, match="seeds: none, expected one or more"):
-        Plan(data, tmp_path, seeds=())
+        benchmark(replace(plan, out=tmp_path / "out", seeds=()))
 
 
 def test_options_become_words_that_the_command_line_reads():

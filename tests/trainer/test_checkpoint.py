@@ -1,10 +1,9 @@
-"""A run's checkpoint as somebody else gets it: opened with transformers alone, with `trainer.load`, and damaged."""
+"""A checkpoint: opened with transformers alone, opened with `trainer.load`, damaged, and with adapters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -25,8 +24,9 @@ from transformers import (
 
 import trainer
 from pipeline.errors import InputError
-from trainer.checkpoint import load_run, save_checkpoint
+from trainer.checkpoint import LoadedRun, load_run, model_card, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
+from trainer.frame_source import PixelFrames
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import Pack, make_pack
 from trainer.sequence import build_windows
@@ -103,82 +103,47 @@ def as_transformers_takes_it(pack: Pack) -> dict[str, torch.Tensor]:
     return {"input_ids": pack.input_ids[None], "pixel_values": pixels[None]}
 
 
-# ---- what lies there ---------------------------------------------------------------------------------
-
-
-def test_last_can_go_on_and_best_can_score(run):
+def test_a_checkpoint_lists_every_file_with_its_hash_and_last_alone_can_be_resumed(run):
     scores = {*BODY, "heads.safetensors", "run.json", "README.md"}
     assert {p.name for p in (run / "best").iterdir()} == scores
     assert {p.name for p in (run / "last").iterdir()} == {*scores, "state.safetensors"}
-
-
-def test_config_json_is_that_of_a_plain_smolvlm(run):
-    text = (run / "last" / "config.json").read_text()
-    assert "packed_attention" not in text
-    assert "attn" not in text
-    config = json.loads(text)
-    assert config["architectures"] == ["SmolVLMForConditionalGeneration"]
-    assert config["model_type"] == "smolvlm"
-    assert config["dtype"] == "float32"
-
-
-def test_heads_are_four_tensors(run):
-    heads = load_file(run / "last" / "heads.safetensors")
-    assert {name: tuple(value.shape) for name, value in heads.items()} == {
-        "speak.weight": (1, 128), "speak.bias": (1,), "dst.weight": (1, 128), "dst.bias": (1,),
-    }  # fmt: skip
-    assert all(value.dtype == torch.float32 for value in heads.values())
+    for folder in (run / "last", run / "best"):
+        listed = json.loads((folder / "run.json").read_bytes())["files"]
+        assert set(listed) == {p.name for p in folder.iterdir()} - {"run.json", "README.md"}
+        for file, entry in listed.items():
+            content = (folder / file).read_bytes()
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def test_run_json_says_what_the_scores_depend_on(run):
     """Four clips of 12 frames: 2 speak, 1 updates the state, and each is silence for the other head."""
     info = json.loads((run / "last" / "run.json").read_bytes())
     assert TrainConfig.from_json(info["config"]) == CONFIG.on("cpu")
-    assert info["step"] == 2
-    assert info["neg_rate"] == 0.5
+    assert (info["step"], info["neg_rate"]) == (2, 0.5)
     drawn = sum(int((clip(i, "train").labels == 0).all(0).sum()) for i in range(4))
     assert 0 < drawn < 4 * 9
-    expected = {
+    assert info["labels"] == {
         "speaking": {"positive": 8, "negative": 4 + drawn, "not_sampled": 36 - drawn},
         "dst_update": {"positive": 4, "negative": 8 + drawn, "not_sampled": 36 - drawn},
     }
-    assert info["labels"] == expected
     assert info["positive_rates"] == pytest.approx([8 / (12 + drawn), 4 / (12 + drawn)])
-
-
-def test_run_json_lists_every_other_file_with_its_hash(run):
-    for name in ("last", "best"):
-        folder = run / name
-        listed = json.loads((folder / "run.json").read_bytes())["files"]
-        expected = {p.name for p in folder.iterdir()} - {"run.json", "README.md"}
-        assert set(listed) == expected
-        for file, entry in listed.items():
-            content = (folder / file).read_bytes()
-            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def test_nothing_in_a_checkpoint_is_pickled(run):
-    files = [p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts and p.name != ".lock"]
-    assert {p.suffix for p in files} == {
-        ".json", ".jsonl", ".safetensors", ".md", ".svg",
-    }  # fmt: skip
 
 
 # ---- with transformers alone -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", [SmolVLMForConditionalGeneration, AutoModelForImageTextToText])
-def test_transformers_gives_our_text_logits(run, pack, which):
+def test_transformers_gives_our_text_logits_and_generates(run, pack, which):
     """Its whole forward pass: placeholder tokens, image path, its own attention, LM head on every token."""
     theirs, loading = which.from_pretrained(run / "last", attn_implementation="sdpa", output_loading_info=True)
-    assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
-    assert not loading["mismatched_keys"]
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = as_transformers_takes_it(pack)
     with torch.no_grad():
-        found = theirs.eval()(**as_transformers_takes_it(pack), use_cache=False).logits[0]
+        found = theirs.eval()(**inputs, use_cache=False).logits[0]
         ours = trainer.load(run).model(pack)
     assert len(ours.text) > 5
     assert torch.allclose(found[pack.lm_index], ours.text, atol=1e-5)
+    assert theirs.generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, pack.num_tokens + 2)
 
 
 def test_the_bare_model_and_the_heads_file_give_our_decisions(run, pack):
@@ -194,14 +159,11 @@ def test_the_bare_model_and_the_heads_file_give_our_decisions(run, pack):
     assert torch.allclose(found, ours, atol=1e-5)
 
 
-def test_the_default_way_to_open_it_works_and_generates(run, pack):
-    theirs = AutoModelForImageTextToText.from_pretrained(run / "last")
-    inputs = as_transformers_takes_it(pack)
-    longer = theirs.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert longer.shape == (1, pack.num_tokens + 2)
-
-
-def test_the_tokenizer_opens_with_the_same_ids(run):
+def test_the_configuration_is_plain_and_the_tokenizer_has_the_same_ids(run):
+    text = (run / "last" / "config.json").read_text()
+    config = json.loads(text)
+    assert "attn" not in text
+    assert (config["architectures"], config["dtype"]) == (["SmolVLMForConditionalGeneration"], "float32")
     theirs, ours = AutoTokenizer.from_pretrained(run / "last"), trainer.load(run).tokens
     assert theirs.encode("What now?", add_special_tokens=False) == ours.encode("What now?")
     assert theirs.convert_tokens_to_ids(["<image>", "<end_of_utterance>"]) == [ours.image, ours.end]
@@ -223,9 +185,8 @@ def test_released_ids_and_tied_embeddings_outlive_a_checkpoint(tmp_path):
     assert loaded.model.vlm.lm_head.weight is loaded.model.vlm.get_input_embeddings().weight
     assert "lm_head.weight" not in load_file(tmp_path / "last" / "model.safetensors")  # stored once
     assert (loaded.tokens.image, loaded.tokens.end, loaded.tokens.marker["system"]) == (49190, 49279, 49191)
-    written = AutoConfig.from_pretrained(tmp_path / "last")
-    assert (written.image_token_id, written.text_config.pad_token_id, written.tie_word_embeddings) == (49190, 2, True)
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "last", attn_implementation="sdpa")
+    assert (theirs.config.image_token_id, theirs.config.text_config.pad_token_id) == (49190, 2)
     with torch.no_grad():
         logits = theirs(**as_transformers_takes_it(pack), use_cache=False).logits[0, pack.lm_index]
     assert torch.allclose(logits, expected.text, atol=1e-5)
@@ -234,7 +195,7 @@ def test_released_ids_and_tied_embeddings_outlive_a_checkpoint(tmp_path):
 # ---- with trainer.load -------------------------------------------------------------------------------
 
 
-def test_three_lines_give_a_score_for_every_frame(run, data):
+def test_a_loaded_run_scores_every_frame_with_the_model_s_logit(run, data):
     loaded = trainer.load(str(run))
     scored = list(loaded.score(str(data), "test"))
     assert [s.clip.clip_id for s in scored] == ["test0", "test1"]
@@ -243,19 +204,10 @@ def test_three_lines_give_a_score_for_every_frame(run, data):
         [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0],
         [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
     ]
-    assert not loaded.model.training
-
-
-def test_a_score_is_the_model_s_logit_at_the_frame(run, data):
-    """JPEG frames from the disk, so the pack is built from what was scored, not from the noise itself."""
-    from trainer.frame_source import PixelFrames
-
-    loaded = trainer.load(run)
-    scored = next(loaded.score(data, "test"))
-    window = build_windows(scored.clip, loaded.tokens, 1, 200)
+    window = build_windows(scored[0].clip, loaded.tokens, 1, 200)
     with torch.no_grad():
-        expected = loaded.model.cpu()(make_pack(window, PixelFrames(data / "frames-on-disk", 64))).decisions
-    assert np.allclose(scored.logits, expected, atol=1e-5)
+        pack = make_pack(window, PixelFrames(data / "frames-on-disk", 64))
+        assert np.allclose(scored[0].logits, loaded.model.cpu()(pack).decisions, atol=1e-5)
 
 
 def test_a_run_or_one_of_its_checkpoints_may_be_named(run):
@@ -263,15 +215,13 @@ def test_a_run_or_one_of_its_checkpoints_may_be_named(run):
     assert last.info == named.info
     assert last.config == best.config == CONFIG.on("cpu")
     assert (last.info["step"], best.info["step"]) == (2, 2)
-    assert set(last.info) >= {"step", "labels", "positive_rates", "neg_rate", "data_key"}
 
 
 def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
     tokens, model = tiny()
     model.vlm.save_pretrained(tmp_path / "base")
     tokens.save(tmp_path / "base")
-    config = TrainConfig(model=str(tmp_path / "base"))
-    save_checkpoint(tmp_path / "a" / "last", model, tokens, config, INFO)
+    save_checkpoint(tmp_path / "a" / "last", model, tokens, TrainConfig(model=str(tmp_path / "base")), INFO)
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "a").rename(tmp_path / "b")
     pack = toy_pack(tokens)
@@ -280,101 +230,60 @@ def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "correction", "in_words"),
+    ("more", "neg_rate", "correction", "in_words"),
     [
-        ({}, -1.386294, "first add -1.3863 to the logit"),
-        ({"reweigh": True}, 0.0, "A sigmoid may be read as a probability"),
-        ({"balance": "mean"}, None, "a sigmoid is no probability until it is calibrated"),
+        ({}, 0.25, -1.386294, "first add -1.3863 to the logit"),
+        ({}, 0.0, -22.180710, "first add -22.1807"),
+        ({"reweigh": True}, 0.25, 0.0, "A sigmoid may be read as a probability"),
+        ({"balance": "mean"}, 0.25, None, "a sigmoid is no probability until it is calibrated"),
     ],
 )
-def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(tmp_path, more, correction, in_words):
-    """A quarter of silence was drawn: ln 0.25."""
-    tokens, model = tiny()
-    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(**more), INFO)
-    found = trainer.load(tmp_path).logit_correction
-    assert found is None if correction is None else found == pytest.approx(correction, abs=1e-6)
-    assert in_words in " ".join((tmp_path / "last" / "README.md").read_text().split())
+def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(more, neg_rate, correction, in_words):
+    run = LoadedRun(None, None, TrainConfig(**more), {**INFO, "neg_rate": neg_rate})
+    assert run.logit_correction == (correction if correction is None else pytest.approx(correction, abs=1e-6))
+    assert in_words in " ".join(model_card(run).split())
 
 
-# ---- the card ----------------------------------------------------------------------------------------
-
-
-def test_the_card_opens_with_yaml_that_the_hub_reads(run):
+def test_the_card_has_yaml_that_the_hub_reads_and_code_that_runs(run, data, capsys):
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(run / "last" / "README.md")
     assert card.data.library_name == "transformers"
-    assert "smolvlm" in card.data.tags
-    assert card.content.startswith("---\n")
-    assert "| positive, among supervised frames |" in card.text
     assert "Silent frames were sampled at rate 0.5" in card.text
-
-
-def test_the_card_s_code_runs(run, data, capsys):
-    card = (run / "last" / "README.md").read_text()
-    code = "\n".join(line.strip() for line in card.splitlines() if line.startswith("    "))
+    code = "\n".join(line.strip() for line in card.text.splitlines() if line.startswith("    "))
     assert code.count("\n") == 2
     code = code.replace('"this folder"', repr(str(run))).replace('"labels"', repr(str(data)))
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == "test0 (2, 12)\ntest1 (2, 12)\n"
 
 
-def test_an_edited_card_is_no_damage(copy):
-    (copy / "last" / "README.md").write_text("Ours.")
-    assert trainer.load(copy).info["step"] == 2
-
-
 # ---- damage ------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, at: float = 0.5) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(at * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("name", [*BODY, "heads.safetensors"])
-@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
-def test_a_flipped_bit_is_refused_and_the_file_is_named(copy, name, at):
-    flip(copy / "last" / name, at)
-    with pytest.raises(InputError, match=f"{name}: damaged") as caught:
+def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(copy, name):
+    path = copy / "last" / name
+    content = path.read_bytes()
+    for at in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(InputError, match=f"{name}: damaged"):
+            trainer.load(copy)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name}: not found; train again, or get the whole folder"):
         trainer.load(copy)
-    assert "\n" not in str(caught.value)
 
 
-def test_damaged_moments_stop_a_resume_but_not_a_score(copy):
-    flip(copy / "last" / "state.safetensors")
+def test_an_edited_card_and_damaged_moments_do_not_stop_a_score(copy, run):
+    (copy / "last" / "README.md").write_text("Ours.")
+    (copy / "last" / "state.safetensors").write_bytes(b"damaged")
     assert trainer.load(copy).info["step"] == 2
     with pytest.raises(InputError, match=r"state\.safetensors: damaged"):
         load_run(copy, to_train=True)
-
-
-def test_best_is_not_something_to_go_on_from(run):
     with pytest.raises(InputError, match=r"holds no state\.safetensors, so training can't go on from it"):
         load_run(run / "best", to_train=True)
 
 
-@pytest.mark.parametrize("name", [*BODY, "heads.safetensors"])
-def test_a_missing_file_is_named(copy, name):
-    (copy / "last" / name).unlink()
-    with pytest.raises(InputError, match=f"{name}: not found.*get the whole folder"):
-        trainer.load(copy)
-
-
-def test_heads_are_never_made_up(copy):
-    (copy / "last" / "heads.safetensors").unlink()
-    with pytest.raises(InputError, match=r"heads\.safetensors: not found; train again"):
-        trainer.load(copy)
-
-
-def test_a_description_without_checksums_is_refused(copy):
-    path = copy / "last" / "run.json"
-    path.write_text(path.read_text().replace('"sha256"', '"sha257"', 1))
-    with pytest.raises(InputError, match=r"run\.json: "):
-        trainer.load(copy)
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 9}'])
 def test_a_description_that_is_none_is_named_in_one_line(copy, content):
     (copy / "last" / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json: ") as caught:
@@ -387,34 +296,30 @@ def test_a_description_that_is_none_is_named_in_one_line(copy, content):
 
 @pytest.fixture
 def adapted(tmp_path) -> tuple[Path, Tokens, ProspectModel]:
-    """Rank 4, alpha 8, and adapters that say something."""
+    """Rank 4, alpha 8, and adapters that are not 0."""
     pytest.importorskip("peft")
-    config = TrainConfig(lora_rank=4, lora_alpha=8)
     tokens, model = tiny(lora_rank=4, lora_alpha=8)
     torch.manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.1)
-    save_checkpoint(tmp_path / "last", model, tokens, config, INFO)
+    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(lora_rank=4, lora_alpha=8), INFO)
     return tmp_path, tokens, model
 
 
 def test_merged_weights_are_the_base_plus_scaled_b_a(adapted):
     folder, _, model = adapted
     saved, now = load_file(folder / "last" / "model.safetensors"), model.vlm.state_dict()
-    name = "model.text_model.layers.{}.{}"
-    layers = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    merged = 0
-    for place in (name.format(i, layer) for i in range(4) for layer in layers):
-        base, a, b = (now[f"{place}.{x}.weight"] for x in ("base_layer", "lora_A.default", "lora_B.default"))
-        expected = base + 8 / 4 * (b @ a)
-        assert float((saved[f"{place}.weight"] - expected).abs().max()) < 1e-6
-        assert float((expected - base).abs().max()) > 1e-2
-        merged += 1
-    assert merged == 28
+    bases = [name for name in now if ".base_layer." in name]
+    assert len(bases) == 4 * 7
+    for name in bases:
+        a, b = (now[name.replace("base_layer", f"lora_{x}.default")] for x in "AB")
+        expected = now[name] + 8 / 4 * (b @ a)
+        assert float((saved.pop(name.replace(".base_layer", "")) - expected).abs().max()) < 1e-6
+        assert float((expected - now[name]).abs().max()) > 1e-2
     others = {key for key in now if ".lora_" not in key and ".base_layer." not in key}
-    assert set(saved) - {f"{name.format(i, layer)}.weight" for i in range(4) for layer in layers} == others
+    assert set(saved) == others
     assert all(torch.equal(saved[key], now[key]) for key in others)
 
 
@@ -423,7 +328,6 @@ def test_merged_weights_open_without_peft(adapted, monkeypatch):
     pack = toy_pack(tokens)
     with torch.no_grad():
         expected = model.eval()(pack)
-    assert not (folder / "last" / "adapter_config.json").exists()
     monkeypatch.setitem(sys.modules, "peft", None)  # now `import peft` fails
     theirs = AutoModelForImageTextToText.from_pretrained(folder / "last", attn_implementation="sdpa").eval()
     loaded = trainer.load(folder)
@@ -434,9 +338,3 @@ def test_merged_weights_open_without_peft(adapted, monkeypatch):
     assert torch.allclose(found.decisions, expected.decisions, atol=1e-4)
     assert not any("lora" in name for name, _ in loaded.model.named_parameters())
     assert loaded.config.lora_rank == 4  # how it was trained
-
-
-def test_the_correction_survives_a_rate_of_zero(tmp_path):
-    tokens, model = tiny()
-    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(), {**INFO, "neg_rate": 0.0})
-    assert math.isfinite(trainer.load(tmp_path).logit_correction)
