@@ -208,7 +208,7 @@ def synth(
 def numbers(option: str, given: list[str] | None) -> dict[str, float]:
     """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
     found: dict[str, float] = {}
-    for item in names(given):
+    for item in ",".join(given).split(",") if given else []:
         name, equals, number = item.rpartition("=")
         try:
             if equals and not name.strip():

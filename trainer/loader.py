@@ -92,6 +92,10 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
             packs, size = result
             yield packs
             flight.used(step, size)
+    except RuntimeError as error:  # torch's words where a tensor's file descriptor could not be received
+        if "ancdata" not in str(error):
+            raise
+        raise InputError("too few files may be open (ulimit -n); raise the limit, or use --workers 0") from None
     finally:
         flight.used(len(data), 0)  # no worker waits any longer
 
