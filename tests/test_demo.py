@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from pipeline import cli as pipeline_cli
 from pipeline.synth import SynthConfig, synth
 from trainer import cli, demo
 
@@ -126,18 +127,6 @@ def test_a_file_named_test_never_becomes_training_data(tmp_path, capsys):
     assert "found: test" in capsys.readouterr().err
 
 
-def test_a_manifest_never_leads_out_of_its_folder(made, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(made[0] / "data", data)
-    manifest = json.loads((data / "manifest.json").read_text())
-    shard = next(shard for shard in manifest["shards"] if shard["split"] == "train")
-    shard["path"] = "../data/" + shard["path"]
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    for command in (("inspect", data), ("train", data, "--run", tmp_path / "run")):
-        assert run(*command) == 1
-        assert "../data" in capsys.readouterr().err
-
-
 def test_a_window_longer_than_the_model_reads_is_refused(made, tmp_path, capsys):
     assert run("train", made[0] / "data", "--run", tmp_path / "run", "--max-tokens", 100_000) == 1
     assert "8192" in capsys.readouterr().err
@@ -146,14 +135,14 @@ def test_a_window_longer_than_the_model_reads_is_refused(made, tmp_path, capsys)
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from trainer.cli import main; main(['--help']);"
-        "print([m for m in ('torch', 'numpy', 'pyarrow', 'polars', 'transformers', 'rich') if m in sys.modules])"
+        "print([m for m in ('torch', 'polars', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
 
 
 def test_synth_options_have_the_defaults_of_its_config():
-    options = inspect.signature(cli.synth).parameters
+    options = inspect.signature(pipeline_cli.synth).parameters
     config = {field.name: field.default for field in dataclasses.fields(SynthConfig)}
     shared = set(options) & set(config)
     assert {name: options[name].default for name in shared} == {name: config[name] for name in shared}

@@ -242,7 +242,7 @@ def benchmark(
         draws=draws,
         jobs=jobs,
         command=shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else "",
-        hazards=tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data)["hazards"]),
+        hazards=tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", [])),
     )
     report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True))
     typer.echo(of.answer_of(out))
