@@ -54,7 +54,7 @@ def go(work: Path, case: Case, smoke: bool, say: Callable[..., None]) -> None:
     del vlm
     stage("a model of that shape")
 
-    done = encode(data, features, str(model), progress=False)
+    done = encode(data, features, str(model))
     stage("encode", frames=done.frames, frames_per_s=done.frames / done.seconds, computed=done.computed)
 
     run, workers = work / "run", default_workers(torch.device(case.device))
