@@ -29,6 +29,7 @@ from pipeline.dataset import ClipExample, Turn
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
 from pipeline.state import initial_state, replay
+from pipeline.updates import write_updates
 from trainer.arms import ARMS, Arm
 from trainer.tokenizer import Tokens
 
@@ -187,7 +188,8 @@ def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     for turn in clip.turns:
         frame = _text_frame(turn, clip)
         if turn.role == role and frame is not None and clip.start_frame <= frame < clip.end_frame:
-            texts.setdefault(frame, []).append(turn.text)
+            text = write_updates(turn.updates) if role == "DST_UPDATE" else turn.text
+            texts.setdefault(frame, []).append(text)
     return texts
 
 

@@ -8,7 +8,7 @@ from by_hand import STEPS, Words, clip_example, dst, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import ClipExample
+from pipeline.dataset import ClipExample, Turn
 from pipeline.errors import InputError
 from trainer.sequence import DEFAULT_ARM, build_windows, check_budget, cut_windows, state_before
 
@@ -274,3 +274,9 @@ def test_the_budget_that_would_do_is_told_beforehand():
     build_windows(clips[1], Words(), 1, 50)
     with pytest.raises(InputError):
         build_windows(clips[1], Words(), 1, 49)
+
+
+def test_step_ids_that_hold_a_comma_are_quoted():
+    updates = (("step 1, toy", "complete"), ("S2", "start"))
+    said = after_prompt(toy(Turn("DST_UPDATE", "step 1, toy->complete, S2->start", 1, 2, 0.5, updates)))
+    assert '"step 1, toy"->complete, S2->start .' in said
