@@ -1,4 +1,4 @@
-"""The two ways a user can be told 'no'. `cli` alone turns them into one line on stderr and an exit status."""
+"""Errors that a user can mend. `cli` turns them into one line on stderr and an exit status."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from pipeline.media import count_and_delay, find_frames
 from pipeline.schema import HEAD_TITLES
 from pipeline.summary import Split
-from pipeline.terminal import percent, plain
+from pipeline.terminal import counted, percent, plain
 
 IMPLAUSIBLE_RATE: Final = 0.5  # positive share of a head's frames: probably read in the wrong convention
 MOST_CLIPS: Final = 0.5  # share of clips that begin on an event: a position shortcut
@@ -140,8 +140,8 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
         together.setdefault(where, []).append(name)
     for where, names in sorted(together.items()):
         if len(where) > 1:
-            count = f"{len(names):,} recording{'' if len(names) == 1 else 's'}"
-            text = f"{count} in {' and '.join(where)}, {_examples(names)}: results flatter; split by recording"
+            many = counted(len(names), "recording")
+            text = f"{many} in {' and '.join(where)}, {_examples(names)}: results flatter; split by recording"
             yield {"name": "recording in several splits", "split": "+".join(where), "text": text}
 
 
@@ -172,8 +172,8 @@ def of_frames(root: Path, videos: Mapping[Video, int]) -> Iterator[Hazard]:
             text = f"{uid} (annotated to {end:,}, has {there:,})"
             problems.setdefault(("annotations longer than the frames", split), []).append(text)
     for (name, split), which in sorted(problems.items()):
-        count = f"{len(which):,} video{'' if len(which) == 1 else 's'}"
-        yield {"name": name, "split": split, "text": f"{name}: {count} below {root}, {_examples(which)}"}
+        among = counted(len(which), "video")
+        yield {"name": name, "split": split, "text": f"{name}: {among} below {root}, {_examples(which)}"}
 
 
 def _examples(names: list[str]) -> str:

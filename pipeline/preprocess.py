@@ -60,7 +60,7 @@ def preprocess(
     """Write the shards of `inputs` to `out`; returns (manifest, whether an unchanged input was skipped).
 
     The parts are done by `workers` processes here, or by `mapper` where one is given.
-    Raises InputError (nothing usable, cannot write, --on-error fail) and UsageError (no split to be told).
+    Raises InputError (nothing usable, cannot write, --on-error fail) and UsageError (a file name that names no split).
     """
     options = options or Options()
     files, skipped = find_inputs(inputs, options)

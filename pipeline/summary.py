@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.schema import HEAD_TITLES, HEADS
-from pipeline.terminal import percent, plain, table
+from pipeline.terminal import counted, percent, plain, table
 
 HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}  # by HEAD_TITLES
 ONE_TABLE: Final = 5  # splits side by side
@@ -165,15 +165,15 @@ def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _facts(source: Mapping[str, Any]) -> Iterator[str]:
     schemas = f" of {' and '.join(source['schemas'])}" if source.get("schemas") else ""
-    yield f"{source['clips']:,} {source['split']} clip{'' if source['clips'] == 1 else 's'}{schemas}"
+    yield counted(source["clips"], f"{source['split']} clip") + schemas
     yield f"{source['frame_convention']} convention"
-    counted = {
+    remarks = {
         "turns_not_fitting": f"of {source.get('votes', {}).get('turns', 0):,} turns do not fit it",
         "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
         "renamed": "ids extended by data set and video (another data set has the same)",
         "fps_assumed": "clips without fps, 2 assumed",
     }
-    yield from (f"{source[key]:,} {what}" for key, what in counted.items() if source.get(key))
+    yield from (f"{source[key]:,} {what}" for key, what in remarks.items() if source.get(key))
     for name, count in (source.get("ignored_fields") or {}).items():
         yield f"{name} ignored in {count:,} clips (not text)"
     if source.get("quarantined"):

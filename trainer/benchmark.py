@@ -44,12 +44,12 @@ from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import make_folder, naming, replacing, write_json
 from trainer.arms import ARMS, find_arm
 from trainer.checkpoint import run_hash
-from trainer.config import RunOptions, Settings, TrainConfig
+from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions, Settings, TrainConfig
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.bootstrap import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
 from trainer.evaluation.conclusions import headline
-from trainer.evaluation.evaluate_scores import METRICS_FILE, MODES, SELF_FED, TEACHER_FORCED, EvalSplits, hold
+from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, hold
 from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
 from trainer.evaluation.read_scores import read_scores
 from trainer.evaluation.report import write_report

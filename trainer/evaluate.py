@@ -22,12 +22,10 @@ from pipeline.dataset import Split
 from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
-from trainer.config import Settings
+from trainer.config import SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
 from trainer.evaluation.evaluate_scores import (
     METRICS_FILE,
-    SELF_FED,
-    TEACHER_FORCED,
     Evaluation,
     all_metrics,
     hold,

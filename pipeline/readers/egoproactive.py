@@ -100,7 +100,7 @@ def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[R
 
 
 def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int]:
-    """(chunks whose answer is told by the growth of `dialog` after them, of how many).
+    """(chunks whose answer shows in the growth of `dialog` after them, of how many).
 
     A session's chunks count where `dialog` gains assistant turns exactly after its interrupts.
     """

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import read_files
 
-from pipeline.output import read_manifest
+from pipeline.dataset import read_manifest
 from pipeline.schema import draws, sampling_seed
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not here")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from small_run import go, write_data
 
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
@@ -23,3 +25,17 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tokens() -> Tokens:
     return train_tiny_tokens(["Put the base down", "S1->complete", "well done"] * 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of `small_run`, for modules that have no data of their own."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on `data` that nobody stopped, by one process."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    go(data, run)
+    return run

@@ -6,14 +6,9 @@ import fcntl
 import os
 
 import pytest
-from small_run import curve, write_data
+from small_run import curve
 
 from trainer.cli import main
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def train(data, run, *more) -> int:

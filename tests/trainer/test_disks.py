@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import curve, go, go_until, weights, write_data
+from small_run import curve, go, go_until, weights
 
 import trainer.checkpoint
 import trainer.train
@@ -20,18 +20,6 @@ REFUSING = Path(__file__).parents[1] / "refusing"
 SPEC = importlib.util.spec_from_file_location("refusing", REFUSING / "sitecustomize.py")
 refusing = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(refusing)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    go(data, run)
-    return run
 
 
 @pytest.mark.parametrize("what", [("flock", "chmod", "fsync", "over"), ("folders", "chmod")])

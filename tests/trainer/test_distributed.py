@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from by_hand import NoisyFrames, clip_example
-from small_run import CONFIG, clip, curve, go, weights, write_data
+from small_run import CONFIG, clip, curve, go, weights
 
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run
@@ -212,18 +212,6 @@ def run_it(data: str, run: str, resume: bool, steps_done: int, fsdp: bool = Fals
     return {"is_main": report.is_main, "loss": report.loss}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("alone") / "run"
-    go(data, run)
-    return run
-
-
 def same_to_rounding(run: Path, expected: Path) -> None:
     found, known = load_run(run).model.state_dict(), load_run(expected).model.state_dict()
     for name, value in known.items():
@@ -237,18 +225,18 @@ def same_to_rounding(run: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "fsdp"), [(2, False), (4, False), (2, True)])
-def test_a_run_on_several_ranks_is_that_of_one(data, alone, tmp_path, size, fsdp):
+def test_a_run_on_several_ranks_is_that_of_one(data, whole, tmp_path, size, fsdp):
     """4 ranks, 3 clips a step: one of them never has any."""
     found = on_ranks(size, run_it, tmp_path / "out", str(data), str(tmp_path / "run"), False, 0, fsdp)
     assert [f["is_main"] for f in found] == [True] + [False] * (size - 1)
-    same_to_rounding(tmp_path / "run", alone)
+    same_to_rounding(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_world_sizes(data, alone, tmp_path):
+def test_a_checkpoint_moves_between_world_sizes(data, whole, tmp_path):
     run = str(tmp_path / "run")
     found = on_ranks(2, run_it, tmp_path / "a", str(data), run, False, 5, True)  # sharded over two
     assert all("power cut" in f["error"] for f in found)
     go(data, tmp_path / "run", resume=True)  # alone
-    same_to_rounding(tmp_path / "run", alone)
-    assert set(weights(tmp_path / "run")) == set(weights(alone))
+    same_to_rounding(tmp_path / "run", whole)
+    assert set(weights(tmp_path / "run")) == set(weights(whole))

@@ -24,19 +24,6 @@ from trainer.checkpoint import load_run, recover
 from trainer.encode import load_tower
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A run that nobody stopped."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    go(data, run)
-    return run
-
-
 @pytest.fixture
 def cut(data, tmp_path, monkeypatch):
     """A run that died after step 7; its last checkpoint is of step 6."""

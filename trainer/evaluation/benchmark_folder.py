@@ -21,8 +21,9 @@ from sklearn.metrics import precision_recall_curve
 
 from pipeline.errors import InputError
 from pipeline.terminal import command
+from trainer.config import MODES, SELF_FED
 from trainer.evaluation.metrics import value_at
-from trainer.evaluation.plots import MODES, NEVER, Curve, Line, format_number
+from trainer.evaluation.plots import NEVER, Curve, Line, format_number
 from trainer.run_log import read_metrics
 
 Row = dict[str, Any]
@@ -139,7 +140,7 @@ def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
     if not lacking:
         return None
     unmeasured = [seed for seed in lacking if (arm, seed) not in bench.metrics]
-    unfired = [seed for seed in lacking if mode == MODES[1] and bench.threshold(arm, seed) is None]
+    unfired = [seed for seed in lacking if mode == SELF_FED and bench.threshold(arm, seed) is None]
     seeds = unmeasured or unfired or lacking
     where = f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
     if unfired and not unmeasured:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from pipeline.terminal import counted
+
 Weights = npt.NDArray[np.int64]  # [B, R] how often each recording is drawn; recordings sorted by id
 Floats = npt.NDArray[np.float64]
 Estimator = Callable[[Weights], Floats]  # [B, R] -> [B], NaN where undefined
@@ -156,7 +158,7 @@ def answer(
     better arm comes first, and the numbers are its own minus the other's."""
     difference, low, high = comparison.difference, comparison.low, comparison.high
     recordings, seeds = comparison.recordings, comparison.seeds
-    where = f"on {_count(recordings, 'recording')}, {_count(seeds, 'seed')} ({mode})"
+    where = f"on {counted(recordings, 'recording')}, {counted(seeds, 'seed')} ({mode})"
     caveats = f"; undefined in {comparison.undefined} draws of the recordings" if low is None and recordings > 1 else ""
     caveats += "; too few recordings for an interval to be trusted" if recordings < FEW_RECORDINGS else ""
     caveats += "; one seed: says nothing about others" if seeds == 1 else ""
@@ -178,10 +180,6 @@ def answer(
         return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}{caveats}"
     less = "" if higher_is_better else " (less is better)"
     return f"{a} beats {b} by {numbers}{less} {where}{caveats}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _signed(value: float, digits: int) -> str:

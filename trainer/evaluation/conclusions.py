@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Final
 
+from pipeline.terminal import counted
+from trainer.config import MODES, SELF_FED, TEACHER_FORCED
 from trainer.evaluation.benchmark_folder import Benchmark, Row, baseline, greatest_difference, why_missing
 from trainer.evaluation.bootstrap import Comparison, answer
 from trainer.evaluation.metrics import METRICS, Metric
-from trainer.evaluation.plots import MODES, format_interval, format_number
+from trainer.evaluation.plots import format_interval, format_number
 
 HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
 FEW_SEEDS, FEW_RECORDINGS = 3, 20  # under which the page says so
@@ -21,7 +23,7 @@ WITHOUT_CONTENT: Final = "speak+markers"
 
 
 def headline(bench: Benchmark) -> str:
-    """The answer, ending in a full stop; what there is to say where nothing was compared."""
+    """The answer as a sentence; where no two arms were compared, the reason."""
     name, a, b = bench.primary
     metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
     if row:
@@ -53,7 +55,7 @@ def harness_check(bench: Benchmark) -> tuple[str, str]:
     """('passed', 'failed' or 'skipped', the sentence): direct and inverted heads are the same model, and must agree."""
     if not {"silence", "speak"} <= set(bench.info["arms"]):
         return "skipped", "Harness not checked: that needs the arms silence and speak, which must come out equal."
-    difference = greatest_difference(bench, "silence", "speak", MODES[0])
+    difference = greatest_difference(bench, "silence", "speak", TEACHER_FORCED)
     if difference is None:
         return "skipped", "Harness not checked: there are no scores of silence and speak on the same frames."
     how = f"probabilities differ by up to {difference:.1e}, 1e-5 is allowed" if difference else "to the last bit"
@@ -67,7 +69,7 @@ def data_size(info: Row) -> str:
     """What was evaluated, how long training took, and where."""
     counts = [(len(info["arms"]), "arm"), (len(info["seeds"]), "seed")]
     counts += [(info[f"{what}s"], what) for what in ("recording", "clip", "frame")]
-    size = ", ".join(count(number, what) for number, what in counts)
+    size = ", ".join(counted(number, what) for number, what in counts)
     minutes = float(info["seconds"]) / 60
     return (
         f"Split {info['split']}: {size}; {minutes:,.1f} minutes of training, all runs together, on {info['machine']}."
@@ -104,7 +106,7 @@ def _no_skill(bench: Benchmark) -> Iterator[str]:
 def _exposure(bench: Benchmark) -> Iterator[str]:
     """What the winner, or else the first arm, loses when it reads its own text; or that this was not measured."""
     name, a, b = bench.primary
-    metric, free_running = METRICS[name], MODES[1]
+    metric, free_running = METRICS[name], SELF_FED
     if free_running not in bench.modes:
         yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
         return
@@ -117,7 +119,7 @@ def _exposure(bench: Benchmark) -> Iterator[str]:
         f"Given the reference's texts {winner} reaches {format_number(forced)} {_named(metric)}; free-running, given "
         f"its own, {format_number(free)}: exposure bias costs {format_number(loss) if loss > 0 else 'nothing here'}."
     )
-    row = bench.comparison(a, b, MODES[0], name)
+    row = bench.comparison(a, b, TEACHER_FORCED, name)
     yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if _is_known(row) else "")
 
 
@@ -145,28 +147,24 @@ def _precision(bench: Benchmark) -> Iterator[str]:
     name, a, b = bench.primary
     metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
     if _shown_sign(metric, row) and row["detectable"] is not None:
-        size = f"{count(row['recordings'], 'recording')} and {count(row['seeds'], 'seed')}"
+        size = f"{counted(row['recordings'], 'recording')} and {counted(row['seeds'], 'seed')}"
         missed = f"{format_number(row['detectable'])} {_named(metric)}"
         yield f"With these {size} a true difference under {missed} could well be missed."
     if (row.get("seed_share") or 0.0) > 0.5:
         yield (
-            f"Most of the width of the answer's interval comes from having only {count(row['seeds'], 'seed')} "
-            f"(Student's t, {count(row['seeds'] - 1, 'degree')} of freedom); more seeds narrow it faster than more "
+            f"Most of the width of the answer's interval comes from having only {counted(row['seeds'], 'seed')} "
+            f"(Student's t, {counted(row['seeds'] - 1, 'degree')} of freedom); more seeds narrow it faster than more "
             "recordings."
         )
     seeds, recordings = len(bench.info["seeds"]), bench.info["recordings"]
-    few = [count(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # one seed has a warning of its own
-    few += [count(recordings, "recording")] if recordings < FEW_RECORDINGS else []
+    few = [counted(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # one seed has a warning of its own
+    few += [counted(recordings, "recording")] if recordings < FEW_RECORDINGS else []
     if few:
         verb = "is" if few == ["1 recording"] else "are"
         yield f"{' and '.join(few)} {verb} few: what holds here may not hold for others."
 
 
 # ---- words -------------------------------------------------------------------------------------------
-
-
-def count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _named(metric: Metric) -> str:

@@ -30,7 +30,6 @@ from trainer.evaluation.chunk_metrics import (
 from trainer.evaluation.metrics import Thresholds, choose_thresholds, measure
 from trainer.evaluation.scores import ScoredClip
 
-TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")
 METRICS_FILE = "metrics.json"
 
 

@@ -27,12 +27,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from trainer.config import TEACHER_FORCED
+
 Values = npt.NDArray[np.float64]
 Line = tuple[Values, Values]  # x, y
 
 STYLE: Final = Path(__file__).with_name("figures.mplstyle")
 FONTS: Final = "system-ui, -apple-system, 'Segoe UI', sans-serif"  # of the reader
-MODES: Final = ("teacher-forced", "self-fed")
 NEVER: Final = "never updating"
 DASHED: Final = (0, (4, 3))
 INK, MUTED, GRID, WHITE = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
@@ -177,7 +178,7 @@ def forest(panels: Sequence[Forest]) -> Figure:
         axes.set_ylim(height, 0)
         _draw_rows(axes, panel)
     modes = dict.fromkeys(mark.mode for panel in panels for row in panel.rows for mark in row.marks)
-    points = [_point("o", MUTED, mode, mfc=WHITE if mode == MODES[0] else MUTED) for mode in modes]
+    points = [_point("o", MUTED, mode, mfc=WHITE if mode == TEACHER_FORCED else MUTED) for mode in modes]
     figure.legend(handles=points, loc="outside upper right", ncols=2, labelcolor=MUTED, handlelength=1)
     return figure
 
@@ -207,7 +208,7 @@ def _draw_mark(axes: Axes, mark: Mark, colour: str, y: float, signed: bool) -> N
     if mark.value is not None:
         if mark.low is not None and mark.high is not None:
             axes.plot([mark.low, mark.high], [y, y], color=colour, linewidth=1.8, zorder=3)
-        inside = WHITE if mark.mode == MODES[0] else colour
+        inside = WHITE if mark.mode == TEACHER_FORCED else colour
         axes.plot([mark.value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
     numbers = format_interval(mark.value, mark.low, mark.high, signed)
     axes.text(1.02, y, numbers, transform=axes.get_yaxis_transform(), va="center", size=11)

@@ -138,8 +138,8 @@ def _refuse(where: str, rows: pl.DataFrame, bad: pl.Expr, message: str, name: st
     if len(found):
         row = found.row(0, named=True)
         frame_name = f"clip {row.get('clip_id', row.get('clip'))} frame {row['frame']}"
-        told = message.format(**row, count=len(found), frame_name=frame_name, name=name, value=row[name])
-        raise InputError(f"{where}: {told}")
+        text = message.format(**row, count=len(found), frame_name=frame_name, name=name, value=row[name])
+        raise InputError(f"{where}: {text}")
 
 
 def _place(where: str, rows: pl.DataFrame, clips: Sequence[ClipExample], first: Ints) -> pl.DataFrame:

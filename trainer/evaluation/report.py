@@ -17,7 +17,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.storage import write_text
+from pipeline.terminal import counted
 from trainer.arms import ARMS
+from trainer.config import MODES
 from trainer.evaluation import conclusions, plots
 from trainer.evaluation.benchmark_folder import (
     MIN_FRAMES_PER_BIN,
@@ -32,7 +34,7 @@ from trainer.evaluation.benchmark_folder import (
 )
 from trainer.evaluation.disagreements import find_disagreements
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.plots import MODES, Forest, Mark, Panel, arm_colour, css_colour, format_number
+from trainer.evaluation.plots import Forest, Mark, Panel, arm_colour, css_colour, format_number
 
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
@@ -50,7 +52,7 @@ def write_report(out: Path) -> Path:
         old.unlink()
     loader = PackageLoader("trainer.evaluation", ".")
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": format_number, "count": conclusions.count}
+    page.filters |= {"number": format_number, "count": counted}
     write_text(out / PAGE, page.get_template(PAGE).render(page_data(bench)))
     return out / PAGE
 

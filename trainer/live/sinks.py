@@ -24,7 +24,7 @@ from rich.text import Text
 from pipeline.errors import InputError
 from pipeline.storage import make_folder, write_text
 from pipeline.summary import HUES
-from pipeline.terminal import clock, plain
+from pipeline.terminal import clock, counted, plain
 from pipeline.viewer import coded, page_around_data, short
 from trainer.live.stream import StreamFrame, StreamInfo
 
@@ -90,11 +90,11 @@ class TerminalLog(Sink):
             return
         median, p99 = np.percentile(self._seconds, (50, 99), method="inverted_cdf")
         parts = [
-            f"{_count(len(self._seconds), 'frame')} ({clock(self._end_s)})",
+            f"{counted(len(self._seconds), 'frame')} ({clock(self._end_s)})",
             f"{self._skipped:,} skipped" if self._skipped else "",
-            f"spoke {_count(self._spoken, 'time')}",
-            _count(self._updates, "state change") if self._updates else "",
-            f"context rebuilt {_count(self._restarts, 'time')}" if self._restarts else "",
+            f"spoke {counted(self._spoken, 'time')}",
+            counted(self._updates, "state change") if self._updates else "",
+            f"context rebuilt {counted(self._restarts, 'time')}" if self._restarts else "",
             f"median {_ms(median)} a frame, p99 {_ms(p99)}",
         ]
         self._print(Text("; ".join(filter(None, parts))))
@@ -106,7 +106,7 @@ class TerminalLog(Sink):
 def events_at(frame: StreamFrame) -> Iterator[tuple[str, str, str]]:
     """(kind, text, note) of what happened at a frame, in order; all text safe to show."""
     if frame.skipped:
-        yield "lost", f"{_count(frame.skipped, 'frame')} that came too fast", ""
+        yield "lost", f"{counted(frame.skipped, 'frame')} that came too fast", ""
     if frame.started_over:
         yield "context", "full; the prompt was rebuilt" + (" with the state" if frame.state else ""), ""
     for text in frame.user_texts:
@@ -129,10 +129,6 @@ def state_line(state: Mapping[str, str]) -> str:
     under_way = [shown[step] for step, name in state.items() if name not in ("completed", "not_started")]
     done = sum(name == "completed" for name in state.values())
     return " ".join([f"{done} of {len(state)} done", *under_way[:MAX_STEPS]])
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _ms(seconds: float) -> str:

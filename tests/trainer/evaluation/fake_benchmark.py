@@ -14,7 +14,7 @@ import polars as pl
 from by_hand import clip_example, dst, turn, write_shards
 
 from pipeline.dataset import ClipExample, Split
-from trainer.evaluation.plots import MODES
+from trainer.config import MODES
 from trainer.evaluation.scores import ScoredClip, write_scores
 
 RECORDINGS, REFRACTORY_FRAMES = 5, 4
