@@ -132,6 +132,7 @@ def preprocess(
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.card import CARD, is_ours
+    from pipeline.cluster import available_cores
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary
     from pipeline.terminal import console, plain, progress_bar
@@ -139,7 +140,7 @@ def preprocess(
     options = given.make(Options)
     needed = [*inputs, *([Path(options.frames_root)] if options.frames_root else [])]
     with cluster(ray, out, needed, workers=workers) as mapper, progress_bar() as progress:
-        manifest, skipped = run(inputs, out, options, workers or cores(), progress, mapper)
+        manifest, skipped = run(inputs, out, options, workers or available_cores(), progress, mapper)
     if skipped:
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
@@ -233,10 +234,6 @@ def cluster(
     from pipeline.cluster import ray_cluster
 
     return ray_cluster(address, out, needed, workers, gpu)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_app(commands: typer.Typer, argv: list[str] | None) -> int:

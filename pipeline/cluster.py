@@ -43,6 +43,11 @@ _SETTINGS: Final = {  # before ray is imported
 }
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def here(function: Callable[..., Any], calls: Calls) -> Generator[Any]:
     """The Mapper that runs everything in this process."""
     for call in calls:

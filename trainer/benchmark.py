@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.cluster import available_cores
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import DST_UPDATE, SPEAKING
@@ -195,7 +196,7 @@ def _run_all(plan: Plan, jobs: Sequence[Job]) -> Iterator[tuple[Job, float, tupl
 
     The share depends on `plan.jobs` alone, not on how many jobs are left: another number of threads rounds otherwise.
     """
-    gpus, cores = _gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus, cores = _gpus(), available_cores()
     at_once = plan.jobs or len(gpus) or cores
     if at_once == 1:
         yield from (carry_out(plan, job) for job in jobs)
@@ -248,32 +249,36 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     """Write OUT's tables and benchmark.json from the finished runs."""
     recordings = sorted({clip.recording_id for clip in split.in_order()})
     draws, count = draw_recordings(len(recordings), plan.draws), len(recordings)
+    metrics = {job: _metrics(plan, job) for job in jobs}
     measured: Measured = {}
     for arm, mode in product(plan.arms, MODES):
-        if all(mode in _metrics(plan, (arm, seed)) for seed in plan.seeds):
-            seeds = [_replicates(plan, (arm, seed), mode, split, recordings, draws) for seed in plan.seeds]
+        runs = [(arm, seed) for seed in plan.seeds]
+        if all(mode in metrics[run] for run in runs):
+            chosen = [Thresholds(**metrics[run]["thresholds"]) for run in runs]
+            seeds = [
+                _replicates(plan, run, mode, at, split, recordings, draws) for run, at in zip(runs, chosen, strict=True)
+            ]
             measured[arm, mode] = {metric: np.concatenate([of_seed[metric] for of_seed in seeds]) for metric in METRICS}
-    _write_table(plan.out / "results.parquet", _RESULTS, _result_rows(plan, jobs, count))
+    _write_table(plan.out / "results.parquet", _RESULTS, _result_rows(metrics, count))
     _write_table(plan.out / "arms.parquet", _INTERVALS, _interval_rows(measured, count))
     _write_table(plan.out / "comparisons.parquet", _COMPARISONS, _comparison_rows(plan, measured, count))
     write_json(plan.out / "benchmark.json", _summary(plan, jobs, split, count))
 
 
 def _replicates(
-    plan: Plan, job: Job, mode: str, split: Split, recordings: Sequence[str], draws: Weights
+    plan: Plan, job: Job, mode: str, thresholds: Thresholds, split: Split, recordings: Sequence[str], draws: Weights
 ) -> dict[str, Floats]:
     """Each metric's [1, 1 + B] of one run."""
     clips = read_scores(run_of(plan, job) / "scores" / f"{mode}.parquet", {split.name: split})[split.name]
-    found = estimators(clips, Thresholds(**_metrics(plan, job)["thresholds"]), plan.settings, recordings)
+    found = estimators(clips, thresholds, plan.settings, recordings)
     return {metric: replicate([estimator], draws) for metric, estimator in found.items()}
 
 
-def _result_rows(plan: Plan, jobs: Sequence[Job], recordings: int) -> Iterator[dict[str, Any]]:
-    for (arm, seed), mode in product(jobs, MODES):
-        metrics = _metrics(plan, (arm, seed))
-        for metric in METRICS.values() if mode in metrics else ():
+def _result_rows(metrics: dict[Job, dict[str, Any]], recordings: int) -> Iterator[dict[str, Any]]:
+    for ((arm, seed), of_run), mode in product(metrics.items(), MODES):
+        for metric in METRICS.values() if mode in of_run else ():
             row = {"arm": arm, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
-            yield row | {"value": look_up(metrics[mode], metric)}
+            yield row | {"value": look_up(of_run[mode], metric)}
 
 
 def _interval_rows(measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:

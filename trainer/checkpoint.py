@@ -255,7 +255,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         info = dict(json.loads(path.read_bytes()))
         version = info.pop("format")
-        _ = version != FORMAT or (info["config"], [file["sha256"] for file in info["files"].values()])
+        if version == FORMAT:  # KeyError, TypeError: damaged
+            _ = info["config"], [file["sha256"] for file in info["files"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); train again") from None
     if version != FORMAT:

@@ -112,7 +112,6 @@ def train(
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
     from pipeline.terminal import command, console, plain
-    from trainer.evaluation.tables import render_report
     from trainer.run_folder import resolve_config
     from trainer.train import train as fit
 
@@ -121,6 +120,8 @@ def train(
     if not report.is_main:
         return 0
     if report.evaluation is not None:
+        from trainer.evaluation.tables import render_report
+
         console().print(render_report(report.evaluation))
     if report.note is not None:
         typer.echo(report.note)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.cluster import available_cores
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.config import TrainConfig
@@ -59,9 +60,8 @@ class StepData(Dataset[list[Pack]]):
 
 
 def default_workers(device: torch.device) -> int:
-    """None on a CPU, whose cores train; on a GPU one per core of this rank but one, at most MOST_WORKERS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores // _local_ranks() - 1)) if device.type == "cuda" else 0
+    """0 on a CPU, whose cores are busy training; on a GPU this rank's cores less one, between 1 and MOST_WORKERS."""
+    return min(MOST_WORKERS, max(1, available_cores() // _local_ranks() - 1)) if device.type == "cuda" else 0
 
 
 def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Generator[list[Pack]]:

@@ -139,7 +139,8 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
 
     lengths = [len(window.input_ids) for window in windows]
     seg_lens = torch.tensor(lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    seg_ends = ends_of(seg_lens)
+    starts = seg_ends[:-1].tolist()
     ids = np.concatenate([window.input_ids for window in windows])
     lm_index = np.concatenate([start + w.lm_positions for start, w in zip(starts, windows, strict=True)])
     frame_index = np.concatenate([start + w.frame_positions for start, w in zip(starts, windows, strict=True)])
@@ -149,7 +150,7 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
         input_ids=torch.from_numpy(ids),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         seg_lens=seg_lens,
-        seg_ends=ends_of(seg_lens),
+        seg_ends=seg_ends,
         frame_index=torch.from_numpy(frame_index),
         lm_index=torch.from_numpy(lm_index),
         lm_targets=torch.from_numpy(ids[lm_index + 1]),

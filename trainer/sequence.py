@@ -85,14 +85,18 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
     """
     blocks = _blocks(clip, tokens, arm)
     costs = np.array([block.cost(k) for block in blocks], np.int64)
-    room = max_tokens - len(_prompt(clip, tokens, clip.start_frame, arm))
+    prompt = _prompt(clip, tokens, clip.start_frame, arm)
+    room = max_tokens - len(prompt)
     if costs.max() > room:
         worst = clip.start_frame + int(costs.argmax())
         raise InputError(
             f"clip {clip.clip_id} frame {worst}: {costs.max()} tokens with its texts, but max_tokens {max_tokens} "
             f"leaves {room} beside the prompt; raise --max-tokens"
         )
-    windows = [_window(clip, tokens, k, blocks, cut, arm) for cut in cut_windows(costs, room)]
+    windows = []
+    for cut in cut_windows(costs, room):
+        start = prompt if cut[0] == 0 else _prompt(clip, tokens, clip.start_frame + cut[0], arm)
+        windows.append(_window(clip, start, tokens.image, k, blocks, cut))
     assert all(len(window.input_ids) <= max_tokens for window in windows)
     return windows
 
@@ -119,16 +123,16 @@ def to_repeat(room: int, coming: int) -> int:
 
 
 def _window(
-    clip: ClipExample, tokens: Tokens, k: int, blocks: list[Block], cut: tuple[int, int, int], arm: Arm
+    clip: ClipExample, prompt: list[int], image: int, k: int, blocks: list[Block], cut: tuple[int, int, int]
 ) -> Window:
     first, own, end = cut
-    ids = _prompt(clip, tokens, clip.start_frame + first, arm)
+    ids = [*prompt]
     frames: list[range] = []
     supervised: list[int] = []
     for i in range(first, end):
         ids += blocks[i].before
         frames.append(range(len(ids), len(ids) + k))
-        ids += [tokens.image] * k
+        ids += [image] * k
         for reply in blocks[i].replies:
             if i >= own:
                 supervised += range(len(ids), len(ids) + len(reply) - 1)
@@ -186,8 +190,10 @@ def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     """A role's texts by the frame of the clip that they stand at."""
     texts: dict[int, list[str]] = {}
     for turn in clip.turns:
+        if turn.role != role:
+            continue
         frame = _text_frame(turn, clip)
-        if turn.role == role and frame is not None and clip.start_frame <= frame < clip.end_frame:
+        if frame is not None and clip.start_frame <= frame < clip.end_frame:
             text = write_updates(turn.updates) if role == "DST_UPDATE" else turn.text
             texts.setdefault(frame, []).append(text)
     return texts
@@ -254,8 +260,8 @@ class _ByteTokens:
 
 
 def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
-    """InputError where `build_windows` would refuse a clip: with the budget that would do, if the model reads as many
-    tokens (`longest`). Only clips whose texts have so many bytes are tokenized."""
+    """InputError where `build_windows` would refuse a clip. It names the budget that would suffice, if the model reads
+    that many tokens (`longest`). A clip is tokenized only if its bytes could exceed `max_tokens`."""
 
     def needed(clip: ClipExample, tokens: Tokens | _ByteTokens) -> int:
         blocks = _blocks(clip, tokens, arm)

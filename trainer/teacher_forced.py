@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import average_precision_score
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import NotFiniteError
@@ -208,6 +207,8 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
 
     Raises NotFiniteError where a score is NaN or infinite.
     """
+    from sklearn.metrics import average_precision_score  # scoring alone needs none of it
+
     bad = [s.clip.clip_id for s in scored if not np.isfinite(s.logits).all()]
     if bad:
         raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")

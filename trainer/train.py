@@ -32,7 +32,6 @@ from trainer import vision
 from trainer.arms import find_arm
 from trainer.checkpoint import load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
-from trainer.curves import draw
 from trainer.distributed import World, join, synced, unwrapped
 from trainer.frame_source import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
@@ -255,6 +254,8 @@ def train(
         session = _Session(run, model, optimizer, state, config, options, frames, held_out, world)
         seconds = session.go(split, cached=features is not None)
         if world.is_main:
+            from trainer.curves import draw  # matplotlib, which only this rank needs, once
+
             draw(run)
         note = f"all {already} steps had been done before" if already == config.steps else note
         return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.is_main)
