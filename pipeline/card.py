@@ -1,7 +1,7 @@
 """The dataset card, OUT/README.md: what `datasets.load_dataset` and a hub need to know, and what a person wants to.
 
 It is a function of the manifest alone, so the same input gives the same bytes. Its last line holds the SHA-256 of the
-rest: a card that somebody has edited, or any other README.md, is told from ours by it and left alone.
+rest: a card that somebody has edited, or any other README.md, does not match it and is left alone.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class _RowGroup:
     def __init__(self, path: Path, index: int, content: str) -> None:
         self._path, self._index = path, index
         table = _read(path, index, _NUMBERS)
-        self.turn_at, turns = _flat(table["turns"])
+        self.turn_at, turns = flat_lists(table["turns"])
         frames = (np.from_dlpack(turns.field(name).fill_null(_NO_FRAME)) for name in ("start_frame", "end_frame"))
         roles = turns.field("role")
         codes = np.array([ROLES.index(role) for role in roles.dictionary.to_pylist()], np.int32)
@@ -241,7 +241,7 @@ class _RowGroup:
 
     def _rule(self, table: pa.Table) -> LabelRule:
         clip = np.arange(len(table))
-        at, ranges = _flat(table["unlabelled"])
+        at, ranges = flat_lists(table["unlabelled"])
         unlabelled = (np.from_dlpack(ranges.field(name)) for name in ("start_frame", "end_frame"))
         return label_rule(
             Turns(np.repeat(clip, np.diff(self.turn_at)), *self.turns.T),
@@ -250,7 +250,7 @@ class _RowGroup:
             sizes=_array(table["num_frames"]).astype(np.int64),
             seeds=_array(table["sampling_seed"]),
             rates=_array(table["neg_rate"]),
-            steps=np.diff(_flat(table["steps"])[0]),
+            steps=np.diff(flat_lists(table["steps"])[0]),
             onset=np.array(table["positive"].to_pylist()) == "onset",
         )
 
@@ -286,7 +286,7 @@ class _Texts:
         self.copied = table.select(_COPIED).to_pylist()
         self.steps, self.states = _pairs(table["steps"]), _pairs(table["initial_state"])
         self.unlabelled = _pairs(table["unlabelled"])
-        _, turns = _flat(table["turns"])
+        _, turns = flat_lists(table["turns"])
         *columns, updates = (turns.field(name) for name in Turn._fields)
         self.turns = list(map(Turn, *(column.to_pylist() for column in columns), _pairs(updates)))
 
@@ -301,7 +301,7 @@ def _array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     return np.from_dlpack(column.combine_chunks())
 
 
-def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[npt.NDArray[np.int32], pa.Array]:
+def flat_lists(column: pa.ChunkedArray | pa.ListArray) -> tuple[npt.NDArray[np.int32], pa.Array]:
     """(where each list begins, [C + 1]; what the lists hold, end to end)."""
     lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     at = np.from_dlpack(lists.offsets)
@@ -310,6 +310,6 @@ def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[npt.NDArray[np.int32]
 
 def _pairs(column: pa.ChunkedArray | pa.ListArray) -> list[tuple[tuple[Any, Any], ...]]:
     """Per list, its structs of two values."""
-    at, structs = _flat(column)
+    at, structs = flat_lists(column)
     pairs = list(zip(*(values.to_pylist() for values in structs.flatten()), strict=True))
     return [tuple(pairs[a:b]) for a, b in pairwise(at.tolist())]

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from pipeline import labels, state
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, refuse
+from pipeline.readers.clip import EVERYWHERE, NOT_STRICT, Clip, ClipError, Range, Refusal, refuse
 from pipeline.readers.index import MAX_CLIP_BYTES
 from pipeline.schema import CLIPS, ROLES, STATES
 from pipeline.storage import move
@@ -177,7 +177,7 @@ def _id_of(raw: bytes) -> str | None:
     try:
         found = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("id")
         return None if found is None else str(msgspec.json.decode(found, type=str | int))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NOT_STRICT:
         return None
 
 
@@ -272,24 +272,22 @@ def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
     framed = (turns.role != _SYSTEM) & (turns.end != labels.NO_FRAMES[1])
     extents, dst_extents = _extents(turns, framed), _extents(turns, framed & (turns.role == _DST))
     first_ends = _extents(turns._replace(start=turns.end), framed)
-    told: list[dict[str, str]] = [{} for _ in infos]  # the states that a clip's system turns name
+    named: list[dict[str, str]] = [{} for _ in infos]  # the states that a clip's system turns name
     for turn in np.flatnonzero(turns.role == _SYSTEM).tolist():
         if _ANY_STATE.search(turns.text[turn]):
-            told[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
+            named[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
     ids = _clip_ids([info.clip for info in infos], turns)
     for i, info in enumerate(infos):
         clip, own = info.clip, turns.updates[i]
         info.clip_id, info.placed, info.given = ids[i], clip.convention is not None, (clip.start_frame, clip.end_frame)
         info.extent, info.dst_extent, info.first_end = extents[i], dst_extents[i], first_ends[i][0]
         info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
-        info.tracked, info.annotated = (
-            bool(clip.steps) or "DST_UPDATE" in clip.turns[0],
-            tuple(clip.unlabelled) != EVERYWHERE,
-        )
-        if clip.initial_state or told[i]:
+        info.tracked = bool(clip.steps) or "DST_UPDATE" in clip.turns[0]
+        info.annotated = tuple(clip.unlabelled) != EVERYWHERE
+        if clip.initial_state or named[i]:
             changes = [update[2:] for update in own]
             info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
-            info.system_contradicted = bool(told[i]) and state.contradicts(told[i], changes)
+            info.system_contradicted = bool(named[i]) and state.contradicts(named[i], changes)
         info.updates = msgspec.msgpack.encode(own)
         clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
     for info, votes in zip(infos, _votes(infos, turns, framed), strict=True):

@@ -37,7 +37,7 @@ def told_split(path: Path) -> str | None:
 
 
 def split_of(path: Path, options: Options) -> str:
-    """The split of a file. UsageError where none is told, or --split contradicts the file's name."""
+    """The split of a file. UsageError where the name gives none, or --split contradicts the file's name."""
     split = options.split or told_split(path)
     if split is None:
         raise UsageError(

@@ -159,6 +159,12 @@ def label_rule(
     )
 
 
+def end_to_end(first: Ints, sizes: Ints) -> Ints:
+    """int64 [F]: first, first + 1, ... of each range of `sizes` numbers, end to end."""
+    frames: Ints = np.arange(sizes.sum()) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
+    return frames
+
+
 def mark(ranges: Ranges, starts: Ints, sizes: Ints) -> Mask:
     """bool [F]: frames inside any of the ranges, cut to their clips; starts, sizes [C]: those of the clips."""
     low, size, offset = (of_clip[ranges.owner] for of_clip in (starts, sizes, np.cumsum(sizes) - sizes))
@@ -169,7 +175,7 @@ def mark(ranges: Ranges, starts: Ints, sizes: Ints) -> Mask:
     first[1:] = np.maximum(first[1:], last[:-1])  # now they are disjoint and ascending
     lengths = last - first
     marked = np.zeros(sizes.sum(), bool)
-    marked[np.arange(lengths.sum()) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)] = True
+    marked[end_to_end(first, lengths)] = True
     return marked
 
 
@@ -206,8 +212,7 @@ def _drawn(rule: LabelRule, epoch: int, rates: npt.NDArray[np.float64]) -> Mask:
     for first in range(0, len(rates), BLOCK):
         own = slice(first, first + BLOCK)
         sizes = rule.sizes[own]
-        frames = np.arange(sizes.sum()) + np.repeat(rule.starts[own] - (np.cumsum(sizes) - sizes), sizes)
-        draw = draws(np.repeat(rule.seeds[own], sizes), epoch, frames)
+        draw = draws(np.repeat(rule.seeds[own], sizes), epoch, end_to_end(rule.starts[own], sizes))
         drawn.append(draw < np.repeat(thresholds[own], sizes))
     return np.concatenate(drawn)
 

@@ -68,7 +68,7 @@ class Source:
             "quarantined": len(self.refused),
             "schemas": dict(sorted(self.schemas.items())),
             "frame_convention": self.convention,
-            "votes": {"turns": turns, **dict(zip(("lead-in", "event", "window"), fits, strict=True))},
+            "votes": {"turns": turns, **dict(zip(labels.VOTED, fits, strict=True))},
             "turns_not_fitting": turns - labels.fitting(self.convention, np.array(self.votes)),
             **{name: self.counts[name] for name in ("fps_assumed", "bounds_widened", "renamed")},
             "ignored_fields": dict(sorted(self.ignored.items())),

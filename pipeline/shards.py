@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import labels
+from pipeline.dataset import flat_lists
 from pipeline.extract import ClipInfo, cut
 from pipeline.options import Options
 from pipeline.output import FRAMES_WRITTEN, parquet_writer
@@ -158,16 +159,10 @@ def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
     return _Group(batch, pa.array(ids), turns, unlabelled, rule, labels.epoch_labels(rule, 0))
 
 
-def _flat(lists: pa.ListArray) -> tuple[np.ndarray, pa.Array]:
-    """(the list that each item is of, the items end to end)"""
-    offsets = lists.offsets.to_numpy()
-    owner = np.repeat(np.arange(len(lists)), np.diff(offsets))
-    return owner, lists.values.slice(offsets[0], offsets[-1] - offsets[0])
-
-
 def _read_turns(batch: pa.RecordBatch, convention: str) -> labels.Turns:
     """The turns with their events' ranges: the file's convention applied where the reader did not place them."""
-    owner, turns = _flat(batch.column("turns"))
+    at, turns = flat_lists(batch.column("turns"))
+    owner = np.repeat(np.arange(batch.num_rows), np.diff(at))
     role = turns.field("role").dictionary_encode()
     codes = np.array([ROLES.index(name) for name in role.dictionary.to_pylist()], np.int64)
     frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
@@ -180,7 +175,8 @@ def _read_turns(batch: pa.RecordBatch, convention: str) -> labels.Turns:
 
 def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges:
     """The ranges that nobody annotated, cut to their clips."""
-    owner, ranges = _flat(batch.column("unlabelled"))
+    at, ranges = flat_lists(batch.column("unlabelled"))
+    owner = np.repeat(np.arange(batch.num_rows), np.diff(at))
     low, high = bounds[owner].T
     start, end = (np.clip(ranges.field(name).to_numpy(), low, high) for name in ("start_frame", "end_frame"))
     inside = start < end
@@ -190,7 +186,7 @@ def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges
 def _frames_batch(group: _Group, first_clip: int) -> pa.RecordBatch:
     sizes = group.rule.sizes
     clip = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    frame = np.arange(sizes.sum()) + np.repeat(group.rule.starts - (np.cumsum(sizes) - sizes), sizes)
+    frame = labels.end_to_end(group.rule.starts, sizes)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(clip), group.ids),
         clip + np.int32(first_clip),
@@ -242,8 +238,8 @@ def _initial_states(batch: pa.RecordBatch, replayed: list[Mapping[str, str] | No
 
 def _turns_column(spooled: pa.ListArray, turns: labels.Turns) -> pa.ListArray:
     """The turns of the clips with the ranges of their events."""
-    type_, offsets = CLIPS.field("turns").type, spooled.offsets.to_numpy()
-    _, structs = _flat(spooled)
+    type_ = CLIPS.field("turns").type
+    at, structs = flat_lists(spooled)
     absent = turns.end == labels.NO_FRAMES[1]
     ranges = {
         "start_frame": pa.array(turns.start.astype(np.int32), mask=absent),
@@ -252,7 +248,7 @@ def _turns_column(spooled: pa.ListArray, turns: labels.Turns) -> pa.ListArray:
     fields = list(type_.value_type)
     children = [ranges[field.name] if field.name in ranges else structs.field(field.name) for field in fields]
     struct = pa.StructArray.from_arrays(children, fields=fields)
-    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), struct, type=type_)
+    return pa.ListArray.from_arrays(pa.array(at), struct, type=type_)
 
 
 # ---- counts ------------------------------------------------------------------------------------------

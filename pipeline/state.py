@@ -9,7 +9,7 @@ clip is therefore replayed over the earlier clips of its conversation; a given s
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,12 +64,13 @@ def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     )
 
 
-def _first(updates: Iterable[Update]) -> Iterable[Update]:
-    """The first update of each step."""
-    first: dict[str, str] = {}
+def _first(updates: Iterable[Update]) -> Iterator[Update]:
+    """The first update of each step, in order."""
+    seen: set[str] = set()
     for step, transition in updates:
-        first.setdefault(step, transition)
-    return first.items()
+        if step not in seen:
+            seen.add(step)
+            yield step, transition
 
 
 @dataclass(frozen=True)

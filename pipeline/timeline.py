@@ -190,8 +190,7 @@ def _turns(row: Mapping[str, Any]) -> Table:
     table.add_column("text", overflow="fold", ratio=1)
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
     for number, (turn, state) in enumerate(zip(row["turns"], states_of(row)[1:], strict=True), 1):
-        start = turn["start_frame"]
-        time = turn["time_s"] if turn["time_s"] is not None or start is None else start / row["fps"]
+        start, time = turn["start_frame"], turn_seconds(row, turn)
         text = Text(plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]) or turn["text"]))
         for note in (turn_note(row, turn), state_line(state) if turn["updates"] else ""):
             text.append(f"\n{plain(note)}" if note else "", style="dim")
@@ -200,6 +199,12 @@ def _turns(row: Mapping[str, Any]) -> Table:
         role = Text(plain(turn["role"]), style=hues.get(turn["role"], ""))
         table.add_row(str(number), seconds, frames, role, text)
     return table
+
+
+def turn_seconds(row: Mapping[str, Any], turn: Mapping[str, Any]) -> float | None:
+    """A turn's own time, else that of its first frame."""
+    start, time = turn["start_frame"], turn["time_s"]
+    return start / row["fps"] if time is None and start is not None else time
 
 
 def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from pipeline.schema import NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.summary import Split, drops_by_reason, splits_of
 from pipeline.terminal import plain
-from pipeline.timeline import ClipView, clip_index, read_clips, states_of, turn_note
+from pipeline.timeline import ClipView, clip_index, read_clips, states_of, turn_note, turn_seconds
 
 MAX_BYTES: Final = 5_000_000  # of timelines; at least one is always shown
 MAX_FRAMES: Final = 20_000  # shown of one clip
@@ -158,10 +158,9 @@ def clip_data(view: ClipView) -> dict[str, Any]:
     states = states_of(row)
     turns = []
     for turn, before, after in list(zip(row["turns"], states, states[1:], strict=False))[:MAX_TURNS]:
-        start, time = turn["start_frame"], turn["time_s"]
-        seconds = start / row["fps"] if time is None and start is not None else time
+        start, end = turn["start_frame"], turn["end_frame"]
         updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
-        shown = [turn["role"], short(turn["text"]), start, turn["end_frame"], seconds, updates, turn_note(row, turn)]
+        shown = [turn["role"], short(turn["text"]), start, end, turn_seconds(row, turn), updates, turn_note(row, turn)]
         turns.append([*shown, _state({step: name for step, name in after.items() if before.get(step) != name})])
     return {
         "id": short(row["clip_id"]),
@@ -172,7 +171,6 @@ def clip_data(view: ClipView) -> dict[str, Any]:
         "fps": row["fps"],
         "start": row["start_frame"],
         "frames": row["num_frames"],
-        "rate": row["neg_rate"],
         "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
         "initial": _state(states[0]),
         "turns": turns,

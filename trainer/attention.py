@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "packed_attention"
-# torch 2.15 needs to be told that keys are shared by several heads; 2.11 sees it, and has no such argument
+# torch 2.15 requires this where heads share keys; 2.11 infers it and has no such argument
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 

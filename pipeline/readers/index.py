@@ -168,7 +168,7 @@ def _value_end(data: Data, start: int) -> tuple[int, str]:
         except json.JSONDecodeError as error:
             cut = error.pos >= len(text) - MARGIN or error.msg.startswith("Unterminated string")
             if whole or not cut or size > MAX_CLIP_BYTES:
-                return start, f"{error.msg} at character {error.pos} of the clip"
+                return start, syntax(error)
         except (ValueError, RecursionError) as error:
             return start, syntax(error)
         size *= 4

@@ -17,6 +17,7 @@ from scipy.special import expit
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
+from pipeline.updates import write_updates
 from trainer.config import Settings
 from trainer.evaluation.benchmark_folder import Benchmark, why_missing
 from trainer.evaluation.event_metrics import instant, is_event, match, predictions, references
@@ -148,7 +149,6 @@ def _model_lines(outcome: _Outcome) -> Iterator[TranscriptLine]:
         outcome.track.times.tolist(), scored.said or nothing, scored.updates or nothing, strict=True
     ):
         if update is not None:
-            steps = ", ".join(f"{step}->{transition}" for step, transition in update) or "(empty)"
-            yield TranscriptLine(time, f"{arm} update", printable(steps, MAX_CHARACTERS))
+            yield TranscriptLine(time, f"{arm} update", printable(write_updates(update) or "(empty)", MAX_CHARACTERS))
         if text is not None:
             yield TranscriptLine(time, arm, printable(text, MAX_CHARACTERS) or "(no words)")

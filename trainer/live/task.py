@@ -61,7 +61,7 @@ def find_task(path: Path | None, clip: str | None, video: str, fps: float | None
     if clip is None:
         raise InputError(f"{path}: is a folder; name one of its clips: --clip test:0")
     view = find_clip(path, clip)
-    example = next(one for one in Split(path, view.split).in_order() if one.clip == view.row["clip"])
+    example = Split(path, view.split).clip(view.row["clip"], rate=1.0)
     if fps not in (None, example.fps):
         raise InputError(f"clip {example.clip_id}: has {example.fps:g} frames/s, not {fps:g}; leave --fps out")
     if video.isascii() and video.isdigit():
