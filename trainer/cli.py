@@ -111,7 +111,7 @@ def train(
     given: Given,
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
-    from pipeline.terminal import command, console, plain
+    from pipeline.terminal import command, console, counted, plain
     from trainer.run_folder import resolve_config
     from trainer.train import train as fit
 
@@ -127,7 +127,7 @@ def train(
         typer.echo(report.note)
     resumed = f" after the {report.resumed_from} done before" if report.resumed_from else ""
     steps = report.steps - report.resumed_from
-    typer.echo(f"{steps} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
+    typer.echo(f"{counted(steps, 'step')} in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
     where = {"--features": features, "--frames-root": frames_root}
     more = [word for option, path in where.items() if path is not None for word in (option, path)]
     typer.echo(f"next: {command('evaluate', run, data, '--split', 'test', *more)}")

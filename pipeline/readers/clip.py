@@ -174,7 +174,7 @@ def lenient(raw: bytes) -> Any:
 def syntax(error: Exception) -> str:
     """What is wrong with text that is not JSON, on one line."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos} of the clip"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos} of the clip"
     if isinstance(error, RecursionError):
         return "nesting too deep to read"
     return brief(" ".join(str(error).split()), 90)
