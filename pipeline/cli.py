@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "stopped; nothing half-written is left"
 RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst\\[ray]')"
+TELLS_HELP = "what tells when to speak: vision, state, user, history, nothing, or shares: state=0.7,vision=0.3"
 Config = TypeVar("Config")
 
 
@@ -182,21 +183,19 @@ def synth(
     test: Annotated[int, Option(help="recordings in the test split")] = 15,
     views: Annotated[int, Option(help="camera views per recording")] = 2,
     difficulty: Annotated[float, Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
-    state_tells: Annotated[
-        float, Option(help="share of speech that only the task's state tells: 0 none .. 1 all")
-    ] = 0.0,
+    tells: Annotated[str, Option(help=TELLS_HELP)] = "vision",
+    state_tells: Annotated[float | None, Option(hidden=True, help="X: --tells state=X,vision=1-X")] = None,
     px: Annotated[int, Option(help="side of the square frames, pixels")] = 64,
     seed: Annotated[int, Option(help="same seed, same bytes")] = 0,
 ) -> int:
     """Make task videos with conversations, in the file formats that users have."""
-    from pipeline.synth import SynthConfig
+    from pipeline.synth import SynthConfig, parse_tells
     from pipeline.synth import synth as run
     from pipeline.terminal import command
 
+    shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
     recordings = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
-    config = SynthConfig(
-        recordings=recordings, views=views, difficulty=difficulty, state_tells=state_tells, px=px, seed=seed
-    )
+    config = SynthConfig(recordings=recordings, views=views, difficulty=difficulty, tells=shares, px=px, seed=seed)
     for split, counts in run(out, config).splits.items():
         typer.echo(f"{split:5} {counts.recordings} recordings, {counts.videos} videos, {counts.clips} clips")
     typer.echo(f"next: {command('preprocess', out, '--out', 'DATA', '--frames-root', out)}")

@@ -12,9 +12,15 @@ Before a moving background with coloured clutter and a passing hand, three thing
     question    the user asks; the assistant answers one frame later. Nothing to see
 
 Clips are cut from mid-task, in the quiet around their events; no picture shows how far the task has come.
-Whether a completed step is spoken about is decided with probability `state_tells` by the toy's plan (three toys, one
-plan each; the step is then called "Fit the axle aloud" or "... quietly"), else by a coin, which the lamp shows. So at 0
-the state says nothing about when to speak that the picture does not; at 1 only the completed step's name says it.
+What tells when the assistant speaks is drawn for each step from the shares in `tells`:
+
+    vision     a coin decides whether the completed step is spoken about; the lamp shows it
+    state      the toy's plan decides (three toys, one each): the step is called "Fit the axle aloud" or "... quietly"
+    user       the user speaks, to the assistant, which answers one frame later, or to others: what is said tells
+    history    the user asks; the assistant answers one frame later and speaks again FOLLOW_UPS frames after that
+    nothing    it speaks REMARKS times a frame, on average, whatever happens
+
+Lamps of their own and answered questions stand between the steps of `vision` and `state` alone.
 
     F frames of a video, P pixels of a side
 """
@@ -42,7 +48,10 @@ from pipeline.state import Update, replay
 from pipeline.storage import is_vacant, make_folder
 
 SPLITS: Final = ("train", "val", "test")
+SOURCES: Final = ("state", "vision", "user", "history", "nothing")  # of what tells when to speak
 CUE_FRAMES: Final = 3  # a cue is in view for frame, frame + 1, frame + 2
+FOLLOW_UPS: Final = (6, 14)  # frames
+REMARKS: Final = 0.1  # per frame
 ROWS_PER_BATCH: Final = 100
 
 _PARTS: Final = tuple(
@@ -51,10 +60,13 @@ _PARTS: Final = tuple(
 # Which of a toy's steps are spoken about (a) and which pass quietly (q), where the plan decides.
 _PLANS: Final = {"Crane": "aaqaqqqaaqaqaqqa", "Truck": "qaqqaaaqqaqaqaaq", "Robot": "aqqaaqaqaaqqqaqa"}
 _QUESTIONS: Final = ("Is this right?", "Can I go on?", "Does it fit?")
+_ASIDES: Final = ("Where is my tea, Tom?", "What a day, Ann!", "Did you call her, Tom?")
 _REPLIES: Final = {
     "placement": ("Good, that part is in.", "Well done, next part."),
     "lamp": ("Mind the lamp.", "The lamp is on, wait."),
     "question": ("Yes, go on.", "Yes, it is fine."),
+    "follow-up": ("Still going well?", "Take your time."),
+    "remark": ("Nice weather today.", "Time flies."),
 }
 _COLOURS: Final = np.array(
     [(200, 40, 40), (40, 150, 60), (50, 80, 200), (220, 170, 40), (230, 120, 40), (40, 160, 170)], np.float32
@@ -64,7 +76,7 @@ _HAND, _JIG, _LAMP = np.array([(205, 150, 120), (250, 250, 250), (240, 40, 220)]
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """What to write. `difficulty` (of seeing) and `state_tells` (when to speak) run from 0 to 1."""
+    """What to write. `difficulty` of seeing runs from 0 to 1; `tells`: shares of SOURCES, which add up to 1."""
 
     recordings: Mapping[str, int] = field(default_factory=lambda: {"train": 190, "val": 15, "test": 15})
     views: int = 2  # cameras per recording
@@ -73,7 +85,7 @@ class SynthConfig:
     px: int = 64  # side of the square frames
     fps: float = 2.0
     difficulty: float = 0.25  # clutter, its speed, noise, contrast; from 0.5 clutter in the cues' colours
-    state_tells: float = 0.0
+    tells: Mapping[str, float] = field(default_factory=lambda: {"vision": 1.0})
     jpeg_quality: int = 80
     seed: int = 0
 
@@ -88,12 +100,25 @@ class SynthConfig:
             ("px", 32 <= self.px <= 1024, "32 to 1024"),
             ("fps", 0.1 <= self.fps <= 60, "0.1 to 60"),
             ("difficulty", 0 <= self.difficulty <= 1, "a number from 0 to 1"),
-            ("state_tells", 0 <= self.state_tells <= 1, "a number from 0 to 1"),
+            ("tells", self._shares_hold(), f"shares of {', '.join(SOURCES)} that add up to 1"),
             ("jpeg_quality", 1 <= self.jpeg_quality <= 95, "1 to 95"),
             ("seed", 0 <= self.seed < 2**63, "0 <= seed < 2**63"),
         ):
             if not holds:
                 raise UsageError(f"{name}: found {getattr(self, name)}; expected {expected}")
+
+    def _shares_hold(self) -> bool:
+        shares = self.tells.values()
+        return set(self.tells) <= set(SOURCES) and all(share >= 0 for share in shares) and abs(sum(shares) - 1) < 1e-9
+
+
+def parse_tells(text: str) -> dict[str, float]:
+    """'user', or shares such as 'state=0.7,vision=0.3'. UsageError where it is neither."""
+    items = [item.partition("=") for item in text.split(",")]
+    try:
+        return {name.strip(): float(share) if equals else 1.0 for name, equals, share in items}
+    except ValueError:
+        raise UsageError(f"--tells {text!r}: expected a name, or name=share items with commas") from None
 
 
 @dataclass
@@ -120,13 +145,15 @@ class SynthReport:
 
 @dataclass(frozen=True)
 class Event:
-    """Something at `frame`: a placement (of step `step`, from 0), a lamp, or a question. Its turns start one later."""
+    """Something at `frame`: a placement (of step `step`, from 0), a lamp, a question, an aside of the user's to others,
+    a remark of the assistant's. Its turns start one later, an aside and a question at once."""
 
     kind: str
     frame: int = 0
     step: int = -1
     speaks: bool = True  # the assistant says something
     lamp: bool = False  # and the picture shows it
+    follow_ups: tuple[int, ...] = ()  # it speaks again, frames after it spoke
 
 
 @dataclass(frozen=True)
@@ -154,14 +181,40 @@ def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> 
     num_steps = _between(rng, *config.steps)
     toy = _pick(rng, tuple(_PLANS))
     planned = np.array([letter == "a" for letter in _PLANS[toy][:num_steps]])
-    by_plan = rng.random(num_steps) < config.state_tells
-    spoken = np.where(by_plan, planned, rng.random(num_steps) < 0.5)
+    shares = np.cumsum([config.tells.get(source, 0.0) for source in SOURCES])
+    shares[-1] = 1.0
+    source = np.array(SOURCES)[np.searchsorted(shares, rng.random(num_steps), side="right")]
+    by_plan, by_lamp = source == "state", source == "vision"
+    spoken = np.where(by_plan, planned, (rng.random(num_steps) < 0.5) & by_lamp)
     events: list[Event] = []
-    for step, (is_planned, speaks) in enumerate(zip(by_plan.tolist(), spoken.tolist(), strict=True)):
-        while rng.random() < 0.35 - 0.2 * config.state_tells:
-            events.append(Event("question") if rng.random() < 0.5 else Event("lamp", lamp=True))
-        events.append(Event("placement", 0, step, speaks, lamp=speaks and not is_planned))
+    for step in range(num_steps):
+        events += _between_steps(str(source[step]), rng, config)
+        speaks = bool(spoken[step])
+        events.append(Event("placement", 0, step, speaks, lamp=speaks and bool(by_lamp[step])))
+    clips, num_frames = _place(events, rng, config)
+    if remarks := config.tells.get("nothing", 0.0) * REMARKS:
+        events = sorted([*events, *_remarks(events, clips, remarks, rng)], key=lambda event: event.frame)
 
+    parts = [_PARTS[i] for i in rng.permutation(len(_PARTS))[:num_steps]]
+    words = [(" aloud" if s else " quietly") if p else "" for p, s in zip(by_plan, spoken, strict=True)]
+    names = [f"Fit the {part}{word}" for part, word in zip(parts, words, strict=True)]
+    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
+
+
+def _between_steps(source: str, rng: np.random.Generator, config: SynthConfig) -> Iterator[Event]:
+    """What happens before the placement of a step of that source."""
+    state, vision = (config.tells.get(name, 0.0) for name in ("state", "vision"))
+    while rng.random() < 0.35 * (state + vision) - 0.2 * state:
+        yield Event("question") if rng.random() < 0.5 else Event("lamp", lamp=True)
+    if source == "history":
+        yield Event("question", follow_ups=FOLLOW_UPS)
+    if source == "user":
+        for _ in range(_between(rng, 1, 2)):
+            yield Event("question") if rng.random() < 0.5 else Event("aside", speaks=False)
+
+
+def _place(events: list[Event], rng: np.random.Generator, config: SynthConfig) -> tuple[list[tuple[int, int]], int]:
+    """Gives the events their frames; (the clips, the number of frames)."""
     low, high = config.events_per_clip
     cuts = [_between(rng, 0, min(3, max(0, len(events) - low)))]  # events at which clips start
     while (rest := len(events) - cuts[-1]) > high + 2 and rest >= 2 * low:
@@ -179,14 +232,22 @@ def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> 
             starts.append(frame)
             frame += _between(rng, 2, 6)  # before a clip's first event
         events[number] = replace(event, frame=frame)
+        frame += max(event.follow_ups, default=0)
         frame += CUE_FRAMES + (_between(rng, 3, 7) if number + 1 in cuts else _between(rng, 2, 5))
     clips.append((starts[-1], frame))
-    num_frames = frame + _between(rng, 1, 4)
+    return clips, frame + _between(rng, 1, 4)
 
-    parts = [_PARTS[i] for i in rng.permutation(len(_PARTS))[:num_steps]]
-    words = [(" aloud" if s else " quietly") if p else "" for p, s in zip(by_plan, spoken, strict=True)]
-    names = [f"Fit the {part}{word}" for part, word in zip(parts, words, strict=True)]
-    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
+
+def _remarks(
+    events: list[Event], clips: list[tuple[int, int]], rate: float, rng: np.random.Generator
+) -> Iterator[Event]:
+    """Remarks at random frames, as a Poisson process; no two turns of the assistant share a frame."""
+    taken = {event.frame + after for event in events if event.speaks for after in (0, *event.follow_ups)}
+    for start, end in clips:
+        for frame in (start - 1 + np.flatnonzero(rng.random(end - start - 2) < rate)).tolist():
+            if not taken & {frame - 1, frame, frame + 1}:
+                taken.add(frame)
+                yield Event("remark", frame)
 
 
 # ---- what a camera sees ------------------------------------------------------------------------------
@@ -194,10 +255,7 @@ def plan_recording(name: str, rng: np.random.Generator, config: SynthConfig) -> 
 
 def draw_view(recording: Recording, rng: np.random.Generator, config: SynthConfig) -> np.ndarray:
     """uint8 frames [F, P, P, 3] of one camera: its own background, clutter, noise and places of the cues."""
-    px, strength = (
-        config.px,
-        1 - 0.5 * config.difficulty,
-    )  # of cues: at difficulty 1 half of what was there shines through
+    px, strength = config.px, 1 - 0.5 * config.difficulty  # of cues: at 1 half of what was there shines through
     frames = _background(rng, recording.num_frames, config)
     _add_movers(frames, rng, config)
     for event in recording.events:
@@ -307,9 +365,9 @@ def _turns(
 
     start = event.frame + 1
     time = seconds(start)
-    if event.kind == "question":
-        question = _pick(rng, _QUESTIONS)
-        yield turn("user", question, event.frame, seconds(event.frame), "user|generic")
+    if event.kind in ("question", "aside"):
+        said = _pick(rng, _QUESTIONS if event.kind == "question" else _ASIDES)
+        yield turn("user", said, event.frame, seconds(event.frame), "user|generic")
     if event.kind == "placement":
         for step, transition in ((event.step, "complete"), (event.step + 1, "start")):
             if step < len(recording.step_names):
@@ -318,6 +376,8 @@ def _turns(
                 yield turn("DST_UPDATE", content, start, time, labels)
     if event.speaks:
         yield turn("assistant", _pick(rng, _REPLIES[event.kind]), start, time, "assistant|generic")
+    for again in (start + after for after in event.follow_ups):
+        yield turn("assistant", _pick(rng, _REPLIES["follow-up"]), again, seconds(again), "assistant|generic")
 
 
 def _updates(turn: dict[str, Any]) -> list[Update]:

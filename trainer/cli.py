@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer import Argument, Option
 
-from pipeline.cli import RAY_HELP, Given, cluster, names, new_app, numbers, run_app, with_options
+from pipeline.cli import RAY_HELP, TELLS_HELP, Given, cluster, names, new_app, numbers, run_app, with_options
 from pipeline.cli import app as pipeline_app
 from pipeline.errors import UsageError
 from trainer.arms import ARMS
@@ -210,7 +210,8 @@ def benchmark(
     frames_root: FramesRoot = None,
     features: Features = None,
     self_fed: FreeRunning = True,
-    state_tells: Annotated[float, Option(help="with synth: share of speech that only the state tells, 0 to 1")] = 1.0,
+    tells: Annotated[str, Option(help=f"with synth: {TELLS_HELP}")] = "state",
+    state_tells: Annotated[float | None, Option(hidden=True, help="X: --tells state=X,vision=1-X")] = None,
     draws: Annotated[int, Option(help="of the recordings, for the intervals", min=100)] = 10_000,
     jobs: Annotated[int, Option(help="runs at a time; 0: one per GPU, without any one per core", min=0)] = 0,
     *,
@@ -218,6 +219,7 @@ def benchmark(
 ) -> int:
     """Does the dialog state help? Train and evaluate the arms, matched in all else, and write report.html."""
     from pipeline.output import verify
+    from pipeline.synth import parse_tells
     from pipeline.terminal import plain
     from trainer import benchmark as of
     from trainer.demo import synthetic_data
@@ -228,7 +230,8 @@ def benchmark(
         values["eval_every"] = max(1, values["steps"] // 8)
     config = resolve_config(out, values, given.chosen & set(values))
     if str(data) == "synth" and not data.exists():
-        data = synthetic_data(out, state_tells, echo=typer.echo)
+        shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
+        data = synthetic_data(out, shares, echo=typer.echo)
     plan = of.Plan(
         data=data,
         out=out,

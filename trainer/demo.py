@@ -6,7 +6,7 @@ Each step is what the command of that name calls. `synthetic_data` prepares the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,15 +87,15 @@ def captions(evaluation: Evaluation) -> dict[str, str]:
     return texts
 
 
-def synthetic_data(out: Path, state_tells: float, echo: Callable[[str], None]) -> Path:
-    """OUT/synth-STATE_TELLS/data, made unless it is there.
+def synthetic_data(out: Path, tells: Mapping[str, float], echo: Callable[[str], None]) -> Path:
+    """OUT/synth-TELLS/data, made unless it is there; `tells`: what tells when to speak (`pipeline.synth`).
 
-    Labels are onsets, so that a text stands in training where it stands live: right after the frame that fires. At
-    `state_tells` 1 the picture does not show when to speak and the state does; at 0 the picture shows all of it.
+    Labels are onsets, so that a text stands in training where it stands live: right after the frame that fires.
     """
-    raw, data = (out / f"synth-{state_tells:g}" / name for name in ("raw", "data"))
+    name = ",".join(source if share == 1 else f"{source}={share:g}" for source, share in tells.items() if share)
+    raw, data = (out / f"synth-{name}" / folder for folder in ("raw", "data"))
     if not raw.exists():
-        report = synth(raw, SynthConfig(recordings=RECORDINGS, views=1, state_tells=state_tells))
+        report = synth(raw, SynthConfig(recordings=RECORDINGS, views=1, tells=tells))
         echo(f"made {sum(split.recordings for split in report.splits.values())} recordings in {raw}")
     preprocess([raw], data, Options(frames_root=str(raw), positive="onset"))
     return data

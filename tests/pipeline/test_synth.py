@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import synth as module
 from pipeline.media import find_frames, open_pictures
-from pipeline.synth import SynthConfig, plan_recording, synth
+from pipeline.synth import SOURCES, SynthConfig, parse_tells, plan_recording, synth
 
 SMALL = SynthConfig(recordings={"train": 3, "val": 1, "test": 1}, difficulty=0, seed=5)
 REAL_CLIP_KEYS = {  # of a real clip; it lacks `id` and `initial_dst_state`, which others have
@@ -130,7 +130,7 @@ def test_views_of_a_recording_share_events_and_differ_in_pictures(out, clips):
 
 
 def plans(state_tells: float) -> list[module.Recording]:
-    config = SynthConfig(state_tells=state_tells)
+    config = SynthConfig(tells={"state": state_tells, "vision": 1 - state_tells})
     return [plan_recording(f"nusar-{i}", np.random.default_rng([1, i]), config) for i in range(200)]
 
 
@@ -173,11 +173,70 @@ def test_clips_hold_4_to_8_whole_events_and_begin_2_to_6_frames_before_the_first
     assert {lead: leads.count(lead) > 50 for lead in leads} == dict.fromkeys((2, 3, 4, 5, 6), True)
 
 
+# ---- other worlds --------------------------------------------------------------------------------------
+
+
+def conversations(tells: dict[str, float], count: int = 60) -> list[tuple[dict[str, Any], dict[str, list[int]]]]:
+    """(clip, by role the frames at which its turns start) of many recordings."""
+    config = SynthConfig(tells=tells)
+    clips = []
+    for i in range(count):
+        plan = plan_recording(f"nusar-{i}", np.random.default_rng([2, i]), config)
+        clips += module.make_clips(plan, 0, np.random.default_rng([3, i]), config)
+        assert not any(event.lamp for event in plan.events)
+    return [(c, {r: [t["start_frame"] for t in turns(c, r)] for r in ("user", "assistant")}) for c in clips]
+
+
+def test_in_the_world_user_what_the_user_says_tells_and_that_he_speaks_does_not():
+    answered = []
+    for clip, frames in conversations({"user": 1.0}):
+        asked = [
+            turn["start_frame"] for turn in turns(clip, "user") if turn["content"].endswith(("right?", "on?", "fit?"))
+        ]
+        assert frames["assistant"] == [frame + 1 for frame in asked]
+        answered += [frame in asked for frame in frames["user"]]
+    assert 0.4 < np.mean(answered) < 0.6
+    assert len(answered) > 500
+
+
+def test_in_the_world_history_each_question_is_answered_and_followed_up_after_6_and_14_frames():
+    for _, frames in conversations({"history": 1.0}):
+        assert frames["assistant"] == [asked + after for asked in frames["user"] for after in (1, 7, 15)]
+        assert frames["user"]
+
+
+def test_in_the_world_nothing_speech_comes_at_one_rate_whatever_happened_before():
+    hazard = {True: [], False: []}  # soon after a placement, or not
+    for clip, frames in conversations({"nothing": 1.0}, 200):
+        assert not frames["user"]
+        updates = {turn["start_frame"] for turn in turns(clip, "DST_UPDATE")}
+        last = -9
+        for frame in range(clip["start_frame_idx"] + 3, clip["end_frame_idx"] - 2):
+            last = frame - 1 if frame - 1 in frames["assistant"] else last
+            if last != frame - 1:  # its turn is two frames long
+                hazard[bool(updates & {frame - 2, frame - 1, frame})].append(frame in frames["assistant"])
+    assert abs(np.mean(hazard[True]) - np.mean(hazard[False])) < 0.01
+    assert 0.09 < np.mean(hazard[False]) < 0.11
+
+
+def test_worlds_mix_by_the_share_of_steps():
+    assert parse_tells("state=0.7, vision=0.3") == {"state": 0.7, "vision": 0.3}
+    assert parse_tells("user") == {"user": 1.0}
+    with pytest.raises(ValueError, match="--tells 'state=most': expected a name, or name=share items"):
+        parse_tells("state=most")
+    config = SynthConfig(tells={"state": 0.5, "history": 0.25, "nothing": 0.25}, steps=(12, 12))
+    many = [plan_recording("n", np.random.default_rng([4, i]), config) for i in range(200)]
+    named = np.mean([name.endswith((" aloud", " quietly")) for plan in many for name in plan.step_names])
+    followed = np.mean([sum(bool(event.follow_ups) for event in plan.events) / 12 for plan in many])
+    assert (abs(named - 0.5) < 0.03, abs(followed - 0.25) < 0.03) == (True, True)
+    assert any(event.kind == "remark" for plan in many for event in plan.events)
+
+
 # ---- the same bytes, and refusals ----------------------------------------------------------------------
 
 
 def test_another_process_writes_the_same_bytes_and_never_imports_torch(tmp_path):
-    config = "SynthConfig(recordings={'train': 1, 'val': 1}, steps=(3, 4), difficulty=0.8, state_tells=0.5)"
+    config = "SynthConfig(recordings={'train': 1, 'val': 1}, steps=(3, 4), tells={'state': 0.5, 'user': 0.5})"
     synth(tmp_path / "here", eval(config))
     code = (
         "import sys; from pathlib import Path; from pipeline.synth import SynthConfig, synth;"
@@ -232,7 +291,9 @@ def test_a_mount_point_is_filled(tmp_path):
         ({"steps": (9, 4)}, r"steps: found \(9, 4\); expected 3 <= fewest <= most <= 16"),
         ({"px": 16}, "px: found 16"),
         ({"difficulty": 1.2}, "difficulty: found 1.2; expected a number from 0 to 1"),
-        ({"state_tells": float("nan")}, "state_tells: found nan"),
+        ({"tells": {"vision": float("nan")}}, "tells: found {'vision': nan}; expected shares of state, vision, user"),
+        ({"tells": {"state": 0.7}}, "tells: found"),
+        ({"tells": {"sound": 1.0}}, "tells: found"),
     ],
 )
 def test_a_setting_out_of_range_is_said(wrong, said):
@@ -240,7 +301,9 @@ def test_a_setting_out_of_range_is_said(wrong, said):
         SynthConfig(**wrong)
 
 
-@pytest.mark.parametrize("config", [{"px": 96}, {"fps": 3.7}, {"difficulty": 1.0}, {"state_tells": 1.0}])
+@pytest.mark.parametrize(
+    "config", [{"px": 96}, {"fps": 3.7}, {"difficulty": 1.0}, *({"tells": {name: 1.0}} for name in SOURCES)]
+)
 def test_other_settings_keep_turns_inside_their_clips(tmp_path, config):
     chosen = SynthConfig(recordings={"test": 2}, views=1, steps=(5, 6), **config)
     synth(tmp_path / "out", chosen)
