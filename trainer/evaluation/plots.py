@@ -42,10 +42,13 @@ FALSE_ALARM, SPEAKING, DST = "#cf222e", "#2563eb", "#d97706"
 ARM_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
     "silence": ("#6e7781", "#a5adb8", ":"),
     "lm-eos": ("#a8478f", "#dd8fc4", "-."),
+    "texts": ("#4b5fc4", "#9aa8f0", ":"),
+    "frames": ("#7a5c3d", "#c9a27e", "-."),
     "speak": ("#0072b2", "#56b4e9", "-"),
     "speak+dst-head": ("#008f68", "#3cc9a0", "--"),
     "speak+dst": ("#d55e00", "#ff8a47", "-"),
     "speak+markers": ("#a87900", "#e6b422", (0, (6, 2))),
+    "token": ("#0f7b8a", "#4fc3d6", "--"),
 }
 OTHER: Final[tuple[str, str, Any]] = ("#8250df", "#b48cf2", "-")
 DARK: Final = dict([(INK, "#e4e7eb"), (MUTED, "#98a1ad"), (GRID, "#353c45"), (WHITE, "#1b1f25"), (DST, "#f0a04b"),
