@@ -223,6 +223,7 @@ def benchmark(
     from pipeline.terminal import plain
     from trainer import benchmark as of
     from trainer.demo import synthetic_data
+    from trainer.plan import Plan
     from trainer.run_folder import resolve_config
 
     values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
@@ -232,7 +233,7 @@ def benchmark(
     if str(data) == "synth" and not data.exists():
         shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
         data = synthetic_data(out, shares, echo=typer.echo)
-    plan = of.Plan(
+    plan = Plan(
         data=data,
         out=out,
         arms=tuple(names(arms)) or tuple(ARMS),

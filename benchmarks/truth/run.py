@@ -29,9 +29,10 @@ import pyarrow.parquet as pq
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
-from trainer.benchmark import Plan, answer_of, benchmark
+from trainer.benchmark import answer_of, benchmark
 from trainer.config import Settings, TrainConfig
 from trainer.demo import synthetic_data
+from trainer.plan import Plan
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ("speak+dst", "speak")

@@ -18,12 +18,14 @@ from small_run import CONFIG
 from test_evaluate import write_splits
 
 import trainer.benchmark
+import trainer.plan
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer.benchmark import Plan, answer_of, benchmark, commands_of, is_done, run_of
+from trainer.benchmark import answer_of, benchmark, is_done
 from trainer.cli import main
 from trainer.config import Settings, TrainConfig
 from trainer.evaluation.evaluate_scores import hold
+from trainer.plan import Plan, commands_of, run_of
 from trainer.run_folder import lock_folder
 
 ARMS = ("silence", "speak", "speak+dst")
@@ -206,7 +208,7 @@ def test_a_plan_names_each_arm_once(plan, tmp_path):
 
 def test_options_become_words_that_the_command_line_reads():
     config = TrainConfig(arm="speak", freeze=("vision", "text"), lr_by_part={"heads": 0.1}, bf16=True, lr=1e-5)
-    words = trainer.benchmark._options(config, TrainConfig())
+    words = trainer.plan._options(config, TrainConfig())
     assert words == [
         *("--arm", "speak", "--lr", "1e-05", "--lr-by-part", "heads=0.1", "--freeze", "vision,text", "--bf16")
     ]

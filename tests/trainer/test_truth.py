@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_frames, write_shards
 
-from trainer.benchmark import Plan, answer_of, benchmark
+from trainer.benchmark import answer_of, benchmark
 from trainer.config import TrainConfig
+from trainer.plan import Plan
 
 DARK, FLASH, BRIGHT = 20, 120, 250
 SEEDS = (0, 1, 2)
