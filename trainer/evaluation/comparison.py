@@ -30,6 +30,7 @@ from trainer.evaluation.bootstrap import Floats, Weights, compare_of, draw_recor
 from trainer.evaluation.evaluate_scores import METRICS_FILE
 from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
 from trainer.evaluation.read_scores import read_scores
+from trainer.evaluation.sequential import always_valid
 from trainer.plan import Job, Plan, commands_of, run_of
 from trainer.run_log import read_metrics
 
@@ -102,14 +103,16 @@ def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterato
     question = (*pairs_of(plan), *PAIRS)[0]
     for mode, metric in product(MODES, METRICS):
         pairs = [(a, b) for a, b in pairs_of(plan) if (a, mode) in measured and (b, mode) in measured]
+        bounds = METRICS[metric].bounds
         compared = [
-            compare_of(measured[a, mode][metric], measured[b, mode][metric], recordings, METRICS[metric].bounds)
-            for a, b in pairs
+            compare_of(measured[a, mode][metric], measured[b, mode][metric], recordings, bounds) for a, b in pairs
         ]
         corrected = holm([one.p_value for one in compared])
         for (a, b), one, p_holm in zip(pairs, compared, corrected, strict=True):
             primary = (a, b) == question and mode == primary_mode(plan) and metric == PRIMARY
             row = {"a": a, "b": b, "mode": mode, "metric": metric, "p_holm": p_holm, "primary": primary}
+            replicates = measured[a, mode][metric] - measured[b, mode][metric]
+            row["always_low"], row["always_high"] = always_valid(replicates, recordings, bounds)
             yield row | asdict(one)
 
 
@@ -128,7 +131,7 @@ _RESULTS = "arm seed mode metric value recordings"
 _INTERVALS = "arm mode metric value low high seeds recordings"
 _COMPARISONS = (
     "a b mode metric difference low high p_direction p_value p_holm detectable seeds recordings undefined seed_share "
-    "primary"
+    "always_low always_high primary"
 )
 _TYPES: Final = {  # of columns; the others are float64
     **dict.fromkeys(("arm", "a", "b", "mode", "metric"), pa.string()),

@@ -39,7 +39,14 @@ def headline(bench: Benchmark) -> str:
 
 def limits(bench: Benchmark) -> list[str]:
     """What limits the answer, most important first."""
-    return [*_missing(bench), *_no_skill(bench), *_exposure(bench), *_announcement(bench), *_precision(bench)]
+    return [
+        *_missing(bench),
+        *_no_skill(bench),
+        *_exposure(bench),
+        *_announcement(bench),
+        *_precision(bench),
+        *_stopping(bench),
+    ]
 
 
 def one_seed(bench: Benchmark) -> str:
@@ -162,6 +169,20 @@ def _precision(bench: Benchmark) -> Iterator[str]:
     if few:
         verb = "is" if few == ["1 recording"] else "are"
         yield f"{' and '.join(few)} {verb} few: what holds here may not hold for others."
+
+
+def _stopping(bench: Benchmark) -> Iterator[str]:
+    """Which interval holds where a benchmark was stopped because of what it showed (trainer.evaluation.sequential)."""
+    name, a, b = bench.primary
+    row = bench.comparison(a, b, bench.mode, name)
+    if row.get("low") is None or row["seeds"] < 2:
+        return
+    told = "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"
+    if row.get("always_low") is None:
+        yield f"{told}; to stop because of what was seen takes 3 seeds or more."
+        return
+    always = format_interval(row["difference"], row["always_low"], row["always_high"], signed=True)
+    yield f"{told}; who stopped because of what was seen reads {always}, which holds at every number of seeds at once."
 
 
 # ---- words -------------------------------------------------------------------------------------------
