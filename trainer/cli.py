@@ -146,6 +146,9 @@ def evaluate(
         Path | None,
         Option(help="measure this Parquet of scores instead, ours or another model's; with --chunks also a submission"),
     ] = None,
+    control: Annotated[
+        str | None, Option(help="measure what needs no model instead: metronome, history; DATA and --out alone")
+    ] = None,
     threshold: Thresholds = None,
     frames_root: FramesRoot = None,
     features: Features = None,
@@ -173,6 +176,12 @@ def evaluate(
         from trainer.evaluation.evaluate_scores import evaluate_submission
 
         result = evaluate_submission(scores, chunks, out)
+    elif control is not None:
+        if len(places) != 1 or out is None:
+            raise UsageError(f"--control {control}: expected DATA and --out FOLDER")
+        from trainer.controls import score_control
+
+        result = score_control(control, places[0], split, out, 0, settings, self_fed)
     elif scores is None:
         if len(places) != 2:
             raise UsageError(f"evaluate {' '.join(map(plain, places))}: expected RUN DATA, or DATA with --scores FILE")
@@ -194,7 +203,7 @@ def evaluate(
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
-    if scores is None:
+    if scores is None and control is None:
         typer.echo(f"next: {command('stream', places[0], 'VIDEO', '--task', places[1], '--clip', f'{split}:0')}")
     return 0
 

@@ -186,6 +186,11 @@ def user_texts(clip: ClipExample) -> dict[int, list[str]]:
     return _texts(clip, "user")
 
 
+def text_frames(clip: ClipExample, role: str) -> list[int]:
+    """The (absolute) frames of the clip that texts of `role` stand at: before it the user's, after it the others'."""
+    return list(_texts(clip, role))
+
+
 def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
     """A role's texts by the frame of the clip that they stand at."""
     texts: dict[int, list[str]] = {}
