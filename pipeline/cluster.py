@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+import re
 import signal
 import socket
 import tempfile
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,13 +33,11 @@ Mapper = Callable[[Callable[..., Any], Calls], Generator[Any]]  # (function, cal
 RETRIES: Final = 3  # of a task whose worker or machine died
 AHEAD: Final = 4096  # tasks that wait at the cluster
 REACH_S, STOP_S, LOOK_S = 10, 10, 5  # until an address answers, tasks stop, a new file is seen on other machines
-SAME: Final = ("prospect-dst", "numpy", "pyarrow", "msgspec", "pillow", "av", "torch", "transformers")
 _START: Final = "start one with `ray start --head`, give its host:port, or use --ray local"
 _SETTINGS: Final = {  # before ray is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_task_oom_retries": str(RETRIES),
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that are not asked for
 }
 
 
@@ -63,24 +61,18 @@ def pool(workers: int) -> Mapper:
             yield from here(function, calls)
             return
         context = get_context("spawn")  # workers hold no copy of the lock
-        ours = threading.current_thread() is threading.main_thread()  # signals are its
-        with ProcessPoolExecutor(count, context, initializer=_die_with, initargs=(os.getpid(),)) as processes:
-            before = (
-                signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
-            )  # Ctrl-C is not the workers' business
-            coming = processes.map(function, *zip(*calls, strict=True))
-            if ours:
-                signal.signal(signal.SIGINT, before)
+        with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(os.getpid(),)) as processes:
             try:
-                yield from coming
+                yield from processes.map(function, *zip(*calls, strict=True))
             except BrokenProcessPool:
                 raise InputError("a worker was killed (out of memory?); run again with fewer --workers") from None
 
     return mapped
 
 
-def _die_with(parent: int) -> None:
-    """A worker ends with the run that started it, also when that was killed."""
+def _start_worker(parent: int) -> None:
+    """A worker ignores Ctrl-C, and ends with the run that started it, also when that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -103,8 +95,15 @@ def ray_cluster(
     `out` and `inputs` must be seen by every machine of it. `gpu`: a task has a GPU of its own, where the cluster has
     any. Raises UsageError without ray, InputError where the cluster can't be reached or used.
     """
-    ray, folder = _imported(), os.getcwd()  # paths mean the same in every worker
-    with _connected(ray, address, workers):
+    os.environ.update(_SETTINGS | os.environ)
+    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; ray.init with an address would not
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--ray: Ray is not installed; pip install 'prospect-dst[ray]', on every machine") from None
+    folder = os.getcwd()  # paths mean the same in every worker
+    with connected(ray, address, workers):
         _check_nodes(ray, address, out, inputs)
         gpus = 1 if gpu and ray.cluster_resources().get("GPU") else 0
 
@@ -132,34 +131,24 @@ def _run(folder: str, function: Callable[..., Any], call: tuple[Any, ...]) -> An
     return function(*call)
 
 
-def _imported() -> Any:
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; ray.init with an address would not
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise UsageError("--ray: Ray is not installed; pip install 'prospect-dst[ray]', on every machine") from None
-    return ray
-
-
 @contextlib.contextmanager
-def _connected(ray: Any, address: str, workers: int) -> Iterator[None]:
+def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as empty:  # short: sockets
-        if address == "local":
+        if address == "local":  # what the object store can't hold goes to its folder
             options |= {"num_cpus": workers or None, "include_dashboard": False, "_temp_dir": empty}
-            options |= {"object_store_memory": 256 << 20}  # what it can't hold goes to its folder
+            options |= {"object_store_memory": 256 << 20}
         elif workers:
             raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
-        else:
-            _check_address(address)
+        elif not re.fullmatch(r"auto|(ray://)?[^/]+:\d+", address):
+            raise UsageError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
         try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # ray.init tries for minutes
+                socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
             with contextlib.chdir(empty):  # workers import from the folder of this call: never from the user's
                 ray.init(address, **options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InputError(f"--ray {address}: {_line(error)}; {_START}") from None
         try:
             yield
@@ -167,63 +156,35 @@ def _connected(ray: Any, address: str, workers: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """InputError unless something answers there: ray.init tries for minutes."""
-    target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-    if target == "auto":
-        return
-    host, _, port = target.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-    except (OSError, OverflowError):
-        raise InputError(f"--ray {address}: no Ray answers there within {REACH_S} s; {_START}") from None
-
-
 def _check_nodes(ray: Any, address: str, out: Path, inputs: Sequence[Path]) -> None:
-    """InputError unless every machine that would work sees the same files, and runs the same versions."""
+    """InputError unless every machine that would work sees the same files, and runs the same version."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     beside = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    token = beside / f".prospect-dst-{secrets.token_hex(8)}"
-    token.touch()
-    try:
+    with tempfile.NamedTemporaryFile(prefix=".prospect-dst-", dir=beside) as token:
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         if not nodes:
             raise InputError(f"--ray {address}: no machine with a CPU there; `ray start --address ...` on some")
-        asked = (os.getcwd(), str(token), [str(path) for path in inputs], {name: _version(name) for name in SAME})
+        asked = (os.getcwd(), [token.name, *map(str, inputs)], version("prospect-dst"))
         where = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         looks = [ray.remote(num_cpus=0)(_look).options(scheduling_strategy=node).remote(*asked) for node in where]
         for node, look in zip(nodes, looks, strict=True):
             if wrong := _result(ray, look):
                 raise InputError(f"--ray: node {node['NodeManagerHostname']} {wrong}")
-    finally:
-        token.unlink(missing_ok=True)
 
 
-def _look(folder: str, token: str, inputs: list[str], versions: dict[str, str]) -> str | None:
+def _look(folder: str, paths: list[str], expected: str) -> str | None:
     """On a node: what is wrong there, if anything."""
-    with contextlib.suppress(OSError):
-        os.chdir(folder)
     until = time.monotonic() + LOOK_S
-    while not os.path.exists(token) and time.monotonic() < until:
+    while not os.path.exists(paths[0]) and time.monotonic() < until:
         time.sleep(0.1)
-    for path in (token, *inputs):
+    for path in (os.path.join(folder, path) for path in paths):
         if not os.path.exists(path):
-            where = os.path.dirname(os.path.join(folder, token)) if path == token else path
-            return f"does not see {where}; put it on a disk that all machines share"
-    for name, expected in versions.items():
-        if (there := _version(name)) != expected:
-            return f"has {name} {there}, expected {expected} as here; install the same"
+            there = os.path.dirname(path) if path.endswith(paths[0]) else path
+            return f"does not see {there}; put it on a disk that all machines share"
+    if (there := version("prospect-dst")) != expected:
+        return f"has prospect-dst {there}, expected {expected} as here; install the same"
     return None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _result(ray: Any, task: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -43,7 +43,8 @@ _AS_STORED: Final = (
     *("steps", "initial_state", "neg_rate"),
 )
 _FRAMES = ("start_frame", "end_frame")  # int64 in the spool, as the source has them
-_TURN = pa.struct([f.with_type(pa.int64()) if f.name in _FRAMES else f for f in CLIPS.field("turns").type.value_type])
+_SPOOL_TYPES: Final = {"role": pa.int8(), "start_frame": pa.int64(), "end_frame": pa.int64()}  # role: index in ROLES
+_TURN = pa.struct([f.with_type(_SPOOL_TYPES.get(f.name, f.type)) for f in CLIPS.field("turns").type.value_type])
 SPOOL: Final = pa.schema(
     [
         *(pa.field(name, CLIPS.field(name).type) for name in _AS_STORED),
@@ -60,7 +61,7 @@ _ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look
 _STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
 
-Update = tuple[int | None, int | None, str, str]  # start and end of its turn, step id, transition
+Updates = tuple[Sequence[Any], ...]  # four columns: start and end of the turn (NO_FRAMES), step id, transition
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ClipInfo:
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of list[Update]
+    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of Updates
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
@@ -166,25 +167,16 @@ def _decode(
         raw = os.pread(handle, end - start, start) if end - start <= MAX_CLIP_BYTES else b""
         try:
             clip = decode(raw, end - start, task.fps)
-            infos.append(ClipInfo(clip, task.first + i, (start, end), _recording_id(clip.video_uid, recording)))
+            match = recording.search(clip.video_uid)
+            take = (match[1] if recording.groups else match[0]) if match else None
+            infos.append(ClipInfo(clip, task.first + i, (start, end), take or clip.video_uid))
         except ClipError as error:
-            refused.append(refuse(task.file, task.first + i, error, (start, end), _id_of(raw)))
+            clip_id = None  # for the quarantine line
+            with contextlib.suppress(*NOT_STRICT):
+                found = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("id")
+                clip_id = found and str(msgspec.json.decode(found, type=str | int))
+            refused.append(refuse(task.file, task.first + i, error, (start, end), clip_id))
     return infos
-
-
-def _id_of(raw: bytes) -> str | None:
-    """The `id` of a refused clip, for the quarantine line, if it can be read."""
-    try:
-        found = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("id")
-        return None if found is None else str(msgspec.json.decode(found, type=str | int))
-    except NOT_STRICT:
-        return None
-
-
-def _recording_id(video_uid: str, pattern: re.Pattern[str]) -> str:
-    """The first group (else the whole match) of `pattern` in the name, else the name itself."""
-    match = pattern.search(video_uid)
-    return (match[1] if match.re.groups else match[0]) or video_uid if match else video_uid
 
 
 # ---- turns as flat arrays ----------------------------------------------------------------------------
@@ -195,11 +187,11 @@ class _Turns(NamedTuple):
 
     offsets: np.ndarray  # int32 [C + 1]
     owner: np.ndarray  # [T] the turn's clip
-    role: np.ndarray  # [T] code in ROLES
+    role: np.ndarray  # int8 [T] code in ROLES
     start: np.ndarray  # int64 [T]
     end: np.ndarray  # int64 [T]
-    text: list[str]  # of a DST_UPDATE: 'S1->complete, S2->start'
-    updates: list[list[Update]]  # of each clip
+    text: list[Any]  # not of DST_UPDATE turns
+    updates: list[Updates]  # of each clip
     spooled: pa.StructArray
 
 
@@ -207,32 +199,38 @@ def _flatten(clips: list[Clip]) -> _Turns:
     columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
     roles, text, time, start, end = columns or [[]] * 5
     offsets = np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32)
-    owner = np.repeat(np.arange(len(clips)), np.diff(offsets))
     role = np.fromiter(map(ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-    which = np.flatnonzero(role == _DST)
+    which, counts = np.flatnonzero(role == _DST), np.zeros(len(role), np.int32)
     content = [text[turn] for turn in which.tolist()]
-    pairs = list(map(_UPDATE, chain.from_iterable(content)))
-    written, first = list(map("%s->%s".__mod__, pairs)), 0
-    counts = [0] * len(roles)
-    for turn, many in zip(which.tolist(), map(len, content), strict=True):
-        text[turn] = written[first] if many == 1 else ", ".join(written[first : first + many])
-        counts[turn], first = many, first + many
-    update_offsets = np.cumsum([0, *counts], dtype=np.int32)
-    of_turn = np.repeat(which, np.diff(update_offsets)[which]).tolist()
-    ids, transitions = zip(*pairs, strict=True) if pairs else ((), ())
-    updates = list(
-        zip([start[turn] for turn in of_turn], [end[turn] for turn in of_turn], ids, transitions, strict=True)
-    )
-    begins = update_offsets[offsets].tolist()
+    counts[which] = list(map(len, content))
+    for turn in which.tolist():
+        text[turn] = None
+    ids, transitions = zip(*map(_UPDATE, chain.from_iterable(content)), strict=True) if counts.any() else ((), ())
+    update_offsets = np.cumsum([0, *counts.tolist()], dtype=np.int32)
+    pairs = [pa.array(ids, pa.string()), pa.array(transitions, pa.string())]
     type_ = _TURN.field("updates").type
-    struct = pa.StructArray.from_arrays(
-        [pa.array(ids, pa.string()), pa.array(transitions, pa.string())], fields=[*type_.value_type]
-    )
+    struct = pa.StructArray.from_arrays(pairs, fields=[*type_.value_type])
     lists = pa.ListArray.from_arrays(pa.array(update_offsets), struct, type=type_)
-    children = [pa.array(c, f.type) for c, f in zip((roles, text, start, end, time), list(_TURN)[:5], strict=True)]
-    starts, ends = (children[i].fill_null(none).to_numpy() for i, none in zip((2, 3), labels.NO_FRAMES, strict=True))
-    spooled = pa.StructArray.from_arrays([*children, lists], fields=list(_TURN))
-    return _Turns(offsets, owner, role, starts, ends, text, [updates[a:b] for a, b in pairwise(begins)], spooled)
+    each = pc.binary_join_element_wise(*pairs, "->")
+    written = pc.binary_join(pa.ListArray.from_arrays(lists.offsets, each), ", ")  # 'S1->complete, S2->start'
+    frames = [pa.array(column, pa.int64()) for column in (start, end)]
+    starts, ends = (column.fill_null(none).to_numpy() for column, none in zip(frames, labels.NO_FRAMES, strict=True))
+    turn_of = np.repeat(np.arange(len(role)), counts)
+    flat = starts[turn_of].tolist(), ends[turn_of].tolist(), ids, transitions
+    begins = update_offsets[offsets].tolist()
+    said = pc.coalesce(pa.array(text, pa.string()), written)
+    return _Turns(
+        offsets=offsets,
+        owner=np.repeat(np.arange(len(clips)), np.diff(offsets)),
+        role=role,
+        start=starts,
+        end=ends,
+        text=text,
+        updates=[tuple(column[a:b] for column in flat) for a, b in pairwise(begins)],
+        spooled=pa.StructArray.from_arrays(
+            [pa.array(role), said, *frames, pa.array(time, pa.float64()), lists], fields=list(_TURN)
+        ),
+    )
 
 
 def _spooled(infos: list[ClipInfo], turns: _Turns) -> pa.RecordBatch:
@@ -284,14 +282,25 @@ def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
         info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
         info.tracked = bool(clip.steps) or "DST_UPDATE" in clip.turns[0]
         info.annotated = tuple(clip.unlabelled) != EVERYWHERE
-        if clip.initial_state or named[i]:
-            changes = [update[2:] for update in own]
-            info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
-            info.system_contradicted = bool(named[i]) and state.contradicts(named[i], changes)
+        if clip.initial_state:
+            info.contradicted = state.contradicts(clip.initial_state, zip(*own[2:], strict=True))
+        if named[i]:
+            info.system_contradicted = state.contradicts(named[i], zip(*own[2:], strict=True))
         info.updates = msgspec.msgpack.encode(own)
         clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
-    for info, votes in zip(infos, _votes(infos, turns, framed), strict=True):
-        info.votes = votes
+    # the votes of labels.vote; bounds that are the DST turns' may leave turns out
+    firsts = [
+        info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
+        for info in infos
+    ]
+    time, unplaced = turns.spooled.field("time_s"), np.array([not info.placed for info in infos], bool)
+    voting = framed & time.is_valid().to_numpy(zero_copy_only=False) & unplaced[turns.owner]
+    owner, fps = turns.owner[voting], np.array([info.clip.fps for info in infos], np.float64)
+    frame = labels.event_frame(time.fill_null(0.0).to_numpy()[voting], fps[owner])
+    start, end = turns.start[voting], turns.end[voting]
+    votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64), len(infos))
+    for info, counts in zip(infos, votes.tolist(), strict=True):
+        info.votes = counts
 
 
 def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
@@ -301,21 +310,6 @@ def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
     np.minimum.at(start, turns.owner[which], turns.start[which])
     np.maximum.at(end, turns.owner[which], turns.end[which])
     return list(zip(np.where(end == NONE, NONE, start).tolist(), end.tolist(), strict=True))
-
-
-def _votes(infos: list[ClipInfo], turns: _Turns, framed: np.ndarray) -> list[list[int]]:
-    """The votes of labels.vote for each clip; none where the reader placed the turns."""
-    firsts = [  # frames; bounds that are the DST turns' may leave turns out
-        info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
-        for info in infos
-    ]
-    time, unplaced = turns.spooled.field("time_s"), np.array([not info.placed for info in infos], bool)
-    voting = framed & time.is_valid().to_numpy(zero_copy_only=False) & unplaced[turns.owner]
-    owner, fps = turns.owner[voting], np.array([info.clip.fps for info in infos], np.float64)
-    frame = labels.event_frame(time.fill_null(0.0).to_numpy()[voting], fps[owner])
-    start, end = turns.start[voting], turns.end[voting]
-    votes: list[list[int]] = labels.vote(owner, start, end, frame, np.array(firsts, np.int64), len(infos)).tolist()
-    return votes
 
 
 def _clip_ids(clips: list[Clip], turns: _Turns) -> list[str]:

@@ -224,8 +224,8 @@ def _segment(clip: ClipInfo, convention: str) -> Segment:
     first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
     updates = [
         (max(end - 1, 0) if lead_in else start, step, transition)
-        for start, end, step, transition in msgspec.msgpack.decode(clip.updates)
-        if end is not None
+        for start, end, step, transition in zip(*msgspec.msgpack.decode(clip.updates), strict=True)
+        if end != labels.NO_FRAMES[1]
     ]
     given = None if clip.contradicted else clip.clip.initial_state
     return Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given)

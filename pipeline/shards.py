@@ -163,14 +163,12 @@ def _read_turns(batch: pa.RecordBatch, convention: str) -> labels.Turns:
     """The turns with their events' ranges: the file's convention applied where the reader did not place them."""
     at, turns = flat_lists(batch.column("turns"))
     owner = np.repeat(np.arange(batch.num_rows), np.diff(at))
-    role = turns.field("role").dictionary_encode()
-    codes = np.array([ROLES.index(name) for name in role.dictionary.to_pylist()], np.int64)
     frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
     start, end = (turns.field(name).fill_null(none).to_numpy() for name, none in frames)
     placed = batch.column("convention").is_valid().to_numpy(zero_copy_only=False)[owner]
     as_they_are = placed | (end == labels.NO_FRAMES[1])
     ranges = zip((start, end), labels.canonical(convention, start, end), strict=True)
-    return labels.Turns(owner, codes[role.indices.to_numpy()], *(np.where(as_they_are, a, b) for a, b in ranges))
+    return labels.Turns(owner, turns.field("role").to_numpy(), *(np.where(as_they_are, a, b) for a, b in ranges))
 
 
 def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges:
@@ -241,12 +239,13 @@ def _turns_column(spooled: pa.ListArray, turns: labels.Turns) -> pa.ListArray:
     type_ = CLIPS.field("turns").type
     at, structs = flat_lists(spooled)
     absent = turns.end == labels.NO_FRAMES[1]
-    ranges = {
+    changed = {
+        "role": pa.array(ROLES).take(structs.field("role")),
         "start_frame": pa.array(turns.start.astype(np.int32), mask=absent),
         "end_frame": pa.array(np.minimum(turns.end, 2**31 - 1).astype(np.int32), mask=absent),
     }
     fields = list(type_.value_type)
-    children = [ranges[field.name] if field.name in ranges else structs.field(field.name) for field in fields]
+    children = [changed.get(field.name, structs.field(field.name)) for field in fields]
     struct = pa.StructArray.from_arrays(children, fields=fields)
     return pa.ListArray.from_arrays(pa.array(at), struct, type=type_)
 
