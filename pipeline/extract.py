@@ -172,9 +172,9 @@ def _decode(
             infos.append(ClipInfo(clip, task.first + i, (start, end), take or clip.video_uid))
         except ClipError as error:
             clip_id = None  # for the quarantine line
-            with contextlib.suppress(*NOT_STRICT):
-                found = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("id")
-                clip_id = found and str(msgspec.json.decode(found, type=str | int))
+            with contextlib.suppress(*NOT_STRICT, KeyError):
+                given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])["id"]
+                clip_id = str(msgspec.json.decode(given, type=str | int))
             refused.append(refuse(task.file, task.first + i, error, (start, end), clip_id))
     return infos
 

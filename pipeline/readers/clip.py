@@ -171,10 +171,10 @@ def lenient(raw: bytes) -> Any:
         raise ClipError("JSON", syntax(error), "a JSON object") from None
 
 
-def syntax(error: Exception) -> str:
-    """What is wrong with text that is not JSON, on one line."""
+def syntax(error: Exception, start: int = 0) -> str:
+    """What is wrong with text that is not JSON, on one line; the clip begins at character `start` of it."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at character {error.pos} of the clip"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos - start} of the clip"
     if isinstance(error, RecursionError):
         return "nesting too deep to read"
     return brief(" ".join(str(error).split()), 90)

@@ -2,17 +2,16 @@
 
 A JSON array, one clip object, or JSON Lines, told apart by content. msgspec finds the spans without building a clip
 (a memory-mapped array of 1.1 GB: 0.6 s, 24 bytes a clip). An array that it refuses as a whole (one NaN, a byte-order
-mark, a truncated tail) is walked by the standard library, two to four times slower, up to where its syntax breaks; the
-rest is reported as one stretch.
+mark, a truncated tail) is read into memory and walked by the standard library, two to four times slower, up to where
+its syntax breaks; the rest is reported as one stretch.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,8 +24,6 @@ from pipeline.readers.clip import LENIENT, NOT_STRICT, ClipError, brief, syntax
 
 MAX_CLIP_BYTES: Final = 64 << 20
 CLIP_NAMES: Final = frozenset(("conversation", "video_uid", "video_path", "video_intervals"))
-WINDOW = 1 << 18  # bytes decoded at first to find a clip's end
-MARGIN: Final = 16  # characters: an error this close to the window's end may only mean that it is too small
 _BOM: Final = b"\xef\xbb\xbf"
 _SPACE: Final = re.compile(rb"[ \t\r\n]*")
 Data = bytes | mmap.mmap
@@ -75,45 +72,33 @@ def _index(path: Path, data: mmap.mmap) -> Index:
     start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
     opening = data[start : start + 1]
     if opening == b"[":
-        return _array(data, start)
+        try:
+            clips = msgspec.json.decode(data, type=list[msgspec.Raw])
+        except NOT_STRICT:
+            return _walk(data, start, "array")
+        base = np.frombuffer(data, np.uint8).ctypes.data
+        starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
+        sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
+        del clips  # they hold the memory map
+        return Index("array", np.stack([starts, starts + sizes], axis=1))
     if _looks_like_lines(data):
         return Index("lines", _spans(line_spans(data)))
     if opening == b"{":
         return _walk(data, start, "object")
+    head = data[start : start + 20]
+    kinds = {b"": "only white space", b"\x1f\x8b": "a gzip file (decompress it first)"}
+    kinds |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text (save it as UTF-8 first)")
     raise InputError(
-        f"{path}: found {_kind(data[start : start + 20])}, expected a JSON array of clips, one clip object, "
+        f"{path}: found {kinds.get(head[:2]) or brief(head)}, expected a JSON array of clips, one clip object, "
         "or JSON Lines, as UTF-8"
     )
-
-
-def _kind(head: bytes) -> str:
-    """What a file that is not JSON begins like, and what to do about it."""
-    if not head:
-        return "only white space"
-    if head[:2] == b"\x1f\x8b":
-        return "a gzip file (decompress it first)"
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "UTF-16 text (save it as UTF-8 first)"
-    return brief(head)
-
-
-def _array(data: mmap.mmap, start: int) -> Index:
-    try:
-        clips = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except NOT_STRICT:
-        return _walk(data, start, "array")
-    base = np.frombuffer(data, np.uint8).ctypes.data
-    starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
-    sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-    del clips  # they hold the memory map
-    return Index("array", np.stack([starts, starts + sizes], axis=1).reshape(-1, 2))
 
 
 def _looks_like_lines(data: Data) -> bool:
     """Whether the first line, or after broken ones another, is by itself a clip (not so in a pretty-printed object)."""
     for number, (start, stop) in zip(range(16), line_spans(data), strict=False):
         try:
-            tree = LENIENT.decode(data[start : min(stop, start + MAX_CLIP_BYTES)].decode("utf-8", "surrogateescape"))
+            tree = LENIENT.decode(str(data[start : min(stop, start + MAX_CLIP_BYTES)], "latin-1"))
         except (ValueError, RecursionError):
             continue
         if isinstance(tree, dict) and (CLIP_NAMES & tree.keys() or (number == 0 and tree)):
@@ -121,57 +106,37 @@ def _looks_like_lines(data: Data) -> bool:
     return False
 
 
-def _spans(pairs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> np.ndarray:
+def _spans(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
     return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
-# ---- what msgspec refuses as a whole -----------------------------------------------------------------
-
-
 def _walk(data: Data, start: int, form: str) -> Index:
-    """The clips of an array, or of one object, at `start` by the standard library, up to where the syntax breaks."""
+    """The clips of an array that msgspec refuses, or of one object, at `start`, up to where the syntax breaks."""
+    text = str(data, "latin-1")  # a character per byte, so that positions are bytes
     spans: list[tuple[int, int]] = []
     at, problem, closed = start, "", False
     if form == "array":
         at = _after_space(data, start + 1)
-        closed = data[at : at + 1] == b"]"
+        closed = text[at : at + 1] == "]"
         at += closed
     while not closed:
-        end, problem = _value_end(data, at)
-        if problem:
+        try:
+            _, end = LENIENT.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            problem = syntax(error, at)
             break
         spans.append((at, end))
         at = _after_space(data, end)
         if form == "object":
             break
-        sign = data[at : at + 1]
-        if sign not in (b",", b"]"):
-            problem = f"{_shown(data, at, 1) if sign else 'the end of the file'} after a clip"
+        if text[at : at + 1] not in (",", "]"):
+            problem = f"{_shown(data, at, 1) if text[at : at + 1] else 'the end of the file'} after a clip"
             break
-        closed, at = sign == b"]", _after_space(data, at + 1)
+        closed, at = text[at] == "]", _after_space(data, at + 1)
     if not problem and at < len(data):
         problem = f"{_shown(data, at, 20)} after the end"
-    error = ClipError("JSON", problem, "a clip; what follows was not read")
-    return Index(form, _spans(spans), [(len(spans), error, (at, len(data)))] if problem else [])
-
-
-def _value_end(data: Data, start: int) -> tuple[int, str]:
-    """(where the JSON value at `start` ends, what is wrong with it or "")."""
-    size = WINDOW
-    while True:
-        text = data[start : start + size].decode("utf-8", "surrogateescape")
-        whole = start + size >= len(data)
-        try:
-            _, end = LENIENT.raw_decode(text)
-            if whole or end < len(text) - MARGIN:
-                return start + len(text[:end].encode("utf-8", "surrogateescape")), ""
-        except json.JSONDecodeError as error:
-            cut = error.pos >= len(text) - MARGIN or error.msg.startswith("Unterminated string")
-            if whole or not cut or size > MAX_CLIP_BYTES:
-                return start, syntax(error)
-        except (ValueError, RecursionError) as error:
-            return start, syntax(error)
-        size *= 4
+    why = ClipError("JSON", problem, "a clip; what follows was not read")
+    return Index(form, _spans(spans), [(len(spans), why, (at, len(data)))] if problem else [])
 
 
 def _after_space(data: Data, at: int) -> int:

@@ -337,7 +337,6 @@ def test_a_file_without_a_clip_is_one_line_alone_and_named_beside_a_good_one(nam
 @pytest.mark.parametrize("layout", ["array", "lines"])
 def test_slow_reading_loses_nothing_at_its_seams(layout: str, tmp_path: Path, monkeypatch):
     """0.8 MB of characters of 1 to 4 bytes, in windows of 64 kB, read the slow way because of one NaN."""
-    monkeypatch.setattr(index, "WINDOW", 1 << 16)
     rng, texts, whole = random.Random(layout), [], []
     for i in range(100):
         clip = good(f"c{i}", inferred_knowledge="é部✓😀x" * rng.randint(0, 900))
