@@ -169,7 +169,7 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
         "splits": splits,
         "quarantined": len(refused),
         "hazards": _hazards(sources, splits, context, options),
-        "shards": [shard for part in written for shard in part.shards],
+        "shards": [shard for _, shards, _ in written for shard in shards],
     }
     if refused:
         lines = [json.dumps({**msgspec.structs.asdict(refusal), "message": str(refusal)}) for refusal in refused]

@@ -47,15 +47,7 @@ class Plan:
 
 
 Counts = defaultdict[str, Counter[Any]]  # "counts", "drops" (by reason), and for each head its gaps (by seconds)
-
-
-@dataclass
-class Written:
-    """A written part: its shards' manifest entries and its counts."""
-
-    split: str
-    shards: list[dict[str, Any]]
-    counts: Counts
+Written = tuple[str, list[dict[str, Any]], Counts]  # a part's split, its shards' manifest entries, its counts
 
 
 def write_part(plan: Plan) -> Written:
@@ -73,26 +65,23 @@ def write_part(plan: Plan) -> Written:
             frames.write_batch(rows, max(1, rows.num_rows))
             clips.write_batch(_clips_batch(group, plan, own), batch.num_rows)
             _count(group, plan.options.positive, counts)
-    numbers = counts["counts"]
-    entries = ((frames_new, "frames", numbers["frames"]), (clips_new, "clips", numbers["clips"]))
-    return Written(plan.split, [_place(plan, *entry, numbers["clips"]) for entry in entries], counts)
-
-
-def _place(plan: Plan, new: Path, table: str, rows: int, clips: int) -> dict[str, Any]:
-    """Put a written shard into its place; its entry in the manifest."""
-    name = shard_path(table, plan.split, plan.part)
-    path = Path(plan.staging) / name
-    move(new, path)
-    about = {"path": name, "table": table, "split": plan.split, "part": plan.part, "rows": rows, "clips": clips}
-    return about | {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    entries = []
+    for table, new in (("frames", frames_new), ("clips", clips_new)):
+        name = shard_path(table, plan.split, plan.part)
+        path = Path(plan.staging) / name
+        move(new, path)
+        entry = {"path": name, "table": table, "split": plan.split, "part": plan.part}
+        entry |= {"rows": counts["counts"][table], "clips": counts["counts"]["clips"]}
+        entries.append(entry | {"bytes": path.stat().st_size, "sha256": sha256(path)})
+    return plan.split, entries, counts
 
 
 def counts_by_split(written: list[Written]) -> dict[str, dict[str, Any]]:
     """Counts per split for the manifest, summed over the parts."""
     splits: dict[str, Counts] = {}
-    for part in written:
-        total = splits.setdefault(part.split, defaultdict(Counter))
-        for name, counter in part.counts.items():
+    for split, _, counts in written:
+        total = splits.setdefault(split, defaultdict(Counter))
+        for name, counter in counts.items():
             total[name].update(counter)
     return {
         split: {
@@ -145,7 +134,20 @@ class _Group(NamedTuple):
 def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
     ids = [clip.clip_id for clip in plan.clips[own]]
     bounds = np.array([clip.bounds for clip in plan.clips[own]], np.int64)
-    turns, unlabelled = _read_turns(batch, plan.convention), _read_unlabelled(batch, bounds)
+    # turns: the file's convention applied where the reader did not place them
+    at, spooled = flat_lists(batch.column("turns"))
+    owner = np.repeat(np.arange(len(ids)), np.diff(at))
+    frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
+    start, end = (spooled.field(name).fill_null(none).to_numpy() for name, none in frames)
+    placed = batch.column("convention").is_valid().to_numpy(zero_copy_only=False)[owner]
+    as_they_are = placed | (end == labels.NO_FRAMES[1])
+    ranges = zip((start, end), labels.canonical(plan.convention, start, end), strict=True)
+    turns = labels.Turns(owner, spooled.field("role").to_numpy(), *(np.where(as_they_are, a, b) for a, b in ranges))
+    # ranges that nobody annotated, cut to their clips
+    at, spooled = flat_lists(batch.column("unlabelled"))
+    owner = np.repeat(np.arange(len(ids)), np.diff(at))
+    start, end = (np.clip(spooled.field(n).to_numpy(), *bounds[owner].T) for n in ("start_frame", "end_frame"))
+    unlabelled = labels.Ranges(*(column[start < end] for column in (owner, start, end)))
     rule = labels.label_rule(
         turns,
         unlabelled,
@@ -157,28 +159,6 @@ def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
         onset=np.full(len(ids), plan.options.positive == "onset"),
     )
     return _Group(batch, pa.array(ids), turns, unlabelled, rule, labels.epoch_labels(rule, 0))
-
-
-def _read_turns(batch: pa.RecordBatch, convention: str) -> labels.Turns:
-    """The turns with their events' ranges: the file's convention applied where the reader did not place them."""
-    at, turns = flat_lists(batch.column("turns"))
-    owner = np.repeat(np.arange(batch.num_rows), np.diff(at))
-    frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
-    start, end = (turns.field(name).fill_null(none).to_numpy() for name, none in frames)
-    placed = batch.column("convention").is_valid().to_numpy(zero_copy_only=False)[owner]
-    as_they_are = placed | (end == labels.NO_FRAMES[1])
-    ranges = zip((start, end), labels.canonical(convention, start, end), strict=True)
-    return labels.Turns(owner, turns.field("role").to_numpy(), *(np.where(as_they_are, a, b) for a, b in ranges))
-
-
-def _read_unlabelled(batch: pa.RecordBatch, bounds: np.ndarray) -> labels.Ranges:
-    """The ranges that nobody annotated, cut to their clips."""
-    at, ranges = flat_lists(batch.column("unlabelled"))
-    owner = np.repeat(np.arange(batch.num_rows), np.diff(at))
-    low, high = bounds[owner].T
-    start, end = (np.clip(ranges.field(name).to_numpy(), low, high) for name in ("start_frame", "end_frame"))
-    inside = start < end
-    return labels.Ranges(owner[inside], start[inside], end[inside])
 
 
 def _frames_batch(group: _Group, first_clip: int) -> pa.RecordBatch:
@@ -226,11 +206,10 @@ def _initial_states(batch: pa.RecordBatch, replayed: list[Mapping[str, str] | No
     column = batch.column("initial_state")
     if not any(state is not None for state in replayed):
         return column
-    rows = [[(pair["id"], pair["state"]) for pair in pairs] for pairs in column.to_pylist()]
-    steps = batch.column("steps").to_pylist()
-    for i, state in enumerate(replayed):
+    rows: list[Any] = column.to_pylist()
+    for i, (steps, state) in enumerate(zip(batch.column("steps").to_pylist(), replayed, strict=True)):
         if state is not None:
-            rows[i] = list(initial_state((step["id"] for step in steps[i]), state).items())
+            rows[i] = [{"id": k, "state": v} for k, v in initial_state((step["id"] for step in steps), state).items()]
     return pa.array(rows, column.type)
 
 
@@ -284,14 +263,9 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
         between = (quiet > 0) & (np.diff(clip) == 0)
         seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
         counts[head].update(dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True)))
-    _count_drops(group, positive, counts)
-
-
-def _count_drops(group: _Group, positive: str, counts: Counts) -> None:
     events = np.isin(group.turns.role, [ROLES.index(role) for role in ROLE_OF.values()])
     owner, _, start, end = (column[events] for column in group.turns)
-    low = group.rule.starts[owner]
-    high = low + group.rule.sizes[owner]
+    low, high = rule.starts[owner], (rule.starts + rule.sizes)[owner]
     reasons = labels.drops(start, end, low, high, positive)
     summaries = int(group.batch.column("summaries").to_numpy().sum())  # assistant turns without frames, not speech
     for code, reason in enumerate(labels.DROP_REASONS):
