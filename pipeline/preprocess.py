@@ -64,50 +64,31 @@ def preprocess(
     """
     options = options or Options()
     files, skipped = find_inputs(inputs, options)
-    sources = [_source(path, options) for path in files]
+    sources = []
+    for number, path in enumerate(files):
+        progress("hashing", number, len(files))
+        try:
+            stat = path.stat()
+            sources.append(Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns, sha256(path)))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     splits = {source.split for source in sources}
     if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
         there = ", ".join(sorted(splits))
         raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
-    for number, source in enumerate(sources):
-        progress("hashing", number, len(sources))
-        try:
-            source.sha256 = sha256(source.path)
-        except OSError as error:
-            raise _unreadable(source.path, error) from None
-    key = _key(sources, options)
+    on_disk = _listing(Path(options.frames_root)) if options.frames_root else []
+    read = [(source.path.name, source.split, source.sha256) for source in sources]
+    of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # what the output is a function of
+    key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     with locked(out):
-        if (before := _unchanged(out, key)) is not None:
-            return before, True
+        with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
+            if read_manifest(out).get("key") == key and (out / CARD).exists():
+                return verify(out), True
         with staging(out) as folder, without_gc():
             manifest = {"key": key} | _run(sources, options, folder, mapper or pool(workers), progress)
             manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
             commit(folder, out, manifest)
     return manifest, False
-
-
-# ---- inputs ------------------------------------------------------------------------------------------
-
-
-def _source(path: Path, options: Options) -> Source:
-    try:
-        stat = path.stat()
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    return Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns)
-
-
-def _unreadable(path: Path, error: OSError | ValueError) -> InputError:
-    why = error.strerror if isinstance(error, OSError) else error
-    return InputError(f"{path}: cannot be read: {why}; check the path")
-
-
-def _key(sources: list[Source], options: Options) -> str:
-    """SHA-256 of what the output is a function of."""
-    inputs = [(source.path.name, source.split, source.sha256) for source in sources]
-    on_disk = _listing(Path(options.frames_root)) if options.frames_root else []
-    parts = [SCHEMA_HASH, version("prospect-dst"), asdict(options), inputs, on_disk]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
@@ -122,14 +103,6 @@ def _listing(root: Path) -> list[tuple[str, int]]:
         paths = [os.path.join(folder, name) for name in names if name.lower().endswith((".arrow", *VIDEOS, *IMAGES))]
         listed += [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths if os.path.exists(path)]
     return sorted(listed)
-
-
-def _unchanged(out: Path, key: str) -> dict[str, Any] | None:
-    """The manifest in `out` where it is of this key and all is as it was written."""
-    with contextlib.suppress(InputError, OSError):
-        if read_manifest(out).get("key") == key and (out / CARD).exists():
-            return verify(out)
-    return None
 
 
 # ---- a run -------------------------------------------------------------------------------------------
