@@ -63,7 +63,9 @@ def staging(out: Path) -> Iterator[Path]:
         _clear(out)
         folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
         try:
-            _try_rename(folder)
+            write_json(folder / "try" / MANIFEST, {})  # what `commit` will do, before the work is
+            (folder / "try").rename(folder / "tried")
+            shutil.rmtree(folder / "tried")
             yield folder
         finally:
             _clear(out)  # of killed runs, too: a worker that outlived its run for a moment wrote there meanwhile
@@ -78,17 +80,6 @@ def staging(out: Path) -> Iterator[Path]:
 def _clear(out: Path) -> None:
     for folder in out.glob(f"{STAGING}*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _try_rename(folder: Path) -> None:
-    """What `commit` will do, before the work is: rename a folder that holds something."""
-    write_json(folder / "try" / MANIFEST, {})
-    try:
-        (folder / "try").rename(folder / "tried")
-    except OSError as error:
-        what = f"folders cannot be renamed there ({error.strerror}); choose an --out on another disk"
-        raise OSError(error.errno, what, str(folder.parent)) from None
-    shutil.rmtree(folder / "tried")
 
 
 def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:

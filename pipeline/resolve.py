@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.extract import NONE, ClipInfo, Extracted
 from pipeline.media import count_frames, find_frames
 from pipeline.options import Options
-from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, Clip, ClipError, Range, Refusal, check_size, refuse
+from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Range, Refusal, check_size, refuse
 from pipeline.state import Segment, initial_state, lacks, states_before
 
 
@@ -89,9 +89,7 @@ def resolve(sources: list[Source], options: Options) -> dict[str, hazards.Contex
     for source in sources:
         _decide_convention(source, options.frame_convention)
         _decide_bounds(source, options.bounds)
-        counts = context.setdefault(source.split, hazards.ContextCounts())
-        counts.broken_states += _replay_states(source)
-        _count_context(source, counts)
+        _count_context(source, context.setdefault(source.split, hazards.ContextCounts()), broken=_replay_states(source))
     if options.pad_s:
         _pad([clip for source in sources for clip in source.kept()], options)
     return context
@@ -118,7 +116,11 @@ def _decide_convention(source: Source, given: str | None) -> None:
     """Let the file's valid clips vote on how start_frame and end_frame are meant."""
     clips = source.kept()
     source.schemas.update(clip.clip.schema for clip in clips)
-    voters = [clip.votes for clip in clips if _may_be_valid(clip)]
+    voters = []
+    for clip in clips:  # with bounds that are right in one convention at least (`window` adds a frame at the end)
+        start, end = _given_or(clip, clip.extent)
+        if end - start + (clip.clip.end_frame is None) > 0 and end - start <= MAX_FRAMES:
+            voters.append(clip.votes)
     source.votes = np.array(voters, np.int64).reshape(-1, 4).sum(axis=0).tolist()
     decided = given or labels.decide(np.array(source.votes))
     if decided is None:
@@ -128,14 +130,7 @@ def _decide_convention(source: Source, given: str | None) -> None:
             f"lead-in {lead_in}, event {event}, window {window}); say which it is with --frame-convention"
         )
     own = {clip.clip.convention for clip in clips}
-    placed = own.pop() if len(own) == 1 else None  # the reader placed all turns
-    source.convention = placed or decided
-
-
-def _may_be_valid(clip: ClipInfo) -> bool:
-    """Whether the clip's bounds are right in one convention at least (`window` adds a frame at the end)."""
-    start, end = _given_or(clip, clip.extent)
-    return end - start + (clip.clip.end_frame is None) > 0 and end - start <= MAX_FRAMES
+    source.convention = (own.pop() if len(own) == 1 else None) or decided  # the reader's, where it placed all turns
 
 
 def _given_or(clip: ClipInfo, extent: Range) -> Range:
@@ -193,10 +188,20 @@ def _replay_states(source: Source) -> int:
         if len(group) == 1:
             group[0].state = {} if group[0].contradicted else None
             continue
-        segments = [_segment(clip, source.convention) for clip in group]
-        for clip, segment, state in zip(group, segments, states_before(segments), strict=True):
-            clip.state = state
-            broken += lacks(state, (update[1:] for update in segment.updates))
+        segments = []
+        for clip in group:
+            lead_in = source.convention == "lead-in" and not clip.placed
+            first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
+            updates = [
+                (max(end - 1, 0) if lead_in else start, step, transition)
+                for start, end, step, transition in zip(*msgspec.msgpack.decode(clip.updates), strict=True)
+                if end != labels.NO_FRAMES[1]
+            ]
+            given = None if clip.contradicted else clip.clip.initial_state
+            segments.append(Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given))
+        for clip, segment, replayed in zip(group, segments, states_before(segments), strict=True):
+            clip.state = replayed
+            broken += lacks(replayed, (update[1:] for update in segment.updates))
     return broken
 
 
@@ -218,21 +223,9 @@ def _tell_apart(members: list[ClipInfo]) -> Iterator[list[ClipInfo]]:
     yield members[begin:]
 
 
-def _segment(clip: ClipInfo, convention: str) -> Segment:
-    """What `states_before` needs of a clip."""
-    lead_in = convention == "lead-in" and not clip.placed
-    first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
-    updates = [
-        (max(end - 1, 0) if lead_in else start, step, transition)
-        for start, end, step, transition in zip(*msgspec.msgpack.decode(clip.updates), strict=True)
-        if end != labels.NO_FRAMES[1]
-    ]
-    given = None if clip.contradicted else clip.clip.initial_state
-    return Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given)
-
-
-def _count_context(source: Source, counts: hazards.ContextCounts) -> None:
+def _count_context(source: Source, counts: hazards.ContextCounts, broken: int) -> None:
     """Add the file's counts for the context leak audit."""
+    counts.broken_states += broken
     counts.spoken += sum(part.spoken for part in source.parts)
     counts.echoed += sum(part.echoed for part in source.parts)
     for clip in source.kept():
@@ -261,7 +254,9 @@ def _pad(clips: list[ClipInfo], options: Options) -> None:
         videos.setdefault(clip.clip.video_uid, []).append(clip)
     for members in videos.values():
         starts, ends = (sorted(bounds) for bounds in zip(*(clip.bounds for clip in members), strict=True))
-        there = _frames_on_disk(members[0].clip, options.frames_root)
+        one, root, there = members[0].clip, options.frames_root, None  # frames on disk
+        if root and (path := find_frames(Path(root), one.video_uid, one.frames_file, one.dataset)):
+            there = count_frames(path, one.fps)
         for clip in members:
             start, end = clip.bounds
             pad = int(min(options.pad_s * clip.clip.fps + labels.FLOOR_TOLERANCE, MAX_FRAMES))
@@ -270,8 +265,3 @@ def _pad(clips: list[ClipInfo], options: Options) -> None:
             most = starts[after] if after < len(starts) else end + pad
             most = most if there is None else max(end, min(most, there))
             clip.bounds = (max(least, start - pad), min(most, end + pad, MAX_FRAME))
-
-
-def _frames_on_disk(clip: Clip, root: str | None) -> int | None:
-    path = find_frames(Path(root), clip.video_uid, clip.frames_file, clip.dataset) if root else None
-    return count_frames(path, clip.fps) if path else None
