@@ -75,15 +75,6 @@ class ClipExample:
         return self.start_frame + self.num_frames
 
 
-class ClipLabels(NamedTuple):
-    """A clip's labels and turns as numbers, without any text."""
-
-    clip: int  # position in its split
-    start_frame: int
-    labels: Labels  # int8 [2, F]
-    turns: npt.NDArray[np.int32]  # [T, 3] role as its index in ROLES, start_frame, end_frame (-1: no frames)
-
-
 # ---- the folder --------------------------------------------------------------------------------------
 
 
@@ -164,17 +155,11 @@ class Split:
 
     def clip(self, number: int, epoch: int = 0, rate: float | None = None) -> ClipExample:
         """A clip with the labels of an epoch, at its own rate or at another (1.0 supervises every frame)."""
-        group, row = self._find(number)
+        group, row = self.find(number)
         return group.clip(row, group.labels(epoch, rate))
 
-    def labels(self, number: int, epoch: int = 0) -> ClipLabels:
-        """What `clip` gives, as numbers alone: no text is read."""
-        group, row = self._find(number)
-        turns = group.turns[group.turn_at[row] : group.turn_at[row + 1]].copy()
-        return ClipLabels(number, int(group.rule.starts[row]), group.own(row, group.labels(epoch)), turns)
-
     def num_frames(self, number: int) -> int:
-        group, row = self._find(number)
+        group, row = self.find(number)
         return int(group.rule.sizes[row])
 
     def in_order(self, rate: float | None = 1.0) -> Iterator[ClipExample]:
@@ -192,13 +177,13 @@ class Split:
         """Label counts and mean rate, from one pass over the split."""
         counts, rates = np.zeros((2, 3), np.int64), 0.0
         for start in self._starts[:-1]:
-            group, _ = self._find(start)
+            group, _ = self.find(start)
             stored = group.labels(0)
             counts += np.stack([(stored == value).sum(1) for value in (0, 1, NOT_SAMPLED)], 1)
             rates += float(group.rule.rates.sum())
         return Statistics(counts, rates / len(self))
 
-    def _find(self, number: int) -> tuple[_RowGroup, int]:
+    def find(self, number: int) -> tuple[_RowGroup, int]:
         """A clip's row group, in memory, and its row there."""
         at = bisect_right(self._starts, number) - 1
         return _row_group(*self._groups[at], self.key), number - self._starts[at]

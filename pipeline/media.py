@@ -76,20 +76,17 @@ def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list
     words = [dataset, dataset.rstrip("0123456789")] if dataset else []
     prefixes = [word + sign for word in dict.fromkeys(words) if word for sign in "_-"]
     names = []
-    for path in dict.fromkeys([*given, *(_specific(path, dataset) for path in given)]):
+    for path in given.copy():  # without leading folders that are generic or the dataset's
+        parts = path.split("/")
+        while len(parts) > 1 and (parts[0] in _GENERIC or parts[0] == dataset):
+            del parts[0]
+        given.append("/".join(parts))
+    for path in dict.fromkeys(given):
         folder, name = os.path.split(path)
         forms = [name, *(name.removeprefix(prefix) for prefix in prefixes), name[max(name.find("nusar-"), 0) :]]
         names += [os.path.join(folder, form) for form in [*forms, *(prefix + name for prefix in prefixes)] if form]
     names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]  # a Mac writes NFD
     return [name for name in dict.fromkeys(names) if is_inside(name)]
-
-
-def _specific(path: str, dataset: str | None) -> str:
-    """The path without leading folders that are generic or the dataset's."""
-    parts = path.split("/")
-    while len(parts) > 1 and (parts[0] in _GENERIC or parts[0] == dataset):
-        del parts[0]
-    return "/".join(parts)
 
 
 def _holds_frames(path: Path) -> bool:

@@ -95,30 +95,23 @@ def states_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return states
 
 
-GLYPHS: Final = {1: "█", 0: "─", NOT_SAMPLED: "·"}
-ASCII_GLYPHS: Final = {1: "#", 0: "-", NOT_SAMPLED: "."}
+LABELS: Final = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
 _MARGIN = 9  # width of the track names
 _MAX_ROWS = 20  # wrapped rows; a longer clip has K frames in a column, which shows the strongest label
 
 
-def timeline(folder: Path, clip: str) -> Timeline:
-    """One clip: header, labels of both heads on a ruler, turns with the state they lead to."""
-    return Timeline(find_clip(folder, clip))
-
-
 @dataclass(frozen=True)
 class Timeline:
-    """A clip as rich prints it, as wide as the console."""
+    """A clip as rich prints it: header, labels of both heads on a ruler, turns with the state they lead to."""
 
     view: ClipView
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        glyphs = ASCII_GLYPHS if options.ascii_only else GLYPHS
+        glyphs = dict(zip(LABELS, "#-." if options.ascii_only else "█─·", strict=True))
         columns = max(20, (min(options.max_width, 170) - _MARGIN) // 20 * 20)
         per_column = -(-len(self.view.speaking) // (columns * _MAX_ROWS))
         yield _header(self.view.row, self.view.split)
-        names = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
-        legend = "   ".join(f"{glyphs[label]} {name}" for label, name in names.items())
+        legend = "   ".join(f"{glyphs[label]} {name}" for label, name in LABELS.items())
         many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
         yield Text(f"\n{legend}   numbers: turns below{many}\n", style="dim")
         yield from _tracks(self.view, glyphs, columns, per_column)
@@ -180,13 +173,10 @@ def _place(labels: Mapping[int, str], left: int, width: int) -> str:
 
 def _turns(row: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
-    for name, justify, style in (
-        ("#", "right", "dim"),
-        ("time", "right", ""),
-        ("frames", "left", ""),
-        ("role", "left", ""),
-    ):
-        table.add_column(name, justify=justify, style=style, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("#", justify="right", style="dim", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    for name in ("frames", "role"):
+        table.add_column(name, no_wrap=True)
     table.add_column("text", overflow="fold", ratio=1)
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
     for number, (turn, state) in enumerate(zip(row["turns"], states_of(row)[1:], strict=True), 1):

@@ -20,7 +20,7 @@ from pipeline.storage import is_vacant, write_text
 from pipeline.summary import render_summary
 from pipeline.synth import SynthConfig, synth
 from pipeline.terminal import command
-from pipeline.timeline import timeline
+from pipeline.timeline import Timeline, find_clip
 from trainer.config import TrainConfig
 from trainer.evaluation.scored_clip import blocks, busiest_clip, render_clip
 from trainer.evaluation.tables import render_evaluation
@@ -57,7 +57,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
     console.print(render_summary(manifest))
 
     heading(3, "inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
-    console.print(timeline(data, "test:0"))
+    console.print(Timeline(find_clip(data, "test:0")))
 
     heading(4, "train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
     trained = train(data, run, TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from pathlib import Path
@@ -40,13 +41,10 @@ def _hub_answers() -> bool:
     answers = []
 
     def ask() -> None:
-        try:
-            if get_session().head(constants.ENDPOINT, timeout=5).status_code < 400:  # else it is a proxy's answer
-                answers.append(True)
-        except Exception:  # of whatever library makes the request: there is no network, or HF_HUB_OFFLINE is set
-            return
+        with contextlib.suppress(Exception):  # of whatever library: there is no network, or HF_HUB_OFFLINE is set
+            answers.append(get_session().head(constants.ENDPOINT, timeout=5).status_code < 400)  # else a proxy's
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(8)
-    return bool(answers)
+    return answers == [True]

@@ -74,7 +74,8 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
         yield from (data[step] for step in steps)
         return
     processes = _fork_server()
-    flight = InFlight(processes, first, _shared_memory_limit())
+    free = _free_shared_memory()  # half of it, shared by this machine's ranks: what else runs here needs some, too
+    flight = InFlight(processes, first, None if free is None else free // 2 // _local_ranks())
     ahead = DataLoader(
         _Ahead(data, flight),
         batch_size=None,
@@ -156,12 +157,6 @@ class InFlight:
         with self._lock:
             self._bytes.value -= size
             self._due.value = step + 1
-
-
-def _shared_memory_limit() -> int | None:
-    """Half of what is free now, shared by this machine's ranks: the due step and what else runs here need some, too."""
-    free = _free_shared_memory()
-    return None if free is None else free // 2 // _local_ranks()
 
 
 def _free_shared_memory() -> int | None:

@@ -56,25 +56,20 @@ def open_log(
     rewind(run, done)
     with ExitStack() as stack:
         logs = [stack.enter_context(_wandb(wandb, run, config or {}))] if wandb else []  # first, as it may refuse
-        logs += [stack.enter_context(_json_lines(run / METRICS)), stack.enter_context(_tensorboard(run, done, shown))]
+        file = stack.enter_context((run / METRICS).open("ab", buffering=0))
+        logs += [lambda line: file.write(msgspec.json.encode(line) + b"\n")]
+        logs += [stack.enter_context(_tensorboard(run, done, shown))]
         logs += [stack.enter_context(_progress(total_steps, done))] if shown else []
 
         def log(line: Line) -> None:
-            line = _with_clock(line)
+            line = dict(line)
+            if (seconds := line.pop("seconds", None)) is not None:
+                speed = {"tokens_per_s": round(line["tokens"] / seconds, 1)} if seconds > 0 and "tokens" in line else {}
+                line["clock"] = {"seconds": round(seconds, 4), **speed}
             for write in logs:
                 write(line)
 
         yield log
-
-
-def _with_clock(line: Line) -> Line:
-    """The line with `seconds`, and the speed that follows from it, under `clock`."""
-    rest = {name: value for name, value in line.items() if name != "seconds"}
-    if "seconds" not in line:
-        return rest
-    seconds = line["seconds"]
-    speed = {"tokens_per_s": round(line["tokens"] / seconds, 1)} if seconds > 0 and "tokens" in line else {}
-    return {**rest, "clock": {"seconds": round(seconds, 4), **speed}}
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------
@@ -108,17 +103,6 @@ def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
             what = "found something else than one step's numbers, expected a JSON object with a step"
             raise InputError(f"{path} line {number}: {what}; remove that line and run again") from None
         yield text + b"\n", line
-
-
-@contextmanager
-def _json_lines(path: Path) -> Iterator[Log]:
-    with path.open("ab") as file:
-
-        def write(line: Line) -> None:
-            file.write(msgspec.json.encode(line) + b"\n")
-            file.flush()
-
-        yield write
 
 
 # ---- TensorBoard, wandb ------------------------------------------------------------------------------
@@ -207,7 +191,10 @@ def _progress(total: int, done: int) -> Iterator[Log]:
             nonlocal tenth, said, tokens, seconds
             step, now = line["step"], time.monotonic()
             if "evaluation" in line:
-                print(f"step {step}/{total}  {_evaluation_text(line['evaluation'])}", file=sys.stderr)
+                found = line["evaluation"]
+                known = [(head, found[head]) for head in HEADS if head in found]
+                heads = [f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known]
+                print(f"step {step}/{total}  on {found['split']}: {'  '.join(heads)}", file=sys.stderr)
                 return
             tokens, seconds = tokens + line.get("tokens", 0), seconds + line.get("clock", {}).get("seconds", 0.0)
             pace = [f"{tokens / seconds:,.0f} tok/s"] if tokens and seconds else []
@@ -217,21 +204,11 @@ def _progress(total: int, done: int) -> Iterator[Log]:
             bar("train", step, total, "  ".join([f"loss {short(line['loss'])}", *pace]))
             if tenth != step * 10 // total or now - said >= _QUIET_S:
                 tenth, said = step * 10 // total, now
-                print("  ".join([f"step {step}/{total}", _losses_text(line), *pace]), file=sys.stderr)
+                losses = {name: line[name] for name in LOSSES if name in line}  # of nothing supervised: a dash
+                shown = [f"{name} {'-' if line.get(f'n_{name}') == 0 else short(v)}" for name, v in losses.items()]
+                print("  ".join([f"step {step}/{total}", *shown, *pace]), file=sys.stderr)
 
         yield write
-
-
-def _losses_text(line: Line) -> str:
-    """A term with nothing to supervise is shown as a dash: its 0 would look like success."""
-    shown = {name: line[name] for name in LOSSES if name in line}
-    return "  ".join(f"{name} {'-' if line.get(f'n_{name}') == 0 else short(v)}" for name, v in shown.items())
-
-
-def _evaluation_text(found: Line) -> str:
-    known = {head: found[head] for head in HEADS if head in found}
-    heads = [f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known.items()]
-    return f"on {found['split']}: {'  '.join(heads)}"
 
 
 def short(value: float | None) -> str:

@@ -9,12 +9,12 @@ where a run is in its data is one integer, whatever the number of ranks and work
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset import HELD_GROUPS, ClipExample, ClipLabels, Split
+from pipeline.dataset import HELD_GROUPS, ClipExample, Split
 from pipeline.schema import draws
 
 
@@ -71,11 +71,3 @@ class Sampler:
             return [self.split.clip(*place) for place in places]
         frames = [self.split.num_frames(number) for number, _ in places]
         return [self.split.clip(*places[i]) for i in share(frames, rank, size)]
-
-    def epoch(self, epoch: int) -> Iterator[ClipExample]:
-        """An epoch's clips in shuffled order, with that epoch's labels."""
-        return (self.split.clip(number, epoch) for number in order(self.seed, epoch, self.split.sizes).tolist())
-
-    def label_stream(self, epoch: int) -> Iterator[ClipLabels]:
-        """What `epoch` gives, as numbers alone."""
-        return (self.split.labels(number, epoch) for number in order(self.seed, epoch, self.split.sizes).tolist())

@@ -54,7 +54,7 @@ PEERS = {
     "litdata": "litdata",
 }
 SIDES = {
-    OURS: "**prospect-dst `label_stream`, torch DataLoader**",
+    OURS: "**prospect-dst labels without texts, torch DataLoader**",
     "hf": "HF `datasets` streaming: lists, shuffle(1024), numpy, torch DataLoader",
     "mds": "MosaicML Streaming: arrays, torch DataLoader",
     "litdata": "litdata: arrays, its StreamingDataLoader",

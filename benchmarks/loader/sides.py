@@ -1,6 +1,6 @@
 """The loaders that are compared, one per process: `python sides.py SIDE SHARDS STORE`.
 
-    ours          pipeline.dataset.Split.label_stream in a torch DataLoader
+    ours          this package's labels and turns, without texts, in a torch DataLoader
     hf            datasets, streaming from Parquet with lists, shuffle(1024), numpy format, torch DataLoader
     mds           MosaicML Streaming, arrays, shuffled (its default, py1e), torch DataLoader
     litdata       litdata, arrays, shuffled, its StreamingDataLoader
@@ -128,45 +128,50 @@ def loaded(dataset: Any, collate: Collate) -> Batches:
 # --- ours -----------------------------------------------------------------------------------------------
 
 
-def from_labels(clip: Any) -> Sample:
-    return Sample(clip.clip, clip.start_frame, 0, 0.0, clip.labels, clip.turns)
+def label_stream(split: Any, epoch: int) -> Iterator[Sample]:
+    """An epoch's clips in shuffled order as numbers alone: no text is read."""
+    from trainer.sampler import order
+
+    for number in order(0, epoch, split.sizes).tolist():
+        group, row = split.find(number)
+        turns = group.turns[group.turn_at[row] : group.turn_at[row + 1]]
+        yield Sample(number, int(group.rule.starts[row]), 0, 0.0, group.own(row, group.labels(epoch)), turns)
 
 
 def ours(shards: Path, _: Path) -> Epochs:
     from torch.utils.data import IterableDataset
 
     from pipeline.dataset import Split
-    from trainer.sampler import Sampler
 
     class Clips(IterableDataset):
         def __init__(self, epoch: int) -> None:
             self.epoch = epoch
 
         def __iter__(self) -> Iterator[Any]:
-            return stream.label_stream(self.epoch)
+            return label_stream(split, self.epoch)
 
-    stream = Sampler(Split(shards, "train"), 0)
-    return lambda epoch: loaded(Clips(epoch), Collate(from_labels))
+    split = Split(shards, "train")
+    return lambda epoch: loaded(Clips(epoch), Collate())
 
 
 def ours_bare(shards: Path, _: Path) -> Epochs:
     from pipeline.dataset import Split
-    from trainer.sampler import Sampler
 
-    stream = Sampler(Split(shards, "train"), 0)
-    return lambda epoch: bare(stream.label_stream(epoch), Collate(from_labels))
+    split = Split(shards, "train")
+    return lambda epoch: bare(label_stream(split, epoch), Collate())
 
 
 def ours_texts(shards: Path, _: Path) -> Epochs:
     from pipeline.dataset import Split
-    from trainer.sampler import Sampler
+    from trainer.sampler import order
 
     def sample(clip: Any) -> Sample:
         turns = [(len(t.text), t.start_frame or 0, t.end_frame or 0) for t in clip.turns]
         return Sample(clip.clip, clip.start_frame, 0, 0.0, clip.labels, np.array(turns, np.int32))
 
-    stream = Sampler(Split(shards, "train"), 0)
-    return lambda epoch: bare(stream.epoch(epoch), Collate(sample))
+    split = Split(shards, "train")
+    clips = lambda epoch: (split.clip(n, epoch) for n in order(0, epoch, split.sizes).tolist())  # noqa: E731
+    return lambda epoch: bare(clips(epoch), Collate(sample))
 
 
 # --- the peers ------------------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ def stored(shards: Path) -> list[Sample]:
     from pipeline.dataset import Split
 
     split = Split(shards, "train")
-    turns = [split.labels(number).turns for number in range(len(split))]
+    turns = {sample.clip: sample.turns for sample in label_stream(split, 0)}
     return [
         Sample(c.clip, c.start_frame, signed(c.sampling_seed), c.neg_rate, c.labels, turns[c.clip])
         for c in split.in_order(rate=None)

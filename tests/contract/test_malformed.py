@@ -20,8 +20,6 @@ from harness import Ran, Shards, differences, preprocess, quarantine, shards
 from hostile import ALL_MUTATIONS, FRAMES_MUTATIONS, NOT_A_CLIP, SESSION_MUTATIONS, egoproactive_clip, mutated
 from reference import read_files
 
-from pipeline.readers import index
-
 
 def good(name: str, **more) -> dict:
     """A small valid clip: 20 frames from 10, speaking at 12, 13, 20, a state update at 15, 16, 4 votes."""

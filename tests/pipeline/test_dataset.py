@@ -127,24 +127,11 @@ def test_statistics_count_the_stored_labels(tmp_path):
     assert statistics.positive_rates()[0] == pytest.approx((labels[0] == 1).sum() / (labels[0] >= 0).sum())
 
 
-def test_labels_and_turns_as_numbers(tmp_path):
-    turns = [turn("system", "be kind"), *TURNS, turn("assistant", "later", 3, 4)]
-    written = [clip_example(turns, 10, 8), clip_example([], 5, 3, clip_id="c1", clip=1)]
-    split = Split(write_shards(tmp_path, {"train": written}), "train")
-    first, second = split.labels(0), split.labels(1)
-    # role in the schema's order, start_frame, end_frame
-    assert first.turns.tolist() == [[0, -1, -1], [1, 12, 13], [2, 13, 16], [3, 14, 17], [2, 3, 4]]
-    assert (second.clip, second.start_frame, second.turns.shape) == (1, 5, (0, 3))
-    assert np.array_equal(first.labels, written[0].labels)
-
-
 def test_changing_a_clip_changes_nothing_that_is_read_later(tmp_path):
     split = Split(write_shards(tmp_path, {"train": clips(2)}), "train")
     before = split.clip(0).labels.copy()
     split.clip(0).labels[:] = 7
-    split.labels(0).labels[:] = split.labels(0).turns[:] = 7
     assert np.array_equal(split.clip(0).labels, before)
-    assert split.labels(0).turns[0].tolist() == [1, 12, 13]
 
 
 def test_few_row_groups_are_in_memory(tmp_path, monkeypatch):

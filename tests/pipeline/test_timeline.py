@@ -18,11 +18,11 @@ def test_clip_by_id_number_part_or_split(toy, asked, found):
 @pytest.mark.parametrize("asked", ["toy", "0", "nowhere", "val:toy_a", "", ".*"])
 def test_an_unclear_clip_lists_candidates(toy, asked):
     with pytest.raises(InputError, match=r"(train|val):toy_[abc]#"):
-        timeline.timeline(toy, asked)
+        timeline.Timeline(timeline.find_clip(toy, asked))
 
 
 def test_timeline_reads_without_colour(toy):
-    lines = [line.rstrip() for line in text_of(timeline.timeline(toy, "toy_a#0")).splitlines()]
+    lines = [line.rstrip() for line in text_of(timeline.Timeline(timeline.find_clip(toy, "toy_a#0"))).splitlines()]
     at = lines.index("frame    ╷193 1:36.5")
     assert lines[at + 1 : at + 4] == [
         "turn     2-4   6",  # 5 begins one frame later and has no room
@@ -33,7 +33,7 @@ def test_timeline_reads_without_colour(toy):
 
 
 def test_timeline_lists_turns_in_order_with_the_state_they_lead_to(toy):
-    text = text_of(timeline.timeline(toy, "toy_a#0"))
+    text = text_of(timeline.Timeline(timeline.find_clip(toy, "toy_a#0")))
     wanted = [
         "1:36.5  193..195  user        I want to build it.",
         "S1→start",
@@ -49,7 +49,7 @@ def test_timeline_lists_turns_in_order_with_the_state_they_lead_to(toy):
 
 
 def test_timeline_obeys_nothing_in_the_data(toy):
-    text = text_of(timeline.timeline(toy, "toy_a#0"))
+    text = text_of(timeline.Timeline(timeline.find_clip(toy, "toy_a#0")))
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "<b>&amp; \ufffd[2J" in text  # shown as it is, and not as markup of rich's
@@ -61,7 +61,7 @@ def test_long_clips_wrap_and_very_long_ones_are_condensed(tmp_path):
         make_clip("c9000", "0" * 8999 + "1", "." * 9000),
     ]
     folder = write_folder(tmp_path, {"train": clips})
-    long, longer = (text_of(timeline.timeline(folder, name)) for name in ("c1200", "c9000"))
+    long, longer = (text_of(timeline.Timeline(timeline.find_clip(folder, name))) for name in ("c1200", "c9000"))
     assert long.count("speaking ") == 15  # wrapped rows of 80
     assert "one column" not in long
     assert "one column = 6 frames, the strongest label shown" in longer

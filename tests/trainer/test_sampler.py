@@ -68,13 +68,6 @@ def test_a_clip_is_the_same_from_whatever_side_it_is_reached(data, sampler):
     jumps = np.random.default_rng(0).permutation(125).tolist()
     fresh = Sampler(Split(data, "train"), SEED)
     assert [fresh.place(i) for i in jumps] == [forwards[i] for i in jumps]
-    assert [clip.clip for clip in sampler.epoch(1)] == [number for number, _ in forwards[50:100]]
-
-
-def test_the_label_stream_is_the_epoch_without_texts(sampler):
-    for clip, light in zip(sampler.epoch(2), sampler.label_stream(2), strict=True):
-        assert light.clip == clip.clip
-        assert np.array_equal(light.labels, clip.labels)
 
 
 def test_clips_are_shared_by_their_frames():
