@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import InputError
-from trainer import vision
+from trainer import body_graph, vision
 from trainer.arms import find_arm
 from trainer.attention import use_packed
+from trainer.body_graph import BodyGraph
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.hub import hub_options, model_folder, not_loaded
 from trainer.packing import Pack, blank_pack
@@ -54,6 +57,16 @@ class DecisionHeads(nn.Module):
             return torch.cat([self.speak(hidden), self.dst(hidden)], dim=-1).mT.contiguous()
 
 
+class RMSNorm(LlamaRMSNorm):
+    """On a GPU under autocast in one kernel, and in bfloat16, to which each linear layer after it would cast it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not (hidden.is_cuda and torch.is_autocast_enabled("cuda")):
+            return super().forward(hidden)
+        exact = F.rms_norm(hidden.float(), self.weight.shape, self.weight, self.variance_epsilon)
+        return exact.to(torch.bfloat16)
+
+
 class ProspectModel(nn.Module):
     """A SmolVLM and its heads. `silence`: id of the token that says silence, which the arm lm-eos decides by."""
 
@@ -84,6 +97,9 @@ class ProspectModel(nn.Module):
         if config.checkpointing:
             enable = getattr(vlm, "activation_checkpointing_enable", vlm.gradient_checkpointing_enable)  # 5.17: the old
             enable({"use_reentrant": False})
+        for layer in self.body.layers:
+            layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = RMSNorm
+        self._graph = BodyGraph(self.body, config.micro_batch_tokens, config.checkpointing)
         if config.compile:
             for layer in self.body.layers:
                 layer.compile(dynamic=True)
@@ -139,11 +155,18 @@ class ProspectModel(nn.Module):
         embedded = self.body.embed_tokens(pack.input_ids)  # [L, H]
         features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
         filled = embedded.index_copy(0, pack.frame_index.flatten(), features.flatten(0, 1))
+        if self._learns_by_graph() and (hidden := self._graph(filled, pack)) is not None:
+            return hidden
         out = self.body(
             inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False,
             seg_lens=pack.seg_lens, seg_ends=pack.seg_ends, longest=pack.longest,
         )  # fmt: skip
         return out.last_hidden_state[0]
+
+    def _learns_by_graph(self) -> bool:
+        """Whether text layers that learn are CUDA graphs: in bfloat16, in one process, without checkpointing."""
+        now = self.training and torch.is_grad_enabled() and self.bf16 and self.device.type in body_graph.GRAPHED
+        return now and not (self._graph.off or torch.distributed.is_initialized())
 
     def frame_features(self, frames: Tensor) -> Tensor:
         """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector

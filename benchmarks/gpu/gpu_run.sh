@@ -15,6 +15,6 @@ fi
 if [[ $SMOKE ]]; then  # what the GPU machine does not have must not be imported
     for name in polars av ray; do echo "raise ImportError('the GPU machine has no $name')" > "$SCRATCH/site/$name.py"; done
 fi
-export SMOKE PYTHON OUT SCRATCH PYTHONPATH="$SCRATCH/site:$PWD" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1
+export SMOKE PYTHON OUT SCRATCH PYTHONPATH="$SCRATCH/site:$PWD" PYTHONUNBUFFERED=1 PYTHONWARNINGS="ignore,default:no CUDA graph" HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_CACHE_DIR=$SCRATCH/inductor PYTORCH_NVML_BASED_CUDA_CHECK=1
 $PYTHON benchmarks/gpu/run.py 2>&1 | tee "$OUT/log.txt"

@@ -17,7 +17,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ import sides
 import torch
 from shared import CachedNoise, Case, build, make_window, pool_lengths
 
-import trainer.attention
+import trainer.body_graph
 import trainer.live.engine
 from trainer import vision
 from trainer.checkpoint import LoadedRun, load_run, load_state, save_checkpoint
@@ -225,7 +224,7 @@ CASES = {  # sequences a step and tokens a pack as in benchmarks/trainer
     "2.2B": Case("2.2B", 49280, bf16=True, device="cuda", steps=6, clips=32, batch=8, budget=8192),
 }
 SIZES = ("256M",) if SMOKE else ("256M", "2.2B")
-WARM = 2  # steps that are not counted
+WARM = 2 if SMOKE else 4  # steps that are not counted: they record graphs
 
 
 def case_of(size: str) -> Case:
@@ -243,19 +242,13 @@ def _config(**more: Any) -> TrainConfig:
     return TrainConfig(freeze=("vision",), bf16=not SMOKE, lr=1e-4, **more)
 
 
-def attention(loop: bool) -> AbstractContextManager[Any]:
-    """With `loop`: attention window by window, also where one launch would do for all of them."""
-    never = lambda value: False  # noqa: E731
-    return patch.object(trainer.attention, "takes_varlen", never) if loop else nullcontext()
-
-
 def steps(size: str) -> None:
-    """A training step by what attends, and at 256M by the size of a pack."""
+    """A training step as a user has it, without CUDA graphs, with --compile, and at 256M in smaller packs."""
     part, ceiling = f"step-{size}", limits.matmul_rate(device())
     say(part, "bf16 matmul", tflops=ceiling / 1e12)
     case = case_of(size)
-    smaller = [("varlen", 4096)] if size == "256M" else []
-    runs = [("varlen", case.budget), *smaller, ("loop", case.budget), ("varlen, compile", case.budget)]
+    smaller = [("graphs", 4096)] if size == "256M" else []
+    runs = [("graphs", case.budget), ("plain", case.budget), *smaller, ("graphs, compile", case.budget)]
     if SMOKE:
         torch.compiler.set_stance("force_eager")  # compiling for a CPU takes a minute and says nothing of a GPU
     failed = []
@@ -263,7 +256,7 @@ def steps(size: str) -> None:
         name = f"{kind}, packs of {budget}"
         try:
             clear()
-            with attention(loop=kind == "loop"):
+            with patch.object(trainer.body_graph, "GRAPHED", () if kind == "plain" else ("cuda", "cpu")):
                 say(part, name, **_step(replace(case, budget=budget), "compile" in kind, ceiling))
         except Exception as error:  # out of memory, say: the others are still worth their time
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
@@ -293,7 +286,8 @@ def _step(case: Case, compiles: bool, ceiling: float) -> dict[str, Any]:
     used = statistics.median(limits.step_flop(vlm, data[i]) / took[i] / ceiling for i in measured)
     found = {
         "tokens_per_s": statistics.median(rates), "used": used, "slowest": rates[0], "fastest": rates[-1],
-        "packs": len(packs[-1]), "ms": 1e3 * statistics.median(took[WARM:]), "first_s": took[0],
+        "packs": len(packs[-1]), "graphs": len(model._graph._rows), "ms": 1e3 * statistics.median(took[WARM:]),
+        "first_s": took[0],
     }  # fmt: skip
     found |= launches(step)
     if "kernel_ms" in found:
@@ -416,8 +410,8 @@ def _live(name: str, stream: Camera) -> np.ndarray:
         took, logits = stream.step(20 if SMOKE else 200)
         rate, found = len(took) / sum(took), launches(lambda: stream.step(1))
     ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
-    graph = (
-        stream.engine._static is not None and stream.engine._static._graph is not None
+    graph = stream.engine._static is not None and bool(
+        stream.engine._static._graph._replay
     )  # on a CPU the same without one
     say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, graph=graph, **found)
     return logits

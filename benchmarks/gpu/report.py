@@ -15,7 +15,7 @@ from typing import Any
 
 Row = dict[str, Any]
 HEAD = "# GPU results\n\n"
-BEST = ("varlen", "varlen, compile")
+BEST = ("graphs", "graphs, compile")
 
 
 def _used(rows: dict[tuple[str, str], Row], part: str, budget: int) -> float | None:

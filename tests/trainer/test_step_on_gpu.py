@@ -68,6 +68,7 @@ def fake_step(vlm_config, tokens: Tokens, monkeypatch, pixels: bool, bf16: bool 
     monkeypatch.setattr(trainer.packing, "pinned", lambda value: value)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("trainer.body_graph.GRAPHED", ())
     vlm_config.dtype = vlm_config.text_config.dtype = vlm_config.vision_config.dtype = torch.float32  # as when loaded
     side, given = vlm_config.vision_config.image_size, vlm_config.text_config.hidden_size
     packs = [pack_of(tokens, NoisyFrames(side)) for _ in range(2)]

@@ -16,7 +16,9 @@ from trainer.sequence import build_windows
 from trainer.teacher_forced import _passes, score_clips
 from trainer.tokenizer import train_tiny_tokens
 
-CONFIG = TrainConfig(max_tokens=90, micro_batch_tokens=300)  # several windows a clip, several windows a pack
+CONFIG = TrainConfig(
+    max_tokens=90, micro_batch_tokens=300, bf16=False
+)  # several windows a clip, several windows a pack
 CLIPS = [clip(i) for i in range(5)]
 
 

@@ -10,7 +10,6 @@ where it is tested, the same code runs without the graph.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trainer.body_graph import Step, record
 from trainer.live.kv_cache import AttentionPlan, BatchedRows, KVCache, download
 from trainer.model import ProspectModel
 
@@ -112,36 +112,22 @@ class _Graph:
 
     def __init__(self) -> None:
         self.failed = False
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: list[Step] = []
         self._result = torch.empty(0)
 
     def run(self, step: Callable[[], Tensor]) -> Tensor | None:
-        """The step's result, in the same memory in every call; None where no graph can be made.
+        """The step's result, in the same memory in every call; None where no graph can be made."""
 
-        The first call runs the step several times.
-        """
-        if self._graph is None and not self.failed:
-            try:
-                self._capture(step)
-            except RuntimeError as error:
-                self.failed = True
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"no CUDA graph of a live pass could be made ({reason}); slower without", stacklevel=3)
-        if self._graph is None:
-            return None
-        self._graph.replay()
-        return self._result
-
-    def _capture(self, step: Callable[[], Tensor]) -> None:
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries choose kernels and take memory before the capture
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        def keep() -> None:
             self._result = step()
-        self._graph = graph
+
+        if not self._replay and not self.failed:
+            self._replay = record([keep]) or []
+            self.failed = not self._replay
+        if self.failed:
+            return None
+        self._replay[0]()
+        return self._result
 
 
 def _linear_weights_in_bfloat16(body: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,152 @@
+"""The text layers of a training pass as two CUDA graphs, forward and backward: two launches instead of 4,500.
+
+At 256M a host launches kernels more slowly than an H100 runs them; a graph replays them at once. It reads and writes
+the same memory in every replay, so a pack is padded: with tokens up to a multiple of an eighth of the budget, which are
+windows of their own and have gradient 0, and with empty windows. Each length is recorded when it first comes, which
+takes about as long as five passes. On a CPU, where it is tested, the same code runs without graphs.
+
+    L tokens of a pack    M of its padded row    H hidden
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.packing import Pack, ends_of, upload
+
+GRAPHED = ("cuda",)  # devices on which text layers that learn are graphs
+Step = Callable[[], None]
+
+
+def record(steps: Sequence[Step], pool: Any = None) -> list[Step] | None:
+    """For each step a function that replays it; None, with a warning, where no graph can be made.
+
+    All read and write the same tensors in every call, also each other's. They run in order, three times.
+    pool: memory that other graphs use, too, none of which holds a result when these are replayed.
+    """
+    side, pool = torch.cuda.Stream(), pool or torch.cuda.graph_pool_handle()
+    graphs = [torch.cuda.CUDAGraph() for _ in steps]
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for step in [*steps, *steps]:  # libraries choose kernels and take memory before the capture
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        for step, graph in zip(steps, graphs, strict=True):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                step()
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"no CUDA graph could be made ({reason}); slower without", stacklevel=2)
+        return None
+    return [graph.replay for graph in graphs]
+
+
+class BodyGraph:
+    """The text layers of `body`, whose parameters learn under bfloat16 autocast, in one process."""
+
+    def __init__(self, body: Any, budget: int, off: bool) -> None:
+        self.body = body
+        self.parameters = [p for part in (body.layers, body.norm) for p in part.parameters() if p.requires_grad]
+        self.gradients: list[Tensor] = []  # one for each, made with the first pack
+        self.off = off or not self.parameters
+        self._step = max(budget // 8, 1)
+        self._room = [1, 1]  # windows, tokens of the longest
+        self._rows: dict[int, _Row] = {}  # by M
+        self.pool: Any = None
+
+    def __call__(self, embedded: Tensor, pack: Pack) -> Tensor | None:
+        """[L, H] after the last layer and norm, of the pack's embedded tokens [L, H]; None where no graph can be
+        made."""
+        count, longest = embedded.shape[0], pack.longest
+        size = -(-count // self._step) * self._step
+        fill = size - count
+        lengths = [*pack.seg_lens.tolist(), *[longest] * (fill // longest), fill % longest]
+        for i, needed in enumerate((len(lengths), longest)):
+            if needed > self._room[i]:
+                self._room[i] = 1 << (needed - 1).bit_length()
+                self._rows = {}  # and a new pool with the next
+        windows, longest = self._room
+        self.gradients = self.gradients or [torch.zeros_like(p) for p in self.parameters]
+        if not self._rows and embedded.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()
+        if size not in self._rows:
+            self._rows[size] = _Row(self, embedded.new_zeros(size, embedded.shape[1]), *self._room)
+        ends = ends_of(torch.tensor(lengths + [0] * (windows - len(lengths))))
+        row = self._rows[size]
+        if not row.replay(embedded.detach(), pack.position_ids, upload(ends, embedded.device)):
+            self._rows.clear()
+            self.off = True
+            return None
+        if not embedded.requires_grad:  # or autograd would not come by
+            embedded = embedded.detach().requires_grad_()
+        return _Replayed.apply(embedded, row)  # type: ignore[no-untyped-call, no-any-return]
+
+    def add_to_gradients(self) -> None:
+        """Let parameters have `gradients` for theirs, from 0 in the first pack of a step."""
+        if self.parameters[0].grad is None:
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+
+
+class _Row:
+    """What the graphs of one length read and write."""
+
+    def __init__(self, owner: BodyGraph, embedded: Tensor, windows: int, longest: int) -> None:
+        device = embedded.device
+        self.owner, self.embedded, self.longest = owner, embedded.requires_grad_(), longest
+        self.positions = torch.zeros(len(embedded), dtype=torch.int64, device=device)
+        self.ends = torch.zeros(windows + 1, dtype=torch.int32, device=device)
+        self.hidden = self.of_embedded = self.of_hidden = torch.zeros_like(embedded, requires_grad=False)
+        self.steps: list[Step] | None = None
+
+    def replay(self, embedded: Tensor, positions: Tensor, ends: Tensor) -> bool:
+        """Read embedded [L, H], positions [L] and the ends of all windows; False where no graph can be made."""
+        self.embedded.detach()[: len(embedded)].copy_(embedded)
+        self.positions[: len(positions)].copy_(positions)
+        self.ends.copy_(ends)
+        if self.steps is None:
+            self.of_hidden.zero_()
+            steps = [self._forward, self._backward]
+            self.steps = record(steps, self.owner.pool) if embedded.is_cuda else steps
+        if self.steps is not None:
+            self.steps[0]()
+        return self.steps is not None
+
+    def _forward(self) -> None:
+        autocast = torch.autocast(self.embedded.device.type, torch.bfloat16, cache_enabled=False)
+        with torch.enable_grad(), autocast:  # a cached copy of a weight would be freed before the graph is
+            out = self.owner.body(
+                inputs_embeds=self.embedded[None], position_ids=self.positions[None], use_cache=False,
+                seg_lens=self.ends.diff(), seg_ends=self.ends, longest=self.longest,
+            )  # fmt: skip
+        self.hidden = out.last_hidden_state[0]
+
+    def _backward(self) -> None:
+        read = [self.embedded, *self.owner.parameters]
+        self.of_embedded, *found = torch.autograd.grad(self.hidden, read, self.of_hidden)
+        torch._foreach_add_(self.owner.gradients, found)
+
+
+class _Replayed(torch.autograd.Function):
+    """A row's hidden states, as a function of what it read. Its graph adds the parameters' gradients itself."""
+
+    @staticmethod
+    def forward(ctx: Any, embedded: Tensor, row: _Row) -> Tensor:
+        ctx.row = row
+        return row.hidden.detach()[: len(embedded)]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        row = ctx.row
+        row.of_hidden[: len(gradient)].copy_(gradient)
+        row.of_hidden[len(gradient) :].zero_()
+        row.owner.add_to_gradients()
+        row.steps[1]()
+        return row.of_embedded[: len(gradient)], None
