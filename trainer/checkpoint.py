@@ -4,7 +4,7 @@
     heads.safetensors                both heads
     tokenizer.json, ...              the tokenizer
     run.json                         TrainConfig, step, label statistics, key of the data, SHA-256 of each file
-    state.safetensors                `last` alone: AdamW's moments and the random generators' states
+    state.safetensors                `last` alone: the optimizer's moments and the random generators' states
     README.md                        the model card
 
 Written to a folder beside its place, run.json last; then moved there file by file, run.json last: whenever a process is
@@ -44,7 +44,7 @@ from trainer.tokenizer import Tokens, load_tokens
 
 FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter; Muon no squares
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; other ranks take part and get nothing
 
 
@@ -239,7 +239,9 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
     names = {name.partition("/")[2] for name in saved if name.startswith("exp_avg/")}
     if names:
         state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # for its groups
-        state["state"] = {name: {key: saved[f"{key}/{name}"] for key in _MOMENTS} for name in names}
+        state["state"] = {
+            name: {key: saved[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in saved} for name in names
+        }
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
     torch.set_rng_state(saved["rng/cpu"])
     if "rng/cuda" in saved and torch.cuda.is_available():

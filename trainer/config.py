@@ -18,6 +18,7 @@ from trainer.arms import ARMS, find_arm
 
 RANDOM_MODELS = ("tiny", "nano")  # built from a config, with random weights and a tokenizer of the data's own texts
 BALANCES = ("none", "mean")
+OPTIMIZERS = ("adamw", "muon")
 TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")  # evaluation: the reference's texts, or its own
 PARTS = ("vision", "connector", "text", "heads")  # vision: the tower; text: body, embeddings and LM head
 _ABOVE_ZERO = (
@@ -40,7 +41,8 @@ class TrainConfig:
     seed: Annotated[int, Option(help="of weights and order")] = 0  # draws have a seed of their own, per clip
     steps: Annotated[int, Option(help="optimizer steps")] = 200
     clips_per_step: Annotated[int, Option(help="clips in one optimizer step, over all ranks")] = 16
-    lr: Annotated[float, Option(help="peak learning rate")] = 2e-3
+    optimizer: Annotated[str, Option(help=f"of hidden matrices: {' or '.join(OPTIMIZERS)}; AdamW elsewhere")] = "adamw"
+    lr: Annotated[float, Option(help="peak learning rate; muon's matrices learn at 5 times as much")] = 2e-3
     lr_by_part: Annotated[
         dict[str, float], Option(help=f"another peak for a part: heads=1e-3,connector=1e-4 ({', '.join(PARTS)})")
     ] = field(default_factory=dict)
@@ -86,6 +88,8 @@ class TrainConfig:
             _require(right, f"{name} is {value}, expected {'above 0' if above else '0 or above'}")
         _require(self.seed < 2**63, f"seed is {self.seed}, expected below 2**63")
         _require(self.balance in BALANCES, f"balance is {self.balance!r}, expected one of {', '.join(BALANCES)}")
+        known = f"optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}"
+        _require(self.optimizer in OPTIMIZERS, known)
         learns = self.w_speak + self.w_dst + self.w_lm > 0
         _require(learns, "w_speak, w_dst and w_lm are all 0: nothing to learn from")
         warm = f"warmup_steps {self.warmup_steps} > steps {self.steps}; lower it or train longer"
@@ -115,6 +119,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The config written by `to_json`; InputError on a name or a value that this version does not know."""
+        values = {"optimizer": "adamw"} | values  # of runs before there was another
         unknown = sorted(set(values) - {known.name for known in fields(cls)})
         _require(not unknown, f"unknown {', '.join(unknown)}; written by another version of prospect-dst")
         return cls(**values)

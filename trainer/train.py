@@ -36,7 +36,8 @@ from trainer.distributed import World, join, synced, unwrapped
 from trainer.frame_source import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
-from trainer.model import ProspectModel, part_of
+from trainer.model import ProspectModel
+from trainer.optimizer import make_optimizer
 from trainer.packing import Pack, upload
 from trainer.run_folder import TrainState, check_folder, new_state, resumed_state, run_options, write_options
 from trainer.run_log import Log, find_tracker, open_log
@@ -147,23 +148,6 @@ def _not_finite(what: str, packs: Sequence[Pack], world: World) -> NotFiniteErro
 # ---- the loop ----------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: ProspectModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW: a group per part and kind, each with its peak rate (`peak`); no decay on biases and norms."""
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
-    settings = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "peak": config.lr_by_part.get(part, config.lr),
-        }
-        for (part, decays), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
-
-
 def schedule(step: int, config: TrainConfig) -> float:
     """Share of the peak learning rate in step 0, 1, ...: up in a line over the warm-up, then a half cosine to 0."""
     if step < config.warmup_steps:
@@ -217,6 +201,8 @@ def train(
     find_tracker(options.logger)
     if options.fsdp and config.lora_rank:
         raise InputError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
+    if options.fsdp and config.optimizer == "muon":
+        raise InputError("fsdp and optimizer muon exclude each other: muon needs whole matrices; use --optimizer adamw")
     with naming(run), join() as world, ExitStack() as stack:
         config = config.on(world.device.type)
         split, held_out, note = Split(data, "train"), None, None

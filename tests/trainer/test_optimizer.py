@@ -1,0 +1,46 @@
+"""Muon for hidden matrices, AdamW for the rest: who learns how, and that a resume changes no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_run import curve, go, go_until, weights
+
+from pipeline.errors import InputError
+from trainer.config import RunOptions, TrainConfig
+from trainer.optimizer import MuonAdamW, orthogonalised
+from trainer.train import train
+
+
+def test_singular_values_come_near_1_whatever_else_is_in_the_batch():
+    left, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    matrix = left[:, :4] @ torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.05]))  # [8, 4]
+    values = torch.linalg.svdvals(orthogonalised(torch.stack([matrix, torch.zeros(8, 4)]))[0])
+    assert 0.6 < values.min() <= values.max() < 1.3
+
+
+def test_matrices_move_along_singular_vectors_and_the_rest_as_adamw():
+    matrix, bias = torch.nn.Parameter(torch.zeros(4, 2)), torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [matrix], "muon": True, "weight_decay": 0.0}, {"params": [bias]}]
+    optimizer = MuonAdamW(groups, lr=0.1)
+    matrix.grad, bias.grad = torch.zeros(4, 2), torch.ones(1)
+    matrix.grad[0, 0] = 7.0
+    optimizer.step()
+    assert bias.item() == pytest.approx(-0.1, abs=1e-6)  # AdamW's first step is the learning rate
+    # lr 0.1 * 0.2 * sqrt(4) = 0.04 times a singular value between 0.65 and 1.2, against the gradient
+    assert -0.048 < matrix[0, 0].item() < -0.026
+    assert matrix.flatten()[1:].tolist() == [0.0] * 7
+    assert [group.get("muon", False) for group in optimizer.param_groups] == [True, False]
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(data, tmp_path, monkeypatch):
+    go(data, tmp_path / "whole", optimizer="muon")
+    go_until(7, data, tmp_path / "run", monkeypatch, optimizer="muon")
+    assert go(data, tmp_path / "run", resume=True, optimizer="muon").resumed_from == 6
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_muon_of_sharded_matrices_is_refused(data, tmp_path):
+    with pytest.raises(InputError, match="fsdp and optimizer muon exclude each other"):
+        train(data, tmp_path / "run", TrainConfig(optimizer="muon"), options=RunOptions(fsdp=True))
