@@ -38,9 +38,10 @@ from trainer.checkpoint import run_hash
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
-from trainer.evaluation.comparison import PRIMARY, compare_runs, metrics_of
+from trainer.evaluation.comparison import compare_runs, metrics_of, settle
 from trainer.evaluation.conclusions import headline
 from trainer.evaluation.evaluate_scores import EvalSplits, hold
+from trainer.evaluation.ladder import PRIMARY
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up
 from trainer.evaluation.report import write_report
 from trainer.loader import end_with
@@ -61,6 +62,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
     with naming(plan.out), ExitStack() as held:
         make_folder(plan.out)
         lock_folder(plan.out, held)
+        settle(plan)
         left = [job for job in jobs if not is_done(plan, job, splits, trained_on)]
         if len(left) < len(jobs):
             report_line(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")

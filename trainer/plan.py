@@ -28,6 +28,7 @@ class Plan:
     features: Path | None = None
     live: bool = True  # also free-running
     draws: int = 10_000  # of the recordings
+    margin: float = 0.05  # of event F1: smaller differences do not matter; settled before any run
     jobs: int = 0  # runs at a time; 0: one per GPU, without any one per core
     command: str = ""  # that asked for it, for the report
     hazards: tuple[str, ...] = ()  # of the data, for the report

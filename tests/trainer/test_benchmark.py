@@ -75,16 +75,16 @@ def test_tables_hold_every_arm_seed_mode_and_metric(told, plan):
     assert arm["value"] == pytest.approx(sum(both) / 2)
     assert arm["low"] <= arm["value"] <= arm["high"]
     pairs = {(row["a"], row["b"]) for row in rows(plan.out, "comparisons")}
-    assert pairs == {("speak+dst", "speak"), ("speak", "silence")}
+    assert pairs == {("speak+dst", "speak"), ("silence", "speak")}
     (primary,) = rows(plan.out, "comparisons", primary=True)
     assert (primary["a"], primary["mode"], primary["metric"]) == ("speak+dst", "self-fed", "event_f1")
 
 
 def test_direct_and_inverted_come_out_equal_in_every_metric(told, plan):
-    for row in rows(plan.out, "comparisons", a="speak", b="silence"):
+    for row in rows(plan.out, "comparisons", a="silence", b="speak"):
         assert row["difference"] in (None, 0.0)
         assert row["p_value"] in (None, 1.0)
-    assert any(row["difference"] == 0.0 for row in rows(plan.out, "comparisons", a="speak", b="silence"))
+    assert any(row["difference"] == 0.0 for row in rows(plan.out, "comparisons", a="silence", b="speak"))
 
 
 def test_what_it_is_of_is_written_down(told, plan):
@@ -154,7 +154,7 @@ def test_data_that_cannot_answer_is_refused_before_training(data, plan, tmp_path
     with pytest.raises(InputError, match="the assistant never speaks in test: nothing to measure"):
         benchmark(replace(plan, data=quiet, out=tmp_path / "out"))
     stateless = write_shards(tmp_path / "stateless", dict.fromkeys(("train", "val", "test"), speaking))
-    with pytest.raises(InputError, match=r"so speak\+dst have nothing to learn from.*silence,lm-eos,speak$"):
+    with pytest.raises(InputError, match=r"so speak\+dst have nothing to learn from.*silence,.*speak$"):
         benchmark(replace(plan, data=stateless, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -46,6 +46,16 @@ class Benchmark:
         return (self.info["primary"]["metric"], *self.info["primary"]["pair"])
 
     @property
+    def rungs(self) -> list[str]:
+        """Those that were measured, from the lowest."""
+        return list(self.info["rungs"])
+
+    @property
+    def margin(self) -> float:
+        """Differences of event F1 up to it do not matter: settled before any run."""
+        return float(self.info["margin"])
+
+    @property
     def modes(self) -> list[str]:
         """The modes that were measured."""
         measured = {row["mode"] for row in self.arms}
@@ -82,7 +92,7 @@ class Benchmark:
 
     def of_reference(self, mode: str, path: str) -> Any:
         """The same of any run: for what depends on the reference alone."""
-        return next((value for arm in self.info["arms"] for value in self.of_seeds(arm, mode, path)), None)
+        return next((value for arm in self.rungs for value in self.of_seeds(arm, mode, path)), None)
 
 
 def read_benchmark(out: Path) -> Benchmark:
@@ -92,7 +102,7 @@ def read_benchmark(out: Path) -> Benchmark:
         paths = (out / f"{name}.parquet" for name in ("arms", "comparisons"))
         arms, comparisons = (pl.read_parquet(path, glob=False).fill_nan(None).to_dicts() for path in paths)
         bench = Benchmark(out, info, arms, comparisons, {})
-        for arm, seed in product(info["arms"], info["seeds"]):
+        for arm, seed in product(info["rungs"], info["seeds"]):
             path = bench.run(arm, seed) / "scores" / "metrics.json"
             if path.is_file():
                 bench.metrics[arm, seed] = json.loads(path.read_bytes())
@@ -179,7 +189,7 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
     Precision at each of 101 recalls is that of the highest threshold that reaches it.
     """
     curves, chance, recalls = [], None, np.linspace(0, 1, 101)
-    for arm in bench.info["arms"]:
+    for arm in bench.rungs:
         lines = []
         for scores in speaking_scores(bench, arm, mode):
             known = scores.filter(pl.col("speaking_label") >= 0)
@@ -199,7 +209,7 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
 def reliability(bench: Benchmark, mode: str) -> list[Curve]:
     """Per arm the share of positives over the mean probability, in bins; thick: the frames of all seeds together."""
     curves, count = [], bench.info["settings"]["bins"]
-    for arm in bench.info["arms"]:
+    for arm in bench.rungs:
         bins = []
         for scores in speaking_scores(bench, arm, mode):
             known = scores.filter(pl.col("speaking_label") >= 0)
@@ -227,7 +237,7 @@ def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
     metric = "joint_state_accuracy"
     curves = [
         _over_parts(arm, shares, bench.arm(arm, mode, metric).get("value"))
-        for arm in bench.info["arms"]
+        for arm in bench.rungs
         if (shares := bench.of_seeds(arm, mode, "state.over_time"))
     ]
     never, level = bench.of_reference(mode, "state.over_time_never_updating"), baseline(bench, mode, metric)
@@ -247,7 +257,7 @@ def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
     The mean is over steps at which every seed was evaluated; of a step that was logged twice, the later counts.
     """
     curves, split = [], "val"
-    for arm in bench.info["arms"]:
+    for arm in bench.rungs:
         seeds = []
         for seed in bench.info["seeds"]:
             lines = [line for line in read_metrics(bench.run(arm, seed)) if "evaluation" in line]

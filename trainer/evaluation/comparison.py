@@ -1,8 +1,15 @@
-"""Compares the finished runs of a benchmark: results, arms, comparisons (Parquet) and benchmark.json.
+"""Compares the runs of a benchmark that are finished, and writes its tables.
 
-Holm's correction is over the pairs compared on one metric in one mode.
+    results.parquet        arm, seed, mode, metric, value
+    arms.parquet           the same over seeds, with 95% intervals
+    comparisons.parquet    each pair, metric and mode: difference, interval, p, Holm's p, power, verdict
+    windows.parquet        event F1 over the width of the matching window; groups.parquet by data set and task
+    benchmark.json         what was asked, data, versions, hashes, cost
 
-    S seeds    B draws of the recordings
+A pair is compared on the seeds that both have. Holm's correction is over the pairs of interest on one metric in one
+mode; `p_holm` is null for the ladder's other pairs, which only say how high one has to climb.
+
+    B draws of the recordings
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -23,30 +31,24 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.dataset import Split
+from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
-from trainer.checkpoint import run_hash
-from trainer.config import MODES, SELF_FED, TEACHER_FORCED
-from trainer.evaluation.bootstrap import Floats, Weights, compare_of, draw_recordings, holm, interval_of, replicate
+from trainer.arms import RUNGS, find_rung
+from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
+from trainer.evaluation.bootstrap import Floats, compare_of, draw_recordings, holm, interval_of, replicate
+from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
 from trainer.evaluation.evaluate_scores import METRICS_FILE
+from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
 from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
 from trainer.evaluation.read_scores import read_scores
 from trainer.evaluation.sequential import always_valid
 from trainer.plan import Job, Plan, commands_of, run_of
 from trainer.run_log import read_metrics
 
-PAIRS: Final = (  # of interest, the question first; those whose arms were trained are compared
-    ("speak+dst", "speak"),
-    ("speak+dst", "speak+markers"),
-    ("speak+dst", "speak+dst-head"),
-    ("speak+markers", "speak"),
-    ("speak+dst-head", "speak"),
-    ("speak", "lm-eos"),
-    ("speak", "silence"),
-)
-PRIMARY: Final = "event_f1"
 PACKAGES: Final = ("prospect-dst", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow")
 
-Measured = dict[tuple[str, str], dict[str, Floats]]  # (arm, mode) -> each metric's `replicate`, [S, 1 + B]
+Runs = dict[int, dict[str, Floats]]  # seed -> each metric's `replicate`, [1, 1 + B]
+Measured = dict[tuple[str, str], Runs]  # by (rung, mode)
 
 
 def metrics_of(plan: Plan, job: Job) -> dict[str, Any]:
@@ -57,33 +59,57 @@ def metrics_of(plan: Plan, job: Job) -> dict[str, Any]:
         return {}
 
 
+def settle(plan: Plan) -> None:
+    """Write down, before any run, the question and the margin. InputError where it was begun with another margin."""
+    path = plan.out / "benchmark.json"
+    try:
+        begun = json.loads(path.read_bytes()).get("margin", plan.margin)
+    except (OSError, ValueError):
+        write_json(path, {"margin": plan.margin, "primary": _question(plan)})
+        return
+    if begun != plan.margin:
+        what = f"--margin {plan.margin:g}: this benchmark was begun with {begun:g}"
+        raise InputError(f"{what}; a margin is settled before any run: keep it, or choose another --out")
+
+
+def _question(plan: Plan) -> dict[str, Any]:
+    return {"metric": PRIMARY, "mode": primary_mode(plan), "pair": list(question_of(plan.arms))}
+
+
 def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
-    """Write OUT's tables and benchmark.json from the finished runs."""
-    recordings = sorted({clip.recording_id for clip in split.in_order()})
-    draws, count = draw_recordings(len(recordings), plan.draws), len(recordings)
-    metrics = {job: metrics_of(plan, job) for job in jobs}
+    """Write OUT's tables and benchmark.json from those of the jobs that are finished."""
+    metrics = {job: found for job in jobs if (found := metrics_of(plan, job))}
+    count = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
-    for arm, mode in product(plan.arms, MODES):
-        runs = [(arm, seed) for seed in plan.seeds]
-        if all(mode in metrics[run] for run in runs):
-            chosen = [Thresholds(**metrics[run]["thresholds"]) for run in runs]
-            seeds = [
-                _replicates(plan, run, mode, at, split, recordings, draws) for run, at in zip(runs, chosen, strict=True)
-            ]
-            measured[arm, mode] = {metric: np.concatenate([of_seed[metric] for of_seed in seeds]) for metric in METRICS}
+    matches: dict[tuple[str, str], dict[int, Matches]] = {}
+    for rung, mode in product([rung.name for rung in RUNGS], MODES):
+        for seed in sorted(seed for name, seed in metrics if name == rung and mode in metrics[name, seed]):
+            chosen, path = metrics[rung, seed]["thresholds"], run_of(plan, (rung, seed)) / "scores" / f"{mode}.parquet"
+            stamp = (path, path.stat().st_mtime_ns)
+            run = _read_run(stamp, json.dumps(chosen), split, plan.settings, plan.draws)
+            measured.setdefault((rung, mode), {})[seed] = run[0]
+            if run[1] is not None:
+                matches.setdefault((rung, mode), {})[seed] = run[1]
+    val = Split(plan.data, "val") if "val" in split.manifest["splits"] else None
+    of_widths = window_rows(matches, plan.settings, metronomes(split, val, plan.settings))
     _write_table(plan.out / "results.parquet", _RESULTS, _result_rows(metrics, count))
     _write_table(plan.out / "arms.parquet", _INTERVALS, _interval_rows(measured, count))
     _write_table(plan.out / "comparisons.parquet", _COMPARISONS, _comparison_rows(plan, measured, count))
-    write_json(plan.out / "benchmark.json", _summary(plan, jobs, split, count))
+    _write_table(plan.out / "windows.parquet", _WINDOWS, of_widths)
+    _write_table(plan.out / "groups.parquet", _GROUPS, group_rows(matches, split, plan.settings, plan.draws))
+    write_json(plan.out / "benchmark.json", _summary(plan, metrics, split, count))
 
 
-def _replicates(
-    plan: Plan, job: Job, mode: str, thresholds: Thresholds, split: Split, recordings: Sequence[str], draws: Weights
-) -> dict[str, Floats]:
-    """Each metric's [1, 1 + B] of one run."""
-    clips = read_scores(run_of(plan, job) / "scores" / f"{mode}.parquet", {split.name: split})[split.name]
-    found = estimators(clips, thresholds, plan.settings, recordings)
-    return {metric: replicate([estimator], draws) for metric, estimator in found.items()}
+@cache
+def _read_run(
+    file: tuple[Path, int], thresholds: str, split: Split, settings: Settings, draws: int
+) -> tuple[dict[str, Floats], Matches | None]:
+    """(each metric's [1, 1 + B], its events if it has a threshold) of a scores file, named with its time: read once."""
+    chosen, clips = Thresholds(**json.loads(thresholds)), read_scores(file[0], {split.name: split})[split.name]
+    recordings = sorted({scored.clip.recording_id for scored in clips})
+    weights, found = draw_recordings(len(recordings), draws), estimators(clips, chosen, settings, recordings)
+    replicates = {metric: replicate([estimator], weights) for metric, estimator in found.items()}
+    return replicates, count_matches(clips, chosen.event.get(HEAD), settings)
 
 
 def _result_rows(metrics: dict[Job, dict[str, Any]], recordings: int) -> Iterator[dict[str, Any]]:
@@ -94,26 +120,43 @@ def _result_rows(metrics: dict[Job, dict[str, Any]], recordings: int) -> Iterato
 
 
 def _interval_rows(measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
-    for ((arm, mode), values), metric in product(measured.items(), METRICS):
-        row = {"arm": arm, "mode": mode, "metric": metric, "seeds": len(values[metric]), "recordings": recordings}
-        yield row | asdict(interval_of(values[metric], recordings, METRICS[metric].bounds))
+    for ((arm, mode), runs), metric in product(measured.items(), METRICS):
+        row = {"arm": arm, "mode": mode, "metric": metric, "seeds": len(runs), "recordings": recordings}
+        values = np.concatenate([run[metric] for run in runs.values()])
+        yield row | asdict(interval_of(values, recordings, METRICS[metric].bounds))
 
 
 def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
-    question = (*pairs_of(plan), *PAIRS)[0]
     for mode, metric in product(MODES, METRICS):
-        pairs = [(a, b) for a, b in pairs_of(plan) if (a, mode) in measured and (b, mode) in measured]
-        bounds = METRICS[metric].bounds
-        compared = [
-            compare_of(measured[a, mode][metric], measured[b, mode][metric], recordings, bounds) for a, b in pairs
+        rungs = [rung for rung, known in measured if known == mode]
+        found = [
+            row for a, b in pairs_of(rungs) if (row := _compared(plan, measured, (a, b), mode, metric, recordings))
         ]
-        corrected = holm([one.p_value for one in compared])
-        for (a, b), one, p_holm in zip(pairs, compared, corrected, strict=True):
-            primary = (a, b) == question and mode == primary_mode(plan) and metric == PRIMARY
-            row = {"a": a, "b": b, "mode": mode, "metric": metric, "p_holm": p_holm, "primary": primary}
-            replicates = measured[a, mode][metric] - measured[b, mode][metric]
-            row["always_low"], row["always_high"] = always_valid(replicates, recordings, bounds)
-            yield row | asdict(one)
+        for row, p_holm in zip(found, holm([row["p_value"] for row in found]), strict=True):
+            yield row | {"p_holm": p_holm}
+        for pair in ladder_pairs(rungs) if metric == PRIMARY else ():
+            yield from filter(None, [_compared(plan, measured, pair, mode, metric, recordings)])
+
+
+def _compared(
+    plan: Plan, measured: Measured, pair: tuple[str, str], mode: str, metric: str, recordings: int
+) -> dict[str, Any]:
+    """A row of comparisons.parquet; {} where the two have no seed in common.
+
+    A control without a model has no seeds: where it lacks one, any run of it serves, as each comes out the same.
+    """
+    (a, b), runs = pair, [measured[rung, mode] for rung in pair]
+    having = [set(of) for rung, of in zip(pair, runs, strict=True) if find_rung(rung).kind != "control"]
+    if not (seeds := sorted(set.intersection(*having or [set(of) for of in runs]))):
+        return {}
+    first, second = (np.concatenate([of.get(seed, next(iter(of.values())))[metric] for seed in seeds]) for of in runs)
+    bounds = METRICS[metric].bounds
+    one = compare_of(first, second, recordings, bounds)
+    always = dict(zip(("always_low", "always_high"), always_valid(first - second, recordings, bounds), strict=True))
+    primary = pair == question_of(plan.arms) and mode == primary_mode(plan) and metric == PRIMARY
+    verdict = verdict_of(one.low, one.high, plan.margin) if metric == PRIMARY else None
+    row = {"a": a, "b": b, "mode": mode, "metric": metric, "primary": primary, "verdict": verdict}
+    return row | always | asdict(one)
 
 
 def primary_mode(plan: Plan) -> str:
@@ -121,21 +164,17 @@ def primary_mode(plan: Plan) -> str:
     return SELF_FED if plan.live else TEACHER_FORCED
 
 
-def pairs_of(plan: Plan) -> list[tuple[str, str]]:
-    """The pairs of interest that can be compared; the first is the question."""
-    known = [pair for pair in PAIRS if set(pair) <= set(plan.arms)]
-    return known or [(arm, plan.arms[0]) for arm in plan.arms[1:]]
-
-
 _RESULTS = "arm seed mode metric value recordings"
 _INTERVALS = "arm mode metric value low high seeds recordings"
 _COMPARISONS = (
     "a b mode metric difference low high p_direction p_value p_holm detectable seeds recordings undefined seed_share "
-    "always_low always_high primary"
+    "always_low always_high primary verdict"
 )
+_WINDOWS = "rung seed mode width_s early_s late_s f1 metronome_f1"
+_GROUPS = "by group rung mode value low high seeds recordings events"
 _TYPES: Final = {  # of columns; the others are float64
-    **dict.fromkeys(("arm", "a", "b", "mode", "metric"), pa.string()),
-    **dict.fromkeys(("seed", "seeds", "recordings", "undefined"), pa.int32()),
+    **dict.fromkeys(("arm", "rung", "a", "b", "mode", "metric", "verdict", "by", "group"), pa.string()),
+    **dict.fromkeys(("seed", "seeds", "recordings", "undefined", "events"), pa.int32()),
     "primary": pa.bool_(),
 }
 
@@ -146,16 +185,19 @@ def _write_table(path: Path, columns: str, rows: Iterator[dict[str, Any]]) -> No
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
 
 
-def _summary(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int) -> dict[str, Any]:
+def _summary(plan: Plan, metrics: dict[Job, dict[str, Any]], split: Split, recordings: int) -> dict[str, Any]:
     """The content of benchmark.json."""
     config = {name: value for name, value in plan.config.to_json().items() if name not in ("arm", "seed")}
     shards = [shard for shard in split.manifest["shards"] if shard["split"] == split.name]
-    lines = [line for job in jobs for line in read_metrics(run_of(plan, job))]
+    trained = [job for job in metrics if find_rung(job[0]).kind == "arm"]
+    cost = {job: _cost_of(plan, job) for job in trained}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "arms": list(plan.arms),
+        "rungs": [rung.name for rung in RUNGS if rung.name in {name for name, _ in metrics}],
+        "planned": list(plan.arms),
         "seeds": list(plan.seeds),
-        "primary": {"metric": PRIMARY, "mode": primary_mode(plan), "pair": list((*pairs_of(plan), *PAIRS)[0])},
+        "margin": plan.margin,
+        "primary": _question(plan),
         "split": split.name,
         "recordings": recordings,
         "clips": sum(shard["clips"] for shard in shards if shard["table"] == "clips"),
@@ -166,10 +208,26 @@ def _summary(plan: Plan, jobs: Sequence[Job], split: Split, recordings: int) -> 
         "config": config,
         "settings": asdict(plan.settings),
         "draws": plan.draws,
-        "commands": [*filter(None, [plan.command]), *(line for job in jobs for line in commands_of(plan, job))],
+        "commands": [*filter(None, [plan.command]), *(line for job in trained for line in commands_of(plan, job))],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hazards": list(plan.hazards),
-        "hashes": {f"{arm}/seed-{seed}": run_hash(run_of(plan, (arm, seed))) for arm, seed in jobs},
+        "hashes": {f"{rung}/seed-{seed}": of_run["model"] for (rung, seed), of_run in metrics.items()},
         "machine": ", ".join([platform.platform(), f"{os.cpu_count()} cores", *gpus]),
-        "seconds": round(sum(line["clock"]["seconds"] for line in lines if "clock" in line)),
+        "cost": {
+            rung: {"runs": len(runs)}
+            | {name: sum(run[name] for run in runs) for name in ("steps", "tokens", "seconds")}
+            for rung in dict.fromkeys(rung for rung, _ in trained)
+            if (runs := [of for (name, _), of in cost.items() if name == rung])
+        },
+        "seconds": round(sum(of["seconds"] for of in cost.values())),
     }
+
+
+def _cost_of(plan: Plan, job: Job) -> dict[str, float]:
+    """What training the run took, as it logged it."""
+    lines = [line for line in read_metrics(run_of(plan, job)) if "evaluation" not in line]
+    totals = {
+        "tokens": sum(line["tokens"] for line in lines),
+        "steps": max((line["step"] for line in lines), default=0),
+    }
+    return totals | {"seconds": sum(line["clock"]["seconds"] for line in lines)}

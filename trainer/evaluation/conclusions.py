@@ -30,7 +30,7 @@ def headline(bench: Benchmark) -> str:
         comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
         return answer(comparison, a, b, metric.label, metric.unit, bench.mode, metric.higher_is_better) + "."
     reached = []
-    for arm in bench.info["arms"]:
+    for arm in bench.rungs:
         if row := bench.arm(arm, bench.mode, name):
             number, _, interval = format_interval(row["value"], row["low"], row["high"]).partition(" ")
             reached.append(f"{arm} reaches {number} {_named(metric)} {interval}".rstrip())
@@ -60,7 +60,7 @@ def one_seed(bench: Benchmark) -> str:
 
 def harness_check(bench: Benchmark) -> tuple[str, str]:
     """('passed', 'failed' or 'skipped', the sentence): direct and inverted heads are the same model, and must agree."""
-    if not {"silence", "speak"} <= set(bench.info["arms"]):
+    if not {"silence", "speak"} <= set(bench.rungs):
         return "skipped", "Harness not checked: that needs the arms silence and speak, which must come out equal."
     difference = greatest_difference(bench, "silence", "speak", TEACHER_FORCED)
     if difference is None:
@@ -74,7 +74,7 @@ def harness_check(bench: Benchmark) -> tuple[str, str]:
 
 def data_size(info: Row) -> str:
     """What was evaluated, how long training took, and where."""
-    counts = [(len(info["arms"]), "arm"), (len(info["seeds"]), "seed")]
+    counts = [(len(info["rungs"]), "arm"), (len(info["seeds"]), "seed")]
     counts += [(info[f"{what}s"], what) for what in ("recording", "clip", "frame")]
     size = ", ".join(counted(number, what) for number, what in counts)
     minutes = float(info["seconds"]) / 60
@@ -89,7 +89,7 @@ def data_size(info: Row) -> str:
 def _missing(bench: Benchmark) -> Iterator[str]:
     """Which arms lack the mode that was asked for, and why."""
     arms: dict[str, list[str]] = {}
-    for arm in bench.info["arms"]:
+    for arm in bench.rungs:
         if why := why_missing(bench, arm, str(bench.info["primary"]["mode"])):
             arms.setdefault(why, []).append(arm)
     for why, names in arms.items():
@@ -99,7 +99,7 @@ def _missing(bench: Benchmark) -> Iterator[str]:
 def _no_skill(bench: Benchmark) -> Iterator[str]:
     """That event F1 shows no skill, where a metronome gets as much."""
     metronome = baseline(bench, bench.mode, "event_f1")
-    rows = [bench.arm(arm, bench.mode, "event_f1") for arm in bench.info["arms"]]
+    rows = [bench.arm(arm, bench.mode, "event_f1") for arm in bench.rungs]
     known = [row for row in rows if row.get("value") is not None]
     if metronome and known and not any((row["low"] or 0.0) > metronome.value for row in known):
         verb = "beats" if all(row["value"] <= metronome.value for row in known) else "is shown to beat"

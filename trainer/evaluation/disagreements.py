@@ -58,7 +58,7 @@ Pair = tuple[_Outcome, _Outcome]
 
 def find_disagreements(bench: Benchmark, a: str, b: str) -> tuple[list[Disagreement], str]:
     """(the clips shown, how they were chosen or why there are none) for the benchmark's first seed."""
-    reasons = [f"{arm} did not run" for arm in (a, b) if arm not in bench.info["arms"]]
+    reasons = [f"{arm} did not run" for arm in (a, b) if arm not in bench.rungs]
     reasons = reasons or [f"{arm} was {why}" for arm in (a, b) if (why := why_missing(bench, arm, bench.mode))]
     if reasons:
         return [], f"No timelines: {'; '.join(reasons)}."

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from pipeline.storage import write_text
 from pipeline.terminal import counted
-from trainer.arms import ARMS
+from trainer.arms import find_rung
 from trainer.config import MODES
 from trainer.evaluation import conclusions, plots
 from trainer.evaluation.benchmark_folder import (
@@ -70,10 +70,10 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "limits": conclusions.limits(bench),
         "size": conclusions.data_size(info),
         "colours": {"light": plots.css_colours(), "dark": plots.css_colours(dark=True)},
-        "arms": {arm: {"about": ARMS[arm].description, "colour": css_colour(arm_colour(arm))} for arm in info["arms"]},
+        "arms": {arm: {"about": find_rung(arm).uses, "colour": css_colour(arm_colour(arm))} for arm in bench.rungs},
         "figures": {name: _draw(bench, name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
-        "primary": {"metric": metric, "a": a, "b": b, "arm": a if a in info["arms"] else info["arms"][0]},
+        "primary": {"metric": metric, "a": a, "b": b, "arm": a if a in bench.rungs else bench.rungs[0]},
         "disagreements": about,
         "clips": [
             {"svg": _draw(bench, f"timeline-{i}", partial(plots.timeline, clip.timeline), clip.timeline.title),
@@ -95,7 +95,7 @@ def _heading(name: str) -> str:
 
 def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
     """Per metric and mode: each arm's value and interval, and the baseline."""
-    arms, rows = bench.info["arms"], []
+    arms, rows = bench.rungs, []
     for name in METRICS:
         cells = {mode: [bench.arm(arm, mode, name) for arm in arms] for mode in bench.modes}
         if any(map(any, cells.values())):
@@ -147,7 +147,7 @@ def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
 def _arms_forest(bench: Benchmark, metric: str) -> Forest:
     levels = [level for mode in bench.modes if (level := baseline(bench, mode, metric))]  # the same in every mode
     line = (levels[0].value, f"{levels[0].name}: {format_number(levels[0].value)}") if levels else None
-    arms = bench.info["arms"]
+    arms = bench.rungs
     cells = {arm: [bench.arm(arm, mode, metric) or {"mode": mode} for mode in bench.modes] for arm in arms}
     return Forest(_heading(metric), [_row(arm, arm_colour(arm), row, "value") for arm, row in cells.items()], line)
 

@@ -14,6 +14,7 @@ import polars as pl
 from by_hand import clip_example, dst, turn, write_shards
 
 from pipeline.dataset import ClipExample, Split
+from trainer.arms import RUNGS
 from trainer.config import MODES
 from trainer.evaluation.scores import ScoredClip, write_scores
 
@@ -90,7 +91,8 @@ def _clip(i: int, fake: Fake) -> ClipExample:
 
 def _info(fake: Fake, data: Path) -> dict[str, Any]:
     return {
-        "arms": list(fake.arms),
+        "rungs": [rung.name for rung in RUNGS if rung.name in fake.arms],
+        "margin": 0.05,
         "seeds": list(fake.seeds),
         "primary": {"metric": fake.primary, "mode": "self-fed", "pair": ["speak+dst", "speak"]},
         "split": "test",

@@ -253,7 +253,7 @@ def test_figures_are_files_and_turn_dark_with_the_page(whole):
 
 
 def test_tables_show_arms_intervals_and_baselines(page):
-    arms = ["0.520", "0.490 to 0.550", "0.520", "0.490 to 0.550", "0.820", "0.790 to 0.850", "0.600", "0.570 to 0.630"]
+    arms = ["0.520", "0.490 to 0.550", "0.600", "0.570 to 0.630", "0.820", "0.790 to 0.850", "0.520", "0.490 to 0.550"]
     assert page.cells("event F1", 11) == ["teacher-forced", *arms, "0.450", "a metronome every 6 s"]
     assert page.cells("speaking AP", 11)[-2:] == ["0.050", "guessing"]
     assert page.cells("median latency (s)", 11)[-2:] == ["self-fed", "0.500"]  # no baseline: the next row follows
