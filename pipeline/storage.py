@@ -69,8 +69,8 @@ def make_folder(path: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder holds no user's files: at most a lock, the temporary files of a killed run, lost+found."""
-    return all(_OURS.fullmatch(name) for name in os.listdir(folder))
+    """Whether nothing is there, or a folder without a user's files: a lock, temporary files of a killed run at most."""
+    return not folder.exists() or (folder.is_dir() and all(_OURS.fullmatch(name) for name in os.listdir(folder)))
 
 
 @contextlib.contextmanager

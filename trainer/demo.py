@@ -39,7 +39,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
     from trainer.evaluate import evaluate
     from trainer.train import train
 
-    if out.exists() and (not out.is_dir() or not is_vacant(out)):
+    if not is_vacant(out):
         raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
     raw, data, run = out / "raw", out / "data", out / "run"
     began = time.monotonic()

@@ -52,7 +52,7 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: not a folder; choose another --run")
-    if not run.exists() or is_vacant(run):
+    if is_vacant(run):
         return
     lock_folder(run, held)
     for name in ("last", "best"):

@@ -106,11 +106,10 @@ def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int]:
     """
     if not isinstance(dialog, list) or not all(isinstance(history, list) for history in dialog):
         return 0, 0
-    said = [sum(map(_is_assistant, history)) for history in dialog[: len(answers)]]
+    said = [
+        sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in history)
+        for history in dialog[: len(answers)]
+    ]
     grows = [after > before for before, after in pairwise(said)]
     interrupts = [interrupt_text(answer) is not None for answer in answers[: len(grows)]]
     return len(grows) if any(grows) and grows == interrupts else 0, len(grows)
-
-
-def _is_assistant(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") == "assistant"

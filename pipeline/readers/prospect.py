@@ -93,7 +93,13 @@ def _clip(record: Record, fps: float | None) -> Clip:
         turns = [_checked(number, *turn) for number, turn in enumerate(zip(*clip.turns, strict=True))]
         said = [(time, start) for role, _, time, start, _ in turns if role != "system"]
         if any(time is not None for time, _ in said) and all(start is None for _, start in said):
-            turns, clip.convention = _placed_by_time(clip, turns), "event"
+            if not clip.fps_given:
+                raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
+            clip.convention = "event"
+            for i, (role, text, time, *_) in enumerate(turns):  # each timed one at the frame that shows its time
+                if time is not None:
+                    frame = checks.frame_at(time, clip.fps, "time", i)
+                    turns[i] = role, text, time, frame, frame + 1
         clip.turns = columns(turns)
     return checks.bounds(clip)
 
@@ -154,16 +160,6 @@ def _checked(number: int, role: str, content: Any, time: Any, start: Any, end: A
     if end < start:
         raise ClipError("end_frame", str(end), f"at least start_frame {start}", number)
     return role, content, time, start, end
-
-
-def _placed_by_time(clip: Clip, turns: list[Row]) -> list[Row]:
-    """The turns, each timed one at the one frame that shows its time."""
-    if not clip.fps_given:
-        raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
-    frames = [
-        None if turn[2] is None else checks.frame_at(turn[2], clip.fps, "time", i) for i, turn in enumerate(turns)
-    ]
-    return [(*turn[:3], frame, None if frame is None else frame + 1) for turn, frame in zip(turns, frames, strict=True)]
 
 
 def checked_content(role: str, content: Any, number: int) -> Any:

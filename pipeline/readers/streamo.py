@@ -111,20 +111,16 @@ def _times(value: Any, field: str) -> list[float]:
     if type(value) in (int, float):
         times = [float(value)]
     elif type(value) is str:
-        times = [_clock(part) for part in value.split(",") if part.strip()]
+        times = []
+        for part in filter(str.strip, value.split(",")):
+            match = _CLOCK.fullmatch(part)
+            hours, minutes, seconds = match.groups(default="0") if match else (0, 0, "nan")
+            times.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
     else:
         times = [math.nan]
     if not all(0 <= time <= MAX_FRAME for time in times):
         raise ClipError(field, brief(value), 'seconds, as a number or as text ("5", "1:05", "5,6,7")')
     return times
-
-
-def _clock(text: str) -> float:
-    match = _CLOCK.fullmatch(text)
-    if match is None:
-        return math.nan
-    hours, minutes, seconds = match.groups(default="0")
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def _path(record: Record) -> str:
