@@ -44,6 +44,7 @@ from trainer.evaluation.bootstrap import (
     interval_of,
     replicate,
 )
+from trainer.evaluation.sequential import always_valid
 
 HERE = Path(__file__).resolve().parent
 FULL_SIZE = 2_000  # data sets per row
@@ -319,6 +320,55 @@ def power(recordings: int, seeds: int, matters: float, sets: int, draws: int = 4
     return Power(float((p_values < 0.05).mean()), float((p_values < 0.005).mean()), at_detectable, at_half)
 
 
+# ---- (e): who stops when he likes --------------------------------------------------------------------------
+
+MOST_SEEDS = 12
+FAILING = "1 in 5 runs fails"  # what a seed gives is not normal: -2 in a fifth of the runs, else 0.5
+
+
+class Stopped(NamedTuple):
+    """Of data sets with no difference, of which somebody looks at 2, 3, ... 12 seeds and stops at the first interval
+    without 0: the share that stops, by either interval; the share in which the last look alone claims something."""
+
+    always_valid: float
+    fixed: float
+    fixed_at_end: float
+    wider_at_3: float  # median width of the always-valid interval, as a multiple of the other's
+    wider_at_12: float
+
+
+def stopped_at_will(matters: float | str, sets: int, draws: int = DRAWS) -> Stopped:
+    matrix = draw_recordings(SEED_RECORDINGS, draws)
+    weights = np.concatenate([np.ones_like(matrix[:1]), matrix])
+    claims, widths = np.zeros((2, sets, MOST_SEEDS + 1), bool), np.full((2, sets, MOST_SEEDS + 1), np.nan)
+    for number in range(sets):
+        rng = np.random.default_rng([99, int(10 * matters) if isinstance(matters, float) else 999, number])
+        values = looked_at(rng, matters)
+        replicates = (weights @ values.T / SEED_RECORDINGS).T  # [12, 1 + B]
+        for seeds in range(2, MOST_SEEDS + 1):
+            seen = replicates[:seeds]
+            always = always_valid(seen, SEED_RECORDINGS)
+            fixed = compare_of(seen, np.zeros_like(seen), SEED_RECORDINGS)
+            for row, (low, high) in enumerate((always, (fixed.low, fixed.high))):
+                if low is not None and high is not None:
+                    claims[row, number, seeds], widths[row, number, seeds] = not low <= 0 <= high, high - low
+    ratio = np.median(widths[0] / widths[1], axis=0)
+    ever = claims.any(axis=2).mean(axis=1)
+    return Stopped(ever[0], ever[1], claims[1, :, MOST_SEEDS].mean(), ratio[3], ratio[MOST_SEEDS])
+
+
+def looked_at(rng: np.random.Generator, matters: float | str) -> np.ndarray:
+    """[12, R]: of each seed, from the same recordings; a seed's deviation is `matters` times what the recordings give
+    the mean over 4 seeds."""
+    recording = rng.standard_normal(SEED_RECORDINGS)
+    both = 0.5 * rng.standard_normal((MOST_SEEDS, SEED_RECORDINGS))
+    if matters == FAILING:
+        seed = np.where(rng.random((MOST_SEEDS, 1)) < 0.2, -2.0, 0.5)
+    else:
+        seed = float(matters) * np.sqrt(4 / SEED_RECORDINGS) * rng.standard_normal((MOST_SEEDS, 1))
+    return recording + both + seed
+
+
 # ---- the report --------------------------------------------------------------------------------------------
 
 
@@ -359,6 +409,14 @@ def power_rows(sets: int) -> Iterator[tuple[str, ...]]:
         yield (str(recordings), str(seeds), f"{matters:g}" if seeds > 1 else "", *(percent(share) for share in shares))
 
 
+def stopped_rows(sets: int) -> Iterator[tuple[str, ...]]:
+    for matters in (0.0, 0.5, 1.0, 2.0, 5.0, FAILING):
+        found = stopped_at_will(matters, sets)
+        wider = (f"{found.wider_at_3:.2f}", f"{found.wider_at_12:.2f}")
+        yield (f"{matters:g}" if isinstance(matters, float) else matters, *map(percent, found[:3]), *wider)
+        print(f"stopped at will, seeds matter {matters}: done", flush=True)
+
+
 def verdict(rows: Sequence[Sequence[str]]) -> str:
     """The bar: 92-98% with 40 recordings of 4 views."""
     ours, clips = ([float(row[k].rstrip("%")) for row in rows if row[0] == "40"] for k in (3, 5))
@@ -376,11 +434,12 @@ def versions() -> str:
 def report(sets: int) -> str:
     began = time.process_time()
     clustered, seeds = list(clustered_rows((40, 15, 8), sets)), list(seed_rows(sets))
-    powers = list(power_rows(sets))
+    powers, stopped = list(power_rows(sets)), list(stopped_rows(sets))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     noise = 196 * np.sqrt(0.95 * 0.05 / sets)
     seed_head = f"seeds;seeds matter;{';'.join(SEED_HOWS)}"
     clip_head = f"recordings;metric;of;{';'.join(HOWS)};width: ours;width: clips"
+    stop_head = "seeds matter;always valid;fixed;fixed, at 12 seeds alone;wider at 3 seeds;wider at 12"
     power_head = "recordings;seeds;seeds matter;p < 0.05;p < 0.005;found at `detectable`;found at half a width"
     return f"""# Does a 95% interval cover the truth?
 
@@ -421,6 +480,14 @@ Without a true difference, p under 0.05 and 0.005 should be as rare as that. Wit
 
 With 2 or 3 seeds that matter an interval's width is itself uncertain: less than 80% are found, and false finds are
 rarer than claimed.
+
+## Who stops when he likes
+
+No true difference; somebody looks after 2, 3, ... 12 seeds and stops at the first interval without 0. How often that
+happens (asked of the always-valid interval: 5% at most), beside an end at 12 seeds settled beforehand; and how many
+times as wide the always-valid interval is. *Seeds matter*: as above, at 4 seeds. In the last row seeds are not normal.
+
+{table(stop_head, stopped)}
 """
 
 
