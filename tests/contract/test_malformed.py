@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -350,53 +347,7 @@ def test_slow_reading_loses_nothing_at_its_seams(layout: str, tmp_path: Path, mo
     assert [line["clip"] for line in quarantine(out)] == ([99] if layout == "array" else [7, 57, 99])
 
 
-RANGES = [A["conversation"][2] | {"end_frame": 2**31 - 2}] * 300
-BOMBS = {  # name: (content, clips that are kept)
-    "deep nesting": (array(TA, b"[" * 1_000_000, TC), "a"),
-    "a number of a million digits": (array(TA, swap(b'"end_frame": 13', b'"end_frame": ' + b"9" * 10**6), TC), "ac"),
-    "many empty objects": (array(TA, *[b"{}"] * 20_000, TC), "ac"),
-    "many broken lines": (b"\n".join([TA, *[TB[:-1]] * 2_000, TC]), "ac"),
-    "many ranges of 10^9": (json.dumps([A, good("b", end_frame_idx=1_000_010, conversation=RANGES)]).encode(), "ab"),
-}
-
-
-def test_bombs_take_neither_gigabytes_nor_minutes(tmp_path: Path):
-    """In a process of its own, under a limit on its address space and wall time."""
-    for number, (content, _) in enumerate(BOMBS.values()):
-        for one in (b"a", b"b", b"c"):
-            content = content.replace(b'"id": "%s"' % one, b'"id": "%s %d"' % (one, number))
-        (tmp_path / f"train_{number}.json").write_bytes(content)
-    code = "import sys; from trainer.cli import main; sys.exit(main())"
-    paths = [str(tmp_path / f"train_{number}.json") for number in range(len(BOMBS))]
-    command = [sys.executable, "-c", code, "preprocess", *paths, "--out", str(tmp_path / "out"), "--workers", "1"]
-    limit = 6 << 30
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    assert done.returncode == 3, done.stderr[-2000:]
-    found = [clip["clip_id"] for clip in shards(tmp_path / "out").clips]
-    assert found == [f"{one} {number}" for number, (_, kept) in enumerate(BOMBS.values()) for one in kept]
-
-
 # ---- the command itself ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", ["missing", "folder", "out is a file"])
-def test_paths_that_cannot_be_used_are_one_line(what: str, tmp_path: Path):
-    (tmp_path / "train_good.json").write_bytes(array(TA, TB))
-    if what == "folder":
-        (tmp_path / "train_none.json").mkdir()
-    paths = [tmp_path / "train_good.json", *([] if what == "out is a file" else [tmp_path / "train_none.json"])]
-    if what == "out is a file":
-        (tmp_path / "out").write_text("mine")
-    ran = sound(preprocess(*paths, "--out", tmp_path / "out"))
-    assert ran.status in (1, 2)
-    one_line(ran, "out" if what == "out is a file" else "train_none.json")
-    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 USAGE = [
@@ -427,14 +378,6 @@ def test_bad_usage_is_status_two(options: list[str], tmp_path: Path):
     assert ran.lines
     assert not (out / "manifest.json").exists()
     assert {p.name for p in tmp_path.iterdir()} <= {"train_training.json", "out"}
-
-
-@pytest.mark.parametrize("name", ["out[red]", "out {x}*?", "-out", "hive=1"])
-def test_odd_names_of_the_output_folder(name: str, tmp_path: Path):
-    (tmp_path / "train_[bold] x.json").write_bytes(array(TA, b"{}", TC))
-    ran = sound(preprocess(tmp_path / "train_[bold] x.json", f"--out={tmp_path / name}", "--workers", 1))
-    assert ran.status == 3, ran.err
-    assert len(list((tmp_path / name).glob("clips/*/*.parquet"))) == 1
 
 
 def test_markup_and_control_characters_in_the_input_are_harmless(tmp_path: Path):

@@ -7,10 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
-import polars as pl
 import pytest
 
-from pipeline import card
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.schema import CLIPS, FRAMES
@@ -78,20 +76,6 @@ def test_card_names_no_folders_of_this_machine(tmp_path):
     assert '- frames_root: `"raw"`' in text
 
 
-def test_same_input_gives_the_same_card_wherever_it_lies(tmp_path, out):
-    (tmp_path / "elsewhere").mkdir()
-    inputs = [write_split(tmp_path / "elsewhere", s, clips) for s, clips in (("val", 2), ("test", 1), ("train", 3))]
-    preprocess(inputs, tmp_path / "again")
-    assert (tmp_path / "again" / "README.md").read_bytes() == (out / "README.md").read_bytes()
-
-
-def test_split_names_that_datasets_refuses_are_changed(out):
-    manifest = json.loads((out / "manifest.json").read_bytes())
-    manifest["splits"] = {"dev-1": manifest["splits"]["train"]}
-    card.write(out / "card.md", manifest)
-    assert '  - split: "dev_1"\n    path: frames/split=dev-1/*.parquet\n' in (out / "card.md").read_text()
-
-
 # ---- whose README.md it is ---------------------------------------------------------------------------
 
 
@@ -146,8 +130,3 @@ def test_lines_of_the_documentation_give_the_speaking_share_of_val(library, tmp_
     known: dict = {}
     exec("\n\n".join(setup), known)
     assert eval(last, known) == pytest.approx(0.1)
-
-
-def test_readers_that_know_hive_partitions_add_the_split(out):
-    frames = pl.read_parquet(out / "frames")
-    assert dict(frames.group_by("split").len().rows()) == {"train": 30, "val": 20, "test": 10}

@@ -105,13 +105,6 @@ def test_labels_of_a_row_group_equal_the_frame_by_frame_rules(drawn, epoch, rate
         assert np.array_equal(clip.labels, expected)
 
 
-def test_labels_of_many_clips_are_those_of_one_at_a_time(tmp_path):
-    split = Split(write_shards(tmp_path, {"train": clips(100, rate=0.3)}), "train")
-    for clip in (split.clip(i, epoch=5) for i in range(100)):
-        where = positives(TURNS, 10, clip.num_frames, "span")
-        assert np.array_equal(clip.labels, labels_by_hand(clip, where, 5, 0.3))
-
-
 def test_in_order_supervises_every_frame(tmp_path):
     split = Split(write_shards(tmp_path, {"val": clips(3, rate=0.1)}), "val")
     for clip in split.in_order():

@@ -1,10 +1,6 @@
 """Label algebra on ranges and draws written by hand."""
 
-import itertools
-
 import numpy as np
-import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import labels
@@ -105,71 +101,11 @@ def test_clips_end_to_end_do_not_touch():
 ranges = st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 12)).map(lambda r: (r[0], r[0] + r[1])), max_size=6)
 
 
-@given(
-    ranges,
-    ranges,
-    st.lists(st.integers(0, 2**32 - 1), min_size=30, max_size=30),
-    st.sampled_from(["span", "onset"]),
-)
-def test_a_lower_rate_keeps_a_subset_and_rate_one_keeps_all(speaking, dst, draws, positive):
-    own, drawn = rule(speaking, dst, (2, 32), positive), np.array(draws)
-    kept = []
-    for rate in (0.0, 0.25, 0.7, 1.0):
-        mask = drawn < round(rate * 2**32)
-        out = labels.labels_of(own, mask)
-        kept.append(out != N)
-        assert ((out == 1) == (labels.labels_of(own, mask | True) == 1)).all()
-    assert all((low <= high).all() for low, high in itertools.pairwise(kept))
-    if positive == "span":
-        assert kept[-1].all()
-        closed = np.zeros(30, bool)
-        for start, end in [*speaking, *dst]:
-            closed[max(start - 2, 0) : max(end - 2, 0)] = True
-        assert (kept[0] == closed).all()
-
-
 def test_conventions_say_which_frames_an_event_has():
     start, end = np.array([193, 5]), np.array([195, 5])
     assert [a.tolist() for a in labels.canonical("event", start, end)] == [[193, 5], [195, 5]]
     assert [a.tolist() for a in labels.canonical("window", start, end)] == [[193, 5], [196, 6]]
     assert [a.tolist() for a in labels.canonical("lead-in", start, end)] == [[194, 4], [195, 5]]
-
-
-def votes(turns, clip_start=0):
-    """turns: (start, end, floor(time * fps)) of one clip."""
-    start, end, frame = (np.array(column, np.int64) for column in zip(*turns, strict=True))
-    return labels.vote(np.zeros(len(turns), int), start, end, frame, np.array([clip_start]), 1)[0]
-
-
-def test_votes_for_each_convention():
-    assert votes([(3, 5, 3), (7, 9, 8), (10, 12, 12)]).tolist() == [3, 0, 2, 1]
-    assert votes([(0, 4, 4), (4, 9, 8), (9, 9, 9)]).tolist() == [3, 3, 1, 2]
-    assert votes([(1, 4, 4), (6, 9, 9)]).tolist() == [2, 0, 0, 2]
-
-
-def test_lead_in_begins_at_the_clips_start():
-    assert votes([(10, 14, 14)], clip_start=10)[1] == 1
-    assert votes([(10, 14, 14)], clip_start=9)[1] == 0
-
-
-@pytest.mark.parametrize(
-    ("tally", "decided"),
-    [
-        ((4, 0, 0, 0), "event"),  # too few turns to tell
-        ((10, 9, 9, 9), "lead-in"),
-        ((10, 8, 9, 9), "event"),
-        ((10, 8, 8, 9), "window"),
-        ((10, 8, 8, 8), None),
-        ((11, 9, 0, 0), None),
-    ],
-)
-def test_ninety_percent_decide(tally, decided):
-    assert labels.decide(np.array(tally)) == decided
-
-
-def test_times_just_short_of_a_frame_belong_to_it():
-    # 0.29 * 100 is 28.999999999999996
-    assert labels.event_frame(np.array([0.29, 97.2]), np.array([100.0, 2.0])).tolist() == [29.0, 194.0]
 
 
 def test_why_turns_label_nothing():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import shutil
 import struct
 import unicodedata
 from pathlib import Path
@@ -17,8 +15,6 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.media import ArrowFrames, count_frames, find_frames, fit, images_in, open_pictures, read_frames
-from pipeline.options import Options
-from pipeline.preprocess import preprocess
 
 CORNERS = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
 
@@ -83,19 +79,6 @@ def test_a_bare_name_that_several_videos_share_is_not_enough(tmp_path):
         assert find_frames(tmp_path, "kitchen-P02", named, "kitchen") is None
 
 
-def test_of_several_kinds_arrow_comes_first_and_a_folder_last(tmp_path):
-    folder = touch(tmp_path / "frames" / "v" / "1.jpg").parent
-    assert find_frames(tmp_path, "v", None) == folder
-    film = touch(tmp_path / "frames" / "v.MP4")
-    assert find_frames(tmp_path, "v", None) == film
-    arrow = touch(tmp_path / "frames" / "v.arrow")
-    assert find_frames(tmp_path, "v", None) == arrow
-    assert find_frames(tmp_path, "v", "frames/v") == folder  # named, so that one
-    assert find_frames(tmp_path, "v", "elsewhere/v.mkv") == arrow  # the name, whatever the ending
-    touch(tmp_path / "w" / "notes.txt")
-    assert find_frames(tmp_path, "w", "w") is None  # no images
-
-
 @pytest.mark.parametrize(("said", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_a_video_is_found_however_its_accents_are_written(tmp_path, said, there):
     path = touch(tmp_path / (unicodedata.normalize(there, "café") + ".mp4"))
@@ -111,31 +94,6 @@ def test_no_name_leads_out_of_the_root(tmp_path, outside):
     assert find_frames(root, outside, None, "d") is None
     assert find_frames(root, "x", f"{outside}.arrow", "d") is None
     assert find_frames(root, "outside", None, outside) is None
-
-
-def test_preprocess_holds_frames_against_the_annotations(tmp_path):
-    """A missing video (a dangling link, as git-annex leaves it), a short one, one whose images have a gap."""
-    root = tmp_path / "raw"
-    for name, numbers in (("whole", range(9)), ("short", range(8)), ("gap", (1, 3))):
-        for number in numbers:
-            touch(root / "frames" / name / f"{number}.png")
-    (root / "frames" / "gone.mp4").symlink_to("../.git/annex/objects/xx/yy/gone.mp4")
-    turn = {"role": "assistant", "content": "x", "time": 1.0, "start_frame": 2, "end_frame": 3}
-    bounds = {"conversation": [turn], "dst": [], "fps": 2, "start_frame_idx": 0, "end_frame_idx": 9}
-    clips = [{"id": name, "video_uid": name, **bounds} for name in ("whole", "short", "gap", "gone")]
-    (tmp_path / "train_x.json").write_text(json.dumps(clips))
-
-    def hazards() -> dict[str, str]:
-        options = Options(frames_root=str(root))
-        found = preprocess([tmp_path / "train_x.json"], tmp_path / "out", options)[0]["hazards"]
-        return {hazard["name"]: hazard["text"] for hazard in found if "frames" in hazard["name"]}
-
-    found = hazards()
-    assert "short (annotated to 9, has 8)" in found["annotations longer than the frames"]
-    assert "gap" in found["frames unreadable"]
-    assert "gone" in found["frames missing"]
-    shutil.move(root / "frames" / "whole", root / "frames" / "gone")  # frames that have arrived are noticed
-    assert "whole" in hazards()["frames missing"]
 
 
 # ---- folders of images -------------------------------------------------------------------------------
@@ -311,16 +269,3 @@ def test_files_that_are_no_arrow_or_have_no_frame_column_are_named(tmp_path):
         pass
     with pytest.raises(InputError, match="columns image, expected one named frame"):
         open_pictures(path)
-
-
-def test_pictures_of_too_many_bytes_or_pixels_are_not_read(tmp_path, monkeypatch):
-    png = saved(Image.new("RGB", (101, 100)), "PNG")
-    touch(tmp_path / "v" / "1.png").write_bytes(png)
-    coded = base64.b64encode(png).decode()
-    arrow(tmp_path / "v.arrow", pa.array([coded]))
-    limits = (("pipeline.video.MAX_PIXELS", 100 * 100, "101 x 100 pixels"), ("pipeline.media.MAX_BYTES", 60, "at most"))
-    for name, most, why in limits:
-        monkeypatch.setattr(name, most)
-        for path in (tmp_path / "v", tmp_path / "v.arrow"):
-            with pytest.raises(ValueError, match=why):
-                open_pictures(path).image(0, 2.0)

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import output as shards
-from pipeline.cluster import here
 from pipeline.errors import InputError
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
@@ -104,13 +103,6 @@ def test_rational_rates_are_exact_and_may_be_written_as_a_fraction(tmp_path):
     assert found["fps"].to_list() == [24000 / 1001, 24000 / 1001, 30000 / 1001, 2.0, 29.97]
 
 
-def test_two_files_of_one_split_are_numbered_through(tmp_path):
-    sources = [write(tmp_path / f"train_{n}.json", [clip(n + str(i)) for i in range(3)]) for n in "xy"]
-    preprocess(sources, tmp_path / "out")
-    assert clips_of(tmp_path / "out")["clip"].to_list() == [0, 1, 2, 3, 4, 5]
-    assert clips_of(tmp_path / "out")["clip_id"].to_list() == ["x0", "x1", "x2", "y0", "y1", "y2"]
-
-
 def test_clips_of_different_data_sets_may_have_one_id_but_not_of_the_same(tmp_path):
     given = [clip(), clip(video_uid="other", dataset="wtag"), clip(video_uid="other", dataset="wtag", start=9)]
     manifest = run(tmp_path, given)
@@ -120,15 +112,6 @@ def test_clips_of_different_data_sets_may_have_one_id_but_not_of_the_same(tmp_pa
     seeds = [sampling_seed(0, name) for name in ("a", "a_wtag_other")]
     assert rows == [("a", "video-a", seeds[0]), ("a_wtag_other", "other", seeds[1])]
     assert frames(tmp_path / "out")["clip_id"].unique(maintain_order=True).to_list() == ["a", "a_wtag_other"]
-
-
-def test_missing_bounds_come_from_the_turns_but_not_the_systems(tmp_path):
-    turns = [turn("system", 0, 1), turn("user", 193, 195, 96.5), turn("assistant", 449, 451, 224.5)]
-    made = clip(turns=turns)
-    del made["start_frame_idx"], made["end_frame_idx"]
-    run(tmp_path, [made])
-    row = clips_of(tmp_path / "out").row(0, named=True)
-    assert (row["start_frame"], row["end_frame"]) == (193, 451)
 
 
 def test_padding_stops_at_frame_0_and_at_neighbours(tmp_path):
@@ -238,16 +221,6 @@ def test_an_unchanged_input_is_skipped_and_a_changed_one_is_not(tmp_path):
     assert not (out / "quarantine.jsonl").exists()
 
 
-def test_a_damaged_shard_is_made_again(tmp_path):
-    source = write(tmp_path / "train_x.json", [clip()])
-    preprocess([source], tmp_path / "out")
-    good = snapshot(tmp_path / "out")
-    part = tmp_path / "out/frames/split=train/part-00000.parquet"
-    part.write_bytes(part.read_bytes()[:-9] + b"edited!!!")
-    assert preprocess([source], tmp_path / "out")[1] is False
-    assert snapshot(tmp_path / "out") == good
-
-
 def many(count=700):
     return [
         clip(f"c{i}", 10, 60, [turn("assistant", 12 + i % 20, 14 + i % 20, (12 + i % 20) / 2)]) for i in range(count)
@@ -294,28 +267,6 @@ def test_a_second_run_into_one_folder_refuses(tmp_path):
     run(tmp_path, [clip()])
 
 
-def test_what_a_worker_of_a_killed_run_writes_late_is_removed(tmp_path):
-    def mapper(function, calls):
-        (tmp_path / "out/.staging-of-the-killed").mkdir(exist_ok=True)
-        return here(function, calls)
-
-    preprocess([write(tmp_path / "train_x.json", [clip()])], tmp_path / "out", mapper=mapper)
-    assert not list((tmp_path / "out").glob(".staging*"))
-
-
-def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
-    run(tmp_path, [clip()])
-    before = snapshot(tmp_path / "out")
-
-    def full(self, batch, rows):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_batch", full)
-    with pytest.raises(InputError, match="no space left on the disk"):
-        run(tmp_path, [clip(), clip("b")])
-    assert snapshot(tmp_path / "out") == before
-
-
 def test_a_users_own_frames_folder_is_never_replaced(tmp_path):
     (tmp_path / "out/frames").mkdir(parents=True)
     video = tmp_path / "out/frames/video.arrow"
@@ -323,14 +274,6 @@ def test_a_users_own_frames_folder_is_never_replaced(tmp_path):
     with pytest.raises(InputError, match="is no shard"):
         run(tmp_path, [clip()])
     assert video.exists()
-
-
-def test_other_files_in_the_folder_stay(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes.txt").write_text("mine")
-    run(tmp_path, [clip()])
-    run(tmp_path, [clip(), clip("b")])
-    assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
 KILLED = """
@@ -445,20 +388,6 @@ def test_a_name_that_tells_no_split_is_bad_usage(tmp_path, capsys):
     assert "--split" in capsys.readouterr().err
     assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--split", "dev"]) == 0
     assert clips_of(tmp_path / "out", "dev")["neg_rate"].to_list() == [1.0]
-
-
-def test_one_bad_clip_among_good_ones(tmp_path, capsys):
-    bad = clip("bad", turns=[turn("assistant", 39, 31)])
-    source = write(tmp_path / "train_x.json", [clip(), bad, clip("b")])
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "out")]) == 3
-    line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
-    assert (line["clip"], line["turn"], line["field"], line["clip_id"]) == (1, 0, "end_frame", "bad")
-    assert line["message"] == f"{source} clip 1 turn 0: end_frame: found 31, expected at least start_frame 39"
-    assert clips_of(tmp_path / "out")["clip_id"].to_list() == ["a", "b"]
-    capsys.readouterr()
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "no"), "--on-error", "fail"]) == 1
-    assert "clip 1 turn 0" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
 
 
 def test_the_pipeline_runs_where_torch_is_not_installed(tmp_path):

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from trainer.cli import main
 SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
 refuse = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(refuse)
-LONG = "n" * 255
 
 
 def preprocess(out: Path, *more) -> int:
@@ -68,21 +66,6 @@ def test_an_error_of_a_full_or_broken_disk_names_the_file_and_leaves_the_old_one
     assert files(tmp_path) == {"file": "old"}
 
 
-@pytest.mark.parametrize(
-    "name", [LONG, "é" * 127, unicodedata.normalize("NFD", "é"), "two  words'", os.fsdecode(b"\xff")]
-)
-def test_any_name_that_a_disk_takes_can_be_written(tmp_path, name):
-    for text in ("one", "two"):
-        storage.write_text(tmp_path / name, text)
-    assert files(tmp_path) == {name: "two"}
-
-
-def test_a_name_that_is_too_long_is_named(tmp_path):
-    with pytest.raises(OSError, match="too long") as caught:
-        storage.write_text(tmp_path / (LONG + "n"), "text")
-    assert caught.value.filename == str(tmp_path / (LONG + "n"))
-
-
 def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").touch()
@@ -121,42 +104,3 @@ def test_without_locks_a_run_goes_without_and_leaves_none_behind(tmp_path, monke
     refuse.refuse(monkeypatch.setattr, tmp_path, "flock")
     for _ in range(2):  # the first is killed, as it were
         storage.lock(tmp_path / ".lock", ValueError("taken"))
-
-
-# ---- commands ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", [["flock", "chmod"], ["fsync", "over"]])
-def test_preprocess_works_where_niceties_are_refused(tmp_path, monkeypatch, what):
-    refuse.refuse(monkeypatch.setattr, tmp_path, *what)
-    assert [preprocess(tmp_path / "out"), preprocess(tmp_path / "out", "--pad-s", 1)] == [0, 0]
-    assert main(["inspect", str(tmp_path / "out")]) == 0
-
-
-@pytest.mark.parametrize(("what", "why"), [("folders", "Too many open files"), ("rename", "Function not implemented")])
-def test_preprocess_says_at_once_that_renaming_is_refused(tmp_path, monkeypatch, capsys, what, why):
-    refuse.refuse(monkeypatch.setattr, tmp_path, what)
-    monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
-    assert preprocess(tmp_path / "out") == 1
-    error = capsys.readouterr().err
-    assert str(tmp_path / "out") in error
-    assert why in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.preprocess.extract", None)  # nothing is read
-    (tmp_path / "link").symlink_to("nowhere")
-    for name, why in (
-        (os.fsdecode(b"caf\xe9"), "is not UTF-8, which Arrow cannot open"),
-        ("link", "is a link to what"),
-    ):
-        assert preprocess(tmp_path / name) == 1
-        assert why in capsys.readouterr().err
-
-
-def test_a_finished_output_is_skipped_where_nothing_may_be_written(tmp_path, monkeypatch, capsys):
-    assert preprocess(tmp_path / "out") == 0
-    monkeypatch.setattr(storage, "FileLock", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EROFS, "ro")))
-    assert preprocess(tmp_path / "out") == 0
-    assert "nothing changed since the last run" in capsys.readouterr().out

@@ -15,9 +15,8 @@ from av.stream import Disposition
 
 from pipeline.errors import InputError
 from pipeline.media import count_and_delay, count_frames, open_pictures
-from pipeline.video import Video, VideoTimes, read_times
+from pipeline.video import Video
 
-DRIVE = Path(__file__).parents[3] / "shared" / "real" / "drive.mp4"
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (128, 128, 128), (16, 16, 16), (240, 240, 240)]
 NAMES = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
 
@@ -162,12 +161,6 @@ def test_colours_without_a_matrix_are_taken_by_size_as_players_do(tmp_path, widt
     assert np.abs(first(path)[height // 2, width // 2] - COLOURS[1]).max() <= 3
 
 
-def test_motion_jpeg_is_full_range_601_at_any_size(tmp_path):
-    picture = np.full((720, 1280, 3), COLOURS[1], np.uint8)
-    path = video(tmp_path / "v.avi", [picture], codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
-    assert np.abs(first(path)[360, 640] - COLOURS[1]).max() <= 6
-
-
 def test_a_video_may_have_alpha_or_16_bits(tmp_path):
     picture = np.zeros((32, 32, 4), np.uint8)
     picture[:, :16] = (200, 100, 50, 255)
@@ -273,29 +266,6 @@ def test_an_edit_list_cuts_the_start_off(tmp_path):
     assert np.abs(first(path) - by_ffmpeg(path, 32, 32)).max() <= 2
 
 
-@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)])
-def test_rational_rates_stay_exact_for_hours(rate):
-    """Matroska writes whole milliseconds, mp4 exact ticks."""
-    numbers = np.arange(3 * 3600 * 24)
-    milliseconds = np.floor(numbers * (1000 / float(rate)) + 0.5).astype(np.int64)
-    matroska = VideoTimes(milliseconds, np.zeros(1, np.int64), 1e-3, int(milliseconds[-1]) + 17)
-    mp4 = VideoTimes(numbers * 1001, np.zeros(1, np.int64), 1 / rate.numerator, (int(numbers[-1]) + 1) * 1001)
-    for number in (*range(0, len(numbers), 211), len(numbers) - 1):
-        assert matroska.picture(number, float(rate)) == mp4.picture(number, float(rate)) == number
-    assert mp4.count(float(rate)) == len(numbers)
-    coarse = VideoTimes(np.array([10, 11, 12, 13]), np.array([0]), 1 / 30, 14)
-    assert [coarse.picture(i, 40.0) for i in range(4)] == [0, 0, 1, 2]  # 0, 0.75, 1.5 and 2.25 ticks
-
-
-@pytest.mark.skipif(not DRIVE.is_file(), reason="shared/real is not here")
-def test_a_real_video_at_its_own_rate_gives_its_pictures():
-    with av.open(str(DRIVE)) as container:
-        pictures = [np.asarray(picture.to_image()) for picture in container.decode(video=0)]
-    assert count_frames(DRIVE, 2) == len(pictures) == 33
-    opened = open_pictures(DRIVE)
-    assert all(np.array_equal(np.asarray(opened.image(i, 2.0)), pictures[i]) for i in range(5, 33))
-
-
 # ---- decoding ----------------------------------------------------------------------------------------
 
 
@@ -363,31 +333,3 @@ def test_an_avi_that_hides_the_order_of_its_pictures_is_refused(tmp_path):
     path = video(tmp_path / "v.avi", greys(30), options={"bf": "3"})
     with pytest.raises(InputError, match=r"v.avi: does not say when its pictures are shown; convert it: ffmpeg"):
         open_pictures(path)
-
-
-def test_pictures_that_are_too_large_or_too_many_are_refused(tmp_path, monkeypatch):
-    path = video(tmp_path / "v.mp4", greys(3))
-    assert read_times(path).keys.tolist() == [0]
-    with monkeypatch.context() as limits:
-        limits.setattr("pipeline.video.MAX_PICTURES", 2)
-        assert count_frames(path) is None
-    monkeypatch.setattr("pipeline.video.MAX_PIXELS", 32 * 31)
-    with pytest.raises(InputError, match=r"v.mp4: 32 x 32 pixels, at most 992 are decoded"):
-        open_pictures(path)
-
-
-def test_a_video_that_grows_on_the_way_stays_within_the_limit(tmp_path, monkeypatch):
-    params = {"options": {"x264-params": "repeat-headers=1"}}
-    small, large = (video(tmp_path / f"{side}.mkv", greys(5, 40, side), **params) for side in (64, 128))
-    with av.open(str(tmp_path / "v.mkv"), "w") as made, av.open(str(small)) as one, av.open(str(large)) as two:
-        stream = made.add_stream_from_template(one.streams.video[0])
-        for start, part in ((0, one), (6000, two)):
-            for packet in part.demux(video=0):
-                if packet.size:
-                    packet.pts = packet.dts = packet.pts + start
-                    packet.stream = stream
-                    made.mux(packet)
-    assert shown(tmp_path / "v.mkv", 10, [0, 4, 60, 64], 40) == [0, 4, 0, 4]
-    monkeypatch.setattr("pipeline.video.MAX_PIXELS", 100 * 100)
-    with pytest.raises(InputError, match=r"v.mkv: 128 x 128 pixels"):
-        open_pictures(tmp_path / "v.mkv")

@@ -24,7 +24,7 @@ from transformers import (
 
 import trainer
 from pipeline.errors import InputError
-from trainer.checkpoint import LoadedRun, load_run, model_card, save_checkpoint
+from trainer.checkpoint import LoadedRun, model_card, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
 from trainer.frame_source import PixelFrames
 from trainer.model import DecisionHeads, ProspectModel, load_model
@@ -210,13 +210,6 @@ def test_a_loaded_run_scores_every_frame_with_the_model_s_logit(run, data):
         assert np.allclose(scored[0].logits, loaded.model.cpu()(pack).decisions, atol=1e-5)
 
 
-def test_a_run_or_one_of_its_checkpoints_may_be_named(run):
-    last, named, best = trainer.load(run), trainer.load(run / "last"), trainer.load(run / "best")
-    assert last.info == named.info
-    assert last.config == best.config == CONFIG.on("cpu")
-    assert (last.info["step"], best.info["step"]) == (2, 2)
-
-
 def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
     tokens, model = tiny()
     model.vlm.save_pretrained(tmp_path / "base")
@@ -271,24 +264,6 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(copy, name):
     path.unlink()
     with pytest.raises(InputError, match=f"{name}: not found; train again, or get the whole folder"):
         trainer.load(copy)
-
-
-def test_an_edited_card_and_damaged_moments_do_not_stop_a_score(copy, run):
-    (copy / "last" / "README.md").write_text("Ours.")
-    (copy / "last" / "state.safetensors").write_bytes(b"damaged")
-    assert trainer.load(copy).info["step"] == 2
-    with pytest.raises(InputError, match=r"state\.safetensors: damaged"):
-        load_run(copy, to_train=True)
-    with pytest.raises(InputError, match=r"holds no state\.safetensors, so training can't go on from it"):
-        load_run(run / "best", to_train=True)
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 9}'])
-def test_a_description_that_is_none_is_named_in_one_line(copy, content):
-    (copy / "last" / "run.json").write_text(content)
-    with pytest.raises(InputError, match=r"run\.json: ") as caught:
-        trainer.load(copy)
-    assert "\n" not in str(caught.value)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------

@@ -44,31 +44,6 @@ def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
     assert main(scores) == 0
 
 
-def test_train_and_evaluate_on_the_connector_s_features(data, tmp_path, capsys):
-    assert train(data, tmp_path / "run", *FEW) == 0
-    model, features = str(tmp_path / "run" / "last"), str(tmp_path / "features")
-    encode = ["encode", str(data), "--model", model, "--out", features, "--keep", "connector", "--store", "float32"]
-    assert main(encode) == 0
-    assert f"--features {features} --freeze vision,connector" in capsys.readouterr().out
-    again = ("--model", model, *FEW)
-    assert train(data, tmp_path / "cached", *again, "--freeze", "vision", "--features", features) == 1
-    assert "these features are for frozen parts; add --freeze vision,connector" in capsys.readouterr().err
-    assert not (tmp_path / "cached").exists()
-    for run, more in (("live", ()), ("cached", ("--features", features))):
-        assert train(data, tmp_path / run, *again, "--freeze", "vision,connector", *more) == 0
-        assert main(["evaluate", str(tmp_path / run), str(data), "--split", "val", *more]) == 0  # self-fed, too
-    live, cached = ([line["loss"] for line in curve(tmp_path / r) if "loss" in line] for r in ("live", "cached"))
-    assert cached == pytest.approx(live, rel=1e-4)
-    capsys.readouterr()
-    assert train(data, tmp_path / "cached", "--resume") == 1
-    assert "frames: pixels, the run has connector's features" in capsys.readouterr().err
-    learns = ("--freeze", "vision", "--features", tmp_path / "before")
-    assert main(["encode", str(data), "--model", model, "--out", str(tmp_path / "before")]) == 0
-    assert train(data, tmp_path / "learned", *again, *learns) == 0
-    assert main(["evaluate", str(tmp_path / "learned"), str(data), "--split", "val", "--features", features]) == 1
-    assert "made by the vision tower and connector" in capsys.readouterr().err
-
-
 def test_features_of_a_tower_that_learns_are_refused(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", *FEW, "--features", tmp_path) == 1
     assert "these features are for frozen parts; add --freeze vision" in capsys.readouterr().err
@@ -105,11 +80,6 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_that_is_no_number_is_bad_usage(data, tmp_path, capsys):
-    assert train(data, tmp_path / "run", "--lr-by-part", "heads") == 2
-    assert "--lr-by-part 'heads': expected a number, or name=number items" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_loss_or_a_score_that_is_not_finite_is_one_line_and_leaves_a_checkpoint(data, tmp_path, capsys, steps):
     """One step: it shows in the evaluation alone."""
@@ -138,17 +108,3 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
     os.close(handle)
     assert "another process is at work there" in capsys.readouterr().err
     assert train(data, run, "--resume") == 0
-
-
-@pytest.mark.parametrize(("option", "value"), [("--seed", "99999999999999999999"), ("--lr", "inf"), ("--lr", "nan")])
-def test_numbers_that_are_none_are_named(data, tmp_path, capsys, option, value):
-    assert train(data, tmp_path / "run", option, value) == 1
-    assert f"training config: {option[2:]} is" in capsys.readouterr().err
-
-
-def test_encode_keeps_another_tower_s_features(data, tmp_path, capsys):
-    for seed in (0, 1):
-        assert train(data, tmp_path / f"run{seed}", *FEW, "--steps", 1, "--seed", seed) == 0
-    assert main(["encode", str(data), "--model", str(tmp_path / "run0"), "--out", str(tmp_path / "features")]) == 0
-    assert main(["encode", str(data), "--model", str(tmp_path / "run1"), "--out", str(tmp_path / "features")]) == 1
-    assert "made by another vision tower" in capsys.readouterr().err.splitlines()[-1]

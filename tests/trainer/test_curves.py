@@ -49,14 +49,6 @@ def test_a_term_with_nothing_to_supervise_is_no_point(tmp_path):
     assert curves.end("loss") == 1.0
 
 
-def test_what_was_logged_twice_counts_once_and_one_split_is_shown(tmp_path):
-    lines = [*steps(2), evaluation(2, 0.25, 0.25), evaluation(2, 0.75, 0.5), evaluation(2, 0.1, 0.1, "test")]
-    lines += [{**STEP, "step": 2, "loss": 3.0}, evaluation(1, 0.5, 0.5), evaluation(2, 0.875, 0.5)]
-    curves = read_curves(written(tmp_path, lines))
-    assert curves.values["loss"].tolist() == [1.0, 3.0]
-    assert [(e["step"], e["evaluation"]["speaking"]["ap"]) for e in curves.evaluations] == [(1, 0.5), (2, 0.875)]
-
-
 def test_running_mean_is_of_sums_over_sums_in_both_directions():
     mean = running_mean(np.array([1.0, 4.0, 1.0]), np.ones(3), half_life=1)
     assert mean.tolist() == pytest.approx([(1 + 2 + 0.25) / 1.75, (0.5 + 4 + 0.5) / 2, 3.25 / 1.75])
@@ -105,43 +97,6 @@ def test_same_metrics_give_the_same_bytes_whatever_the_users_style(tmp_path):
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "svg.fonttype": "path"}):
         assert draw(tmp_path / "run").read_bytes() == one
         assert matplotlib.rcParams["font.size"] == 30
-
-
-def test_losses_over_many_decades_are_drawn_on_a_logarithm(tmp_path):
-    falling = [{**STEP, "step": n, "loss": 10 ** (-n / 10)} for n in range(1, 41)]
-    assert make_figure(read_curves(written(tmp_path, falling))).axes[0].get_yscale() == "log"
-    assert make_figure(read_curves(written(tmp_path, steps(5, loss=0.2)))).axes[0].get_yscale() == "linear"
-
-
-AWKWARD = {
-    "one step": steps(1),
-    "a resumed tail": [{**STEP, "step": n} for n in range(90, 121)],
-    "all zero": steps(3, loss=0.0, speaking=0.0, dst_update=0.0, lm=0.0, grad_norm=0.0, lr=0.0),
-    "zeros among decades": [*steps(3, loss=100.0), {**STEP, "step": 4, "loss": 0.0, "grad_norm": 0.0}],
-    "nothing supervised": steps(3, n_speaking=0.0, n_dst_update=0.0, n_lm=0.0),
-    "all null": steps(3, loss=None, speaking=None, dst_update=None, lm=None, grad_norm=None, lr=None),
-    "fewer numbers": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}],
-    "a rate for each part": steps(3, lr={"text": 0.1, "heads": 0.2}),
-    "no positive frame": [*steps(2), evaluation(2, None, None)],
-    "evaluated before the first step": [evaluation(0, 0.1, 0.2), *steps(2)],
-    "one evaluation of one step": [*steps(1), evaluation(1, 1.0, 1.0)],
-}
-
-
-@pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_runs_are_drawn(tmp_path, name, recwarn):
-    said = texts(draw(written(tmp_path, AWKWARD[name])))
-    assert "Loss" in said
-    assert not recwarn.list
-    assert not any("nan" in text or "inf" in text for text in said)
-
-
-def test_a_run_may_have_any_name(tmp_path):
-    name = "$x_1$ <b>&amp; \u202e\x07 " + "long" * 20
-    said = texts(draw(written(tmp_path / name, [*steps(2), evaluation(2, 0.5, 0.5, "val\x1b[31m$\\frac$ long name")])))
-    assert any(text.startswith("$x_1$ <b>&amp; \ufffd\ufffd longlong") for text in said)
-    assert any(text.startswith("Average precision on val\ufffd[31m$\\frac$") and text.endswith("…") for text in said)
-    assert max(map(len, said)) < 120
 
 
 @pytest.mark.parametrize("lines", [[], [evaluation(1, 0.5, 0.5)]])

@@ -99,17 +99,6 @@ def test_what_is_missing_or_of_another_kind_is_named(tmp_path):
         source.load(clip("a/../../v"), 0, 1)
 
 
-def test_a_changed_number_is_an_error_of_the_frames_that_are_read(tmp_path):
-    path = write(tmp_path, range(6))
-    content, values = bytearray(path.read_bytes()), numbered(range(6)).tobytes()
-    content[content.index(values) + len(values) - 1] ^= 1  # in frame 5
-    path.write_bytes(content)
-    source = CachedFeatures(tmp_path, TOWER)
-    assert np.array_equal(source.load(clip(), 0, 5), numbered(range(5)))
-    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: damaged in the frames 4 to 5 .*delete it, run"):
-        source.load(clip(), 4, 6)
-
-
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other format"])
 def test_damaged_files_are_named(tmp_path, damage):
     path = write(tmp_path, range(4))
@@ -135,11 +124,6 @@ def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path, m
     assert caught.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == before
-
-
-def test_others_may_read_what_one_writes(tmp_path):
-    (tmp_path / "plain").touch()
-    assert write(tmp_path, range(2)).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_video_at_two_rates_has_two_files_and_a_long_name_is_cut(tmp_path):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import os
 import pickle
-import resource
 
 import numpy as np
 import pyarrow as pa
@@ -78,13 +76,6 @@ def test_a_broken_image_is_named(tmp_path, content):
         PixelFrames(tmp_path, 64).load(clip("v"), 0, 2)
 
 
-def test_the_cache_is_bounded_and_changes_nothing(root):
-    cached, plain = PixelFrames(root, 64, cache_bytes=2 * 3 * 64 * 64), PixelFrames(root, 64, 0)
-    for _ in range(2):
-        assert np.array_equal(cached.load(clip(), 3, 7), plain.load(clip(), 3, 7))
-    assert (len(cached._cache), len(plain._cache)) == (2, 0)
-
-
 def test_the_root_comes_from_the_manifest_unless_given(tmp_path):
     manifest = {"options": {"frames_root": str(tmp_path)}}
     assert open_frames(manifest, None, 64).root == tmp_path
@@ -100,26 +91,3 @@ def test_a_source_goes_to_a_worker_without_its_files(root):
     sent = pickle.dumps(source)
     assert len(sent) < 1000
     assert shades(pickle.loads(sent).load(clip(), 0, 3)) == [0, 1, 2]
-
-
-def test_many_videos_are_read_where_few_files_may_be_open(tmp_path):
-    """As under a low `ulimit -n`."""
-    import av
-
-    for i in range(20):
-        with av.open(str(tmp_path / f"v{i}.mp4"), "w") as container:
-            stream = container.add_stream("mpeg4", rate=2)
-            stream.width = stream.height = 64
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(10 * i), "rgb24")))
-            container.mux(stream.encode())
-    source = PixelFrames(tmp_path, 64, cache_bytes=0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, hard))
-    try:
-        for i in (*range(20), 0, 7):
-            assert shades(source.load(clip(f"v{i}"), 0, 1)) == [i]
-            assert len(source._open) <= 8
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    source.close()
-    assert not source._open

@@ -14,7 +14,7 @@ from small_run import curve, go, write_data
 
 from pipeline.errors import InputError
 from trainer import loader
-from trainer.loader import InFlight, default_workers
+from trainer.loader import InFlight
 from trainer.packing import blank_pack
 from trainer.transfer import Transfer, uploaded
 
@@ -72,20 +72,6 @@ def test_what_a_step_counts_stays_on_the_host_and_packs_are_used_in_order():
         step[1].to(CPU)
 
 
-def test_on_a_cpu_packs_are_given_as_they_are_one_step_at_a_time():
-    steps = iter([[numbered(1)], [numbered(2)]])
-    coming = uploaded(steps, Transfer(CPU))
-    first = next(coming)
-    assert int(first[0].input_ids[0]) == 1
-    assert [int(step[0].input_ids[0]) for step in steps] == [2]  # it was not fetched
-
-
-def test_copies_on_a_cpu_copy_nothing():
-    transfer, value = Transfer(CPU), torch.arange(3)
-    assert transfer.up([value])()[0] is value
-    assert transfer.down(value)() is value
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
@@ -104,15 +90,6 @@ def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
 
 
 # ---- workers -----------------------------------------------------------------------------------------
-
-
-def test_a_gpu_is_fed_by_several_workers_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(16))
-    assert (default_workers(CPU), default_workers(GPU)) == (0, 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert default_workers(GPU) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert default_workers(GPU) == 1
 
 
 def test_workers_wait_until_what_they_load_fits_and_the_step_that_is_due_does_not():

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from fractions import Fraction
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import run
 
-from pipeline import readers
-from pipeline.hazards import ContextCounts, of_context
-from pipeline.readers.clip import ClipError
-from pipeline.readers.egoproactive import chunk_frames, interrupt_text
+from pipeline.readers.egoproactive import chunk_frames
 
 
 def session(video, query, intervals, answers, leak=True):
@@ -81,37 +75,6 @@ def test_at_a_lower_rate_gaps_stay_out_and_onsets_are_the_chunks_first_frames(tm
     assert set(out.labels("train", 0)["speaking"].values()) == {1, -100}
 
 
-def test_fps_and_duration_of_the_session(tmp_path):
-    """Frames after the last chunk are annotated by nobody."""
-    clips = [SESSIONS[1] | {"duration_in_sec": 25.0}, SESSIONS[1] | {"fps": 1, "video_path": "b.mp4"}]
-    out = run(tmp_path, clips, "val.jsonl", fps=4.0)
-    assert out.bounds("val") == [(0, 100), (0, 24)]
-    assert out.labels("val")["speaking"] == spread((0, 32, 1), (32, 94, 0), (94, 100, -100))
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [("$silent$", None), ("", None), ("now $interrupt$", None), ("$interrupt$", ""), ("\n\t $interrupt$ x ", "x")],
-)
-def test_a_tag_may_follow_white_space_alone(answer, text):
-    assert interrupt_text(answer) == text
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"answers": ["$silent$"]}, "answers"),
-        ({"video_intervals": [[8.0, 0.0], [8.0, 16.0]]}, "video_intervals"),
-        ({"video_intervals": [[0.0, 8.0], [7.0, 16.0]]}, "video_intervals"),
-        ({"video_path": "../a.mp4"}, "video_path"),
-    ],
-)
-def test_what_decides_a_label_is_checked(change, field):
-    with pytest.raises(ClipError) as error:
-        readers.decode(json.dumps(SESSIONS[2] | change).encode())
-    assert error.value.field.startswith(field)
-
-
 hundredths = st.lists(st.integers(0, 1200), min_size=1, max_size=12)
 
 
@@ -141,20 +104,3 @@ def test_a_dialog_that_grows_after_interrupts_is_counted(tmp_path):
     assert text.startswith("8 of 8 speaking decisions")
     clean = [session(s["video_path"], s["query"], s["video_intervals"], s["answers"], leak=False) for s in SESSIONS]
     assert LEAK not in run(tmp_path / "clean", clean, "val.jsonl").hazards()
-
-
-def test_a_thousand_random_sessions_give_nothing_away():
-    """With a dialog that does not grow, grows at every chunk, or whenever it likes."""
-    rng, counts = random.Random(0), ContextCounts()
-    for i in range(1000):
-        chunks = rng.randint(2, 14)
-        answers = ["$interrupt$Do it."] + [rng.choice(("$silent$", "$interrupt$Go on.")) for _ in range(chunks - 1)]
-        made, said = session("a.mp4", "How?", [[8 * i, 8 * i + 8] for i in range(chunks)], answers, leak=False), 0
-        for history in made["dialog"]:
-            said += i % 3 == 1 or (i % 3 == 2 and rng.random() < 0.5)
-            history += [{"role": "assistant", "text": "ok"}] * said
-        given_away, decisions = readers.decode(json.dumps(made).encode()).given_away
-        counts.given_away += given_away
-        counts.decisions += decisions
-    assert counts.decisions > 4000
-    assert not list(of_context("val", counts))

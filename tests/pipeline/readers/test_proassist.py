@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from made_up import proassist, run, run_on, written
 
 
@@ -13,42 +12,6 @@ def test_an_assistant_speaks_at_the_last_frame_before_its_turn(tmp_path):
     assert set(out.labels()["dst_update"].values()) == {-100}
     (row,) = out.clips()
     assert (row["goal"], row["knowledge"], row["dataset"]) == ("wash a cup", "soap first", "wtag")
-
-
-@pytest.mark.parametrize("rate", [None, -1, -1.0, 0.5])
-def test_nobody_annotated_a_summary_clip(rate, tmp_path):
-    """Told by `summary_only`, or by a rate of -1; its frames speak in the sibling clip."""
-    clip = proassist(summary=True)
-    if rate is not None:
-        clip["neg_frame_sampling_rate"] = rate
-        clip["metadata"]["summary_only"] = rate == 0.5
-    out = run(tmp_path, [proassist(), clip], "train.jsonl", neg_rate={"train": 1.0})
-    assert out.ones() == ([8, 15], [])
-    assert out.bounds() == [(0, 16), (0, 17)]
-    assert set(out.labels(clip=1)["speaking"].values()) == {-100}
-    assert set(out.labels(clip=1)["dst_update"].values()) == {-100}
-    row = out.clips()[1]
-    assert row["unlabelled"] == [{"start_frame": 0, "end_frame": 17}]
-    assert (row["n_speaking"], row["n_supervised"]) == (0, 0)
-    assert out.manifest["splits"]["train"]["speaking_frames"] == 16
-
-
-def test_a_reply_to_a_request_for_a_summary_is_not_speech(tmp_path):
-    out = run(tmp_path, [proassist(summary=True) | {"metadata": None}], "train.jsonl")
-    assert out.ones() == ([], [])
-    assert out.clips()[0]["unlabelled"] == []
-    assert out.manifest["splits"]["train"]["drops"] == {"summary, not speech": 1}
-
-
-def test_another_negative_rate_is_malformed(tmp_path):
-    out = run(tmp_path, [proassist(), proassist("cup-2") | {"neg_frame_sampling_rate": -0.5}], "train.jsonl")
-    assert [line["field"] for line in out.refused()] == ["neg_frame_sampling_rate"]
-
-
-@pytest.mark.parametrize(("added", "knowledge"), [(True, "soap first"), (None, "soap first"), (False, None)])
-def test_a_recipe_that_was_not_added_stays_out(added, knowledge, tmp_path):
-    (row,) = run(tmp_path, [proassist(add_knowledge=added)], "train.jsonl").clips()
-    assert row["knowledge"] == knowledge
 
 
 def test_an_update_that_is_none_is_refused(tmp_path):

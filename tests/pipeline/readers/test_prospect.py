@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from made_up import SYSTEM, TEA, run, run_on, tea, turn, written
+from made_up import SYSTEM, TEA, run, run_on, tea, written
 
 from pipeline.errors import InputError
 
@@ -46,54 +46,6 @@ def test_descriptive_fields_of_any_other_type_are_ignored_and_counted(tmp_path):
     assert row["steps"] == [{"id": "K1", "name": ""}, {"id": "K2", "name": "pour\nit"}]
 
 
-def test_steps_may_be_nested_and_numbered_and_frames_written_as_floats(tmp_path):
-    nested = {"steps": [{"id": 1, "name": "boil", "t0": 5.0, "conf": 0.9}], "model": "x"}
-    floats = [said | {name: float(said[name]) for name in ("start_frame", "end_frame")} for said in TEA]
-    out = run(tmp_path, [tea(floats, 0.0, 42.0, dst=nested)])
-    assert out.clips()[0]["steps"] == [{"id": "1", "name": "boil"}]
-    assert out.ones() == (SPEAKING, UPDATES)
-
-
-@pytest.mark.parametrize(
-    ("change", "turn", "field", "found"),
-    [
-        ({"time": "soon"}, 1, "time", '"soon"'),
-        ({"time": float("nan")}, 1, "time", "NaN"),
-        ({"start_frame": -1}, 1, "start_frame", "-1"),
-        ({"start_frame": 9.5}, 1, "start_frame", "9.5"),
-        ({"start_frame": 9}, 1, "end_frame", "4"),
-        ({"role": "robot"}, 1, "role", '"robot"'),
-        ({"content": 5}, 1, "content", "5"),
-        ({"role": "DST_UPDATE", "content": "K1->explode"}, 1, "content", '"explode"'),
-        ({"role": "DST_UPDATE", "content": [{"id": "K1", "transition": "boil"}]}, 1, "content[0].transition", '"boil"'),
-    ],
-)
-def test_a_turn_that_decides_a_label_is_refused_with_what_was_found(change, turn, field, found, tmp_path):
-    out = run(tmp_path, [tea([TEA[0] | change, *TEA[1:]], 0, 42), tea(TEA, 0, 42, id="t2")])
-    (line,) = out.refused()
-    assert (line["clip"], line["turn"], line["field"]) == (0, turn, field)
-    assert line["found"].strip("'") == found
-
-
-@pytest.mark.parametrize(
-    ("more", "field"),
-    [
-        ({"video_uid": "../a"}, "video_uid"),
-        ({"frames_file": "/a"}, "frames_file"),
-        ({"id": ""}, "id"),
-        ({"fps": 0}, "fps"),
-        ({"fps": "1/0"}, "fps"),
-        ({"neg_frame_sampling_rate": 1.5}, "neg_frame_sampling_rate"),
-        ({"initial_dst_state": {"K1": "hot"}}, "initial_dst_state.K1"),
-        ({"end_frame_idx": 2_000_000}, "end_frame_idx"),
-        ({"conversation": {}}, "conversation"),
-    ],
-)
-def test_a_clip_field_that_decides_is_refused(more, field, tmp_path):
-    out = run(tmp_path, [tea(TEA, 0, 42) | more, tea(TEA, 0, 42, id="t2")])
-    assert [line["field"] for line in out.refused()] == [field]
-
-
 # ---- bounds ------------------------------------------------------------------------------------------
 
 
@@ -102,59 +54,6 @@ def test_bounds_of_dst_turns_alone_are_widened_to_all_turns(option, bounds, tmp_
     out = run(tmp_path, [tea(TEA, 4, 36)], bounds=option)
     assert out.bounds() == [bounds]
     assert out.manifest["inputs"][0]["bounds_widened"] == (option != "given")
-
-
-def test_bounds_that_no_turn_leaves_stay(tmp_path):
-    updates = [said for said in TEA if said["role"] == "DST_UPDATE"]
-    assert run(tmp_path, [tea(updates, 4, 36)], frame_convention="lead-in").bounds() == [(4, 36)]
-
-
-@pytest.mark.parametrize(("others", "widened"), [(1, True), (2, False)])
-def test_nine_in_ten_clips_decide_for_the_file_and_wider_bounds_stay(others, widened, tmp_path):
-    clips = [tea(TEA, 4, 36, id=f"t{i}", video_uid=f"kitchen-{i}") for i in range(9)]
-    clips += [tea(TEA, 0, 60, id=f"o{i}", video_uid=f"other-{i}") for i in range(others)]
-    assert run(tmp_path, clips).bounds() == [(0, 42) if widened else (4, 36)] * 9 + [(0, 60)] * others
-
-
-def test_a_segment_without_updates_has_no_bounds_of_its_own(tmp_path):
-    later = [turn("assistant", "Still hot?", 50.0, 90, 100), turn("assistant", "Drink.", 56.0, 100, 112)]
-    out = run(tmp_path, [tea(TEA, 4, 36), tea(later, 0, 0, id="t2", clip_idx=1)])
-    assert out.bounds() == [(0, 42), (90, 112)]
-    assert out.ones(clip=1) == ([99, 111], [])
-
-
-def test_bounds_reach_down_to_the_event_of_an_empty_first_range(tmp_path):
-    """The turn at 14.3 s fell into the frame of the one before, which stands in the earlier clip: event frame 27."""
-    later = [turn("assistant", "Pour.", 14.3, 28, 28), *TEA[8:]]
-    out = run(tmp_path, [tea(later, 28, 36)], frame_convention="lead-in")
-    assert (out.bounds(), out.ones()) == ([(27, 42)], ([27, 41], [35]))
-
-
-def test_window_bounds_are_inclusive(tmp_path):
-    turns = [
-        turn("DST_UPDATE", "K1 start", 6.0, 9, 12),
-        turn("assistant", "Wait.", 11.0, 19, 22),
-        turn("assistant", "Wait on.", 11.5, 20, 23),
-        turn("DST_UPDATE", "K1 complete", 16.0, 29, 32),
-        turn("DST_UPDATE", "K2 start", 20.0, 37, 40),
-    ]
-    out = run(tmp_path, [tea(turns, 9, 40)])
-    assert out.clips()[0]["frame_convention"] == "window"
-    assert out.bounds() == [(9, 41)]
-    assert out.ones() == ([19, 20, 21, 22, 23], [9, 10, 11, 12, 29, 30, 31, 32, 37, 38, 39, 40])
-
-
-def test_lead_in_turns_at_time_0_happen_at_frame_0(tmp_path):
-    turns = [
-        turn("user", "How?", 0.0, 0, 0),
-        turn("DST_UPDATE", "K1 start", 0.0, 0, 0),
-        turn("assistant", "Switch it on.", 0.4, 0, 0),
-        turn("assistant", "Wait.", 5.0, 0, 10),
-        turn("DST_UPDATE", "K1 complete", 16.0, 10, 32),
-    ]
-    out = run(tmp_path, [tea(turns, 0, 32)])
-    assert out.clips()[0]["frame_convention"] == "lead-in"
-    assert out.ones() == ([0, 9], [0, 31])
 
 
 # ---- times without frames ----------------------------------------------------------------------------
@@ -198,13 +97,6 @@ def test_a_clip_idx_that_does_not_rise_starts_another_conversation(tmp_path):
     """Two conversations of one user type over one video; the second one's later clip repeats updates."""
     clips = [clip | {"id": f"t{i}"} for i, clip in enumerate([*two_clips(0), *two_clips(3)])]
     assert run(tmp_path, clips).states() == [NEW, DONE, NEW, {"K1": "in_progress", "K2": "not_started"}]
-
-
-def test_users_and_videos_are_told_apart(tmp_path):
-    first, second = two_clips(0)
-    other_user = second | {"id": "u", "metadata": {"user_id": "talk_1"}}
-    other_video = second | {"id": "v", "video_uid": "kitchen-2"}
-    assert run(tmp_path, [first, other_user, other_video]).states()[1:] == [{}, {}]
 
 
 def test_a_given_state_that_nothing_contradicts_stays(tmp_path):
