@@ -1,81 +1,104 @@
-"""`prospect-dst benchmark`: train and evaluate arms on the same data; say, with its uncertainty, what differs.
+"""`prospect-dst benchmark`: run the ladder's rungs on the same data; say, with its uncertainty, what differs.
 
-    OUT/runs/ARM/seed-S/            a run of train; scores/ holds what evaluate wrote of it
-    OUT/results.parquet             arm, seed, mode, metric, value
+    OUT/runs/RUNG/seed-S/           a run of train, where the rung has one; scores/ holds what evaluate wrote of it
+    OUT/results.parquet             rung, seed, mode, metric, value
     OUT/arms.parquet                the same over seeds, with 95% intervals
     OUT/comparisons.parquet         each pair, metric and mode: difference, interval, p, Holm's p, power
     OUT/benchmark.json              what was asked, data, versions, hashes
-    OUT/report.html, figures/       the answer
+    OUT/report.html, figures/       the answer so far
+    OUT/seconds.json                what each run took, to predict others
 
 All arms see the same clips in the same order with the same draws, for the same number of steps under the same loss
 balance. A finished run is recognised by the hashes of its checkpoint, data and settings; one that was stopped is
-resumed. The question (pair, metric, mode) is settled before anything is trained: `primary`.
+resumed. The question (pair, metric, mode) is settled before anything is trained: `primary`. Tables and report are a
+function of the finished runs; which runs a clock leaves time for depends on the machine, their numbers do not.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
-from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from pipeline.cluster import available_cores
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from pipeline.schema import DST_UPDATE, SPEAKING
-from pipeline.storage import make_folder, naming
-from trainer.arms import ARMS, find_arm
+from pipeline.storage import make_folder, naming, write_json
+from pipeline.terminal import clock
+from trainer.arms import find_rung
 from trainer.checkpoint import run_hash
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
+from trainer.controls import control_key, score_control
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, settle
 from trainer.evaluation.conclusions import headline
 from trainer.evaluation.evaluate_scores import EvalSplits, hold
-from trainer.evaluation.ladder import PRIMARY
+from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up
-from trainer.evaluation.report import write_report
+from trainer.evaluation.report import PAGE, write_report
+from trainer.frame_source import keep_frames
 from trainer.loader import end_with
-from trainer.plan import Job, Plan, config_of, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, run_of
 from trainer.run_folder import check_resume, lock_folder, run_options
+from trainer.run_log import read_metrics
+from trainer.schedule import FIRST_STEPS, Schedule, in_order, kind_of, run_seconds, what_narrows
 from trainer.train import train
 
+POLL_S: Final = 1.0  # between looks at the clock and at a first run's steps
+SECONDS: Final = "seconds.json"
 
-def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None) -> Path:
-    """Do what is not done yet, compare, and write the report; its path. `report_line` gets a line per finished run.
+
+def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None, until: float = math.inf) -> Path:
+    """Do what is not done yet, the most telling first, with a new report after each unit; the report's path.
+
+    until: of time.monotonic(): no run is begun that would end later, and one that still runs then is stopped.
+    report_line: gets a line per finished run, and what would narrow the interval. Whatever stops it, tables and report
+    of the finished runs are there.
 
     InputError before anything is trained where no threshold could be chosen, where another process works in the same
-    folder, and where runs are there that were started otherwise.
+    folder, and where runs are there that were started otherwise; after a few steps where no pair would end in time.
     """
+    check_plan(plan)
     splits, trained_on = hold(plan.data, plan.split), Split(plan.data, "train")
-    _check(plan, splits, trained_on)
-    jobs: list[Job] = [(arm, seed) for seed, arm in product(plan.seeds, plan.arms)]
     with naming(plan.out), ExitStack() as held:
         make_folder(plan.out)
         lock_folder(plan.out, held)
         settle(plan)
-        left = [job for job in jobs if not is_done(plan, job, splits, trained_on)]
-        if len(left) < len(jobs):
-            report_line(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
-        for count, ((arm, seed), seconds, notes) in enumerate(_run_all(plan, left), len(jobs) - len(left) + 1):
-            metrics, primary = metrics_of(plan, (arm, seed)), METRICS[PRIMARY]
-            values = {mode: look_up(metrics[mode], primary) for mode in MODES if mode in metrics}
-            words = [f"{mode} {'undefined' if v is None else f'{v:.3f}'}" for mode, v in values.items()]
-            done = f"({seconds:.0f} s, {count} of {len(jobs)})"
-            report_line(f"{arm} seed {seed}: {primary.label} {', '.join(words)} {done}")
-            for note in notes:
-                report_line(f"{arm} seed {seed}: {note}")
-        compare_runs(plan, jobs, splits.test)
-        return write_report(plan.out)
+        schedule = _schedule(plan, splits, trained_on, until)
+        jobs, there = [job for unit in schedule.units for job in unit], len(schedule.done)
+        of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
+        if there:
+            report_line(f"{there}{of} runs are there already")
+        try:
+            with closing(_run_all(plan, schedule, splits)) as results:
+                for job, seconds, notes in results:
+                    report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")
+                    for note in notes:
+                        report_line(f"{job[0]} seed {job[1]}: {note}")
+                    if schedule.ends_unit(job) and len(schedule.done) < len(jobs):
+                        _update(plan, schedule, splits.test, report_line, in_progress=True)
+        except TooSlow:  # with fewer steps, they could not go on
+            for job in schedule.begun.keys() - schedule.left.keys():
+                shutil.rmtree(run_of(plan, job), ignore_errors=True)
+            raise
+        finally:
+            if schedule.done:
+                _update(plan, schedule, splits.test, report_line)
+        return plan.out / PAGE
 
 
 def answer_of(out: Path) -> str:
@@ -83,28 +106,48 @@ def answer_of(out: Path) -> str:
     return headline(read_benchmark(out))
 
 
-def _check(plan: Plan, splits: EvalSplits, trained_on: Split) -> None:
-    """InputError where the plan makes no sense, or the data can't answer, whatever is trained on it."""
-    for name, chosen in (("arms", plan.arms), ("seeds", plan.seeds)):
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise InputError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
-    if splits.val is None:
-        chosen_there = "thresholds are chosen there, and nowhere else; preprocess one"
-        raise InputError(f"{plan.data}: no val split beside {plan.split}: {chosen_there}")
-    for split in splits.all.values():
-        if not split.statistics().counts[SPEAKING, 1]:
-            what = f"the assistant never speaks in {split.name}: nothing to measure; choose other data"
-            raise InputError(f"{plan.data}: {what}")
-    updating = [arm for arm in plan.arms if find_arm(arm).dst_head]
-    if updating and not trained_on.statistics().counts[DST_UPDATE, 1]:
-        others = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
-        raise InputError(
-            f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
-            f"give data with dialog state, or --arms {others}"
-        )
+def _line(plan: Plan, job: Job) -> str:
+    """'speak seed 0: event F1 teacher-forced 0.912, self-fed 0.871'."""
+    metrics, primary = metrics_of(plan, job), METRICS[PRIMARY]
+    values = {mode: look_up(metrics[mode], primary) for mode in MODES if mode in metrics}
+    words = [f"{mode} {'undefined' if value is None else f'{value:.3f}'}" for mode, value in values.items()]
+    return f"{job[0]} seed {job[1]}: {primary.label} {', '.join(words)}"
+
+
+def _update(
+    plan: Plan, schedule: Schedule, split: Split, report_line: Callable[[str], None], in_progress: bool = False
+) -> None:
+    """Tables and report of the runs that are done; the page of a benchmark in progress reloads itself."""
+    began = time.monotonic()
+    compare_runs(plan, [job for unit in schedule.units for job in unit if job in schedule.done], split)
+    bench = read_benchmark(plan.out)
+    metric, a, b = bench.primary
+    row = bench.comparison(a, b, bench.mode, metric)
+    narrowing = what_narrows(row, schedule.pair_seconds()) if row and row["low"] is not None else ""
+    write_report(plan.out, narrowing, in_progress)
+    schedule.update_s = max(schedule.update_s, time.monotonic() - began)
+    if narrowing:
+        report_line(f"{a} minus {b}: {row['difference']:+.3f} {narrowing}")
 
 
 # ---- runs --------------------------------------------------------------------------------------------
+
+
+def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -> Schedule:
+    """With what is in the folder already."""
+    arms = [rung for rung in plan.arms if kind_of(rung) == "arm"]
+    pair = [arm for arm in arms if arm in question_of(plan.arms)] or arms[:1]
+    units = in_order(plan.arms, pair, plan.seeds)
+    done = {job for unit in units for job in unit if is_done(plan, job, splits, trained_on)}
+    workers = plan.jobs or len(_gpus()) or available_cores()
+    schedule = Schedule(units, pair, done, workers, until)
+    names = {f"{rung}/seed-{seed}": (rung, seed) for rung, seed in done}
+    with suppress(OSError, ValueError):  # without it the first run is measured anew
+        kept = json.loads((plan.out / SECONDS).read_bytes())
+        schedule.seconds = {names[name]: float(seconds) for name, seconds in kept.items() if name in names}
+    for job in (job for unit in units for job in unit if job not in done and (run_of(plan, job) / "last").is_dir()):
+        schedule.left[job] = 1 - len(_step_seconds(plan, job)) / plan.config.steps
+    return schedule
 
 
 def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool:
@@ -113,57 +156,143 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
     InputError where the run was started with other options.
     """
     run, metrics = run_of(plan, job), metrics_of(plan, job)
-    if not metrics or not (run / "last").is_dir():
+    if not metrics:
         return False
-    config = config_of(plan, job).on("cuda" if torch.cuda.is_available() else "cpu")
-    held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
-    check_resume(run, run_options(config, trained_on, held_out, plan.features))
+    rung, seed = find_rung(job[0]), job[1]
+    if rung.kind == "control":
+        model = control_key(rung.name, trained_on, seed)
+    else:
+        trained = run if rung.below is None or rung.kind == "arm" else run_of(plan, (rung.below, seed))
+        if not (trained / "last").is_dir():
+            return False
+        config = config_of(plan, job).on("cuda" if torch.cuda.is_available() else "cpu")
+        held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
+        if rung.kind == "arm":
+            check_resume(run, run_options(config, trained_on, held_out, plan.features))
+        model = run_hash(trained)
     modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]
     return bool(
-        metrics.get("model") == run_hash(run)
+        metrics.get("model") == model
         and metrics["data_key"] == {name: split.key for name, split in splits.all.items()}
         and metrics["settings"] == asdict(plan.settings)
         and all(mode in metrics and (run / "scores" / f"{mode}.parquet").is_file() for mode in modes)
     )
 
 
-def carry_out(plan: Plan, job: Job) -> tuple[Job, float, tuple[str, ...]]:
-    """Train, or resume, and evaluate; (job, seconds, notes of the evaluation)."""
-    began, run = time.monotonic(), run_of(plan, job)
-    options = RunOptions(progress=False)
-    train(plan.data, run, config_of(plan, job), plan.frames_root, plan.features, options, resume=True)
-    evaluation = evaluate(
-        run, plan.data, plan.split, run / "scores", plan.frames_root, plan.features, plan.settings, plan.live
-    )
-    return job, time.monotonic() - began, evaluation.notes
+def carry_out(plan: Plan, job: Job) -> tuple[float, tuple[str, ...]]:
+    """Train, or resume, and evaluate; (seconds of the whole run, notes of the evaluation)."""
+    began, before, run, (name, seed) = time.monotonic(), 0.0, run_of(plan, job), job
+    rung, scores, sources = find_rung(name), run / "scores", (plan.frames_root, plan.features)
+    if rung.kind == "control":
+        evaluation = score_control(name, plan.data, plan.split, scores, seed, plan.settings, plan.live)
+        return time.monotonic() - began, evaluation.notes
+    scripted: dict[str, Any] = {}
+    if rung.kind == "scripted":
+        run, scripted = run_of(plan, (str(rung.below), seed)), {"updates": "reference"}
+    else:
+        options = RunOptions(progress=False, save_every=max(1, min(RunOptions.save_every, plan.config.steps // 10)))
+        report = train(plan.data, run, config_of(plan, job), *sources, options, resume=True)
+        before = sum(_step_seconds(plan, job)[: report.resumed_from])
+    evaluation = evaluate(run, plan.data, plan.split, scores, *sources, plan.settings, plan.live, **scripted)
+    return before + time.monotonic() - began, evaluation.notes
 
 
-def _run_all(plan: Plan, jobs: Sequence[Job]) -> Iterator[tuple[Job, float, tuple[str, ...]]]:
+def _step_seconds(plan: Plan, job: Job) -> list[float]:
+    return [line["clock"]["seconds"] for line in read_metrics(run_of(plan, job)) if "clock" in line]
+
+
+def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tuple[Job, float, tuple[str, ...]]]:
     """The jobs as they are finished; each process has a GPU, or its share of the cores, to itself.
 
     The share depends on `plan.jobs` alone, not on how many jobs are left: another number of threads rounds otherwise.
     """
-    gpus, cores = _gpus(), available_cores()
-    at_once = plan.jobs or len(gpus) or cores
-    if at_once == 1:
-        yield from (carry_out(plan, job) for job in jobs)
+    clocked, running = schedule.until < math.inf, dict[Future[tuple[float, tuple[str, ...]]], Job]()
+    in_process, ended = schedule.workers == 1 and not clocked, list[tuple[Job, float, tuple[str, ...]]]()
+    with _workers(schedule.workers, in_process) as pool:
+        while True:
+            if in_process:  # its next run would begin, and end, before the last one is told
+                yield from ended
+            while len(running) < schedule.workers and (job := schedule.next(time.monotonic())):
+                running[pool.submit(carry_out, plan, job)] = job
+            if not in_process:
+                yield from ended
+            if not running or time.monotonic() > schedule.until:
+                return  # what still runs is resumed from its checkpoint next time
+            ended = []
+            for future in wait(running, POLL_S if clocked else None, FIRST_COMPLETED).done:
+                ended.append((running.pop(future), *future.result()))
+                schedule.finish(*ended[-1][:2])
+                write_json(plan.out / SECONDS, {f"{rung}/seed-{s}": t for (rung, s), t in schedule.seconds.items()})
+            if clocked:
+                _predict(plan, schedule, splits)
+
+
+class TooSlow(InputError):
+    """No pair of runs would end in time."""
+
+
+def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
+    """From the first steps of the first runs: what a run takes. InputError where no pair would end in time.
+
+    First steps may take twice what later ones do, as frames are decoded: until a fifth of them is done, half counts.
+    """
+    if any(kind_of(rung) == "arm" for rung, _ in schedule.seconds):
         return
-    context = get_context("spawn")
-    places = context.Queue()
-    for worker in range(at_once):
-        places.put(gpus[worker % len(gpus)] if gpus else None)
-    settings = (places, max(1, cores // at_once), os.getpid())
-    with ProcessPoolExecutor(at_once, context, _start_worker, settings) as pool:
+    steps, test = plan.config.steps, len(splits.test)
+    clips = sum(map(len, splits.all.values())) + len(splits.val or ()) * (steps // (plan.config.eval_every or steps))
+    evaluation = (clips + 3 * test * plan.live) / plan.config.clips_per_step  # free-running goes frame by frame
+    for job in [job for job in schedule.begun if kind_of(job[0]) == "arm"]:
+        first, now = _step_seconds(plan, job), time.monotonic()
+        if len(first) < min(FIRST_STEPS, steps):
+            continue
+        schedule.guess = run_seconds(first, steps, evaluation)
+        pair = [(arm, job[1]) for arm in schedule.pair]
+        takes, left = (schedule.end(pair, now) or now) - now, schedule.until - now
+        if takes * (1.0 if len(first) >= steps / 5 else 0.5) > left:
+            what = f"{' and '.join(schedule.pair)} need about {clock(round(takes))} more, {clock(round(left))} are left"
+            fewer = f"lower --steps to about {int(steps * left / takes)}"
+            raise InputError(
+                f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time"
+            )
+
+
+class _Here(Executor):
+    """Runs what it gets at once, in this process."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def _workers(count: int, in_process: bool) -> Iterator[Executor]:
+    """Processes that do runs one after the other, frames decoded once in each; `in_process`: this one.
+
+    At the end they are stopped, whatever they do.
+    """
+    if in_process:
+        keep_frames()
         try:
-            for future in as_completed([pool.submit(carry_out, plan, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise InputError("a run's process was killed (memory?); run again, or with --jobs 1") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():  # the other runs are resumed from their checkpoints next time
-                process.terminate()
-            raise
+            yield _Here()
+        finally:
+            keep_frames(False)
+        return
+    gpus, context = _gpus(), get_context("spawn")
+    places = context.Queue()
+    for worker in range(count):
+        places.put(gpus[worker % len(gpus)] if gpus else None)
+    settings = (places, max(1, available_cores() // count), os.getpid())
+    pool = ProcessPoolExecutor(count, context, _start_worker, settings)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise InputError("a run's process was killed (memory?); run again, or with --jobs 1") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+            process.join()
 
 
 def _gpus() -> list[str]:
@@ -175,6 +304,8 @@ def _gpus() -> list[str]:
 def _start_worker(places: Any, threads: int, owner: int) -> None:
     """In a new process: take a GPU, or a share of the cores; end when the benchmark does, however that ends."""
     end_with(owner)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's business
+    keep_frames()
     gpu = places.get()
     torch.set_num_threads(threads)
     if gpu is not None:

@@ -7,9 +7,11 @@ needs it, never for --help.
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -21,12 +23,14 @@ from typer import Argument, Option
 from pipeline.cli import RAY_HELP, TELLS_HELP, Given, cluster, names, new_app, numbers, run_app, with_options
 from pipeline.cli import app as pipeline_app
 from pipeline.errors import UsageError
-from trainer.arms import ARMS
+from trainer.arms import DEFAULT_RUNGS, RUNGS
 from trainer.config import RunOptions, Settings, TrainConfig
+from trainer.plan import MOST_SEEDS, Plan, check_plan, ladder
 
 app = new_app()
 app.registered_commands += pipeline_app.registered_commands
 Config = TypeVar("Config")
+RUNG_NAMES = ",".join(rung.name for rung in RUNGS)
 
 Data = Annotated[Path, Argument(help="an output folder of preprocess")]
 FramesRoot = Annotated[Path | None, Option(help="where the frames are, if they were moved")]
@@ -208,13 +212,20 @@ def evaluate(
     return 0
 
 
-@app.command(epilog="Example: prospect-dst benchmark labels --out answer --arms speak,speak+dst --seeds 3")
+@app.command(epilog="Example: prospect-dst benchmark labels --out answer --hours 8")
 @with_options(Settings, TrainConfig, without=("arm", "seed"))
 def benchmark(
     data: Annotated[Path, Argument(help="a folder of preprocess, or synth: synthetic data whose answer is known")],
     out: Annotated[Path, Option(help="folder for runs, tables and report.html; what is finished there is kept")],
-    arms: Annotated[list[str] | None, Option(help=f"some of {','.join(ARMS)}; default: all")] = None,
-    seeds: Annotated[int, Option(help="runs of each arm: weights and order differ", min=1)] = 3,
+    rungs: Annotated[
+        list[str] | None,
+        Option("--rungs", "--arms", help=f"some of {RUNG_NAMES}, or all; default: {','.join(DEFAULT_RUNGS)}"),
+    ] = None,
+    seeds: Annotated[
+        int | None, Option(help="runs of each rung; default: 3, with a clock as many as fit", min=1, show_default=False)
+    ] = None,
+    hours: Annotated[float, Option(help="begin no run that would end later; a later call goes on", min=0)] = 0,
+    minutes: Annotated[float, Option(help="the same", min=0)] = 0,
     split: EvalSplit = "test",
     frames_root: FramesRoot = None,
     features: Features = None,
@@ -227,28 +238,30 @@ def benchmark(
     *,
     given: Given,
 ) -> int:
-    """Does the dialog state help? Train and evaluate the arms, matched in all else, and write report.html."""
+    """Does the dialog state help? Train and evaluate the rungs, matched in all else, and write report.html.
+
+    Stopped by its clock, Ctrl-C or a kill, it leaves a report of the finished runs; the same command goes on.
+    """
     from pipeline.output import verify
     from pipeline.synth import parse_tells
     from pipeline.terminal import plain
-    from trainer import benchmark as of
     from trainer.demo import synthetic_data
-    from trainer.plan import Plan
-    from trainer.run_folder import resolve_config
 
+    until = time.monotonic() + 3600 * hours + 60 * minutes if hours or minutes else math.inf
     values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
     if "eval_every" not in given.chosen:  # about eight points of the training curve
         values["eval_every"] = max(1, values["steps"] // 8)
-    config = resolve_config(out, values, given.chosen & set(values))
+    if "warmup_steps" not in given.chosen:
+        values["warmup_steps"] = min(TrainConfig.warmup_steps, values["steps"])
     if str(data) == "synth" and not data.exists():
         shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
         data = synthetic_data(out, shares, echo=typer.echo)
     plan = Plan(
         data=data,
         out=out,
-        arms=tuple(names(arms)) or tuple(ARMS),
-        seeds=tuple(range(seeds)),
-        config=config,
+        arms=ladder(names(rungs) or DEFAULT_RUNGS),
+        seeds=tuple(range(seeds or (3 if until == math.inf else MOST_SEEDS))),
+        config=TrainConfig(**values),
         settings=given.make(Settings),
         split=split,
         frames_root=frames_root,
@@ -260,7 +273,16 @@ def benchmark(
         command=shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else "",
         hazards=tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", [])),
     )
-    report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True))
+    check_plan(plan)  # before torch is imported, which takes seconds
+    from trainer import benchmark as of
+
+    with _ended_by_signals() as ended:
+        try:
+            report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True), until)
+        except KeyboardInterrupt:
+            if not ended:
+                raise
+            return ended[0]
     typer.echo(of.answer_of(out))
     typer.echo(f"wrote {plain(report)}")
     return 0
@@ -365,7 +387,8 @@ def _ended_by_signals() -> Iterator[list[int]]:
         statuses.append(128 + number)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}  # nohup's stay ignored
     try:
         yield statuses
     finally:

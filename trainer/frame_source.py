@@ -110,9 +110,19 @@ class PixelFrames:
         return PixelFrames, (self.root, self.side, self._cache_bytes, self._open_files)
 
 
+_kept: dict[tuple[Path, int], PixelFrames] | None = None
+
+
+def keep_frames(keep: bool = True) -> None:
+    """Whether the runs that this process does one after the other share the frames that were decoded."""
+    global _kept
+    _kept = {} if keep else None
+
+
 def open_frames(manifest: dict[str, Any], root: Path | None, side: int) -> PixelFrames:
     """Frames below `root`, or where the manifest says that `preprocess` looked for them."""
     stored = manifest.get("options", {}).get("frames_root")
     if root is None and stored is None:
         raise InputError(f"{MANIFEST}: names no frames_root; say where the videos' frames are: --frames-root")
-    return PixelFrames(Path(stored) if root is None else root, side)
+    root = Path(stored) if root is None else root
+    return PixelFrames(root, side) if _kept is None else _kept.setdefault((root, side), PixelFrames(root, side))

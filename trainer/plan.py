@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from trainer.arms import ARMS
+from pipeline.dataset import Split
+from pipeline.errors import InputError
+from pipeline.schema import DST_UPDATE, SPEAKING
+from trainer.arms import ARMS, DEFAULT_RUNGS, RUNGS, find_rung
 from trainer.config import Settings, TrainConfig
 
-Job = tuple[str, int]  # (arm, seed)
+Job = tuple[str, int]  # (rung, seed)
+MOST_SEEDS: Final = 1000  # as many as a clock allows
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Plan:
 
     data: Path
     out: Path
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = DEFAULT_RUNGS  # rungs of all kinds, in the ladder's order
     seeds: tuple[int, ...] = (0, 1, 2)
     config: TrainConfig = field(default_factory=TrainConfig)  # of all arms; its arm and seed are not used
     settings: Settings = field(default_factory=Settings)
@@ -34,8 +39,44 @@ class Plan:
     hazards: tuple[str, ...] = ()  # of the data, for the report
 
 
+def ladder(names: Collection[str]) -> tuple[str, ...]:
+    """The rungs of these names ('all': every one), and the controls, which cost seconds, in the ladder's order."""
+    for name in names:
+        if name != "all":
+            find_rung(name)
+    chosen = [rung for rung in RUNGS if rung.kind == "control" or rung.name in names or "all" in names]
+    return tuple(rung.name for rung in chosen if rung.kind != "scripted")  # until evaluate has updates="reference"
+
+
+def check_plan(plan: Plan) -> None:
+    """InputError where the plan makes no sense, or the data can't answer, whatever is trained on it."""
+    for name, chosen in (("rungs", plan.arms), ("seeds", plan.seeds)):
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise InputError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
+    for rung in map(find_rung, plan.arms):
+        if rung.kind == "scripted" and rung.below not in plan.arms:
+            raise InputError(
+                f"rungs: {rung.name} is made of {rung.below}'s checkpoint, which is not among them; add it"
+            )
+    measured, train = Split(plan.data, plan.split), Split(plan.data, "train")
+    if plan.split == "val" or "val" not in measured.manifest["splits"]:
+        chosen_there = "thresholds are chosen there, and nowhere else; preprocess one"
+        raise InputError(f"{plan.data}: no val split beside {plan.split}: {chosen_there}")
+    for split in (Split(plan.data, "val"), measured):
+        if not split.statistics().counts[SPEAKING, 1]:
+            what = f"the assistant never speaks in {split.name}: nothing to measure; choose other data"
+            raise InputError(f"{plan.data}: {what}")
+    updating = [name for name in plan.arms if name in ARMS and ARMS[name].dst_head]
+    if updating and not train.statistics().counts[DST_UPDATE, 1]:
+        others = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
+        raise InputError(
+            f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
+            f"give data with dialog state, or --rungs {others}"
+        )
+
+
 def run_of(plan: Plan, job: Job) -> Path:
-    """OUT/runs/ARM/seed-S."""
+    """OUT/runs/RUNG/seed-S."""
     return plan.out / "runs" / job[0] / f"seed-{job[1]}"
 
 

@@ -48,7 +48,7 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
     """Lock the folder if it exists (until `held` is closed), restore its checkpoints, refuse what this run can't use.
 
     InputError for files of somebody else, a run without `resume`, and a run of other options. A run that stopped
-    before its first checkpoint may be started anew.
+    before its first checkpoint may be started anew, with any options.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: not a folder; choose another --run")
@@ -60,7 +60,7 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
     started = (run / OPTIONS).is_file()
     if not resume and (not started or any((run / name).exists() for name in ("last", "best"))):
         raise InputError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if resume:
+    if resume and ((run / "last").exists() or not started):
         check_resume(run, options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +45,21 @@ def plan(data):
 
 @pytest.fixture(scope="module")
 def told(plan):
+    """What the benchmark says; `pages`: its report after each unit (the last is whole, others are not drawn)."""
     lines: list[str] = []
-    assert benchmark(plan, lines.append) == plan.out / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        write = trainer.benchmark.write_report
+        patch.setattr(trainer.benchmark, "write_report", lambda *given: None if given[2] else write(*given))
+        assert benchmark(plan, lines.append) == plan.out / "report.html"
     return lines
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """[(narrowing, in progress)] of the reports that a benchmark writes, which takes seconds each."""
+    written: list[tuple[str, bool]] = []
+    monkeypatch.setattr(trainer.benchmark, "write_report", lambda out, *given: written.append(given))
+    return written
 
 
 def rows(out, table, **wanted):
@@ -55,8 +68,17 @@ def rows(out, table, **wanted):
 
 
 def test_each_run_is_told_and_kept(told, plan):
-    assert [line.partition(":")[0] for line in told] == [f"{arm} seed {seed}" for seed in (0, 1) for arm in ARMS]
-    assert told[-1].endswith("6 of 6)")
+    runs = [line.partition(":")[0] for line in told if " seed " in line]
+    assert runs == [
+        f"{arm} seed {seed}" for arms in (("speak", "speak+dst"), ("silence",)) for seed in (0, 1) for arm in arms
+    ]
+    assert [line for line in told if " seed " in line][-1].endswith("6 of 6)")
+    first, *_, last = (line for line in told if line.startswith("speak+dst minus speak"))
+    assert "a second pair of runs, about 0:" in first
+    assert "with 2 more pairs of runs" in last
+    page = (plan.out / "report.html").read_text()
+    assert "with 2 more pairs of runs" in page
+    assert 'http-equiv="refresh"' not in page
     for arm in ARMS:
         for seed in (0, 1):
             scores = plan.out / "runs" / arm / f"seed-{seed}" / "scores"
@@ -109,15 +131,41 @@ def test_its_commands_do_the_same(told, plan, tmp_path, monkeypatch):
     assert ours == theirs
 
 
-def test_finished_runs_are_recognised(told, plan, monkeypatch):
+def test_finished_runs_are_recognised(told, plan, monkeypatch, pages):
     monkeypatch.setattr(trainer.benchmark, "carry_out", lambda plan, job: pytest.fail(f"{job} was done again"))
-    monkeypatch.setattr(trainer.benchmark, "write_report", lambda out: out)
     lines: list[str] = []
     benchmark(plan, lines.append)
-    assert lines == ["6 of 6 runs are there already"]
+    assert lines[0] == "6 of 6 runs are there already"
+
+
+def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path, monkeypatch, pages):
+    """Ctrl-C in the second run, then the fourth: tables of what is finished; at the end those of an undisturbed one."""
+    stopped, calls = replace(plan, out=tmp_path / "out"), []
+
+    def copied(plan_, job):
+        calls.append(job)
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        shutil.copytree(run_of(plan, job), run_of(plan_, job))
+        return 7.0, ()
+
+    monkeypatch.setattr(trainer.benchmark, "carry_out", copied)
+    for runs, states in ((1, [False]), (3, [True, False])):
+        with pytest.raises(KeyboardInterrupt):
+            benchmark(stopped)
+        assert len({(row["arm"], row["seed"]) for row in rows(stopped.out, "results")}) == runs
+        assert [in_progress for _, in_progress in pages] == states
+        pages.clear()
+    benchmark(stopped)
+    assert calls[1] == calls[2] == ("speak+dst", 0)
+    assert calls[4] == calls[5] == ("speak+dst", 1)
+    assert [in_progress for _, in_progress in pages] == [True, True, False]
+    for table in ("results", "arms", "comparisons", "windows", "groups"):
+        assert rows(stopped.out, table) == rows(plan.out, table)
 
 
 def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
+    monkeypatch.setattr(trainer.benchmark, "_update", lambda *given: None)
     monkeypatch.setattr(trainer.benchmark, "carry_out", lambda plan, job: pytest.fail(f"{job} is to be done"))
     with pytest.raises(pytest.fail.Exception, match=r"\('speak\+markers', 0\) is to be done"):
         benchmark(replace(plan, arms=("speak", "speak+markers")))
@@ -185,22 +233,22 @@ def test_a_benchmark_that_is_killed_goes_on(told, plan, tmp_path):
         assert found == expected
 
 
-def test_several_runs_at_a_time_give_the_same(told, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.benchmark, "write_report", lambda out: out)
+@pytest.mark.slow
+def test_several_runs_at_a_time_give_the_same(told, plan, tmp_path, pages):
     both = replace(plan, out=tmp_path / "out", arms=("speak", "speak+dst"), seeds=(0,), jobs=2)
     benchmark(both)
     for arm in both.arms:
         assert rows(both.out, "results", arm=arm) == rows(plan.out, "results", arm=arm, seed=0)
 
 
-def test_one_arm_alone_has_no_answer(told, plan, tmp_path):
+def test_one_arm_alone_has_no_answer(told, plan, tmp_path, pages):
     alone = replace(plan, out=tmp_path / "out", arms=("speak",), seeds=(0,))
     benchmark(alone)
     assert answer_of(alone.out).startswith("No answer: speak+dst and speak were not compared. speak reaches ")
 
 
 def test_a_plan_names_each_arm_once(plan, tmp_path):
-    with pytest.raises(InputError, match="arms: speak, speak, expected one or more, each once"):
+    with pytest.raises(InputError, match="rungs: speak, speak, expected one or more, each once"):
         benchmark(replace(plan, out=tmp_path / "out", arms=("speak", "speak")))
     with pytest.raises(InputError, match="seeds: none, expected one or more"):
         benchmark(replace(plan, out=tmp_path / "out", seeds=()))

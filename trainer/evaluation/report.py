@@ -41,10 +41,11 @@ UPDATE_LATENCY: Final = "median latency of right updates (s)"
 _DIAGONAL: Final = (np.array([0.0, 1.0]), np.array([0.0, 1.0]), "")
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> Path:
     """Write OUT/report.html and OUT/figures/*.svg, *.png; the page's path. InputError if OUT is no benchmark's.
 
-    The page is renamed into place when complete. The same folder gives the same bytes.
+    narrowing: what would narrow the interval. The page of a benchmark `in_progress` reloads itself. It is renamed into
+    place when complete. The same folder gives the same bytes.
     """
     bench = read_benchmark(out)
     (out / FIGURES).mkdir(exist_ok=True)
@@ -53,7 +54,8 @@ def write_report(out: Path) -> Path:
     loader = PackageLoader("trainer.evaluation", ".")
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": format_number, "count": counted}
-    write_text(out / PAGE, page.get_template(PAGE).render(page_data(bench)))
+    more = {"narrowing": narrowing, "in_progress": in_progress}
+    write_text(out / PAGE, page.get_template(PAGE).render(page_data(bench) | more))
     return out / PAGE
 
 
