@@ -50,13 +50,14 @@ def record(steps: Sequence[Step], pool: Any = None) -> list[Step] | None:
 class BodyGraph:
     """The text layers of `body`, whose parameters learn under bfloat16 autocast, in one process."""
 
-    def __init__(self, body: Any, budget: int, off: bool) -> None:
+    def __init__(self, body: Any, budget: int, longest: int, off: bool) -> None:
+        """budget: tokens of a pack; longest: of a window."""
         self.body = body
         self.parameters = [p for part in (body.layers, body.norm) for p in part.parameters() if p.requires_grad]
-        self.gradients: list[Tensor] = []  # one for each, made with the first pack
         self.off = off or not self.parameters
+        self._gradients: list[Tensor] = []  # the parameters' own, made with the first pack
         self._step = max(budget // 8, 1)
-        self._room = [1, 1]  # windows, tokens of the longest
+        self._room = [max(budget // 256, 1), longest]  # windows, tokens of the longest; grows to powers of two
         self._rows: dict[int, _Row] = {}  # by M
         self.pool: Any = None
 
@@ -71,27 +72,27 @@ class BodyGraph:
             if needed > self._room[i]:
                 self._room[i] = 1 << (needed - 1).bit_length()
                 self._rows = {}  # and a new pool with the next
-        windows, longest = self._room
-        self.gradients = self.gradients or [torch.zeros_like(p) for p in self.parameters]
+        windows = self._room[0]
+        self._bind_gradients()
         if not self._rows and embedded.is_cuda:
             self.pool = torch.cuda.graph_pool_handle()
         if size not in self._rows:
             self._rows[size] = _Row(self, embedded.new_zeros(size, embedded.shape[1]), *self._room)
-        ends = ends_of(torch.tensor(lengths + [0] * (windows - len(lengths))))
         row = self._rows[size]
+        ends = ends_of(torch.tensor(lengths + [0] * (windows - len(lengths))))
         if not row.replay(embedded.detach(), pack.position_ids, upload(ends, embedded.device)):
-            self._rows.clear()
-            self.off = True
+            self._rows, self.off = {}, True
             return None
         if not embedded.requires_grad:  # or autograd would not come by
             embedded = embedded.detach().requires_grad_()
         return _Replayed.apply(embedded, row)  # type: ignore[no-untyped-call, no-any-return]
 
-    def add_to_gradients(self) -> None:
-        """Let parameters have `gradients` for theirs, from 0 in the first pack of a step."""
+    def _bind_gradients(self) -> None:
+        """Each step starts from 0, in the memory to which the graphs add."""
         if self.parameters[0].grad is None:
-            torch._foreach_zero_(self.gradients)
-            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            self._gradients = self._gradients or [torch.zeros_like(p) for p in self.parameters]
+            torch._foreach_zero_(self._gradients)
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
                 parameter.grad = gradient
 
 
@@ -103,7 +104,9 @@ class _Row:
         self.owner, self.embedded, self.longest = owner, embedded.requires_grad_(), longest
         self.positions = torch.zeros(len(embedded), dtype=torch.int64, device=device)
         self.ends = torch.zeros(windows + 1, dtype=torch.int32, device=device)
-        self.hidden = self.of_embedded = self.of_hidden = torch.zeros_like(embedded, requires_grad=False)
+        self.of_hidden = torch.zeros_like(embedded, requires_grad=False)  # the gradient
+        self.hidden = self.of_hidden
+        self.of_embedded: Tensor | None = None
         self.steps: list[Step] | None = None
 
     def replay(self, embedded: Tensor, positions: Tensor, ends: Tensor) -> bool:
@@ -112,7 +115,6 @@ class _Row:
         self.positions[: len(positions)].copy_(positions)
         self.ends.copy_(ends)
         if self.steps is None:
-            self.of_hidden.zero_()
             steps = [self._forward, self._backward]
             self.steps = record(steps, self.owner.pool) if embedded.is_cuda else steps
         if self.steps is not None:
@@ -129,9 +131,10 @@ class _Row:
         self.hidden = out.last_hidden_state[0]
 
     def _backward(self) -> None:
-        read = [self.embedded, *self.owner.parameters]
-        self.of_embedded, *found = torch.autograd.grad(self.hidden, read, self.of_hidden)
-        torch._foreach_add_(self.owner.gradients, found)
+        self.embedded.grad = None
+        self.hidden.backward(self.of_hidden)  # type: ignore[no-untyped-call]
+        self.of_embedded = self.embedded.grad
+        self.hidden = self.hidden.detach()  # its nodes would keep the stream that they were recorded on
 
 
 class _Replayed(torch.autograd.Function):
@@ -145,8 +148,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         row = ctx.row
+        del ctx.row  # graphs that have been replaced are freed before others are recorded
         row.of_hidden[: len(gradient)].copy_(gradient)
         row.of_hidden[len(gradient) :].zero_()
-        row.owner.add_to_gradients()
         row.steps[1]()
         return row.of_embedded[: len(gradient)], None

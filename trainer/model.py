@@ -99,7 +99,7 @@ class ProspectModel(nn.Module):
             enable({"use_reentrant": False})
         for layer in self.body.layers:
             layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = RMSNorm
-        self._graph = BodyGraph(self.body, config.micro_batch_tokens, config.checkpointing)
+        self._graph = BodyGraph(self.body, config.micro_batch_tokens, config.max_tokens, config.checkpointing)
         if config.compile:
             for layer in self.body.layers:
                 layer.compile(dynamic=True)
