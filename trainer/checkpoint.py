@@ -217,7 +217,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     heads = DecisionHeads(int(vlm.config.text_config.hidden_size))
     heads.load_state_dict(load_file(folder / HEADS))
     kept = config if to_train else replace(config, lora_rank=0, compile=False, checkpointing=False)
-    model = ProspectModel(vlm, heads, kept, tokens.end)
+    model = ProspectModel(vlm, heads, kept, tokens.choices)
     if adapted:
         _load_adapters(folder, model, config.model)
     return LoadedRun(model.eval(), tokens, config, info)

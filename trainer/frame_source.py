@@ -24,7 +24,7 @@ from pipeline.schema import MANIFEST
 
 
 class FrameSource(Protocol):
-    """Anything that can give a clip's frames: `PixelFrames`, `features.CachedFeatures`; tests have another."""
+    """What can give a clip's frames: `PixelFrames`, `BlankFrames`, `features.CachedFeatures`; tests have others."""
 
     def check(self, clip: ClipExample) -> None:
         """InputError where it is known without reading that the clip has no frames."""
@@ -34,6 +34,18 @@ class FrameSource(Protocol):
         """The frames [start, end) of the clip's video (absolute numbers): uint8 RGB [F, 3, S, S], or the vision
         tower's features, float16 or float32 [F, k, D]."""
         ...
+
+
+class BlankFrames:
+    """Frames for an arm without images: no video is looked for, and a frame is one byte that no model reads
+    (`ProspectModel.frame_features`)."""
+
+    def check(self, clip: ClipExample) -> None:
+        pass
+
+    def load(self, clip: ClipExample, start: int, end: int) -> npt.NDArray[np.uint8]:
+        """uint8 [F, 1]."""
+        return np.zeros((end - start, 1), np.uint8)
 
 
 class PixelFrames:

@@ -29,7 +29,7 @@ TERMS = ("speaking_neg", "speaking_pos", "dst_update_neg", "dst_update_pos", "lm
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which of a batch's logits [2, N] the loss reads, in the order of TERMS."""
+    """Which of a batch's logits [2 or 3, N] the loss reads, in the order of TERMS."""
 
     places: Tensor  # int64 [n] in the flattened logits
     weights: Tensor  # float [n]
@@ -49,11 +49,18 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
 
     A supervised label weighs 1, or if `reweigh` 1 / neg_rate where it is a negative that was drawn: a 0, unless the
     other head is positive there (then it was kept for certain). Without a DST head nothing is supervised for it.
+
+    The arm token has one label per frame, which its loss is the cross-entropy of, all in the first two TERMS: update
+    where the state changes, also where the assistant speaks too (the update's text comes first); else speech where it
+    speaks; silence where neither happens. Where one of the two is not known (-100) and the other does not happen, the
+    latter alone is supervised: its probability is to be low.
     """
     weights = torch.ones_like(labels, dtype=neg_rate.dtype)
     if reweigh:
         drawn = (labels == 0) & (labels.flip(0) != 1)
         weights = torch.where(drawn, 1 / neg_rate.clamp(min=2**-32), weights)
+    if arm.decides == "token":
+        return _supervise_token(labels, weights)
     inverted = arm.decides == "inverted"
     speaking = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
     dst_update = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
@@ -64,8 +71,22 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
     return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places], inverted)
 
 
+def _supervise_token(labels: Tensor, weights: Tensor) -> Supervision:
+    """Of rows that say *speech*, *update*, *not silence* (`ProspectModel.decisions`): each -log p is the BCE of one."""
+    speaks, updates = labels
+    update, speech, silence = updates == 1, (speaks == 1) & (updates != 1), (speaks == 0) & (updates == 0)
+    no_speech, no_update = (speaks == 0) & (updates < 0), (speaks < 0) & (updates == 0)
+    negative, positive = (
+        torch.stack(rows).flatten().nonzero()[:, 0]
+        for rows in ((no_speech, no_update, silence), (speech, update, torch.zeros_like(update)))
+    )
+    chosen = torch.cat([negative, positive])
+    weights = torch.cat([weights, weights[:1]])  # drawn negatives: where nothing happens, both rows weigh the same
+    return Supervision(chosen, weights.flatten()[chosen], [len(negative), len(positive), 0, 0])
+
+
 def bce_sums(logits: Tensor, supervised: Supervision) -> Tensor:
-    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update*.
+    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update* (token: [3, N]).
 
     Other logits are never read: neither value nor gradient depends on them. BCE(x, y) and BCE(-x, 1 - y) are the same
     float, and their gradients each other's negative: an inverted head learns the same bits.

@@ -2,7 +2,7 @@
 
 Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack: the same call in
 transformers 5.17 and 5.23. The language-model head runs on supervised text rows only (a third less memory and a quarter
-less time per step at 256M than on all rows), and on decision rows where the arm `lm-eos` decides by it.
+less time per step at 256M than on all rows), and on decision rows where the arm decides by it (`lm-eos`, `token`).
 
     L tokens of a pack    N frames    H hidden    k tokens per frame    S side in pixels    T text rows    V vocabulary
 """
@@ -30,10 +30,11 @@ from trainer.hub import hub_options, model_folder, not_loaded
 from trainer.packing import Pack, blank_pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
+GREY = 128  # of each colour, 0 to 255: what an arm without images sees
 
 
 class Scores(NamedTuple):
-    decisions: Tensor  # float [2, N] logits of speaking and DST update
+    decisions: Tensor  # float [2 or 3, N], see `ProspectModel.decisions`
     text: Tensor  # float [T, V] logits of the token after each of Pack.lm_index
 
 
@@ -68,19 +69,20 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class ProspectModel(nn.Module):
-    """A SmolVLM and its heads. `silence`: id of the token that says silence, which the arm lm-eos decides by."""
+    """A SmolVLM and its heads. `choices` (`Tokens.choices`): ids of the tokens that say silence, speech and update, by
+    which the arms lm-eos and token decide."""
 
     def __init__(
         self,
         vlm: SmolVLMForConditionalGeneration,
         heads: DecisionHeads,
         config: TrainConfig,
-        silence: int | None = None,
+        choices: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.vlm, self.heads = vlm, heads
-        self.arm, self.silence = find_arm(config.arm), silence
-        assert silence is not None or self.arm.decides != "lm-eos"
+        self.arm, self.choices = find_arm(config.arm), choices
+        assert choices or self.arm.decides not in ("lm-eos", "token")
         self.tokens_per_frame, self._bf16 = config.tokens_per_frame, config.bf16
         if self.tokens_per_frame > (most := vision.most_tokens(vlm)):
             k = self.tokens_per_frame
@@ -136,7 +138,9 @@ class ProspectModel(nn.Module):
     def decisions(self, hidden: Tensor) -> Tensor:
         """float32 [2, N] of [N, H] at decision tokens: logits that say *speak* and *DST update*, whatever the arm.
 
-        lm-eos: the log-odds of any next token but `silence`. Row 1 means nothing where the arm has no DST head.
+        lm-eos: the log-odds of any next token but silence's. token: of the softmax over the three `choices`, the
+        log-odds of speech and of update; for the loss alone a third row says *not silence*. Row 1 means nothing where
+        the arm has no DST head.
         """
         logits = self.heads(hidden)
         if self.arm.decides == "inverted":
@@ -145,9 +149,15 @@ class ProspectModel(nn.Module):
             with torch.autocast(hidden.device.type, enabled=False):  # as the heads: no two scores tie by rounding
                 following = self.vlm.lm_head(hidden.float()).float()  # [N, V]
             others = following.clone()
-            others[:, self.silence] = -torch.inf
-            speaks = others.logsumexp(-1) - following[:, self.silence]
+            others[:, self.choices[0]] = -torch.inf
+            speaks = others.logsumexp(-1) - following[:, self.choices[0]]
             return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: every weight has a gradient on every rank
+        if self.arm.decides == "token":
+            with torch.autocast(hidden.device.type, enabled=False):
+                rows = torch.stack([self.vlm.lm_head.weight[token] for token in self.choices])  # [3, H]
+                silence, speech, update = F.linear(hidden.float(), rows.float()).unbind(-1)
+            odds = [speech - torch.logaddexp(silence, update), update - torch.logaddexp(silence, speech)]
+            return torch.stack([*odds, torch.logaddexp(speech, update) - silence]) + 0 * logits.sum(0)
         return logits
 
     def hidden_states(self, pack: Pack) -> Tensor:
@@ -170,13 +180,21 @@ class ProspectModel(nn.Module):
 
     def frame_features(self, frames: Tensor) -> Tensor:
         """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector
-        [N, k, H]."""
+        [N, k, H].
+
+        An arm without images reads nothing of `frames` but N: each is the same picture, all pixels GREY before
+        normalisation, which goes through the tower once.
+        """
+        count = len(frames)
+        if not self.arm.images:
+            frames = torch.full((1, 3, self.side, self.side), GREY, dtype=torch.uint8, device=frames.device)
         if frames.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
                 frames = vision.look(self.vlm, frames, self.tokens_per_frame)
         projected = frames.shape[-1] != vision.width(self.vlm)  # `encode` keeps nothing else of another width
         features = frames.float() if projected else vision.project(self.vlm, frames.float())
-        assert features.shape == (len(frames), self.tokens_per_frame, self.hidden)
+        features = features if self.arm.images else features.expand(count, -1, -1)
+        assert features.shape == (count, self.tokens_per_frame, self.hidden)
         return features
 
     def blank_pack(self, image: int, cached: bool) -> Pack:

@@ -153,7 +153,7 @@ def new_state(split: Split, config: TrainConfig) -> TrainState:
         "neg_rate": statistics.neg_rate,
         "fps": next(split.in_order()).fps,
     }
-    return TrainState(ProspectModel(vlm, heads, config, tokens.end), tokens, info)
+    return TrainState(ProspectModel(vlm, heads, config, tokens.choices), tokens, info)
 
 
 def resumed_state(run: Path) -> TrainState:

@@ -6,8 +6,9 @@
 User text stands before the first frame of its range, DST and assistant text after the last of theirs (after the onset
 frame where labels are onsets), so no event's text precedes a frame that is positive for it. A role's texts at one frame
 are joined, in order; a turn without frames, or wholly outside the clip, gives no text. Training is teacher-forced: the
-context holds the reference's texts, but for what the arm leaves out. Live decoding builds its context from the same
-pieces: `prompt_ids`, `Block`, `utterance`, `to_repeat`.
+context holds the reference's texts, but for what the arm leaves out; without any, the prompt is still there, which says
+the same at every frame. Live decoding builds its context from the same pieces: `prompt_ids`, `Block`, `utterance`,
+`to_repeat`.
 
 A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own frames, as
 unsupervised context: at most a third more frame tokens. Every frame is supervised in exactly one window.
@@ -170,6 +171,8 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
 def _blocks(clip: ClipExample, tokens: Tokens | _ByteTokens, arm: Arm) -> list[Block]:
     """One block per frame of the clip [F]."""
     blocks = [Block() for _ in range(clip.num_frames)]
+    if not arm.texts:
+        return blocks
     for frame, texts in user_texts(clip).items():
         blocks[frame - clip.start_frame].before = utterance("user", texts, tokens)
     for role in REPLIES:

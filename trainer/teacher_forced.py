@@ -29,7 +29,7 @@ from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.features import CachedFeatures, kept_layer
-from trainer.frame_source import FrameSource, open_frames
+from trainer.frame_source import BlankFrames, FrameSource, open_frames
 from trainer.loss import lm_sum
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
@@ -93,11 +93,14 @@ class Run(LoadedRun):
 def open_source(
     splits: Sequence[Split], model: ProspectModel, frames_root: Path | None, features: Path | None
 ) -> FrameSource:
-    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says).
+    """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says);
+    blank frames for an arm without images.
 
     Raises InputError, before anything is trained or scored, where a clip of `splits` has none.
     """
     source: FrameSource
+    if not model.arm.images:
+        return BlankFrames()
     if features is None:
         source = open_frames(splits[0].manifest, frames_root, model.side)
     else:
@@ -191,7 +194,7 @@ def _start_pass(
     scores = model(pack)
     lm_tokens = [len(window.lm_positions) for window in windows]
     texts = zip(scores.text.split(lm_tokens), pack.lm_targets.split(lm_tokens), strict=True)
-    decisions = transfer.down(scores.decisions)  # [2, N]
+    decisions = transfer.down(scores.decisions[:2])  # [2, N]
     losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
 
     def fetch() -> list[_WindowScores]:

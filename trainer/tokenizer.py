@@ -66,6 +66,12 @@ class Tokens:
     def marker(self) -> dict[str, int]:
         return {name: self._special(marker_token(name)) for name in MARKERS}
 
+    @property
+    def choices(self) -> tuple[int, int, int]:
+        """What says silence, speech and an update as the token after a frame, to arms that decide so: END, and the
+        markers that the two texts begin with, so what was decided is followed by its text."""
+        return self.end, self.marker["assistant"], self.marker["DST_UPDATE"]
+
     def __len__(self) -> int:
         return len(self.tokenizer)
 

@@ -311,7 +311,8 @@ class _Session:
 
     def _check_memory(self, packs: Sequence[Pack]) -> None:
         """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
-        frames = self.world.most(max((pack.labels.shape[1] for pack in packs), default=0))
+        seen = self.state.model.arm.images  # else a pass runs the tower on one grey frame
+        frames = self.world.most(max((pack.labels.shape[1] if seen else 1 for pack in packs), default=0))
         if self.world.device.type == "cuda":
             room = torch.cuda.get_device_properties(self.world.device).total_memory
             line = memory_line(self.state.model, frames, room, self.world.size if self.options.fsdp else 1)

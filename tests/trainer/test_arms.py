@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,16 +13,21 @@ from by_hand import clip_example, dst, turn
 from small_run import CONFIG, curve, go, write_data
 
 import trainer
+from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
+from trainer.evaluate import evaluate
+from trainer.live.rollout import free_running
+from trainer.live.session import DecodingConfig
+from trainer.loss import bce_sums, combine, supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.sequence import build_windows
-from trainer.tokenizer import MARKERS, train_tiny_tokens
+from trainer.teacher_forced import open_source, score_clips
+from trainer.tokenizer import MARKERS, marker_token, train_tiny_tokens
 
-CLIP = clip_example(
-    [dst(2, 3, ("S1", "complete")), turn("assistant", "good", 2, 3)], frames=4, initial=[("S1", "in_progress")]
-)
+TURNS = [dst(2, 3, ("S1", "complete")), turn("assistant", "good", 2, 3)]
+CLIP = clip_example(TURNS, frames=4, initial=[("S1", "in_progress")])
 TOKENS = train_tiny_tokens(["good", "S1->complete"])
 PLAIN = "[system] You are a helpful assistant. [step] S1: Put the base down [step] S2: Attach the wheel ."
 TOLD = (
@@ -47,6 +54,9 @@ def reads(arm: str) -> str:
     ("arm", "expected"),
     [
         ("silence", f"{PLAIN} F F F [assistant] good . F"),
+        ("texts", f"{PLAIN} F F F [assistant] good . F"),
+        ("frames", f"{PLAIN} F F F F"),
+        ("token", f"{TOLD} F F F [DST_UPDATE] S1->complete . [assistant] good . F"),
         ("lm-eos", f"{PLAIN} F F F [assistant] good . F"),
         ("speak", f"{PLAIN} F F F [assistant] good . F"),
         ("speak+dst-head", f"{PLAIN} F F F [assistant] good . F"),
@@ -56,6 +66,79 @@ def reads(arm: str) -> str:
 )
 def test_what_an_arm_reads(arm, expected):
     assert reads(arm) == expected
+
+
+def test_the_frames_arm_hears_nothing_learns_no_text_and_is_asked_at_every_frame():
+    heard = clip_example([turn("user", "what now?", 1, 2), *TURNS], frames=4)
+    (window,) = build_windows(heard, TOKENS, 1, 500, find_arm("frames"))
+    (silent,) = build_windows(clip_example([], frames=4), TOKENS, 1, 500, find_arm("frames"))
+    assert window.input_ids.tolist() == silent.input_ids.tolist()
+    assert window.lm_positions.tolist() == []
+    assert window.labels.tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
+
+
+class Recording:
+    """A frame source of noise, of another seed each time, that says whether it was asked."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def load(self, clip, start, end):
+        self.seed += 1
+        return np.random.default_rng(self.seed).integers(0, 256, (end - start, 3, 64, 64), np.uint8)
+
+
+@pytest.mark.parametrize("arm", ["texts", "speak"])
+def test_what_is_in_the_pictures_changes_no_score_of_the_texts_arm(arm):
+    """Teacher-forced and free-running, from pixels and from cached features."""
+    config = TrainConfig(arm=arm)
+    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, TOKENS.choices)
+    torch.nn.init.ones_(model.heads.speak.weight)
+    source = Recording()
+
+    def logits(live: bool) -> list[float]:
+        if live:
+            never = DecodingConfig({"speaking": math.inf})
+            return next(free_running(model, TOKENS, [CLIP], source, config, never)).logits["speaking"].tolist()
+        return next(score_clips(model, TOKENS, iter([CLIP]), source, config)).logits[0].tolist()
+
+    for live in (False, True):
+        assert (logits(live) == logits(live)) == (arm == "texts")
+    assert source.seed == 4
+    features = [model.frame_features(frames) for frames in (torch.rand(2, 1, 1024), torch.zeros(2, 3, 64, 64).byte())]
+    assert torch.equal(*features) == (arm == "texts")
+
+
+def test_the_texts_arm_sees_mid_grey_and_looks_for_no_video(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data")
+    shutil.rmtree(data / "frames-on-disk")
+    seen = []
+    look = trainer.vision.look
+    monkeypatch.setattr(trainer.vision, "look", lambda vlm, pixels, k: seen.append(pixels) or look(vlm, pixels, k))
+    go(data, tmp_path / "run", arm="texts", steps=2)
+    evaluate(tmp_path / "run", data, "val")
+    assert {tuple(pixels.shape) for pixels in seen} == {(1, 3, 64, 64)}
+    assert all((pixels == 128).all() for pixels in seen)
+
+
+def test_what_was_said_changes_no_score_of_the_frames_arm_and_both_ways_to_run_it_agree(tmp_path):
+    data = write_data(tmp_path / "data", val=2)
+    go(data, tmp_path / "run", arm="frames", steps=3, max_tokens=60)  # windows of 11 to 14 frames
+    run = trainer.load(tmp_path / "run")
+    frames = open_source([Split(data, "val")], run.model, None, None)
+    clips = list(Split(data, "val").in_order())
+    talk = [turn("user", "What?", 5, 6), turn("assistant", "A long story.", 7, 9)]
+    other = [replace(c, turns=(*talk, *c.turns)) for c in clips]
+    forced, again = ([s.logits[0] for s in score_clips(run.model, run.tokens, iter(each), frames, run.config)]
+                     for each in (clips, other))  # fmt: skip
+    decoding = DecodingConfig({"speaking": float(np.median(forced[0]))}, refractory_s=0)
+    free = list(free_running(run.model, run.tokens, other, frames, run.config, decoding))
+    assert all(map(np.array_equal, forced, again))
+    for here, there in zip(forced, free, strict=True):
+        assert np.abs(here - there.logits["speaking"]).max() < 1e-5
+    assert [text for s in free for text in s.said if text is not None] == [""] * sum(
+        (logits >= decoding.thresholds["speaking"]).sum() for logits in forced
+    )
 
 
 @pytest.mark.parametrize("balance", ["none", "mean"])
@@ -77,11 +160,35 @@ def test_silence_and_speak_give_the_same_probabilities(tmp_path, balance):
 
 def test_an_lm_eos_model_speaks_where_the_end_is_not_the_next_token():
     config = TrainConfig(arm="lm-eos")
-    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, silence=TOKENS.end)
+    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, TOKENS.choices)
     hidden = torch.randn(5, 128)
     chances = model.vlm.lm_head(hidden).softmax(-1)[:, TOKENS.end]
     expected = [math.log((1 - p) / p) for p in chances.tolist()]
     assert model.decisions(hidden)[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_token_arm_decides_by_three_next_tokens_and_learns_one_of_them_at_each_frame():
+    """p of silence, speech, update at each frame: 1/2, 1/4, 1/4. Their labels by hand: update where it comes first."""
+    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), TrainConfig(arm="token"), TOKENS.choices)
+    assert [TOKENS.tokenizer.convert_ids_to_tokens(i) for i in TOKENS.choices] == [
+        "<end_of_utterance>", marker_token("assistant"), marker_token("DST_UPDATE"),
+    ]  # fmt: skip
+    model.vlm.lm_head.weight.data.zero_()
+    for token, logit in zip(TOKENS.choices, (1.0, 1 - math.log(2), 1 - math.log(2)), strict=True):
+        model.vlm.lm_head.weight.data[token, 0] = logit
+    logits = model.decisions(torch.ones(7, 128))
+    assert logits[:, 0].tolist() == pytest.approx([math.log(1 / 3), math.log(1 / 3), 0.0], abs=1e-6)
+    labels = torch.tensor(
+        [[0, 1, 0, 1, 0, -100, -100], [0, 0, 1, 1, -100, 0, -100]], dtype=torch.int8
+    )  # silence, speech, update, both, perhaps an update, perhaps speech, nobody knows
+    expected = [-math.log(p) for p in (1 / 2, 1 / 4, 1 / 4, 1 / 4, 3 / 4, 3 / 4)]
+    supervised = supervise(labels, torch.full((7,), 0.5), ARMS["token"])
+    sums, counts = torch.cat([bce_sums(logits, supervised), torch.zeros(1)]), torch.tensor([*supervised.counts(), 0])
+    assert counts.tolist() == [3, 3, 0, 0, 0]
+    loss, terms = combine(sums, counts, TrainConfig(arm="token"))
+    assert (loss.item(), terms["dst_update"].item()) == (pytest.approx(sum(expected) / 6, abs=1e-6), 0)
+    reweighed = supervise(labels, torch.full((7,), 0.5), ARMS["token"], reweigh=True)
+    assert reweighed.counts().tolist() == [6, 3, 0, 0]
 
 
 def test_every_arm_trains_on_the_same_frames_in_the_same_order_and_on_the_heads_that_it_has(tmp_path):
@@ -90,7 +197,7 @@ def test_every_arm_trains_on_the_same_frames_in_the_same_order_and_on_the_heads_
         go(data, tmp_path / name, arm=name, steps=3)
         *steps, last = curve(tmp_path / name)
         counts.add(tuple(line["n_speaking"] for line in steps))
-        assert all((line["n_dst_update"] > 0) == arm.dst_head for line in steps)
+        assert all((line["n_dst_update"] > 0) == (arm.dst_head and name != "token") for line in steps)
         assert (last["evaluation"]["dst_update"]["ap"] is not None) == arm.dst_head
     assert len(counts) == 1
     assert len(counts.pop()) == 3

@@ -33,7 +33,7 @@ def small(config: TrainConfig) -> tuple[ProspectModel, Tokens]:
     tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
     heads = DecisionHeads(128)
     torch.nn.init.normal_(heads.speak.weight)
-    return ProspectModel(load_model("tiny", len(tokens)), heads, config, tokens.end).eval(), tokens
+    return ProspectModel(load_model("tiny", len(tokens)), heads, config, tokens.choices).eval(), tokens
 
 
 def test_the_gpu_gives_the_cpu_s_logits_and_packs_stay_apart():

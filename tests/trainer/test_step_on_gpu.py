@@ -41,7 +41,7 @@ def pack_of(tokens: Tokens, frames=None) -> Pack:
 @pytest.mark.parametrize("more", [{}, {"reweigh": True, "checkpointing": True}])
 def test_a_pack_makes_the_host_wait_for_nothing(tokens, arm, more):
     config = TrainConfig(arm=arm, **more)
-    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128), config, tokens.end).train()
+    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128), config, tokens.choices).train()
     pack = pack_of(tokens)
     chosen = supervise(pack.labels, pack.neg_rate, find_arm(arm), config.reweigh)
     with Waits("cpu") as counting:

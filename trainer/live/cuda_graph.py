@@ -82,7 +82,7 @@ class StaticPass:
             out = functional_call(model.body, self._weights, (), {**inputs, "plan": plan}, tie_weights=False)
             states = out.last_hidden_state[0]  # [W, H]
             likeliest = (model.vlm.lm_head(states.index_select(0, last)) + self._token_bias).argmax(-1)
-            return torch.cat([model.decisions(states).flatten(), likeliest.float()])  # ids are below 2**24
+            return torch.cat([model.decisions(states)[:2].flatten(), likeliest.float()])  # ids are below 2**24
 
 
 class StaticVision:

@@ -117,7 +117,7 @@ class Engine:
         hidden = self._hidden([part for row in rows for part in requests[row.slot].parts], rows, [*ends, *lasts])
         results: list[Tensor] = []
         if ends:
-            results.append(self.model.decisions(hidden[: len(ends)]).T.flatten())
+            results.append(self.model.decisions(hidden[: len(ends)])[:2].T.flatten())
         if lasts:
             following = self.model.vlm.lm_head(hidden[len(ends) :]) + self._token_bias
             results.append(following.argmax(-1).float())  # ids are below 2**24

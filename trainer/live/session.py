@@ -52,7 +52,7 @@ class FrameInput(NamedTuple):
 
 class FrameOutput(NamedTuple):
     logits: Floats  # [2]
-    assistant_text: str | None = None  # None: silent
+    assistant_text: str | None = None  # None: silent; "": it spoke, but its arm writes no texts
     dst_text: str | None = None  # None: no update, or an arm that writes none
     updates: Updates | None = None  # None: no update
 
@@ -146,7 +146,7 @@ class Session:
             elif self.arm.dst_text == "markers":
                 self._append(utterance("DST_UPDATE", [], self.tokens))
         if "assistant" in texts:
-            assistant_text = yield from self._write("assistant", texts["assistant"])
+            assistant_text = (yield from self._write("assistant", texts["assistant"])) if self.arm.texts else ""
         return FrameOutput(logits, assistant_text, dst_text, updates)
 
     def _write(self, role: str, text: str | None) -> Steps[str]:
@@ -179,7 +179,8 @@ class Session:
         fitting: list[_ContextFrame] = []
         left = self.budget - self.used
         for frame in frames:
-            block = Block(utterance("user", frame.user_texts, self.tokens) if frame.user_texts else [])
+            heard = frame.user_texts if self.arm.texts else ()
+            block = Block(utterance("user", heard, self.tokens) if heard else [])
             cost = block.cost(self.k)
             if cost > left:
                 if fitting:

@@ -9,6 +9,7 @@ import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 
 from pipeline.dataset import ClipExample
+from pipeline.schema import HEADS
 from trainer.config import TrainConfig
 from trainer.live.engine import Engine
 from trainer.live.rollout import free_running
@@ -52,7 +53,7 @@ def tiny(arm: str = "speak+dst", k: int = 1, **more) -> tuple[ProspectModel, Tra
     torch.manual_seed(1)
     torch.nn.init.normal_(heads.speak.weight)
     torch.nn.init.normal_(heads.dst.weight)
-    return ProspectModel(vlm, heads, config, tokens().end), config
+    return ProspectModel(vlm, heads, config, tokens().choices), config
 
 
 def run(model_and_config, *clips: ClipExample, decoding: DecodingConfig = NEVER, **more):
@@ -62,6 +63,12 @@ def run(model_and_config, *clips: ClipExample, decoding: DecodingConfig = NEVER,
 
 def logits_of(scored) -> np.ndarray:
     return np.stack([scored.logits[head] for head in ("speaking", "dst_update") if head in scored.logits])
+
+
+def often(model_and_config, clip: ClipExample) -> DecodingConfig:
+    """Each head fires at about half of the frames, but for its refractory time."""
+    median = np.median(logits_of(run(model_and_config, clip)[0]), 1)
+    return DecodingConfig(dict(zip(HEADS, median.tolist(), strict=False)), refractory_s=2, max_text=4)
 
 
 class Reads:
