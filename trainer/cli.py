@@ -164,6 +164,7 @@ def evaluate(
     submission: Annotated[
         Path | None, Option(help="with --chunks: write the answers to this file, as EgoProactive takes them")
     ] = None,
+    draws: Annotated[int, Option(help="of the recordings, for the 95% intervals; 0: none", min=0)] = 10_000,
     *,
     given: Given,
 ) -> int:
@@ -193,7 +194,18 @@ def evaluate(
 
         run, data = places
         result = evaluate_run(
-            run, data, split, out, frames_root, features, settings, self_fed, sentence_encoder, chunks, submission
+            run,
+            data,
+            split,
+            out,
+            frames_root,
+            features,
+            settings,
+            self_fed,
+            sentence_encoder,
+            chunks,
+            submission,
+            draws,
         )
     else:
         unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed or None}
@@ -203,7 +215,9 @@ def evaluate(
 
         thresholds = numbers("--threshold", threshold)
         where = places[-1] if places else None
-        result = evaluate_scores(scores, where, split, out, settings, thresholds, sentence_encoder, chunks, submission)
+        result = evaluate_scores(
+            scores, where, split, out, settings, thresholds, sentence_encoder, chunks, submission, draws
+        )
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))

@@ -90,7 +90,7 @@ def commands_of(plan: Plan, job: Job) -> list[str]:
     sources = {"--frames-root": plan.frames_root, "--features": plan.features}
     more = [word for option, path in sources.items() if path is not None for word in (option, str(path))]
     fit = ["train", data, "--run", run, *_options(config_of(plan, job), TrainConfig()), *more]
-    score = ["evaluate", run, data, "--split", plan.split, "--out", f"{run}/scores", *more]
+    score = ["evaluate", run, data, "--split", plan.split, "--out", f"{run}/scores", "--draws", "0", *more]
     score += _options(plan.settings, Settings()) + ([] if plan.live else ["--no-self-fed"])
     return [shlex.join(["prospect-dst", *words]) for words in (fit, score)]
 

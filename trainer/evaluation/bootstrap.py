@@ -22,11 +22,12 @@ from scipy import stats
 
 from pipeline.terminal import counted
 
-Weights = npt.NDArray[np.int64]  # [B, R] how often each recording is drawn; recordings sorted by id
+Weights = npt.NDArray[np.number]  # [B, R] how often each recording is drawn; recordings sorted by id
 Floats = npt.NDArray[np.float64]
 Estimator = Callable[[Weights], Floats]  # [B, R] -> [B], NaN where undefined
 
 FEW_RECORDINGS: Final = 5  # with fewer no interval is to be trusted
+BLOCK: Final = 256  # draws at a time: bounds the memory
 _MAX_UNDEFINED = 0.05  # the largest share of draws that may be undefined
 _ANY = (-math.inf, math.inf)
 _DECIMALS = 12  # smaller differences come from the order of a sum
@@ -63,15 +64,23 @@ class Comparison:
 
 
 def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0) -> Weights:
-    """How often each recording is drawn, int64 [B, R]: each row sums to R."""
+    """How often each recording is drawn, int16 [B, R]: each row sums to R."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    return generator.multinomial(num_recordings, np.full(num_recordings, 1 / num_recordings), size=num_draws)
+    draws, chance = np.empty((num_draws, num_recordings), np.int16), np.full(num_recordings, 1 / num_recordings)
+    for first in range(0, num_draws, BLOCK):
+        rows = draws[first : first + BLOCK]
+        rows[:] = generator.multinomial(num_recordings, chance, size=len(rows))
+    return draws
 
 
 def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
-    """float64 [S, 1 + B]: every seed's value on the recordings as they are, then on each draw."""
-    weights = np.concatenate([np.ones_like(draws[:1]), draws])
-    return np.stack([np.asarray(estimator(weights), np.float64) for estimator in estimators])
+    """float64 [S, 1 + B]: each estimator's value on the recordings as they are, then on each draw.
+
+    All estimators are given the same arrays, BLOCK draws in float64 at a time.
+    """
+    blocks = [np.ones_like(draws[:1]), *(draws[first : first + BLOCK] for first in range(0, len(draws), BLOCK))]
+    found = ([estimator(weights) for estimator in estimators] for weights in (b.astype(np.float64) for b in blocks))
+    return np.concatenate([np.array(values, np.float64) for values in found], axis=1)
 
 
 @lru_cache(maxsize=8)

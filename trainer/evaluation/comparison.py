@@ -35,11 +35,11 @@ from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
 from trainer.arms import RUNGS, find_rung
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
-from trainer.evaluation.bootstrap import Floats, compare_of, draw_recordings, holm, interval_of, replicate
+from trainer.evaluation.bootstrap import Floats, compare_of, holm, interval_of
 from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
 from trainer.evaluation.evaluate_scores import METRICS_FILE
 from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
-from trainer.evaluation.metrics import METRICS, Thresholds, estimators, look_up
+from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
 from trainer.evaluation.read_scores import read_scores
 from trainer.evaluation.sequential import always_valid
 from trainer.plan import Job, Plan, commands_of, run_of
@@ -106,10 +106,7 @@ def _read_run(
 ) -> tuple[dict[str, Floats], Matches | None]:
     """(each metric's [1, 1 + B], its events if it has a threshold) of a scores file, named with its time: read once."""
     chosen, clips = Thresholds(**json.loads(thresholds)), read_scores(file[0], {split.name: split})[split.name]
-    recordings = sorted({scored.clip.recording_id for scored in clips})
-    weights, found = draw_recordings(len(recordings), draws), estimators(clips, chosen, settings, recordings)
-    replicates = {metric: replicate([estimator], weights) for metric, estimator in found.items()}
-    return replicates, count_matches(clips, chosen.event.get(HEAD), settings)
+    return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get(HEAD), settings)
 
 
 def _result_rows(metrics: dict[Job, dict[str, Any]], recordings: int) -> Iterator[dict[str, Any]]:

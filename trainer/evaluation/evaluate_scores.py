@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
@@ -27,7 +24,7 @@ from trainer.evaluation.chunk_metrics import (
     report_clips,
     write_submission,
 )
-from trainer.evaluation.metrics import Thresholds, choose_thresholds, measure
+from trainer.evaluation.metrics import Thresholds, choose_thresholds, intervals, measure
 from trainer.evaluation.scores import ScoredClip
 
 METRICS_FILE = "metrics.json"
@@ -65,12 +62,14 @@ def evaluate_scores(
     encoder: Path | None = None,
     chunks: Path | None = None,
     submission: Path | None = None,
+    draws: int = 0,
 ) -> Evaluation:
     """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
 
     Thresholds are `given` (logits by head), those that a free-running file was made with, or chosen on the file's own
     `val` rows; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
     chunks: a sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format.
+    draws: of the recordings, for 95% intervals; 0: none.
     """
     from trainer.evaluation.read_scores import read_info, read_scores  # polars, which a GPU machine may lack
 
@@ -79,7 +78,7 @@ def evaluate_scores(
         raise InputError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
     held = hold(data or Path(info["data"]), split)
     mode = str(info.get("mode", "scores"))
-    scored = read_scores(path, {n: s for n, s in held.all.items() if n == split or _has_split(path, n)})
+    scored = read_scores(path, held.all, optional=held.all.keys() - {split})
     for head, value in (given or {}).items():
         if head not in HEADS or math.isnan(value):
             raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
@@ -92,7 +91,7 @@ def evaluate_scores(
         thresholds, notes = pick_thresholds(scored, held, settings)
     source = "given" if given else threshold_source(held, notes)
     sessions = None if chunks is None else read_sessions(chunks)
-    metrics, missing = all_metrics({mode: scored[split]}, thresholds, settings, encoder, sessions, submission)
+    metrics, missing = all_metrics({mode: scored[split]}, thresholds, settings, encoder, sessions, submission, draws)
     metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds), "thresholds_from": source}
     if out is not None:
         write_json(out / METRICS_FILE, metrics)
@@ -138,13 +137,16 @@ def all_metrics(
     encoder: Path | None = None,
     sessions: Sequence[Session] | None = None,
     submission: Path | None = None,
+    draws: int = 0,
 ) -> tuple[dict[str, Any], list[str]]:
     """(each mode's metrics and the settings; what could not be measured, and why).
 
-    sessions: adds EgoProactive's metrics as `chunks`, and writes the last mode's answers to `submission`. Raises
-    InputError where a session has no clip.
+    draws: adds `intervals`, by name of METRICS. sessions: adds EgoProactive's metrics as `chunks`, and writes the last
+    mode's answers to `submission`. Raises InputError where a session has no clip.
     """
     metrics: dict[str, Any] = {mode: measure(clips, thresholds, settings) for mode, clips in by_mode.items()}
+    for mode, clips in by_mode.items() if draws else ():
+        metrics[mode]["intervals"] = intervals(clips, thresholds, settings, draws)
     if encoder is not None:
         from trainer.evaluation.text_metrics import EARLY_S, LATE_S, dialogue_metrics, load_encoder
 
@@ -163,10 +165,3 @@ def all_metrics(
         if sessions and not answers:
             notes.append("no chunk metrics and no submission: no threshold for speaking")
     return metrics | {"settings": asdict(settings)}, notes
-
-
-def _has_split(path: Path, name: str) -> bool:
-    if "split" not in pq.read_schema(path).names:
-        return False
-    splits = pq.read_table(path, columns=["split"])["split"]
-    return bool(pc.any(pc.equal(splits.cast("string"), name)).as_py())

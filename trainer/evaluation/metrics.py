@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.schema import HEADS
 from trainer.config import Settings
 from trainer.evaluation import event_metrics, frame_metrics, state_metrics
-from trainer.evaluation.bootstrap import Estimator, Floats
+from trainer.evaluation.bootstrap import Estimator, Floats, Weights, draw_recordings, interval_of, replicate
 from trainer.evaluation.event_metrics import Counted
 from trainer.evaluation.scores import Ints, ScoredClip, canonical
 
@@ -164,6 +164,28 @@ def estimators(
     return {name: found.get(metric.path, _undefined) for name, metric in METRICS.items()}
 
 
+def replicates(
+    clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
+) -> dict[str, Floats]:
+    """Each of METRICS: float64 [1, 1 + B], as `replicate` gives it for one run, over draws of the clips' recordings."""
+    recordings = sorted({scored.clip.recording_id for scored in clips})
+    found = estimators(clips, thresholds, settings, recordings)
+    draws = draw_recordings(len(recordings), num_draws)
+    return dict(zip(found, replicate(list(found.values()), draws)[:, None], strict=True))
+
+
+def intervals(
+    clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
+) -> dict[str, list[float] | None]:
+    """The 95% interval of each of METRICS, one run's; None where there is none."""
+    recordings = len({scored.clip.recording_id for scored in clips})
+    found = {
+        name: interval_of(values, recordings, METRICS[name].bounds)
+        for name, values in replicates(clips, thresholds, settings, num_draws).items()
+    }
+    return {name: None if x.low is None or x.high is None else [x.low, x.high] for name, x in found.items()}
+
+
 def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> dict[str, Any]:
     """The METRICS below `prefix` from counts that are summed per recording once."""
     recording = np.searchsorted(recordings, [scored.clip.recording_id for scored in counted.clips])
@@ -179,7 +201,7 @@ def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: 
     return {path: median if "latency" in path else estimator(path.removeprefix(prefix)) for path in paths}
 
 
-def _undefined(weights: Ints) -> Floats:
+def _undefined(weights: Weights) -> Floats:
     return np.full(len(weights), np.nan)
 
 
@@ -188,13 +210,12 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
     order = np.argsort(values, kind="stable")
     values, recording = values[order], recording[order]
 
-    def median(weights: Ints) -> Floats:
+    def median(weights: Weights) -> Floats:
         found = _undefined(weights)
-        for rows in frame_metrics.chunks(len(weights), len(values)) if len(values) else ():
-            up_to = np.cumsum(weights[rows][:, recording], axis=1)  # [b, M]
-            total = up_to[:, -1:]
-            low, high = (values[(up_to >= rank).argmax(axis=1)] for rank in ((total + 1) // 2, total // 2 + 1))
-            found[rows] = np.where(total[:, 0] > 0, (low + high) / 2, np.nan)
+        for i, drawn in enumerate(weights) if len(values) else ():
+            up_to = np.cumsum(drawn[recording])  # [M]
+            if total := up_to[-1]:
+                found[i] = values[np.searchsorted(up_to, ((total + 1) // 2, total // 2 + 1))].mean()
         return found
 
     return median

@@ -9,7 +9,7 @@ where both sides have them, must be equal.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,7 @@ _READ_AS: Final = (
     | {f"{head}_label": pa.int64() for head in HEADS}
     | {"said": pa.string(), "updates": UPDATES_TYPE}
 )
+_SMALL: Final = (pa.int8(), pa.int16(), pa.int32())
 
 
 @contextmanager
@@ -52,25 +53,28 @@ def read_info(path: Path) -> dict[str, Any]:
         return dict(json.loads((file.metadata.metadata or {}).get(INFO, b"{}")))
 
 
-def read_scores(path: Path, splits: Mapping[str, Split]) -> dict[str, list[ScoredClip]]:
+def read_scores(path: Path, splits: Mapping[str, Split], optional: Collection[str] = ()) -> dict[str, list[ScoredClip]]:
     """Each split's clips, by clip_id, with their scores from a file of any program.
 
     Needed: `clip_id` (or `clip`, the clip's position in its split), `frame`, and `speaking_logit` or
     `speaking_probability`; `split` too where several are asked for. Other columns are ignored. Infinite logits become
-    +-LARGEST. From probabilities alone, logits are log(p / (1 - p)).
+    +-LARGEST. From probabilities alone, logits are log(p / (1 - p)). `optional` splits are left out where the file has
+    no rows of them.
 
     Raises InputError where a frame is missing, double or unknown, a score NaN, a label not the shards', or where
     logits and probabilities contradict each other.
     """
-    table = _read_table(path, needs_split=len(splits) > 1)
+    table = _read_table(path, needs_split=len(set(splits) - set(optional)) > 1)
+    found = sorted(table["split"].unique().drop_nulls().cast(pl.String)) if "split" in table.columns else None
     scored = {}
     for name, split in splits.items():
-        rows = table
-        if "split" in table.columns:
-            rows = table.filter(pl.col("split") == name)
-            if rows.is_empty():
-                found = ", ".join(sorted(table["split"].drop_nulls().unique())) or "none"
-                raise InputError(f"{path}: no rows of split {name!r}, found: {found}; score that split, or rename it")
+        if name in optional and name not in (found or ()):
+            continue
+        whole = found is None or (found == [name] and not table["split"].null_count())
+        rows = table if whole else table.filter(pl.col("split") == name)
+        if found is not None and rows.is_empty():
+            there = ", ".join(found or ()) or "none"
+            raise InputError(f"{path}: no rows of split {name!r}, found: {there}; score that split, or rename it")
         scored[name] = _read_split(f"{path} split {name}", rows, split)
     return scored
 
@@ -92,8 +96,9 @@ def _read_table(path: Path, needs_split: bool) -> pl.DataFrame:
     with _readable(path), pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
         table = file.read([name for name in _READ_AS if name in names and name != unused])
     for at, (name, type_) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
-        if pa.types.is_dictionary(type_) or (pa.types.is_floating(type_) and pa.types.is_floating(_READ_AS[name])):
-            continue
+        floats = pa.types.is_floating(type_) and pa.types.is_floating(_READ_AS[name])
+        if floats or pa.types.is_dictionary(type_) or (type_ in _SMALL and _READ_AS[name] == pa.int64()):
+            continue  # as it is, which takes less memory
         try:
             table = table.set_column(at, name, table[name].cast(_READ_AS[name]))
         except pa.ArrowException as error:
@@ -152,7 +157,8 @@ def _place(where: str, rows: pl.DataFrame, clips: Sequence[ClipExample], first: 
         clip = rows[key].replace_strict(places, default=None, return_dtype=pl.UInt32)
     unknown = "{count} rows are of clips that the shards lack, the first is clip {value}; score the clips of this split"
     _refuse(where, rows, pl.lit(clip.is_null()), unknown, key)
-    start, last = (pl.Series([getattr(c, name) for c in clips]).gather(clip) for name in ("start_frame", "end_frame"))
+    bounds = ([getattr(one, name) for one in clips] for name in ("start_frame", "end_frame"))
+    start, last = (pl.Series(values, dtype=pl.Int32).gather(clip) for values in bounds)
     rows = rows.with_columns(start=start, last=last - 1, at=pl.Series(first[:-1]).gather(clip) - start + rows["frame"])
     stray = "{count} rows are of no frame of their clip, the first is {frame_name}, expected {start} to {last}; "
     inside = pl.col("frame").is_between("start", "last").fill_null(False)
@@ -182,10 +188,13 @@ def _scores(where: str, rows: pl.DataFrame, head: str) -> tuple[Singles, Singles
         message = "{frame_name}: {name} is {value:g}, expected 0 to 1; if these are logits, name the column "
         _refuse(where, rows, ~pl.col(p).is_between(0, 1), message + logit, p)
     if len(given) == 2:
-        rising = rows.drop("said", "updates", strict=False).sort(logit, p).with_columns(highest=pl.col(p).cum_max())
+        order = np.lexsort((rows[p].to_numpy(), rows[logit].to_numpy()))
+        rising = rows[p].to_numpy()[order]
+        highest = np.maximum.accumulate(rising)
+        bad = np.flatnonzero(highest - rising > SAME_ORDER)
         message = f"{logit} and {p} order the frames differently ({{frame_name}} has {{value:g}}, a frame of a lower "
         message += f"logit {{highest:g}}); drop the column {p}, or {logit} if the probability is what you mean"
-        _refuse(where, rising, pl.col("highest") - pl.col(p) > SAME_ORDER, message, p)
+        _refuse(where, rows[order[bad]].with_columns(highest=highest[bad]), pl.lit(True), message, p)
     if not given:
         return None
     probabilities = rows[p].to_numpy() if p in given else None

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 
 from pipeline.terminal import plain, table
-from trainer.evaluation.metrics import value_at
+from trainer.evaluation.metrics import METRICS, value_at
 
 if TYPE_CHECKING:
     from trainer.evaluation.evaluate_scores import Evaluation
@@ -33,6 +33,7 @@ _ROWS: Final = (  # section, label, path in one mode's metrics, format, path and
     ("state", "joint accuracy", "state.joint_accuracy", ".3f", "state.joint_accuracy_never_updating", "never updating"),
     ("state", "transition F1", "state.transitions.f1", ".3f", "", ""),
 )  # fmt: skip
+_NAMES: Final = {metric.path: metric.name for metric in METRICS.values()}
 MAX_TASKS: Final = 10  # in the printed table; metrics.json has all
 
 
@@ -54,7 +55,9 @@ def render_evaluation(evaluation: Evaluation) -> Any:
                 rows.add_row(f"[bold]{title}[/]")
             section = title
             compared = next((f"{other} {value:.3f}" for value in others if value is not None), "")
-            rows.add_row(f"  {name}", *("-" if value is None else format(value, how) for value in values), compared)
+            intervals = [report.get("intervals", {}).get(_NAMES.get(path)) for report in modes.values()]
+            shown = map(_with_interval, values, intervals, [how] * len(values))
+            rows.add_row(f"  {name}", *shown, compared)
     return Group(rows, *_scope(next(iter(modes.values())), metrics), *tables, *evaluation.notes)
 
 
@@ -65,6 +68,7 @@ def _scope(report: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
     return [
         f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; positive: "
         f"speaking only {cells['speaking_only']:,}, DST only {cells['dst_update_only']:,}, both {cells['both']:,}[/]",
+        *(["[dim]in brackets: 95% intervals, bootstrap over recordings[/]"] if report.get("intervals") else []),
         "[dim]an event is in time from {early_s:g} s before to {late_s:g} s after; after one, {refractory_s:g} s of "
         "silence; thresholds: ".format(**metrics["settings"])
         + f"{chosen}[/]",
@@ -79,10 +83,10 @@ def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
     kinds = [f"{kind}_{name}" for kind in ("interrupt", "silent") for name in ("precision", "recall", "f1")]
     for name in ("macro_f1", "gmean_f1", *kinds):
         title = name.replace("_f1", " F1").replace("_", " ").replace("gmean", "G-mean")
-        whole.add_row(title, *(_with_interval(report["overall"], name) for report in by_mode.values()))
+        whole.add_row(title, *(_of_chunks(report["overall"], name) for report in by_mode.values()))
     largest = sorted(per_task, key=lambda task: (-per_task[task]["support"], task))[:MAX_TASKS]
     for task in largest:
-        values = [_with_interval(report["per_task"][task], "macro_f1") for report in by_mode.values()]
+        values = [_of_chunks(report["per_task"][task], "macro_f1") for report in by_mode.values()]
         tasks.add_row(escape(plain(task)), *values, f"{per_task[task]['support']:,}")
     skipped = f", {first['skipped_chunks']:,} without a prediction left out" if first["skipped_chunks"] else ""
     scope = (
@@ -92,9 +96,13 @@ def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
     return ["", whole, "", tasks, scope]
 
 
-def _with_interval(report: dict[str, Any], name: str) -> str:
-    interval = report["intervals"][name]
-    return f"{report[name]:.4f}" + ("" if interval is None else f" \\[{interval[0]:.4f}, {interval[1]:.4f}]")
+def _with_interval(value: float | None, interval: list[float] | None, how: str = ".4f") -> str:
+    limits = "" if interval is None else " \\[{}, {}]".format(*(format(limit, how) for limit in interval))
+    return "-" if value is None else format(value, how) + limits
+
+
+def _of_chunks(report: dict[str, Any], name: str) -> str:
+    return _with_interval(report[name], report["intervals"][name])
 
 
 def render_report(report: EvalReport) -> Any:

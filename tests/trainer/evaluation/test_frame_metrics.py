@@ -149,24 +149,38 @@ def test_numbers_are_scikit_learns(head):
     assert best == max(f1_score(y, frames.scores > cut) for cut in np.unique(frames.scores))
 
 
-@pytest.mark.parametrize("block", [1, 1 << 20])
-def test_weighted_ranking_is_that_of_repeated_frames(block, monkeypatch):
-    monkeypatch.setattr(frame_metrics, "BLOCK", block)
+def repeated(frames, drawn):
+    """(AP, AUROC) by scikit-learn of the frames, each as often as its recording is drawn."""
+    rows = np.repeat(np.arange(len(frames.scores)), drawn[frames.recording])
+    y, scores = frames.positive[rows], frames.scores[rows]
+    return average_precision_score(y, scores), roc_auc_score(y, scores)
+
+
+def test_weighted_ranking_is_that_of_repeated_frames():
     frames = head_frames(noisy_clips(6), "speaking", RECORDINGS)
     weights = np.random.default_rng(1).multinomial(5, [0.2] * 5, size=9)
+    expected = np.transpose([repeated(frames, drawn) for drawn in weights])
+    np.testing.assert_allclose(Ranking(frames)(weights), expected, rtol=1e-12)
+
+
+def test_with_more_scores_than_cells_the_ranking_is_close_and_exact_without_weights(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels, recording = rng.random(9_000) < 0.1, np.repeat(np.arange(30), 300)
+    frames = frames_of(2 * labels + rng.normal(size=9_000), labels, recording=recording)
+    weights = rng.multinomial(30, [1 / 30] * 30, size=9)
+    expected = np.transpose([repeated(frames, drawn) for drawn in weights])
+    monkeypatch.setattr(frame_metrics, "FEWEST_CELLS", 200)
+    monkeypatch.setattr(frame_metrics, "MOST_CELLS", 200)
     ranking = Ranking(frames)
-    ap, auroc = ranking.average_precision(weights), ranking.auroc(weights)
-    for b, drawn in enumerate(weights):
-        rows = np.repeat(np.arange(len(frames.scores)), drawn[frames.recording])
-        y, scores = frames.positive[rows], frames.scores[rows]
-        assert ap[b] == pytest.approx(average_precision_score(y, scores), rel=1e-12)
-        assert auroc[b] == pytest.approx(roc_auc_score(y, scores), rel=1e-12)
+    np.testing.assert_allclose(ranking(weights), expected, atol=1e-3)  # the draws differ by 0.01
+    assert np.abs(ranking(weights) - expected).max() > 0
+    np.testing.assert_allclose(ranking(np.ones((1, 30)))[:, 0], repeated(frames, np.ones(30, int)), rtol=1e-12)
 
 
 def test_a_draw_without_positives_has_no_ranking():
     ranking = Ranking(frames_of([3, 2, 1], [1, 0, 0], recording=[0, 0, 1]))
-    weights = np.array([[1, 1], [0, 2]])
-    assert ranking.average_precision(weights)[0] == 1
-    assert np.isnan([ranking.average_precision(weights)[1], ranking.auroc(weights)[1]]).all()
-    nothing = Ranking(frames_of([3, 2], [0, 0]))
-    assert np.isnan(nothing.average_precision(np.ones((1, 1), int))).all()
+    (ap, _), (undefined, auroc) = ranking(np.array([[1, 1], [0, 2]])).T
+    assert ap == 1
+    assert np.isnan([undefined, auroc]).all()
+    assert np.isnan(Ranking(frames_of([3, 2], [0, 0]))(np.ones((1, 1)))).all()
+    assert np.isnan(Ranking(frames_of([], []))(np.ones((1, 1)))).all()

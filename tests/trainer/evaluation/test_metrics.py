@@ -10,12 +10,14 @@ import pytest
 from by_hand import dst, turn
 from scored import clip_of, noisy_clips
 
+from trainer.evaluation.bootstrap import draw_recordings, interval_of, replicate
 from trainer.evaluation.metrics import (
     METRICS,
     Settings,
     Thresholds,
     choose_thresholds,
     estimators,
+    intervals,
     look_up,
     measure,
     weighted_median,
@@ -151,6 +153,16 @@ def test_weights_count_as_recordings_repeated(drawn, live):
         assert got[0] == pytest.approx(np.nan if value is None else value, rel=1e-12, nan_ok=True), name
     if not live:
         assert np.isnan(found["transition_f1"](np.ones((1, 6), int))).all()
+
+
+def test_intervals_are_those_of_the_estimators_over_the_clips_own_recordings():
+    clips = noisy_clips(9, live=True)
+    found = intervals(clips, HALF, S, 300)
+    draws = draw_recordings(5, 300)
+    for name, estimator in estimators(clips, HALF, S, RECORDINGS).items():
+        expected = interval_of(replicate([estimator], draws), 5, METRICS[name].bounds)
+        assert found[name] == [expected.low, expected.high], name
+    assert set(intervals(clips[:1], HALF, S, 300).values()) == {None}  # one recording has none
 
 
 def test_a_draw_that_leaves_nothing_is_undefined():
