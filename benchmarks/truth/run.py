@@ -1,15 +1,13 @@
-"""Does the harness find what is there, and only that? Whole benchmarks on made-up data in which the effect is known.
+"""Does the report name what tells when to speak? Whole benchmarks on made-up data in which the answer is known.
 
-    uv run python benchmarks/truth/run.py --work WORK            # hours on two cores; finished runs are kept
-    uv run python benchmarks/truth/run.py --work WORK --repeats 2 --setting nothing --no-write
+    uv run python benchmarks/truth/run.py --work WORK --controls         # rungs without a model, minutes
+    uv run python benchmarks/truth/run.py --work WORK                    # all rungs, hours; finished runs are kept
+    uv run python benchmarks/truth/run.py --work WORK --worlds user --repeats 1 --no-write
 
-    nothing   state_tells 0: the picture shows when to speak, the state adds nothing. 20 data sets, two arms, two seeds,
-              nano. Its 95% interval must cover 0 in at least 17
-    tells     state_tells 1: who knows which step was completed knows when to speak, the picture does not tell. Six
-              arms, three seeds, tiny. speak+dst must be found to help
-
-Both go through `trainer.benchmark`, whose folders stay in WORK. results.md is written beside this file from what lies
-there: the truth first, then what the harness said.
+Five worlds (`synth --tells`), N data sets of each. In each the lowest rung that reaches the top is known (TRUTH). Asked
+of each world: the right rung is named in 9 of 10 data sets, and at most 1 of 10 has a false claim: a rung above the
+right one that beats it or one between, or "no effect larger than the margin" for the step to the right rung.
+results.md is written beside this file from what lies in WORK, finished or not.
 """
 
 from __future__ import annotations
@@ -17,157 +15,168 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
-from pipeline.synth import SynthConfig, synth
-from trainer.benchmark import answer_of, benchmark
-from trainer.config import Settings, TrainConfig
-from trainer.demo import synthetic_data
+from pipeline.synth import SynthConfig, make_clips, plan_recording, synth
+from trainer.benchmark import benchmark
+from trainer.config import SELF_FED, Settings, TrainConfig
+from trainer.controls import CONTROLS, score_control
+from trainer.evaluation.benchmark_folder import Benchmark, read_benchmark
+from trainer.evaluation.ladder import CHAIN, NO_LARGER, PRIMARY, ladder_steps, top_rung
 from trainer.plan import Plan
 
 HERE = Path(__file__).resolve().parent
-QUESTION = ("speak+dst", "speak")
-SHOWN = (("self-fed", "event_f1"), ("self-fed", "speaking_ap"), ("teacher-forced", "speaking_ap"))
-ENOUGH = 17  # of 20
+TRUTH = {"nothing": "metronome", "history": "history", "user": "texts", "vision": "speak", "state": "speak+dst"}
+RECORDINGS = {"train": 300, "val": 20, "test": 40}
+RUNGS = ("metronome", "history", "texts", "speak", "speak+dst", "true-state")  # markers are the benchmark's own control
 WINDOW = Settings(early_s=1, late_s=1)  # events are 2.5 to 4 s apart: at the default window a metronome gets 0.77
-NANO = TrainConfig(model="nano", steps=250, lr=3e-3, eval_every=50)
-TINY = TrainConfig(steps=400, eval_every=50)
+NANO = TrainConfig(model="nano", optimizer="muon", lr=4e-3, clips_per_step=8, warmup_steps=20, eval_every=75, steps=150)
+STEPS = {"state": 300}  # of the worlds that take more
 
 
-def nothing(work: Path, repeat: int) -> Path:
-    """One benchmark on data of its own, where the state tells nothing."""
-    folder = work / "null" / f"repeat-{repeat:02d}"
-    raw, data = folder / "raw", folder / "data"
+def config_of(world: str, repeat: int) -> SynthConfig:
+    return SynthConfig(
+        RECORDINGS, views=1, steps=(6, 6), events_per_clip=(3, 4), px=32, tells={world: 1.0}, seed=1000 + repeat
+    )
+
+
+def score_controls(folder: Path, world: str, repeat: int) -> None:
+    """The controls' scores on one data set, whose pictures they do not need and which are not made."""
+    raw, config = folder / "raw", config_of(world, repeat)
+    if all((folder / name / "metrics.json").exists() for name in CONTROLS):
+        return
+    raw.mkdir(parents=True, exist_ok=True)
+    for place, (split, count) in enumerate(RECORDINGS.items()):
+        clips: list[dict[str, Any]] = []
+        for number in range(count):  # as `synth` draws them
+            rngs = [np.random.default_rng([config.seed, place, number, part]) for part in (0, 1)]
+            clips += make_clips(plan_recording(f"nusar-{split}-{number:04d}", rngs[0], config), 0, rngs[1], config)
+        (raw / f"{split}_training.json").write_text(json.dumps(clips))
+    preprocess([raw], folder / "data", Options(positive="onset", seed=config.seed))
+    for name in CONTROLS:
+        score_control(name, folder / "data", "test", folder / name, 0, WINDOW)
+
+
+def answer(folder: Path, world: str, repeat: int, seeds: int, until: float) -> None:
+    """One benchmark on data of its own; `until`: of time.monotonic()."""
+    raw, data, config = folder / "raw", folder / "data", config_of(world, repeat)
     if not raw.exists():
-        recordings = {"train": 300, "val": 20, "test": 40}
-        made = SynthConfig(recordings, views=1, steps=(6, 6), events_per_clip=(3, 4), px=32, seed=1000 + repeat)
-        synth(raw, made)
-    preprocess([raw], data, Options(frames_root=str(raw), positive="onset", seed=1000 + repeat))
-    out = folder / "answer"
-    plan = Plan(data, out, QUESTION[::-1], (0, 1), NANO, WINDOW, jobs=1)
-    benchmark(plan, report_line=lambda line: print(repeat, line, flush=True))
-    return out
-
-
-def tells(work: Path) -> Path:
-    """The benchmark of all arms on data where only the state tells."""
-    out = work / "effect"
-    data = synthetic_data(out, 1.0, echo=print)
-    benchmark(Plan(data, out, config=TINY, settings=WINDOW), report_line=lambda line: print(line, flush=True))
-    return out
+        synth(raw, config)
+    preprocess([raw], data, Options(frames_root=str(raw), positive="onset", seed=config.seed))
+    training = replace(NANO, steps=STEPS.get(world, NANO.steps))
+    plan = Plan(data, folder / "answer", RUNGS, tuple(range(seeds)), training, WINDOW, jobs=1)
+    benchmark(plan, lambda line: print(world, repeat, line, flush=True), until)
 
 
 # ---- what they said ----------------------------------------------------------------------------------
 
 
-def rows(out: Path, table: str, **wanted: Any) -> list[dict[str, Any]]:
-    found = pq.read_table(out / f"{table}.parquet").to_pylist()
-    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+def false_claims(bench: Benchmark, right: str) -> list[str]:
+    """What the report says that is not so."""
+    above = [rung for rung in CHAIN if rung in bench.rungs and CHAIN.index(rung) >= CHAIN.index(right)]
+    beaten = [
+        f"{high} beats {low}"
+        for low, high in combinations(above, 2)
+        if (bench.comparison(high, low, SELF_FED, PRIMARY).get("low") or 0.0) > 0
+    ]
+    missed = [step for step in ladder_steps(bench) if step.rung == right and step.verdict == NO_LARGER]
+    return [*beaten, *(f"{step.rung} adds nothing" for step in missed)]
 
 
-def covers(row: dict[str, Any]) -> bool:
-    """Whether no effect is found: the interval holds 0, or every draw is 0."""
-    return row["low"] is None or row["low"] <= 0 <= row["high"]
-
-
-def about_nothing(outs: list[Path]) -> Iterator[str]:
-    yield "## The state tells nothing"
+def about_world(world: str, folders: list[Path]) -> Iterator[str]:
+    benches, right = [read_benchmark(folder / "answer") for folder in folders], TRUTH[world]
+    rungs = [rung for rung in benches[0].rungs if all(bench.arm(rung, SELF_FED, PRIMARY) for bench in benches)]
+    yield f"## {world}: the right answer is {right}"
     yield ""
-    yield f"{len(outs)} data sets (state_tells 0), speak+dst minus speak, 40 test recordings, 2 seeds, nano, 250 steps."
+    yield f"| data set | seeds | {' | '.join(rungs)} | named | false claims |"
+    yield "|---" * (len(rungs) + 4) + "|"
+    named = wrong = 0
+    for folder, bench in zip(folders, benches, strict=True):
+        top, false = top_rung(bench), false_claims(bench, right)
+        rung = top.rung if top else "none"
+        named, wrong = named + (rung == right), wrong + bool(false)
+        values = " | ".join(f"{bench.arm(name, SELF_FED, PRIMARY)['value']:.3f}" for name in rungs)
+        yield f"| {folder.name} | {len(bench.info['seeds'])} | {values} | {rung} | {'; '.join(false) or '-'} |"
     yield ""
-    yield "| metric | 0 in the 95% interval | mean difference (standard error over data sets) | median half-width |"
-    yield "|---|---|---|---|"
-    for mode, metric in SHOWN:
-        found = [rows(out, "comparisons", a=QUESTION[0], b=QUESTION[1], mode=mode, metric=metric)[0] for out in outs]
-        differences = [row["difference"] for row in found]
-        error = stdev(differences) / len(found) ** 0.5 if len(found) > 1 else math.nan
-        halves = sorted((row["high"] - row["low"]) / 2 for row in found)
-        inside = sum(map(covers, found))
-        told = f"{fmean(differences):+.4f} ({error:.4f})"
-        yield f"| {metric}, {mode} | {inside} of {len(found)} | {told} | {halves[len(halves) // 2]:.4f} |"
-    yield ""
-    primary = [rows(out, "comparisons", primary=True)[0] for out in outs]
-    inside = sum(map(covers, primary))
-    verdict = "met" if inside >= ENOUGH / 20 * len(outs) else "NOT met"
-    yield f"- at least {ENOUGH} of 20 must hold 0 (self-fed event F1, the primary): {verdict}, {inside} of {len(outs)}"
-    yield ""
-    yield "| data set | speak | speak+dst | difference [95%], self-fed event F1 |"
-    yield "|---|---|---|---|"
-    for i, (out, row) in enumerate(zip(outs, primary, strict=True)):
-        arms = [_seeds(out, arm) for arm in QUESTION[::-1]]
-        yield f"| {i} | {arms[0]} | {arms[1]} | {row['difference']:+.3f} [{row['low']:.3f}, {row['high']:.3f}] |"
+    yield f"- right rung named: {named} of {len(benches)}; data sets with a false claim: {wrong} of {len(benches)}"
     yield ""
 
 
-def _seeds(out: Path, arm: str, mode: str = "self-fed", metric: str = "event_f1") -> str:
-    return ", ".join(f"{row['value']:.3f}" for row in rows(out, "results", arm=arm, mode=mode, metric=metric))
-
-
-def _metronome(out: Path) -> float:
-    """What one gets who sees nothing: of every run the same."""
-    path = next((out / "runs").glob("*/seed-0/scores/metrics.json"))
-    return float(json.loads(path.read_bytes())["self-fed"]["speaking"]["events"]["metronome"]["f1"])
-
-
-def about_tells(out: Path) -> Iterator[str]:
-    info = json.loads((out / "benchmark.json").read_bytes())
-    yield "## Only the state tells"
+def about_controls(work: Path) -> Iterator[str]:
+    yield "## Rungs without a model"
     yield ""
-    counts = f"{info['recordings']} test recordings, {len(info['seeds'])} seeds"
-    yield f"One data set (state_tells 1), {counts}, tiny, 400 steps; a metronome gets event F1 {_metronome(out):.3f}."
+    yield "Event F1 over data sets: mean (lowest to highest)."
     yield ""
-    yield f"> {answer_of(out)}"
-    yield ""
-    for mode, metric in (("teacher-forced", "speaking_ap"), ("self-fed", "speaking_ap"), ("self-fed", "event_f1")):
-        yield f"| {metric}, {mode} | mean [95%] | by seed |"
-        yield "|---|---|---|"
-        for row in rows(out, "arms", mode=mode, metric=metric):
-            interval = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            yield f"| {row['arm']} | {interval} | {_seeds(out, row['arm'], mode, metric)} |"
-        yield ""
-    yield "| pair | teacher-forced AP | self-fed AP | self-fed event F1 |"
-    yield "|---|---|---|---|"
-    for a, b in dict.fromkeys((row["a"], row["b"]) for row in rows(out, "comparisons")):
-        cells = []
-        for mode, metric in (("teacher-forced", "speaking_ap"), ("self-fed", "speaking_ap"), ("self-fed", "event_f1")):
-            (row,) = rows(out, "comparisons", a=a, b=b, mode=mode, metric=metric)
-            cells.append(f"{row['difference']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]")
-        yield f"| {a} minus {b} | {' | '.join(cells)} |"
+    yield "| world | data sets | metronome | history, teacher-forced | history, self-fed | ahead of the metronome |"
+    yield "|---|---|---|---|---|---|"
+    for world in TRUTH:
+        found = [
+            [json.loads((folder / name / "metrics.json").read_bytes()) for name in CONTROLS]
+            for folder in sorted((work / "controls" / world).glob("*"))
+            if all((folder / name / "metrics.json").exists() for name in CONTROLS)
+        ]
+        if found:
+            f1 = np.array(
+                [
+                    [of[mode]["speaking"]["events"]["f1"] for of, mode in zip((clock, past, past), MODES, strict=True)]
+                    for clock, past in found
+                ]
+            )
+            cells = [f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})" for v in f1.T]
+            ahead = f"{(f1[:, 2] > f1[:, 0]).sum()} of {len(f1)}"
+            yield f"| {world} | {len(f1)} | {' | '.join(cells)} | {ahead} |"
     yield ""
 
 
-def report(outs: list[Path], effect: Path | None, command: str) -> str:
+MODES = (SELF_FED, "teacher-forced", SELF_FED)  # of the table's columns
+
+
+def report(work: Path) -> str:
     window = f"events are in time from {WINDOW.early_s:g} s before to {WINDOW.late_s:g} s after"
-    head = [
-        "# Does the harness find what is there, and only that?",
+    lines = [
+        "# Does the report name what tells when to speak?",
         "",
         f"- date: {datetime.date.today()}; machine: {platform.platform()}, no GPU",
-        f"- command: `{command}`; {window}",
+        "- command: `uv run python benchmarks/truth/run.py --work WORK`; " + window,
+        f"- {RECORDINGS['train']} recordings to train on, {RECORDINGS['test']} to test on; model {NANO.model}, "
+        f"{NANO.steps} steps ({', '.join(f'{world}: {steps}' for world, steps in STEPS.items())}); event F1, self-fed",
         "",
+        *about_controls(work),
     ]
-    body = [*(about_nothing(outs) if outs else ()), *(about_tells(effect) if effect else ())]
-    return "\n".join([*head, *body]).rstrip() + "\n"
+    for world in TRUTH:
+        folders = [path.parents[1] for path in sorted((work / world).glob("*/answer/arms.parquet"))]
+        lines += about_world(world, folders) if folders else ()
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs; what is finished is kept")
-    parser.add_argument("--setting", choices=("both", "nothing", "tells"), default="both")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--worlds", default=",".join(TRUTH), help="some of them, with commas")
+    parser.add_argument("--repeats", type=int, default=10, help="data sets of each world")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each rung")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run that would end later")
+    parser.add_argument("--controls", action="store_true", help="the rungs without a model alone")
     parser.add_argument("--no-write", action="store_true", help="print, and leave results.md as it is")
     options = parser.parse_args()
-    outs = [nothing(options.work, i) for i in range(options.repeats)] if options.setting != "tells" else []
-    effect = tells(options.work) if options.setting != "nothing" else None
-    text = report(outs, effect, "uv run python benchmarks/truth/run.py --work WORK")
+    until = time.monotonic() + 3600 * options.hours
+    for repeat in range(options.repeats):
+        for world in options.worlds.split(","):
+            if options.controls:
+                score_controls(options.work / "controls" / world / f"{repeat:02d}", world, repeat)
+            elif time.monotonic() < until:
+                answer(options.work / world / f"{repeat:02d}", world, repeat, options.seeds, until)
+    text = report(options.work)
     print(text)
     if not options.no_write:
         (HERE / "results.md").write_text(text, encoding="utf-8")
