@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/report.py ROWS.JSONL [ROWS.JSONL ...]     writes results.md beside this file
 
-Of a row that several runs have, the last one counts. Refused: rows of a smoke run, or of a machine without a GPU.
+A part is that of the last run that began it. Refused: rows of a smoke run, or of a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ GOALS: list[tuple[str, Callable[[dict[tuple[str, str], Row]], Any], Callable[[An
 
 def made_of(runs: Sequence[Sequence[Row]]) -> str:
     """The report of these runs' rows."""
-    rows = {(row["part"], row["name"]): row for run in runs for row in run}
+    rows, commits = dict[tuple[str, str], Row](), dict[str, str]()
+    for run in runs:
+        commit = next((row["commit"] for row in run if row["name"] == "machine"), "unknown")
+        idle = {row["part"] for row in run if str(row.get("ended")).startswith("not begun")}
+        began = {row["part"]: commit for row in run if row["part"] not in idle}
+        rows = {key: row for key, row in rows.items() if key[0] not in began}
+        rows |= {(row["part"], row["name"]): row for row in run if row["part"] in began}
+        commits |= began
     machines = [row for run in runs for row in run if (row["part"], row["name"]) == ("env", "machine")]
     lines = [HEAD]
     for machine in {json.dumps(row): row for row in machines}.values():
@@ -64,7 +71,7 @@ def made_of(runs: Sequence[Sequence[Row]]) -> str:
         cells = ("not run", "") if value is None else (shown.format(value), "met" if met(value) else "**NOT met**")
         lines.append(f"| {claim} | {' | '.join(cells)} |\n")
     for part in dict.fromkeys(part for part, _ in rows if part != "env"):
-        lines.append(f"\n## {part}\n\n| row | |\n|---|---|\n")
+        lines.append(f"\n## {part}\n\nCommit {commits[part]}.\n\n| row | |\n|---|---|\n")
         for (_, name), row in ((key, row) for key, row in rows.items() if key[0] == part):
             values = {key: value for key, value in row.items() if key not in ("part", "name")}
             lines.append(f"| {name} | {', '.join(f'{key} {_shown(value)}' for key, value in values.items())} |\n")
