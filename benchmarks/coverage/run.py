@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -341,17 +342,15 @@ def stopped_at_will(matters: float | str, sets: int, draws: int = DRAWS) -> Stop
     matrix = draw_recordings(SEED_RECORDINGS, draws)
     weights = np.concatenate([np.ones_like(matrix[:1]), matrix])
     claims, widths = np.zeros((2, sets, MOST_SEEDS + 1), bool), np.full((2, sets, MOST_SEEDS + 1), np.nan)
-    for number in range(sets):
-        rng = np.random.default_rng([99, int(10 * matters) if isinstance(matters, float) else 999, number])
-        values = looked_at(rng, matters)
-        replicates = (weights @ values.T / SEED_RECORDINGS).T  # [12, 1 + B]
-        for seeds in range(2, MOST_SEEDS + 1):
-            seen = replicates[:seeds]
-            always = always_valid(seen, SEED_RECORDINGS)
-            fixed = compare_of(seen, np.zeros_like(seen), SEED_RECORDINGS)
-            for row, (low, high) in enumerate((always, (fixed.low, fixed.high))):
-                if low is not None and high is not None:
-                    claims[row, number, seeds], widths[row, number, seeds] = not low <= 0 <= high, high - low
+    key = int(10 * matters) if isinstance(matters, float) else 999
+    values = [looked_at(np.random.default_rng([99, key, number]), matters) for number in range(sets)]
+    for seeds, number in product(range(2, MOST_SEEDS + 1), range(sets)):
+        seen = (weights @ values[number][:seeds].T / SEED_RECORDINGS).T  # [S, 1 + B]
+        always = always_valid(seen, SEED_RECORDINGS)
+        fixed = compare_of(seen, np.zeros_like(seen), SEED_RECORDINGS)
+        for row, (low, high) in enumerate((always, (fixed.low, fixed.high))):
+            if low is not None and high is not None:
+                claims[row, number, seeds], widths[row, number, seeds] = not low <= 0 <= high, high - low
     ratio = np.median(widths[0] / widths[1], axis=0)
     ever = claims.any(axis=2).mean(axis=1)
     return Stopped(ever[0], ever[1], claims[1, :, MOST_SEEDS].mean(), ratio[3], ratio[MOST_SEEDS])
