@@ -44,7 +44,7 @@ from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
 from trainer.controls import control_key, score_control
 from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
-from trainer.evaluation.comparison import compare_runs, metrics_of, settle
+from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
 from trainer.evaluation.conclusions import headline
 from trainer.evaluation.evaluate_scores import EvalSplits, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
@@ -83,6 +83,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
         if there:
             report_line(f"{there}{of} runs are there already")
+        if there < len(jobs):
+            report_line(power_line(plan, splits.test))
         try:
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, seconds, notes in results:

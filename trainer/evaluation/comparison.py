@@ -33,16 +33,18 @@ import torch
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
+from pipeline.terminal import counted
 from trainer.arms import RUNGS, find_rung
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, compare_of, holm, interval_of
 from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
 from trainer.evaluation.evaluate_scores import METRICS_FILE
+from trainer.evaluation.event_metrics import references
 from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
 from trainer.evaluation.read_scores import read_scores
-from trainer.evaluation.sequential import always_valid
-from trainer.plan import Job, Plan, commands_of, run_of
+from trainer.evaluation.sequential import always_valid, power_before
+from trainer.plan import MOST_SEEDS, Job, Plan, commands_of, run_of
 from trainer.run_log import read_metrics
 
 PACKAGES: Final = ("prospect-dst", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow")
@@ -74,6 +76,24 @@ def settle(plan: Plan) -> None:
 
 def _question(plan: Plan) -> dict[str, Any]:
     return {"metric": PRIMARY, "mode": primary_mode(plan), "pair": list(question_of(plan.arms))}
+
+
+def power_line(plan: Plan, split: Split) -> str:
+    """What the question's runs could show, from the data and from what pairs of them are there already (a pilot)."""
+    clips, (a, b) = list(split.in_order()), question_of(plan.arms)
+    events = sum(len(references(clip, "assistant")) for clip in clips)
+    recordings = len({clip.recording_id for clip in clips})
+    reports = [[metrics_of(plan, (arm, seed)).get(primary_mode(plan), {}) for arm in (a, b)] for seed in plan.seeds]
+    values = [[look_up(report, METRICS[PRIMARY]) for report in of_seed] for of_seed in reports]
+    pilot = [first - second for first, second in values if first is not None and second is not None]
+    on = f"On {counted(recordings, 'recording')} with {counted(events, 'event')}"
+    if len(pilot) < 2:
+        least = f"{power_before(recordings, events, len(plan.seeds)):.2f}"
+        return f"{on} a difference in event F1 under about {least} could not be shown, however alike the seeds are"
+    counts = [len(plan.seeds)] if len(plan.seeds) < MOST_SEEDS else [3, 6, 12]
+    sizes = [f"{power_before(recordings, events, count, pilot):.2f} with {counted(count, 'seed')}" for count in counts]
+    found = f"as {len(pilot)} pairs of runs differ"
+    return f"{on} a difference in event F1 could be shown of about {', '.join(sizes)}, {found}"
 
 
 def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
