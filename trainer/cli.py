@@ -165,6 +165,9 @@ def evaluate(
         Path | None, Option(help="with --chunks: write the answers to this file, as EgoProactive takes them")
     ] = None,
     draws: Annotated[int, Option(help="of the recordings, for the 95% intervals; 0: none", min=0)] = 10_000,
+    updates: Annotated[
+        str, Option(help="free-running, whose state updates it reads: own, or reference (the rung true-state)")
+    ] = "own",
     *,
     given: Given,
 ) -> int:
@@ -206,10 +209,12 @@ def evaluate(
             chunks,
             submission,
             draws,
+            updates,
         )
     else:
-        unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed or None}
-        if wrong := [name for name, value in unused.items() if value is not None]:
+        unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed}
+        unused |= {"--updates": updates != "own"}
+        if wrong := [name for name, value in unused.items() if value]:
             raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
         from trainer.evaluation.evaluate_scores import evaluate_scores
 

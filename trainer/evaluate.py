@@ -1,7 +1,8 @@
 """Score a run on held-out clips and measure the scores: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
-    OUT/self-fed.parquet          that split once more, free-running: the model's own texts in the context
+    OUT/self-fed.parquet          that split once more, free-running: the model's own texts in the context, or its own
+                                  speech and the reference's state updates (the rung true-state)
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else; the free-running pass uses them. All metrics follow
@@ -11,6 +12,7 @@ from the two Parquet files and the shards: `evaluation.evaluate_scores` gives th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.dataset import Split
+from pipeline.dataset import ClipExample, Split
+from pipeline.errors import InputError
 from pipeline.schema import DST_UPDATE, SPEAKING
 from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
@@ -35,9 +38,12 @@ from trainer.evaluation.evaluate_scores import (
 from trainer.evaluation.metrics import Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.frame_source import FrameSource
-from trainer.live.rollout import free_running
+from trainer.live.rollout import Script, free_running
 from trainer.live.session import DecodingConfig
+from trainer.sequence import reference_updates
 from trainer.teacher_forced import open_source, score_clips
+
+UPDATES = ("own", "reference")  # whose state updates a free-running model reads
 
 
 def evaluate(
@@ -53,6 +59,7 @@ def evaluate(
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
+    updates: str = UPDATES[0],
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
@@ -60,20 +67,29 @@ def evaluate(
     local sentence-transformers folder, to match texts by meaning, in ProAssist's own window. chunks: a sessions file of
     EgoProactive's, for its metrics; submission: a file for the answers in its format, free-running if `live`.
     draws: of the recordings, for 95% intervals; 0: none.
+
+    updates: free-running, whose state updates are in the context, and replayed in the prompt: the model's "own", or the
+    "reference", which is the rung true-state. It still speaks by itself, and its DST head's scores are written, but the
+    updates, and all metrics of the state, are the reference's. InputError for an arm whose updates have no content.
     """
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
+    if updates not in UPDATES:
+        raise InputError(f"updates is {updates!r}, expected one of {', '.join(UPDATES)}")
+    if updates == "reference" and loaded.model.arm.dst_text != "content":
+        raise InputError(f"{run}: its arm, {loaded.config.arm}, reads no updates; take a run of speak+dst")
     sessions = None if chunks is None else read_sessions(chunks)
     if sessions:
         match_clips(sessions, list(held.test.in_order()))  # what does not fit is refused before anything is scored
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
-    folder = out or run / f"evaluation-{split}"
+    folder = out or run / f"evaluation-{split}{'' if updates == 'own' else '-true-state'}"
     (folder / METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
     origin: dict[str, Any] = {
         "data": str(data.resolve()),
         "data_key": {name: s.key for name, s in held.all.items()},
         "model": run_hash(run),
+        "updates": updates,
     }
     scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
     thresholds, notes = pick_thresholds(scored, held, settings)
@@ -81,7 +97,7 @@ def evaluate(
     write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
     by_mode = {TEACHER_FORCED: scored[split]}
     if live and can_live(thresholds):
-        by_mode[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings)
+        by_mode[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings, updates)
         write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
     elif live:
         notes.append("not self-fed: no threshold for speaking")
@@ -102,19 +118,26 @@ def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[Sc
 
 
 def run_live(
-    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings
+    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings, updates: str = "own"
 ) -> list[ScoredClip]:
-    """All clips of the split, free-running.
+    """All clips of the split, free-running; `updates` as for `evaluate`.
 
     Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
     """
-    decoding = DecodingConfig({"dst_update": math.inf, **thresholds.event}, settings.refractory_s)
+    never = {"dst_update": math.inf}
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
+    script = _reference_script(clips) if updates == "reference" else None
+    decoding = DecodingConfig(never | thresholds.event | (never if script else {}), settings.refractory_s)
     scored = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates)
-        for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding)
+        for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
     ]
     return sorted(scored, key=lambda s: s.clip.clip)
+
+
+def _reference_script(clips: Sequence[ClipExample]) -> Script:
+    by_clip = {clip.clip_id: reference_updates(clip) for clip in clips}
+    return lambda clip, frame: {"DST_UPDATE": by_clip[clip.clip_id][frame]} if frame in by_clip[clip.clip_id] else {}
 
 
 def can_live(thresholds: Thresholds) -> bool:

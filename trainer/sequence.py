@@ -189,6 +189,15 @@ def user_texts(clip: ClipExample) -> dict[int, list[str]]:
     return _texts(clip, "user")
 
 
+def reference_updates(clip: ClipExample) -> dict[int, str]:
+    """The text of the reference's state updates by the (absolute) frame that it stands after: what training puts there.
+
+    Decisions at that frame and before cannot see it. An update without frames has no text; only training prompts know
+    of it.
+    """
+    return {frame: ", ".join(texts) for frame, texts in _texts(clip, "DST_UPDATE").items()}
+
+
 def text_frames(clip: ClipExample, role: str) -> list[int]:
     """The (absolute) frames of the clip that texts of `role` stand at: before it the user's, after it the others'."""
     return list(_texts(clip, role))

@@ -114,6 +114,25 @@ def test_without_val_nothing_is_chosen_and_it_says_so(run, data, tmp_path):
     assert "self-fed" not in found.metrics
 
 
+def test_the_reference_s_updates_are_read_instead_of_its_own(found, run, data):
+    told = evaluate(run, data, updates="reference")
+    assert told.folder == run / "evaluation-test-true-state"
+    assert told.metrics["teacher-forced"] == found.metrics["teacher-forced"]
+    assert (told.metrics["updates"], found.metrics["updates"]) == ("reference", "own")
+    rows = pq.read_table(told.folder / "self-fed.parquet").to_pylist()
+    updates = {(row["clip_id"], row["frame"]): row["updates"] for row in rows if row["updates"] is not None}
+    assert updates == {(f"test{i}", 3 + i % 5): [{"id": "S1", "transition": "complete"}] for i in range(6)}
+    assert all(row["dst_update_logit"] is not None for row in rows)
+
+
+def test_updates_are_its_own_or_the_reference_s_where_the_arm_reads_any(run, data, tmp_path):
+    with pytest.raises(InputError, match="updates is 'mine', expected one of own, reference"):
+        evaluate(run, data, updates="mine")
+    go(data, tmp_path / "run", arm="speak", steps=2)
+    with pytest.raises(InputError, match="its arm, speak, reads no updates; take a run of speak"):
+        evaluate(tmp_path / "run", data, updates="reference")
+
+
 def test_an_arm_without_a_dst_head_is_not_judged_by_one(data, tmp_path):
     go(data, tmp_path / "run", arm="speak", steps=3)
     found = evaluate(tmp_path / "run", data)

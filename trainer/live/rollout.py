@@ -42,8 +42,9 @@ def free_running(
 ) -> Iterator[ScoredClip]:
     """Each clip with its logits, texts and updates, in the order of `clips`; `probabilities` are the caller's.
 
-    script: replaces thresholds and writing, but the arm decides what enters the context. slots: clips at once, at most
-    (None: as many as memory allows). The model is as before whenever a clip is yielded, and afterwards.
+    script: texts that are given, beside those that the model writes where a threshold is reached; the arm decides what
+    of them enters the context. slots: clips at once, at most (None: as many as memory allows). The model is as before
+    whenever a clip is yielded, and afterwards.
 
     Raises InputError where the prompt and one frame exceed the budget, NotFiniteError where a logit is not finite.
     """
@@ -62,7 +63,7 @@ def free_running(
 def _run(session: Session, model: ProspectModel, source: FrameSource, script: Script | None) -> Steps[ScoredClip]:
     clip, texts = session.task, user_texts(session.task)
     inputs = (
-        FrameInput(frame, texts.get(frame, []), features, script(clip, frame) if script else None)
+        FrameInput(frame, texts.get(frame, []), features, script(clip, frame) if script else {})
         for frame, features in enumerate(_features(model, source, clip), clip.start_frame)
     )
     outputs: list[FrameOutput] = []

@@ -47,7 +47,7 @@ class FrameInput(NamedTuple):
     frame: int  # absolute
     user_texts: Sequence[str]  # before the frame
     features: Tensor  # [k, H]
-    script: Mapping[str, str | None] | None = None  # by role the text after it (None: the model writes), no thresholds
+    script: Mapping[str, str] = {}  # by role the text after it, beside those that the model writes
 
 
 class FrameOutput(NamedTuple):
@@ -122,15 +122,13 @@ class Session:
 
     def _due_texts(self, frame: FrameInput, logits: Floats) -> Mapping[str, str | None]:
         """By role, what stands after a frame; None: what the model writes."""
-        if frame.script is not None:
-            return frame.script
         due: dict[str, str | None] = {}
         for role, last in self._last_fired.items():
             rested = (frame.frame - last) / self.task.fps >= self.decoding.refractory_s - 1e-6
             if rested and float(logits[HEADS.index(HEAD_OF[role])]) >= self.decoding.thresholds[HEAD_OF[role]]:
                 due[role] = None
         self._last_fired |= dict.fromkeys(due, frame.frame)
-        return due
+        return {**due, **frame.script}
 
     # ---- writing ---------------------------------------------------------------------------------------
 

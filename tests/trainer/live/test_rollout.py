@@ -27,7 +27,7 @@ from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
-from trainer.sequence import Window, prompt_ids, user_texts, utterance
+from trainer.sequence import Window, prompt_ids, reference_updates, user_texts, utterance
 
 OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
 
@@ -150,6 +150,21 @@ def test_user_texts_stand_before_their_frame_and_no_other_turn_of_the_reference_
         "[step]S1: Put the base down[in_progress][step]S2: Attach the wheel[not_started]."
         "FF[user]and now?.FFFFFFFFF[user]well? done?.FFF"
     ]
+
+
+def test_the_reference_s_updates_stand_where_training_puts_them_and_speech_is_the_model_s(reads):
+    """Two updates that end at one frame are one text after it, S3's no text, as it has no frames."""
+    turns = [dst(102, 105, ("S1", "start")), dst(104, 105, ("S2", "start")), dst(None, None, ("S3", "start"))]
+    clip = example([*turns, turn("assistant", "not this", 102, 104)], 8)
+    updates = reference_updates(clip)
+    assert updates == {104: "S1->start, S2->start"}
+    decoding = DecodingConfig({"speaking": -np.inf, "dst_update": np.inf}, refractory_s=99)
+    script = lambda clip, frame: {"DST_UPDATE": updates[frame]} if frame in updates else {}  # noqa: E731
+    model = writer(reads, "speak+dst", {"assistant": "well"})
+    [scored] = run(model, clip, decoding=decoding, script=script)
+    assert reads.texts[0].endswith("[not_started].F[assistant]well.FFFF[DST_UPDATE]S1->start, S2->start.FFF")
+    assert scored.said == ["well", *[None] * 7]
+    assert [i for i, update in enumerate(scored.updates) if update] == [4]
 
 
 @pytest.mark.parametrize(("role", "changed_from"), [("user", 3), ("assistant", 4), ("DST_UPDATE", 4)])
