@@ -149,7 +149,7 @@ def preprocess(
     if not is_ours(out / CARD):
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
-        typer.echo(f"{manifest['quarantined']} refused: each has a line in {plain(out)}/quarantine.jsonl", err=True)
+        typer.echo(f"{manifest['quarantined']} quarantined: each has a line in {plain(out)}/quarantine.jsonl", err=True)
     return int(manifest["status"])
 
 

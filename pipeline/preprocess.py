@@ -215,7 +215,7 @@ def _refused(sources: list[Source], options: Options, any_left: bool) -> list[Re
         raise InputError(f"{refused[0]}; fix the source and run again, or drop --on-error fail")
     if not any_left:
         names = ", ".join(str(source.path) for source in sources)
-        first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
+        first = f"; the first of {len(refused)} quarantined: {refused[0]}" if refused else ""
         raise InputError(f"{names}: found no usable clip, expected at least one{first}")
     return refused
 

@@ -105,7 +105,8 @@ def running_mean(values: Values, weights: Values, half_life: float) -> Values:
 def make_figure(curves: Curves) -> Figure:
     headings = {"loss": "Loss", "norm": "Gradient norm", "rate": "Learning rate"}
     rows, heights = [["loss", "loss"], ["norm", "rate"]], [220, 120]
-    if curves.evaluations:
+    several = len(curves.evaluations) > 1  # one is a number, no curve
+    if several:
         headings["ap"] = f"Average precision on {printable(curves.evaluations[-1]['evaluation']['split'], 20)}"
         rows, heights = [rows[0], ["ap", "ap"], rows[1]], [220, 120, 120]
     figure = new_figure(90 + sum(heights) + 62 * len(heights))
@@ -114,7 +115,9 @@ def make_figure(curves: Curves) -> Figure:
     title = f"{printable(curves.run)}: {count:,} step{'s' * (count != 1)}, loss {short(curves.end('loss'))}"
     figure.suptitle(title, x=0.012, ha="left", size=17, weight="bold")
     how = f"Thin: each step. Thick, and numbers: running mean (half-life {curves.half_life:,})."
-    figure.supxlabel(how if curves.evaluations else f"Not evaluated. {how}", x=0.012, ha="left", size=11.5, color=MUTED)
+    if not several:
+        how = f"{_one_evaluation(curves.evaluations)} {how}"
+    figure.supxlabel(how, x=0.012, ha="left", size=11.5, color=MUTED)
     for name, axes in panels.items():
         axes.set_title(headings[name])
         axes.set_xlim(curves.steps[0] - 1, curves.steps[-1])
@@ -123,9 +126,17 @@ def make_figure(curves: Curves) -> Figure:
     _draw_lines(panels["loss"], curves, ["loss", *HEAD_TITLES, "lm"])
     _draw_lines(panels["norm"], curves, ["grad_norm"])
     _draw_lines(panels["rate"], curves, ["lr"], log=False)
-    if curves.evaluations:
+    if several:
         _draw_precision(panels["ap"], curves.evaluations)
     return figure
+
+
+def _one_evaluation(evaluations: Sequence[Line]) -> str:
+    if not evaluations:
+        return "Not evaluated."
+    found = evaluations[0]["evaluation"]
+    aps = " and ".join(f"{name} {short(found[head]['ap'])}" for head, name in HEAD_TITLES.items() if head in found)
+    return f"Evaluated once, at step {evaluations[0]['step']:,}: average precision {aps}."
 
 
 def _draw_lines(axes: Axes, curves: Curves, names: Sequence[str], log: bool = True) -> None:
