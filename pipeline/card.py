@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 import pyarrow as pa
 
 from pipeline.schema import CLIPS, FRAMES
@@ -47,6 +46,8 @@ def _signed(text: str) -> bytes:
 
 def _text(manifest: dict[str, Any]) -> str:
     """The card without its last line. It may be published: files and the folder of the frames go by their names."""
+    import jinja2
+
     root = manifest["options"]["frames_root"]
 
     def published(text: str) -> str:
