@@ -16,17 +16,22 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
+from scipy import stats
 from scipy.special import expit
 from sklearn.metrics import precision_recall_curve
 
 from pipeline.errors import InputError
 from pipeline.terminal import command
+from trainer.arms import find_rung
 from trainer.config import MODES, SELF_FED
-from trainer.evaluation.metrics import value_at
+from trainer.evaluation.ladder import NO_LARGER, SMALL, UNDECIDED, verdict_of
+from trainer.evaluation.metrics import METRICS, value_at
 from trainer.evaluation.plots import NEVER, Curve, Line, format_number
+from trainer.evaluation.tables import BASELINES
 from trainer.run_log import read_metrics
 
 Row = dict[str, Any]
+IMPROVING: Final = "was still improving"
 MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
 
 
@@ -38,6 +43,8 @@ class Benchmark:
     info: Row  # benchmark.json
     arms: list[Row]  # arm, mode, metric, value, low, high, seeds, recordings
     comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, seed_share, seeds, recordings
+    windows: pl.DataFrame  # rung, seed, mode, width_s, early_s, late_s, f1, metronome_f1
+    groups: list[Row]  # by, group, rung, mode, value, low, high, seeds, recordings, events
     metrics: dict[tuple[str, int], Row]  # (arm, seed) -> its metrics.json; a run that has none is absent
 
     @property
@@ -49,6 +56,11 @@ class Benchmark:
     def rungs(self) -> list[str]:
         """Those that were measured, from the lowest."""
         return list(self.info["rungs"])
+
+    @property
+    def trained(self) -> list[str]:
+        """Those of them that are models of their own."""
+        return [rung for rung in self.rungs if find_rung(rung).kind == "arm"]
 
     @property
     def margin(self) -> float:
@@ -99,9 +111,10 @@ def read_benchmark(out: Path) -> Benchmark:
     """What is in OUT. InputError where it is no benchmark's folder."""
     try:
         info = json.loads((out / "benchmark.json").read_bytes())
-        paths = (out / f"{name}.parquet" for name in ("arms", "comparisons"))
-        arms, comparisons = (pl.read_parquet(path, glob=False).fill_nan(None).to_dicts() for path in paths)
-        bench = Benchmark(out, info, arms, comparisons, {})
+        names = ("arms", "comparisons", "groups", "windows")
+        tables = [pl.read_parquet(out / f"{name}.parquet", glob=False).fill_nan(None) for name in names]
+        arms, comparisons, groups = (table.to_dicts() for table in tables[:3])
+        bench = Benchmark(out, info, arms, comparisons, tables[3], groups, {})
         for arm, seed in product(info["rungs"], info["seeds"]):
             path = bench.run(arm, seed) / "scores" / "metrics.json"
             if path.is_file():
@@ -114,15 +127,6 @@ def read_benchmark(out: Path) -> Benchmark:
 
 # ---- levels without a model --------------------------------------------------------------------------
 
-_BASELINES: Final = {  # metric -> where metrics.json holds its level without a model
-    "event_f1": "speaking.events.metronome.f1",
-    "dst_event_f1": "dst_update.events.metronome.f1",
-    "speaking_ap": "speaking.frames.chance",
-    "speaking_ap_alone": "speaking.frames.alone.chance",
-    "dst_ap": "dst_update.frames.chance",
-    "joint_state_accuracy": "state.joint_accuracy_never_updating",
-}
-
 
 class Baseline(NamedTuple):
     """What a metric is without a model, and who gets it: 'a metronome every 6 s'."""
@@ -134,14 +138,14 @@ class Baseline(NamedTuple):
 def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
     """None where it was not measured, or the metric has no such level. The metronome's period was chosen on val."""
     if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
-        return Baseline(0.5, "guessing") if bench.of_reference(mode, "speaking.frames") else None
-    path = _BASELINES.get(metric, "")
+        return Baseline(0.5, "chance") if bench.of_reference(mode, "speaking.frames") else None
+    path, name = BASELINES.get(METRICS[metric].path, ("", ""))
     value = bench.of_reference(mode, path)
     if value is None:
         return None
     if "metronome" in path:
-        return Baseline(value, f"a metronome every {bench.of_reference(mode, path.replace('f1', 'period_s')):g} s")
-    return Baseline(value, NEVER if metric == "joint_state_accuracy" else "guessing")
+        name += f" every {bench.of_reference(mode, path.replace('f1', 'period_s')):g} s"
+    return Baseline(value, name)
 
 
 def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
@@ -189,7 +193,7 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
     Precision at each of 101 recalls is that of the highest threshold that reaches it.
     """
     curves, chance, recalls = [], None, np.linspace(0, 1, 101)
-    for arm in bench.rungs:
+    for arm in bench.trained:
         lines = []
         for scores in speaking_scores(bench, arm, mode):
             known = scores.filter(pl.col("speaking_label") >= 0)
@@ -209,7 +213,7 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
 def reliability(bench: Benchmark, mode: str) -> list[Curve]:
     """Per arm the share of positives over the mean probability, in bins; thick: the frames of all seeds together."""
     curves, count = [], bench.info["settings"]["bins"]
-    for arm in bench.rungs:
+    for arm in bench.trained:
         bins = []
         for scores in speaking_scores(bench, arm, mode):
             known = scores.filter(pl.col("speaking_label") >= 0)
@@ -249,6 +253,31 @@ def _over_parts(name: str, shares: Sequence[Sequence[float | None]], whole: floa
     by_seed = np.array(shares, np.float64)
     middles = (np.arange(by_seed.shape[1]) + 0.5) * 100 / by_seed.shape[1]
     return Curve(name, [(middles, line) for line in by_seed], (middles, by_seed.mean(axis=0)), format_number(whole))
+
+
+def convergence(bench: Benchmark) -> dict[str, str]:
+    """Trained rung -> 'had converged', ...: whether its speaking AP still moved in the last third of its steps.
+
+    A straight line by least squares, with an intercept per seed; its rise over that third is judged as an effect is.
+    """
+    return {curve.arm: _converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
+
+
+def _converged(seeds: Sequence[Line], margin: float) -> str:
+    end = max(steps[-1] for steps, _ in seeds)
+    lasts = [(steps[steps >= end * 2 / 3], aps[steps >= end * 2 / 3]) for steps, aps in seeds]
+    x, y = (np.concatenate([line[axis] - line[axis].mean() for line in lasts if len(line[0])]) for axis in (0, 1))
+    freedom, spread = len(x) - len(lasts) - 1, float(x @ x)
+    if freedom < 1 or not spread:
+        return "was evaluated too seldom to tell whether it had converged"
+    slope = float(x @ y) / spread
+    error = float(stats.t.ppf(0.975, freedom)) * float(np.sqrt(((y - slope * x) ** 2).sum() / freedom / spread))
+    verdict = verdict_of((slope - error) * end / 3, (slope + error) * end / 3, margin)
+    if verdict in (NO_LARGER, SMALL):
+        return "had converged"
+    if verdict == UNDECIDED:
+        return "may or may not have converged"
+    return f"{IMPROVING if slope > 0 else 'was getting worse'} by {abs(slope) * 100:.3f} AP per 100 steps"
 
 
 def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:

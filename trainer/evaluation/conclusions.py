@@ -6,24 +6,110 @@ allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Final
 
 from pipeline.terminal import counted
+from trainer.arms import find_rung
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED
-from trainer.evaluation.benchmark_folder import Benchmark, Row, baseline, greatest_difference, why_missing
+from trainer.evaluation.benchmark_folder import IMPROVING, Benchmark, Row, convergence, greatest_difference, why_missing
 from trainer.evaluation.bootstrap import Comparison, answer
+from trainer.evaluation.ladder import (
+    BEATS,
+    CHAIN,
+    NO_LARGER,
+    PRIMARY,
+    QUESTION,
+    SMALL,
+    UNDECIDED,
+    WORSE,
+    Step,
+    ladder_steps,
+    tells,
+    top_rung,
+)
 from trainer.evaluation.metrics import METRICS, Metric
 from trainer.evaluation.plots import format_interval, format_number
 
 HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
 FEW_SEEDS, FEW_RECORDINGS = 3, 20  # under which the page says so
 WITHOUT_CONTENT: Final = "speak+markers"
+SOURCES: Final = {  # what each rung of CHAIN has more than the one before it
+    "metronome": "the clock",
+    "history": "history",
+    "texts": "texts",
+    "speak": "pictures",
+    "speak+dst": "own state",
+}
 
 
 def headline(bench: Benchmark) -> str:
-    """The answer as a sentence; where no two arms were compared, the reason."""
+    """The answer in two sentences."""
+    return " ".join(opening(bench))
+
+
+def opening(bench: Benchmark) -> list[str]:
+    """What tells when to speak, then the ladder's steps in numbers; where there is no ladder, the question's answer."""
+    top, told = top_rung(bench), tells(bench)
+    if top is None:
+        return [question(bench)]
+    steps = {step.rung: step for step in ladder_steps(bench)}
+    lowest, *others = top.chain
+    of_clock = lowest == "metronome"
+    if told:
+        sources = _listed([name for rung in told for name in _sources(steps[rung])])
+        first = f"On these data, when to speak is told by {sources}{'' if of_clock else f', beyond what {lowest} has'}"
+    elif of_clock:
+        first = "On these data nothing is shown to tell when to speak better than a metronome"
+    else:
+        first = f"On these data nothing is shown to tell when to speak beyond what {lowest} has"
+    if top.decided:
+        first += f"; {top.rung} is the lowest rung that reaches the top"
+        first += "" if top.rung == top.chain[-1] else f": those above add {bench.margin:g} event F1 at most"
+    else:
+        first += f"; no rung is shown to beat {top.rung}, but whether one does, by over {bench.margin:g}, is undecided"
+    numbers = [f"{lowest} {format_number(steps[lowest].value)}"]
+    numbers += [f"{_listed(_sources(steps[rung]))} {_step(bench, steps[rung])}" for rung in others]
+    text = f"Event F1 ({bench.mode}, {_size(bench, top.chain)}): {', '.join(numbers)}"
+    scripted = steps.get("true-state")
+    text += f"; the true state would add {_step(bench, scripted)}" if scripted and scripted.below == QUESTION[0] else ""
+    return [f"{first}.", f"{text}."]
+
+
+def leaks(bench: Benchmark) -> Iterator[str]:
+    """That seeing was not needed, and that the context gives the answer away: of each mode the lowest such rung."""
+    for mode in bench.modes:
+        top = top_rung(bench, mode)
+        for blind in ("history", "texts"):
+            row = bench.comparison("speak", blind, mode, PRIMARY)
+            near = row.get("high") is not None and row["high"] <= bench.margin
+            if near and top and top.rung != top.chain[0]:
+                yield (
+                    f"Seeing was not needed ({mode}): {blind}, which sees no picture, comes within {bench.margin:g} "
+                    f"event F1 of speak (speak minus {blind}: {_difference(row)})."
+                )
+                yield from _given_away(bench, blind) if mode == TEACHER_FORCED else ()
+                break
+
+
+def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
+    """That a rung without pictures is much better on the reference's context than on its own."""
+    forced, free = (bench.arm(blind, mode, PRIMARY) for mode in MODES)
+    if forced.get("low") is None or free.get("high") is None or forced["low"] <= free["high"] + bench.margin:
+        return
+    values = [format_interval(row["value"], row["low"], row["high"]) for row in (forced, free)]
+    text = (
+        f"The reference's context gives away when to speak: on it {blind} reaches {values[0]}, on its own {values[1]}."
+    )
+    row = bench.comparison("texts", "history", TEACHER_FORCED, PRIMARY)
+    if blind == "texts" and (row.get("low") or 0.0) > bench.margin:
+        text += f" The times of past events do not ({_difference(row)} over history): look for a text before its event."
+    yield text
+
+
+def question(bench: Benchmark) -> str:
+    """The answer to the question that was settled beforehand; where its arms were not compared, the reason."""
     name, a, b = bench.primary
     metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
     if row:
@@ -45,6 +131,7 @@ def limits(bench: Benchmark) -> list[str]:
         *_exposure(bench),
         *_announcement(bench),
         *_precision(bench),
+        *_unfinished(bench),
         *_stopping(bench),
     ]
 
@@ -61,7 +148,7 @@ def one_seed(bench: Benchmark) -> str:
 def harness_check(bench: Benchmark) -> tuple[str, str]:
     """('passed', 'failed' or 'skipped', the sentence): direct and inverted heads are the same model, and must agree."""
     if not {"silence", "speak"} <= set(bench.rungs):
-        return "skipped", "Harness not checked: that needs the arms silence and speak, which must come out equal."
+        return "skipped", ""
     difference = greatest_difference(bench, "silence", "speak", TEACHER_FORCED)
     if difference is None:
         return "skipped", "Harness not checked: there are no scores of silence and speak on the same frames."
@@ -97,17 +184,18 @@ def _missing(bench: Benchmark) -> Iterator[str]:
 
 
 def _no_skill(bench: Benchmark) -> Iterator[str]:
-    """That event F1 shows no skill, where a metronome gets as much."""
-    metronome = baseline(bench, bench.mode, "event_f1")
-    rows = [bench.arm(arm, bench.mode, "event_f1") for arm in bench.rungs]
-    known = [row for row in rows if row.get("value") is not None]
-    if metronome and known and not any((row["low"] or 0.0) > metronome.value for row in known):
-        verb = "beats" if all(row["value"] <= metronome.value for row in known) else "is shown to beat"
+    """That event F1 shows no skill, where nothing is shown to beat a metronome."""
+    top = top_rung(bench)
+    if top and top.rung == "metronome":
         window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
-        yield (
-            f"No arm {verb} {metronome.name} ({format_number(metronome.value)}): at this window ({window}) event F1 "
-            "does not show skill; narrow it with --early-s and --late-s."
-        )
+        yield f"At this window ({window}) event F1 does not show skill; narrow it with --early-s and --late-s."
+
+
+def _unfinished(bench: Benchmark) -> Iterator[str]:
+    """Which arms of the question still improved when training ended."""
+    for rung, text in convergence(bench).items():
+        if rung in bench.primary[1:] and text.startswith(IMPROVING):
+            yield f"{rung} {text} when training ended: more --steps may change the answer."
 
 
 def _exposure(bench: Benchmark) -> Iterator[str]:
@@ -186,6 +274,30 @@ def _stopping(bench: Benchmark) -> Iterator[str]:
 
 
 # ---- words -------------------------------------------------------------------------------------------
+
+
+def _sources(step: Step) -> list[str]:
+    """What the rung has more than the one below it, which need not be the next."""
+    lower = CHAIN.index(step.below) if step.below else -1
+    return [SOURCES[rung] for rung in CHAIN[lower + 1 : CHAIN.index(step.rung) + 1]]
+
+
+def _step(bench: Benchmark, step: Step) -> str:
+    """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
+    words = {BEATS: "", WORSE: "worse", UNDECIDED: "undecided", SMALL: f"under {bench.margin:g}"}
+    words[NO_LARGER] = f"no more than {bench.margin:g}"
+    numbers = format_interval(step.difference, step.low, step.high, signed=True)
+    return f"{numbers} ({words[step.verdict]})" if words[step.verdict] else numbers
+
+
+def _size(bench: Benchmark, rungs: Sequence[str]) -> str:
+    seeds = sorted({bench.arm(rung, bench.mode, PRIMARY)["seeds"] for rung in rungs if find_rung(rung).kind == "arm"})
+    few = f"{seeds[0]} to " if len(seeds) > 1 else ""
+    return f"{counted(bench.info['recordings'], 'recording')}, {few}{counted(seeds[-1] if seeds else 1, 'seed')}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _named(metric: Metric) -> str:

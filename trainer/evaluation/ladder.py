@@ -107,12 +107,8 @@ class Top:
 
     rung: str  # the lowest that no higher rung is shown to beat
     within: str  # the lowest that no higher rung beats by more than the margin, and shown so; at worst the highest
+    decided: bool  # whether the rungs above `rung` are shown to add no more than the margin to it
     chain: tuple[str, ...]  # the rungs measured, from the lowest
-
-    @property
-    def decided(self) -> bool:
-        """Whether what lies above `rung` is shown to add no more than the margin."""
-        return self.chain.index(self.within) <= self.chain.index(self.rung)
 
 
 def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
@@ -128,7 +124,7 @@ def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
             unbeaten.append(rung)
         if all(row.get("high") is not None and row["high"] <= bench.margin + _ROUNDING for row in rows):
             within.append(rung)
-    return Top(unbeaten[0], within[0], chain)
+    return Top(unbeaten[0], within[0], unbeaten[0] in within, chain)
 
 
 def tells(bench: Benchmark, mode: str | None = None) -> list[str]:

@@ -40,6 +40,9 @@ INK, MUTED, GRID, WHITE = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
 FALSE_ALARM, SPEAKING, DST = "#cf222e", "#2563eb", "#d97706"
 # arm -> (colour, on a dark page, line style); after Okabe and Ito's palette, with more contrast to white
 ARM_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
+    "metronome": ("#3d4650", "#c3cad3", (0, (1, 3))),
+    "history": ("#6639ba", "#b794f6", (0, (3, 1, 1, 1))),
+    "true-state": ("#a40e26", "#ff8f9c", ":"),
     "silence": ("#6e7781", "#a5adb8", ":"),
     "lm-eos": ("#a8478f", "#dd8fc4", "-."),
     "texts": ("#4b5fc4", "#9aa8f0", ":"),
@@ -144,77 +147,55 @@ def css_colours(dark: bool = False) -> str:
     return " ".join(f"--x{light[1:]}: {there if dark else light};" for light, there in DARK.items())
 
 
-# ---- forest plots ------------------------------------------------------------------------------------
+# ---- the ladder --------------------------------------------------------------------------------------
 
 
 class Mark(NamedTuple):
     """One value with its interval, None where undefined."""
 
-    mode: str
     value: float | None
     low: float | None = None
     high: float | None = None
+    below: float | None = None  # the value of the rung below
+    step: str = ""  # the difference to it, in words
 
 
-class Row(NamedTuple):
+class RungRow(NamedTuple):
     name: str
     colour: str
-    marks: Sequence[Mark]  # one per mode
+    marks: Sequence[Mark]  # one per panel
 
 
-class Forest(NamedTuple):
-    """One panel; `line` (x, name) is what the marks are to be compared with."""
-
-    heading: str
-    rows: Sequence[Row]
-    line: tuple[float, str] | None
-    signed: bool = False
-
-
-def forest(panels: Sequence[Forest]) -> Figure:
-    """Panels below each other, one line per row and mode: hollow teacher-forced, filled otherwise."""
-    heights = [sum(len(row.marks) + 0.7 for row in panel.rows) for panel in panels]
-    figure = new_figure(sum(17 * height + 78 for height in heights) + 16)
-    all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, panel, height in zip(all_axes, panels, heights, strict=True):
-        axes.set_title(panel.heading, pad=22)
-        axes.set_ylim(height, 0)
-        _draw_rows(axes, panel)
-    modes = dict.fromkeys(mark.mode for panel in panels for row in panel.rows for mark in row.marks)
-    points = [_point("o", MUTED, mode, mfc=WHITE if mode == TEACHER_FORCED else MUTED) for mode in modes]
-    figure.legend(handles=points, loc="outside upper right", ncols=2, labelcolor=MUTED, handlelength=1)
+def ladder(rows: Sequence[RungRow], panels: Sequence[str], measure: str) -> Figure:
+    """Panels side by side, the lowest rung at the bottom; the broad bar is the step from the rung below."""
+    figure = new_figure(38 * len(rows) + 74)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for place, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
+        axes.set_title(panel)
+        axes.set(ylim=(-0.5, len(rows) - 0.4), xlabel=measure)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.margins(x=0.08)
+        for y, row in enumerate(rows):
+            _draw_mark(axes, row.marks[place], row.colour, y, hollow=panel == TEACHER_FORCED)
+    all_axes[0].set_yticks(range(len(rows)), [printable(row.name, 30) for row in rows], size=12, weight="bold")
+    for label, row in zip(all_axes[0].get_yticklabels(), rows, strict=True):
+        label.set_color(row.colour)
     return figure
 
 
-def _draw_rows(axes: Axes, panel: Forest) -> None:
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-    axes.margins(x=0.08)
-    y, middles = 0.85, []
-    for row in panel.rows:
-        middles.append(y + (len(row.marks) - 1) / 2)
-        for mark in row.marks:
-            _draw_mark(axes, mark, row.colour, y, panel.signed)
-            y += 1
-        y += 0.7
-    axes.set_yticks(middles, [printable(row.name, 30) for row in panel.rows], size=12, weight="bold")
-    for label, row in zip(axes.get_yticklabels(), panel.rows, strict=True):
-        label.set_color(row.colour)
-    if panel.line:
-        at, name = panel.line
-        axes.axvline(at, color=INK if panel.signed else MUTED, linewidth=1.2, linestyle="-" if panel.signed else "--")
-        axes.text(at, 1.02, name, transform=axes.get_xaxis_transform(), size=11, color=MUTED, ha="center")
-
-
-def _draw_mark(axes: Axes, mark: Mark, colour: str, y: float, signed: bool) -> None:
-    """Point, interval, and both as numbers at the right."""
+def _draw_mark(axes: Axes, mark: Mark, colour: str, y: float, hollow: bool) -> None:
+    """Step, interval and point; at the right the value and the step as numbers."""
     if mark.value is not None:
+        if mark.below is not None:
+            axes.plot([mark.below, mark.value], [y, y], color=GRID, linewidth=9, solid_capstyle="butt", zorder=2)
         if mark.low is not None and mark.high is not None:
             axes.plot([mark.low, mark.high], [y, y], color=colour, linewidth=1.8, zorder=3)
-        inside = WHITE if mark.mode == TEACHER_FORCED else colour
+        inside = WHITE if hollow else colour
         axes.plot([mark.value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
-    numbers = format_interval(mark.value, mark.low, mark.high, signed)
-    axes.text(1.02, y, numbers, transform=axes.get_yaxis_transform(), va="center", size=11)
+    right, numbers = axes.get_yaxis_transform(), format_interval(mark.value, mark.low, mark.high)
+    axes.text(1.03, y + (0.2 if mark.step else 0), numbers, transform=right, va="center", size=11)
+    axes.text(1.03, y - 0.2, mark.step, transform=right, va="center", size=10.5, color=MUTED)
 
 
 def _point(marker: str, colour: str, label: str, **style: Any) -> Line2D:

@@ -6,7 +6,7 @@ they are there), so the page can be written again at any time. No script, nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from trainer.evaluation.benchmark_folder import (
     Benchmark,
     Row,
     baseline,
+    convergence,
     precision_recall,
     read_benchmark,
     reliability,
@@ -33,9 +34,20 @@ from trainer.evaluation.benchmark_folder import (
     training_curves,
 )
 from trainer.evaluation.disagreements import find_disagreements
+from trainer.evaluation.ladder import PRIMARY, Step, ladder_steps, pairs_of
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.plots import Forest, Mark, Panel, arm_colour, css_colour, format_number
+from trainer.evaluation.plots import (
+    Curve,
+    Mark,
+    Panel,
+    arm_colour,
+    css_colour,
+    format_interval,
+    format_number,
+    printable,
+)
 
+MOST_GROUPS: Final = 12  # of a kind, on the page
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
 _DIAGONAL: Final = (np.array([0.0, 1.0]), np.array([0.0, 1.0]), "")
@@ -62,17 +74,23 @@ def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> P
 def page_data(bench: Benchmark) -> dict[str, Any]:
     """All that the template shows; draws the figures into OUT/figures on the way."""
     info, (metric, a, b) = bench.info, bench.primary
-    rows = [row | {"heading": _heading(row["metric"])} for row in bench.comparisons]
+    interest = pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
+    rows = [row | {"heading": _heading(row["metric"])} for row in bench.comparisons if (row["a"], row["b"]) in interest]
     rows.sort(key=lambda row: (not row["primary"], [*METRICS].index(row["metric"])))
     clips, about = find_disagreements(bench, a, b)
     return {
-        "headline": conclusions.headline(bench),
+        "opening": conclusions.opening(bench),
+        "leaks": [*conclusions.leaks(bench)],
+        "question": conclusions.question(bench),
         "one_seed": conclusions.one_seed(bench),
         "harness": conclusions.harness_check(bench),
         "limits": conclusions.limits(bench),
         "size": conclusions.data_size(info),
         "colours": {"light": plots.css_colours(), "dark": plots.css_colours(dark=True)},
-        "arms": {arm: {"about": find_rung(arm).uses, "colour": css_colour(arm_colour(arm))} for arm in bench.rungs},
+        "arms": {rung: {"about": find_rung(rung), "colour": css_colour(arm_colour(rung))} for rung in bench.rungs},
+        "steps": ladder_steps(bench),
+        "groups": {by: found for by in ("dataset", "task") if len(found := _groups(bench, by)) > 1},
+        "convergence": convergence(bench),
         "figures": {name: _draw(bench, name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
         "primary": {"metric": metric, "a": a, "b": b, "arm": a if a in bench.rungs else bench.rungs[0]},
@@ -89,6 +107,15 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "mode": bench.mode,
         "thresholds_from": sorted({run["thresholds_from"] for run in bench.metrics.values()} - {None}),
     }  # fmt: skip
+
+
+def _groups(bench: Benchmark, by: str) -> dict[str, dict[str, Row]]:
+    """Group -> rung -> its row in the mode of the answer; those with most speech first."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in bench.groups:
+        if row["by"] == by and row["mode"] == bench.mode:
+            found.setdefault(printable(row["group"], 40), {})[row["rung"]] = row
+    return dict([*found.items()][:MOST_GROUPS])
 
 
 def _heading(name: str) -> str:
@@ -122,15 +149,11 @@ def _draw(bench: Benchmark, name: str, make: Callable[[], Figure], label: str) -
 
 def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
     """Name of its files -> (what draws it, accessible name); `state` only where some arm tells the state."""
-    metrics = list(dict.fromkeys((bench.primary[0], "speaking_ap")))
-    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in bench.comparisons))
     training = [
         _training_panel(bench, head, name) for head, name in (("speaking", "Speaking"), ("dst_update", "DST update"))
     ]
-    forests = {"arms": [_arms_forest(bench, metric) for metric in metrics]}
-    if pairs:
-        forests["differences"] = [_differences_forest(bench, metric, pairs) for metric in metrics]
     panels = {
+        "windows": ([_window_panel(bench, mode) for mode in bench.modes], "F1 at the widest"),
         "precision-recall": ([_pr_panel(bench, mode) for mode in MODES], "AP"),
         "reliability": ([_reliability_panel(bench, mode) for mode in MODES], "ECE"),
         "training": (training, "last AP"),
@@ -141,31 +164,45 @@ def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
         state = Panel(heading, curves, "% of the clip", "share of frames", x_end=100, dots=True)
         panels["state"] = ([state], "in the whole clip")
     return {
-        **{name: (partial(plots.forest, forest), forest[0].heading) for name, forest in forests.items()},
+        "ladder": (partial(plots.ladder, _ladder_rows(bench), bench.modes, METRICS[PRIMARY].label), "the ladder"),
         **{name: (partial(plots.curve_panels, *drawn), name) for name, drawn in panels.items()},
     }
 
 
-def _arms_forest(bench: Benchmark, metric: str) -> Forest:
-    levels = [level for mode in bench.modes if (level := baseline(bench, mode, metric))]  # the same in every mode
-    line = (levels[0].value, f"{levels[0].name}: {format_number(levels[0].value)}") if levels else None
-    arms = bench.rungs
-    cells = {arm: [bench.arm(arm, mode, metric) or {"mode": mode} for mode in bench.modes] for arm in arms}
-    return Forest(_heading(metric), [_row(arm, arm_colour(arm), row, "value") for arm, row in cells.items()], line)
+def _ladder_rows(bench: Benchmark) -> list[plots.RungRow]:
+    by_mode = [{step.rung: step for step in ladder_steps(bench, mode)} for mode in bench.modes]
+    return [
+        plots.RungRow(find_rung(rung).label, arm_colour(rung), [_mark(bench, steps, rung, mode) for mode, steps in
+                                                               zip(bench.modes, by_mode, strict=True)])
+        for rung in bench.rungs
+    ]  # fmt: skip
 
 
-def _differences_forest(bench: Benchmark, metric: str, pairs: Sequence[tuple[str, str]]) -> Forest:
-    cells = {
-        f"{a} - {b}": [bench.comparison(a, b, mode, metric) or {"mode": mode} for mode in bench.modes] for a, b in pairs
-    }
-    side = "right" if METRICS[metric].higher_is_better else "left"
-    heading = f"Difference in {_heading(metric)}: {side} of the line the first is better"
-    rows = [_row(pair, plots.INK, row, "difference") for pair, row in cells.items()]
-    return Forest(heading, rows, (0.0, "no difference"), signed=True)
+def _mark(bench: Benchmark, steps: dict[str, Step], rung: str, mode: str) -> Mark:
+    row, step = bench.arm(rung, mode, PRIMARY), steps.get(rung)
+    ends = (row.get("value"), row.get("low"), row.get("high"))
+    if step is None or step.below is None:
+        return Mark(*ends)
+    told = format_interval(step.difference, step.low, step.high, signed=True)
+    return Mark(*ends, steps[step.below].value, f"{told} on {step.below}")
 
 
-def _row(name: str, colour: str, cells: Sequence[Row], value: str) -> plots.Row:
-    return plots.Row(name, colour, [Mark(c["mode"], c.get(value), c.get("low"), c.get("high")) for c in cells])
+def _window_panel(bench: Benchmark, mode: str) -> Panel:
+    """Event F1 over the width of the window; dashed: the metronome."""
+    rows, curves = bench.windows.filter(mode=mode).sort("width_s"), []
+    for rung in (name for name in bench.rungs if name != "metronome"):
+        of_rung = rows.filter(rung=rung)
+        lines = [
+            (of_seed["width_s"].to_numpy(), of_seed["f1"].to_numpy())
+            for _, of_seed in of_rung.group_by("seed", maintain_order=True)
+        ]
+        if lines:
+            mean = np.mean([f1 for _, f1 in lines], axis=0)
+            curves.append(Curve(rung, lines, (lines[0][0], mean), format_number(float(mean[-1]))))
+    beside = rows.unique("width_s").sort("width_s").drop_nulls("metronome_f1")
+    line = (beside["width_s"].to_numpy(), beside["metronome_f1"].to_numpy(), "") if len(beside) else None
+    widest = float(rows["width_s"].max() or 0)
+    return Panel(f"Event F1, {mode}", curves, "width of the window (s)", "event F1", line, widest, dots=True)
 
 
 def _pr_panel(bench: Benchmark, mode: str) -> Panel:

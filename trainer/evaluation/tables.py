@@ -14,25 +14,32 @@ if TYPE_CHECKING:
     from trainer.evaluation.evaluate_scores import Evaluation
     from trainer.teacher_forced import EvalReport
 
-_ROWS: Final = (  # section, label, path in one mode's metrics, format, path and name of what to compare it with
-    ("speaking", "average precision", "speaking.frames.ap", ".3f", "speaking.frames.chance", "chance"),
-    ("speaking", "  at frames without DST update", "speaking.frames.alone.ap", ".3f", "speaking.frames.alone.chance",
-     "chance"),
-    ("speaking", "calibration error", "speaking.frames.calibration.ece", ".3f", "", ""),
-    ("speaking", "event F1", "speaking.events.f1", ".3f", "speaking.events.metronome.f1", "a metronome"),
-    ("speaking", "  precision", "speaking.events.precision", ".3f", "", ""),
-    ("speaking", "  recall", "speaking.events.recall", ".3f", "", ""),
-    ("speaking", "  reactive", "speaking.events.reactive.f1", ".3f", "", ""),
-    ("speaking", "  proactive", "speaking.events.proactive.f1", ".3f", "", ""),
-    ("speaking", "median latency, s", "speaking.events.median_latency_s", "+.2f", "", ""),
-    ("speaking", "false alarms per quiet hour", "speaking.events.false_alarms_per_quiet_hour", ".1f", "", ""),
-    ("speaking", "duplicates per event", "speaking.events.duplicates_per_event", ".3f", "", ""),
-    ("speaking", "F1 by what was said", "dialogue.f1", ".3f", "", ""),
-    ("DST updates", "average precision", "dst_update.frames.ap", ".3f", "dst_update.frames.chance", "chance"),
-    ("DST updates", "event F1", "dst_update.events.f1", ".3f", "dst_update.events.metronome.f1", "a metronome"),
-    ("state", "joint accuracy", "state.joint_accuracy", ".3f", "state.joint_accuracy_never_updating", "never updating"),
-    ("state", "transition F1", "state.transitions.f1", ".3f", "", ""),
-)  # fmt: skip
+BASELINES: Final = {  # path of a metric -> path and name of its level without a model
+    "speaking.events.f1": ("speaking.events.metronome.f1", "a metronome"),
+    "dst_update.events.f1": ("dst_update.events.metronome.f1", "a metronome"),
+    "speaking.frames.ap": ("speaking.frames.chance", "chance"),
+    "speaking.frames.alone.ap": ("speaking.frames.alone.chance", "chance"),
+    "dst_update.frames.ap": ("dst_update.frames.chance", "chance"),
+    "state.joint_accuracy": ("state.joint_accuracy_never_updating", "never updating"),
+}
+_ROWS: Final = (  # section, label, path in one mode's metrics, format
+    ("speaking", "average precision", "speaking.frames.ap", ".3f"),
+    ("speaking", "  at frames without DST update", "speaking.frames.alone.ap", ".3f"),
+    ("speaking", "calibration error", "speaking.frames.calibration.ece", ".3f"),
+    ("speaking", "event F1", "speaking.events.f1", ".3f"),
+    ("speaking", "  precision", "speaking.events.precision", ".3f"),
+    ("speaking", "  recall", "speaking.events.recall", ".3f"),
+    ("speaking", "  reactive", "speaking.events.reactive.f1", ".3f"),
+    ("speaking", "  proactive", "speaking.events.proactive.f1", ".3f"),
+    ("speaking", "median latency, s", "speaking.events.median_latency_s", "+.2f"),
+    ("speaking", "false alarms per quiet hour", "speaking.events.false_alarms_per_quiet_hour", ".1f"),
+    ("speaking", "duplicates per event", "speaking.events.duplicates_per_event", ".3f"),
+    ("speaking", "F1 by what was said", "dialogue.f1", ".3f"),
+    ("DST updates", "average precision", "dst_update.frames.ap", ".3f"),
+    ("DST updates", "event F1", "dst_update.events.f1", ".3f"),
+    ("state", "joint accuracy", "state.joint_accuracy", ".3f"),
+    ("state", "transition F1", "state.transitions.f1", ".3f"),
+)
 _NAMES: Final = {metric.path: metric.name for metric in METRICS.values()}
 MAX_TASKS: Final = 10  # in the printed table; metrics.json has all
 
@@ -48,7 +55,8 @@ def render_evaluation(evaluation: Evaluation) -> Any:
         return Group(*tables, *evaluation.notes)
     rows = table(f"on {plain(evaluation.split)}", *modes, "to compare with")
     section = ""
-    for title, name, path, how, other_path, other in _ROWS:
+    for title, name, path, how in _ROWS:
+        other_path, other = BASELINES.get(path, ("", ""))
         values, others = ([value_at(report, p) for report in modes.values()] for p in (path, other_path))
         if any(value is not None for value in values):
             if title != section:

@@ -27,6 +27,7 @@ VALUES: dict[tuple[str, str], float | None] = {
     ("speak+markers", "teacher-forced"): 0.6, ("speak+markers", "self-fed"): 0.525,
 }  # fmt: skip
 PAIRS = (("speak+dst", "speak"), ("speak+dst", "speak+markers"), ("speak+markers", "speak"), ("silence", "speak"))
+TASKS = {"make tea": 0.25, "bake": 0.75}
 METRICS = ("event_f1", "speaking_ap", "median_latency_s")
 NEVER = {"joint_accuracy_never_updating": 0.375, "over_time_never_updating": [0.75, 0.0, None, None]}
 STATES = {  # of speak+dst by seed; clips in 4 parts, the last without a frame
@@ -70,6 +71,14 @@ def make_benchmark(out: Path, fake: Fake | None = None) -> Path:
     _write_table(out / "arms.parquet", arms)
     _write_table(out / "results.parquet", [{**row, "seed": seed} for row in arms for seed in fake.seeds])
     _write_table(out / "comparisons.parquet", comparisons)
+    cells = [*product(fake.arms, fake.seeds, fake.modes, (3.0, 6.0))]
+    windows = [{"rung": rung, "seed": seed, "mode": mode, "width_s": width, "f1": width / 10 + seed / 100,
+                "metronome_f1": width / 20} for rung, seed, mode, width in cells]  # fmt: skip
+    _write_table(out / "windows.parquet", windows)
+    groups = [{"by": "task", "group": task, "rung": rung, "mode": mode, "recordings": 2, "events": 6, "seeds": 2,
+               "value": value, "low": value - 0.1, "high": value + 0.1}
+              for (task, value), rung, mode in product(TASKS.items(), fake.arms, fake.modes)]  # fmt: skip
+    _write_table(out / "groups.parquet", groups)
     return out
 
 
@@ -109,6 +118,7 @@ def _info(fake: Fake, data: Path) -> dict[str, Any]:
         "hashes": {f"{arm}/seed-{seed}": "ab" * 32 for arm in fake.arms for seed in fake.seeds},
         "machine": "2 cores",
         "seconds": 61.5,
+        "cost": {rung: {"runs": 2, "steps": 600, "tokens": 123456, "seconds": 90.0} for rung in fake.arms},
         "draws": 10000,
         "label_rule": "onset",
     }
