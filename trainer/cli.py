@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -30,6 +30,8 @@ from trainer.plan import MOST_SEEDS, Plan, check_plan, ladder
 app = new_app()
 app.registered_commands += pipeline_app.registered_commands
 Config = TypeVar("Config")
+NANO = {"steps": 250, "lr": 3e-3}  # what `benchmark` takes for this model unless told otherwise
+SYNTH_WINDOW = {"early_s": 1.0, "late_s": 1.0}  # events are 2.5 s apart: in a wider one a metronome gets 0.77
 RUNG_NAMES = ",".join(rung.name for rung in RUNGS)
 
 Data = Annotated[Path, Argument(help="an output folder of preprocess")]
@@ -268,20 +270,24 @@ def benchmark(
 
     until = time.monotonic() + 3600 * hours + 60 * minutes if hours or minutes else math.inf
     values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
+    if values["model"] == "nano":
+        values |= {name: value for name, value in NANO.items() if name not in given.chosen}
     if "eval_every" not in given.chosen:  # about eight points of the training curve
         values["eval_every"] = max(1, values["steps"] // 8)
     if "warmup_steps" not in given.chosen:
         values["warmup_steps"] = min(TrainConfig.warmup_steps, values["steps"])
+    window: dict[str, Any] = {}
     if str(data) == "synth" and not data.exists():
         shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
         data = synthetic_data(out, shares, echo=typer.echo)
+        window = {name: value for name, value in SYNTH_WINDOW.items() if name not in given.chosen}
     plan = Plan(
         data=data,
         out=out,
         arms=ladder(names(rungs) or DEFAULT_RUNGS),
         seeds=tuple(range(seeds or (3 if until == math.inf else MOST_SEEDS))),
         config=TrainConfig(**values),
-        settings=given.make(Settings),
+        settings=replace(given.make(Settings), **window),
         split=split,
         frames_root=frames_root,
         features=features,

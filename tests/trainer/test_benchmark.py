@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -211,29 +210,40 @@ def test_data_that_cannot_answer_is_refused_before_training(data, plan, tmp_path
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_killed_goes_on(told, plan, tmp_path):
-    """Killed as soon as its first run is finished, and begun anew: the same tables as of one that never stopped."""
-    words = ["benchmark", str(plan.data), "--out", str(tmp_path / "out"), "--arms", "speak,speak+dst", "--seeds", "1"]
+def test_a_benchmark_with_a_clock_that_is_killed_goes_on(told, plan, tmp_path):
+    """Killed as soon as its first run is finished, and begun anew: the same tables as of one that never stopped.
+    benchmarks/kill does so at twenty random moments."""
+    words = ["benchmark", str(plan.data), "--out", str(tmp_path / "out"), "--rungs", "speak,speak+dst", "--seeds", "1"]
     options = {"model": "nano", "steps": 4, "eval_every": 2, "clips_per_step": 3, "warmup_steps": 2, "max_tokens": 200}
     words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--micro-batch-tokens", "120", "--draws", "500", "--jobs", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.cli", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    words += ["--lr", str(SMALL.lr), "--micro-batch-tokens", "120", "--draws", "500", "--jobs", "1", "--minutes", "60"]
+    process = subprocess.Popen([sys.executable, "-m", "trainer.cli", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
     first = tmp_path / "out/runs/speak/seed-0/scores/metrics.json"
     while process.poll() is None and not first.exists():
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # its worker notices
     process.wait()
-    assert not (tmp_path / "out/report.html").exists()
+    assert (tmp_path / "out/report.html").read_text().rstrip().endswith("</html>")  # of the controls
     before = first.stat().st_mtime_ns
     assert main(words) == 0
     assert first.stat().st_mtime_ns == before
+    assert 'http-equiv="refresh"' not in (tmp_path / "out/report.html").read_text()
     for arm in ("speak", "speak+dst"):
         found, expected = (rows(out, "results", arm=arm, seed=0) for out in (tmp_path / "out", plan.out))
         assert found == expected
+
+
+@pytest.mark.slow
+def test_a_clock_too_short_for_one_pair_is_said_after_a_few_steps(data, tmp_path, capsys):
+    """Nothing is left that could not be begun anew with fewer steps."""
+    words = ["benchmark", str(data), "--out", str(tmp_path / "out"), "--rungs", "speak,speak+dst", "--jobs", "1"]
+    words += ["--model", "nano", "--clips-per-step", "3", "--max-tokens", "200", "--minutes", "1.5"]
+    assert main([*words, "--steps", "100000"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no pair of runs would end in time: speak and speak+dst need about " in error
+    assert "lower --steps to about " in error
+    assert (tmp_path / "out/report.html").exists()  # of the controls
+    assert not list((tmp_path / "out/runs").glob("speak*/*/last"))
 
 
 @pytest.mark.slow
