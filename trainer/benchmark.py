@@ -167,9 +167,9 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
         trained = run if rung.below is None or rung.kind == "arm" else run_of(plan, (rung.below, seed))
         if not (trained / "last").is_dir():
             return False
-        config = config_of(plan, job).on("cuda" if torch.cuda.is_available() else "cpu")
-        held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
         if rung.kind == "arm":
+            config = config_of(plan, job).on("cuda" if torch.cuda.is_available() else "cpu")
+            held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
             check_resume(run, run_options(config, trained_on, held_out, plan.features))
         model = run_hash(trained)
     modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]

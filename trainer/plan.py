@@ -44,8 +44,7 @@ def ladder(names: Collection[str]) -> tuple[str, ...]:
     for name in names:
         if name != "all":
             find_rung(name)
-    chosen = [rung for rung in RUNGS if rung.kind == "control" or rung.name in names or "all" in names]
-    return tuple(rung.name for rung in chosen if rung.kind != "scripted")  # until evaluate has updates="reference"
+    return tuple(rung.name for rung in RUNGS if rung.kind == "control" or rung.name in names or "all" in names)
 
 
 def check_plan(plan: Plan) -> None:

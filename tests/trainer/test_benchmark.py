@@ -25,7 +25,7 @@ from trainer.benchmark import answer_of, benchmark, is_done
 from trainer.cli import main
 from trainer.config import Settings, TrainConfig
 from trainer.evaluation.evaluate_scores import hold
-from trainer.plan import Plan, commands_of, run_of
+from trainer.plan import Plan, commands_of, ladder, run_of
 from trainer.run_folder import lock_folder
 
 ARMS = ("silence", "speak", "speak+dst")
@@ -164,6 +164,22 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
     assert [in_progress for _, in_progress in pages] == [True, True, False]
     for table in ("results", "arms", "comparisons", "windows", "groups"):
         assert rows(stopped.out, table) == rows(plan.out, table)
+
+
+def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, tmp_path, monkeypatch, pages):
+    more = replace(plan, out=tmp_path / "out", arms=ladder(["speak+dst", "true-state"]), seeds=(0,))
+    shutil.copytree(plan.out / "runs/speak+dst/seed-0", run_of(more, ("speak+dst", 0)))
+    monkeypatch.setattr(trainer.benchmark, "train", lambda *given, **_: pytest.fail("trained"))
+    lines: list[str] = []
+    benchmark(more, lines.append)
+    runs = [line.partition(":")[0] for line in lines if " seed " in line]
+    assert runs == ["metronome seed 0", "history seed 0", "true-state seed 0"]
+    assert {row["arm"] for row in rows(more.out, "results")} == {"metronome", "history", "speak+dst", "true-state"}
+    lines.clear()
+    benchmark(more, lines.append)
+    assert lines[0] == "4 of 4 runs are there already"
+    with pytest.raises(InputError, match=r"true-state is made of speak\+dst's checkpoint, which is not among them"):
+        benchmark(replace(more, arms=("speak", "true-state")))
 
 
 def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
