@@ -161,7 +161,7 @@ def harness_check(bench: Benchmark) -> tuple[str, str]:
 
 def data_size(info: Row) -> str:
     """What was evaluated, how long training took, and where."""
-    counts = [(len(info["rungs"]), "arm"), (len(info["seeds"]), "seed")]
+    counts = [(len(info["rungs"]), "rung"), (len(info["seeds"]), "seed")]
     counts += [(info[f"{what}s"], what) for what in ("recording", "clip", "frame")]
     size = ", ".join(counted(number, what) for number, what in counts)
     minutes = float(info["seconds"]) / 60

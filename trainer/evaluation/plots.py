@@ -1,4 +1,4 @@
-"""All figures, drawn with matplotlib: forest plots, curves over seeds, timelines; SVG, PNG, and SVG for a page.
+"""All figures, drawn with matplotlib: the ladder, curves over seeds, timelines; SVG, PNG, and SVG for a page.
 
 Numbers in, figure out: nothing here reads data or knows a metric. The same numbers give the same bytes under one
 matplotlib. In files figures stand on white; in a page their colours are CSS variables, so that they turn dark with it.
@@ -169,7 +169,7 @@ class RungRow(NamedTuple):
 def ladder(rows: Sequence[RungRow], panels: Sequence[str], measure: str) -> Figure:
     """Panels side by side, the lowest rung at the bottom; the broad bar is the step from the rung below."""
     figure = new_figure(38 * len(rows) + 74)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for place, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
         axes.set_title(panel)
         axes.set(ylim=(-0.5, len(rows) - 0.4), xlabel=measure)

@@ -184,7 +184,7 @@ def _mark(bench: Benchmark, steps: dict[str, Step], rung: str, mode: str) -> Mar
     if step is None or step.below is None:
         return Mark(*ends)
     told = format_interval(step.difference, step.low, step.high, signed=True)
-    return Mark(*ends, steps[step.below].value, f"{told} on {step.below}")
+    return Mark(*ends, steps[step.below].value, told)
 
 
 def _window_panel(bench: Benchmark, mode: str) -> Panel:

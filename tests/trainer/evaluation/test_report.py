@@ -121,7 +121,7 @@ def test_page_opens_with_the_answer_and_what_limits_it(page):
     ]
     assert page.text("p")[3:5] == [
         "Harness check passed: silence and speak are the same model and came out equal (to the last bit).",
-        "Split test: 4 arms, 2 seeds, 5 recordings, 3 clips, 360 frames; 1.0 minutes of training, all runs together, "
+        "Split test: 4 rungs, 2 seeds, 5 recordings, 3 clips, 360 frames; 1.0 minutes of training, all runs together, "
         "on 2 cores.",
     ]
 
