@@ -70,7 +70,7 @@ def model_and_packs(config: TrainConfig = STEP):
     heads = DecisionHeads(128, (0.2, 0.1))
     torch.manual_seed(1)
     torch.nn.init.normal_(heads.speak.weight, std=0.1)
-    model = ProspectModel(load_model("tiny", len(tokens)), heads, config)
+    model = ProspectModel(load_model("tiny", len(tokens)), heads, config, tokens.choices)
     chosen = [
         clip(0, rate=0.5),
         clip_example([], 0, 6, clip_id="no-positive", rate=1.0),
@@ -90,12 +90,13 @@ CASES = {
 }
 
 
-def one_step(world: World, owned: list[list[int]], fsdp: bool = False, bf16: bool = False) -> dict:
+def one_step(world: World, owned: list[list[int]], fsdp: bool = False, **more) -> dict:
     """The step with packs `owned[rank]`: its numbers, and every weight afterwards, summed in chunks."""
-    model, packs, blank = model_and_packs(replace(STEP, bf16=bf16))
+    config = replace(STEP, **more)
+    model, packs, blank = model_and_packs(config)
     wrapped = world.shard(model) if fsdp else world.copy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], STEP, world, blank)
+    result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], config, world, blank)
     after = torch.cat([getattr(p, "full_tensor", p.detach)().detach().flatten().double() for p in model.parameters()])
     return {"step": result.__dict__, "weights": [float(c.sum()) for c in after.split(5000)]}
 
@@ -140,6 +141,19 @@ def test_sharded_layers_under_bf16_take_the_step_of_one_process(tmp_path):
         assert found["step"]["loss"] == pytest.approx(expected["step"]["loss"], rel=1e-2)
         assert found["step"]["grad_norm"] == pytest.approx(expected["step"]["grad_norm"], rel=2e-2)
         assert found["weights"] == pytest.approx(expected["weights"], rel=1e-2, abs=1e-2)
+
+
+def token_steps() -> list[dict]:
+    with join() as world:
+        return [one_step(world, CASES["a rank without a clip"], fsdp, arm="token") for fsdp in (False, True)]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_decide_by_rows_of_the_lm_head_take_the_step_of_one_process(tmp_path):
+    expected = one_step(World(), [[0, 1, 2]], arm="token")
+    for found in (step for rank in on_ranks(2, token_steps, tmp_path) for step in rank):
+        assert found["step"]["loss"] == pytest.approx(expected["step"]["loss"], rel=1e-5)
+        assert found["weights"] == pytest.approx(expected["weights"], rel=1e-5, abs=1e-5)
 
 
 def bad_loss_on_one_rank() -> str:
