@@ -17,7 +17,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -61,9 +61,6 @@ _ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look
 _STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
 
-Updates = tuple[Sequence[Any], ...]  # four columns: start and end of the turn (NO_FRAMES), step id, transition
-
-
 @dataclass(frozen=True)
 class Task:
     """A part of one file: where its clips lie, and the first one's number in the file."""
@@ -96,10 +93,23 @@ class ClipInfo:
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # of the DST_UPDATE turns in order, as msgpack of Updates
+    updates: Updates | None = None  # of its group,
+    own_updates: Range = (0, 0)  # and which of them are its
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
+
+
+class Updates(NamedTuple):
+    """The state updates of a group of clips as flat columns: compact to keep, and to send between processes."""
+
+    start: np.ndarray  # int64 [U] of their turns
+    end: np.ndarray
+    ids: pa.StringArray
+    transitions: pa.StringArray
+
+    def rows(self) -> list[tuple[int, int, str, str]]:
+        return list(zip(self.start.tolist(), self.end.tolist(), *(c.to_pylist() for c in self[2:]), strict=True))
 
 
 @dataclass
@@ -191,7 +201,8 @@ class _Turns(NamedTuple):
     start: np.ndarray  # int64 [T]
     end: np.ndarray  # int64 [T]
     text: list[Any]  # not of DST_UPDATE turns
-    updates: list[Updates]  # of each clip
+    updates: Updates
+    begins: list[int]  # [C + 1] of each clip's in `updates`
     spooled: pa.StructArray
 
 
@@ -216,8 +227,6 @@ def _flatten(clips: list[Clip]) -> _Turns:
     frames = [pa.array(column, pa.int64()) for column in (start, end)]
     starts, ends = (column.fill_null(none).to_numpy() for column, none in zip(frames, labels.NO_FRAMES, strict=True))
     turn_of = np.repeat(np.arange(len(role)), counts)
-    flat = starts[turn_of].tolist(), ends[turn_of].tolist(), ids, transitions
-    begins = update_offsets[offsets].tolist()
     said = pc.coalesce(pa.array(text, pa.string()), written)
     return _Turns(
         offsets=offsets,
@@ -226,7 +235,8 @@ def _flatten(clips: list[Clip]) -> _Turns:
         start=starts,
         end=ends,
         text=text,
-        updates=[tuple(column[a:b] for column in flat) for a, b in pairwise(begins)],
+        updates=Updates(starts[turn_of], ends[turn_of], *pairs),
+        begins=update_offsets[offsets].tolist(),
         spooled=pa.StructArray.from_arrays(
             [pa.array(role), said, *frames, pa.array(time, pa.float64()), lists], fields=list(_TURN)
         ),
@@ -251,7 +261,7 @@ def _echoes(turns: _Turns) -> int:
     """Assistant turns whose whole text stands in an earlier user turn of their clip."""
     size = pc.binary_length(turns.spooled.field("text")).to_numpy()
     heard = turns.role == _USER
-    longest = np.zeros(len(turns.updates), size.dtype)  # user turn of a clip: a longer text stands in none
+    longest = np.zeros(len(turns.offsets) - 1, size.dtype)  # user turn of a clip: a longer text stands in none
     np.maximum.at(longest, turns.owner[heard], size[heard])
     long_enough = (size >= ECHO_BYTES) & (size <= longest[turns.owner])
     found = 0
@@ -276,17 +286,18 @@ def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
             named[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
     ids = _clip_ids([info.clip for info in infos], turns)
     for i, info in enumerate(infos):
-        clip, own = info.clip, turns.updates[i]
+        clip = info.clip
         info.clip_id, info.placed, info.given = ids[i], clip.convention is not None, (clip.start_frame, clip.end_frame)
         info.extent, info.dst_extent, info.first_end = extents[i], dst_extents[i], first_ends[i][0]
         info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
         info.tracked = bool(clip.steps) or "DST_UPDATE" in clip.turns[0]
         info.annotated = tuple(clip.unlabelled) != EVERYWHERE
-        if clip.initial_state:
-            info.contradicted = state.contradicts(clip.initial_state, zip(*own[2:], strict=True))
-        if named[i]:
-            info.system_contradicted = state.contradicts(named[i], zip(*own[2:], strict=True))
-        info.updates = msgspec.msgpack.encode(own)
+        info.updates, info.own_updates = turns.updates, (turns.begins[i], turns.begins[i + 1])
+        if clip.initial_state or named[i]:
+            own = slice(*info.own_updates)
+            changes = list(zip(*(column[own].to_pylist() for column in turns.updates[2:]), strict=True))
+            info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
+            info.system_contradicted = bool(named[i]) and state.contradicts(named[i], changes)
         clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
     # the votes of labels.vote; bounds that are the DST turns' may leave turns out
     firsts = [
@@ -305,8 +316,8 @@ def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
 
 def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
     """Each clip's first start and last end among some turns; -1, -1 where it has none."""
-    start = np.full(len(turns.updates), np.iinfo(np.int64).max)
-    end = np.full(len(turns.updates), NONE)
+    start = np.full(len(turns.offsets) - 1, np.iinfo(np.int64).max)
+    end = np.full(len(turns.offsets) - 1, NONE)
     np.minimum.at(start, turns.owner[which], turns.start[which])
     np.maximum.at(end, turns.owner[which], turns.end[which])
     return list(zip(np.where(end == NONE, NONE, start).tolist(), end.tolist(), strict=True))

@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from pipeline import hazards, labels
@@ -184,17 +183,20 @@ def _replay_states(source: Source) -> int:
             key = (clip.clip.dataset, clip.clip.video_uid, clip.clip.user)
             conversations.setdefault(key, []).append(clip)
     broken = 0
+    flat, rows = None, []  # of the group read last: conversations lie together
     for group in (group for members in conversations.values() for group in _tell_apart(members)):
         if len(group) == 1:
             group[0].state = {} if group[0].contradicted else None
             continue
         segments = []
         for clip in group:
+            if clip.updates is not flat:
+                flat, rows = clip.updates, clip.updates.rows() if clip.updates else []
             lead_in = source.convention == "lead-in" and not clip.placed
             first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
             updates = [
                 (max(end - 1, 0) if lead_in else start, step, transition)
-                for start, end, step, transition in zip(*msgspec.msgpack.decode(clip.updates), strict=True)
+                for start, end, step, transition in rows[slice(*clip.own_updates)]
                 if end != labels.NO_FRAMES[1]
             ]
             given = None if clip.contradicted else clip.clip.initial_state

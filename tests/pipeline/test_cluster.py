@@ -209,27 +209,6 @@ def test_preprocess_on_ray_writes_the_same_bytes_also_with_workers_killed(
 
 
 @pytest.mark.slow
-def test_a_part_that_kills_every_worker_is_one_line_and_leaves_the_old_output(
-    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    preprocess([source], out)
-    before = snapshot(out)
-
-    def deadly(plan: Any) -> Any:
-        if plan.part == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write_part(plan)
-
-    monkeypatch.setattr(module, "write_part", by_value(deadly))
-    assert main(["preprocess", str(source), "--out", str(out), "--seed", "1", "--ray", address]) == 1
-    told = capsys.readouterr().err
-    assert "workers were killed 4 times at the same part (out of memory?)" in told
-    assert told.count("\n") == 1
-    assert snapshot(out) == before
-
-
-@pytest.mark.slow
 def test_a_machine_that_sees_other_files_is_named(
     source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

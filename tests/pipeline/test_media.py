@@ -51,15 +51,6 @@ def test_a_prefix_may_be_on_either_name(tmp_path, dataset):
         assert find_frames(tmp_path, uid, None, "assembly101") == file
 
 
-def test_frames_file_may_begin_with_folders_that_the_root_already_stands_for(tmp_path):
-    file = touch(tmp_path / "processed_data" / "wtag" / "frames" / "sub" / "T1.arrow")
-    for root in ("", "processed_data", "processed_data/wtag", "processed_data/wtag/frames"):
-        named = "processed_data/wtag/frames/sub/T1.mp4"  # converted since
-        assert find_frames(tmp_path / root, "video 1", named, "wtag") == file
-    file = touch(tmp_path / "frames" / "T2.arrow")  # made of that video
-    assert find_frames(tmp_path, "wtag/videos/T2", "wtag/videos/T2.mp4", "wtag") == file
-
-
 def test_each_data_set_below_one_root_has_its_own_frames(tmp_path):
     for dataset in ("a", "b"):
         touch(tmp_path / dataset / "frames" / "1.arrow")
@@ -171,19 +162,6 @@ def test_exif_turns_a_picture(tmp_path, orientation, stored, kind):
         assert found.shape == (64, 48, 3)
         corners = found[8::48, 8::32].astype(int).reshape(4, 3)
         assert [CORNERS[min(CORNERS, key=lambda c: abs(np.array(c) - one).sum())] for one in corners] == [*"RGBW"]
-
-
-def test_damaged_exif_turns_nothing(tmp_path):
-    content = saved(UPRIGHT, "JPEG", 6)
-    for order in (b"MM", b"II"):
-        content = content.replace(b"Exif\0\0" + order, b"Exif\0\0XX")
-    assert all(found.shape == (64, 48, 3) for found in shown(tmp_path, content))
-
-
-def test_16_bits_of_grey_are_scaled_and_turned(tmp_path):
-    grey = np.array([[0, 0], [13107, 39321], [62258, 65535]], np.uint16).repeat(8, 0).repeat(8, 1)
-    for found in shown(tmp_path, saved(Image.fromarray(grey), "PNG", 3)):
-        assert found[::8, ::8].tolist() == [[[v] * 3 for v in row] for row in ([255, 242], [153, 51], [0, 0])]
 
 
 def transparent(kind: str) -> tuple[Image.Image, dict]:

@@ -1,13 +1,9 @@
 """`preprocess` as a user meets it: files in, shards out; complete, or absent."""
 
-import contextlib
 import fcntl
 import json
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -274,42 +270,6 @@ def test_a_users_own_frames_folder_is_never_replaced(tmp_path):
     with pytest.raises(InputError, match="is no shard"):
         run(tmp_path, [clip()])
     assert video.exists()
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from pipeline import preprocess as p
-p.PART_CLIPS = 40
-p.preprocess([Path(sys.argv[1])], Path(sys.argv[2]), workers=int(sys.argv[3]))
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_leaves_the_old_output_or_none(tmp_path):
-    old, new = write(tmp_path / "train_a.json", [clip()]), write(tmp_path / "train_b.json", many(2000))
-    out = tmp_path / "out"
-    whole = time.monotonic()
-    subprocess.run([sys.executable, "-c", KILLED, new, tmp_path / "timed", "1"], check=True)
-    whole = time.monotonic() - whole
-    for attempt in range(4):
-        shutil.rmtree(out, ignore_errors=True)
-        preprocess([old], out)
-        before = snapshot(out)
-        process = subprocess.Popen([sys.executable, "-c", KILLED, new, out, str(1 + attempt % 2)])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(whole * (0.3 + 0.2 * attempt))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (out / "manifest.json").exists():
-            assert shards.verify(out)
-            if json.loads((out / "manifest.json").read_text())["inputs"][0]["path"] == str(old):
-                after = {k: v for k, v in snapshot(out).items() if not k.startswith(".staging")}
-                assert after == before
-        preprocess([new], out)
-        assert shards.verify(out)
-        assert not list(out.glob(".staging*"))
-        assert len(clips_of(out)) == 2000
 
 
 DIES = """

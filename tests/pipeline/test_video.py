@@ -15,7 +15,6 @@ from av.stream import Disposition
 
 from pipeline.errors import InputError
 from pipeline.media import count_and_delay, count_frames, open_pictures
-from pipeline.video import Video
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (128, 128, 128), (16, 16, 16), (240, 240, 240)]
 NAMES = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
@@ -161,17 +160,6 @@ def test_colours_without_a_matrix_are_taken_by_size_as_players_do(tmp_path, widt
     assert np.abs(first(path)[height // 2, width // 2] - COLOURS[1]).max() <= 3
 
 
-def test_a_video_may_have_alpha_or_16_bits(tmp_path):
-    picture = np.zeros((32, 32, 4), np.uint8)
-    picture[:, :16] = (200, 100, 50, 255)
-    picture[:, 16:] = (200, 100, 50, 0)
-    path = video(tmp_path / "a.mkv", [picture], codec="ffv1", pix_fmt="bgra", source="rgba")
-    assert first(path)[0, ::16].tolist() == [[200, 100, 50], [0, 0, 0]]
-    grey = np.full((32, 32), 39321, np.uint16)
-    path = video(tmp_path / "g.mkv", [grey], codec="ffv1", pix_fmt="gray16le", source="gray16le")
-    assert np.abs(first(path) - 153).max() <= 1
-
-
 # ---- which track -------------------------------------------------------------------------------------
 
 NONE, DEFAULT, COVER = Disposition(0), Disposition.default, Disposition.attached_pic
@@ -201,13 +189,6 @@ def tracks(path: Path, *dispositions: Disposition) -> Path:
 )
 def test_the_default_track_is_taken(tmp_path, dispositions, taken):
     assert shown(tracks(tmp_path / "v.mkv", *dispositions), 10, [0], 40) == [taken]
-
-
-def test_a_cover_is_no_video(tmp_path):
-    path = tracks(tmp_path / "v.mp4", COVER, DEFAULT)
-    assert shown(path, 10, [0], 40) == [1]
-    assert count_frames(path, 10) == 1
-    assert count_frames(tracks(tmp_path / "w.mp4", COVER), 10) is None
 
 
 # ---- when --------------------------------------------------------------------------------------------
@@ -248,16 +229,6 @@ def test_a_track_that_starts_late_is_shown_at_the_players_time(tmp_path, ending)
         assert np.abs(ours - by_ffmpeg(path, 32, 32, "-ss", str(at))).max() <= 2
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv"])
-def test_an_encoders_delay_and_a_first_time_stamp_are_no_late_start(tmp_path, ending):
-    path = video(tmp_path / f"v.{ending}", greys(20), 50, pts=range(3, 23), audio_s=1)  # 60 ms
-    assert shown(path, 50, range(20)) == list(range(20))
-    assert count_and_delay(path, 50) == (20, 0.0)
-    path = video(tmp_path / f"w.{ending}", greys(4, 60), 1000, pts=[7300, 7800, 8300, 8800])
-    assert shown(path, 2, range(4), 60) == [0, 1, 2, 3]
-    assert count_and_delay(path, 2) == (4, 0.0)
-
-
 def test_an_edit_list_cuts_the_start_off(tmp_path):
     path = video(tmp_path / "v.mp4", greys(30), gop_size=12)
     patch(path, b"elst", 12, struct.pack(">2I", 2300, 7 * 1024))  # 2.3 s from the eighth picture on
@@ -276,19 +247,6 @@ def test_jumps_and_reordered_pictures_change_nothing(tmp_path, monkeypatch, endi
     monkeypatch.setattr("pipeline.video.WORTH_A_JUMP", 4)
     numbers = [62, 3, 50, 7, 6, 61, 0, 40, 41, 12, 5, 60]
     assert shown(path, 10, numbers, 3) == numbers
-
-
-def test_frames_in_order_decode_a_file_once(tmp_path, monkeypatch):
-    decoded, original = [], Video._decode
-
-    def counted(self, key):
-        for picture in original(self, key):
-            decoded.append(picture[0])
-            yield picture
-
-    monkeypatch.setattr(Video, "_decode", counted)
-    shown(video(tmp_path / "v.mp4", greys(120, 1), 30), 10, range(40))
-    assert decoded == list(range(119))  # the last frame is picture 117; the one after it is looked at
 
 
 def test_a_damaged_picture_is_refused_and_others_are_not(tmp_path):
@@ -327,9 +285,3 @@ def test_what_is_no_video_or_leads_elsewhere_is_refused(tmp_path):
         assert count_frames(tmp_path / "v.mp4") is None or b"zzzz" in content
         with pytest.raises(InputError, match=f"v.mp4: .*{why}"):
             open_pictures(tmp_path / "v.mp4")
-
-
-def test_an_avi_that_hides_the_order_of_its_pictures_is_refused(tmp_path):
-    path = video(tmp_path / "v.avi", greys(30), options={"bf": "3"})
-    with pytest.raises(InputError, match=r"v.avi: does not say when its pictures are shown; convert it: ffmpeg"):
-        open_pictures(path)

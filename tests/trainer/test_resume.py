@@ -117,13 +117,6 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
     assert curve(tmp_path / "run")[-1]["step"] == loaded.info["step"]
 
 
-def test_a_kill_while_the_options_are_written_is_no_obstacle(data, tmp_path, whole):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".options.json.01234567.new").write_text('{"conf')
-    assert go(data, tmp_path / "run", resume=True).resumed_from == 0
-    assert weights(tmp_path / "run") == weights(whole)
-
-
 # ---- refused -----------------------------------------------------------------------------------------
 
 
@@ -143,17 +136,6 @@ def test_other_options_are_refused_by_name(data, cut, changed, message):
 def test_other_data_is_refused(cut, tmp_path, size, which):
     with pytest.raises(InputError, match=rf"{which}: [0-9a-f]{{16}}, the run has [0-9a-f]{{16}}"):
         go(write_data(tmp_path / "other", **size), cut, resume=True)
-
-
-def test_adapters_are_not_put_on_another_base(data, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    go(data, tmp_path / "base", steps=2)
-    more = {"lora_rank": 2, "model": str(tmp_path / "base")}
-    go_until(5, data, tmp_path / "run", monkeypatch, **more)
-    shutil.rmtree(tmp_path / "base")
-    go(data, tmp_path / "base", steps=3)
-    with pytest.raises(InputError, match=r"is not what the adapters were trained on"):
-        go(data, tmp_path / "run", resume=True, **more)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
@@ -198,17 +180,6 @@ def test_a_run_with_a_damaged_file_is_no_model_to_start_from(data, whole, tmp_pa
     ):
         with pytest.raises(InputError, match=r"last/model\.safetensors: damaged"):
             start()
-
-
-def test_a_folder_that_is_no_run_is_refused_and_a_run_is_not_overwritten(data, cut, tmp_path):
-    other = tmp_path / "thesis"
-    other.mkdir()
-    (other / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match=r"options\.json: not found, so this is no run"):
-        go(data, other, resume=True)
-    for folder in (other, cut):
-        with pytest.raises(InputError, match="exists and is not empty; choose a new folder, or go on with --resume"):
-            go(data, folder)
 
 
 def _alive(marker: str) -> list[str]:
