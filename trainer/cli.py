@@ -159,9 +159,6 @@ def evaluate(
     frames_root: FramesRoot = None,
     features: Features = None,
     self_fed: FreeRunning = True,
-    sentence_encoder: Annotated[
-        Path | None, Option(help="a sentence-transformers folder: match texts by meaning, too")
-    ] = None,
     chunks: Annotated[Path | None, Option(help="EgoProactive's sessions, JSON Lines: its metrics, too")] = None,
     submission: Annotated[
         Path | None, Option(help="with --chunks: write the answers to this file, as EgoProactive takes them")
@@ -207,7 +204,6 @@ def evaluate(
             features,
             settings,
             self_fed,
-            sentence_encoder,
             chunks,
             submission,
             draws,
@@ -222,9 +218,7 @@ def evaluate(
 
         thresholds = numbers("--threshold", threshold)
         where = places[-1] if places else None
-        result = evaluate_scores(
-            scores, where, split, out, settings, thresholds, sentence_encoder, chunks, submission, draws
-        )
+        result = evaluate_scores(scores, where, split, out, settings, thresholds, chunks, submission, draws)
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))

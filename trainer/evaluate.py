@@ -55,7 +55,6 @@ def evaluate(
     features: Path | None = None,
     settings: Settings | None = None,
     live: bool = True,
-    encoder: Path | None = None,
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
@@ -63,10 +62,9 @@ def evaluate(
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
-    features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. encoder: a
-    local sentence-transformers folder, to match texts by meaning, in ProAssist's own window. chunks: a sessions file of
-    EgoProactive's, for its metrics; submission: a file for the answers in its format, free-running if `live`.
-    draws: of the recordings, for 95% intervals; 0: none.
+    features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. chunks: a
+    sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format, free-running if
+    `live`. draws: of the recordings, for 95% intervals; 0: none.
 
     updates: free-running, whose state updates are in the context, and replayed in the prompt: the model's "own", or the
     "reference", which is the rung true-state. It still speaks by itself, and its DST head's scores are written, but the
@@ -101,7 +99,7 @@ def evaluate(
         write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
     elif live:
         notes.append("not self-fed: no threshold for speaking")
-    metrics, missing = all_metrics(by_mode, thresholds, settings, encoder, sessions, submission, draws)
+    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
     metrics |= origin | {"split": split, "arm": loaded.config.arm}
     write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, (*notes, *missing), folder)

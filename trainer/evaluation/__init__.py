@@ -1,1 +1,1 @@
-"""Metrics, intervals and reports from a scores Parquet of any program. Only `text_metrics` loads a model."""
+"""Metrics, intervals and reports from a scores Parquet of any program. No model is loaded here."""

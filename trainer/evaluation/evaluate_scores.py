@@ -59,7 +59,6 @@ def evaluate_scores(
     out: Path | None = None,
     settings: Settings | None = None,
     given: Mapping[str, float] | None = None,
-    encoder: Path | None = None,
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
@@ -91,7 +90,7 @@ def evaluate_scores(
         thresholds, notes = pick_thresholds(scored, held, settings)
     source = "given" if given else threshold_source(held, notes)
     sessions = None if chunks is None else read_sessions(chunks)
-    metrics, missing = all_metrics({mode: scored[split]}, thresholds, settings, encoder, sessions, submission, draws)
+    metrics, missing = all_metrics({mode: scored[split]}, thresholds, settings, sessions, submission, draws)
     metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds), "thresholds_from": source}
     if out is not None:
         write_json(out / METRICS_FILE, metrics)
@@ -134,7 +133,6 @@ def all_metrics(
     by_mode: Mapping[str, Sequence[ScoredClip]],
     thresholds: Thresholds,
     settings: Settings,
-    encoder: Path | None = None,
     sessions: Sequence[Session] | None = None,
     submission: Path | None = None,
     draws: int = 0,
@@ -147,13 +145,6 @@ def all_metrics(
     metrics: dict[str, Any] = {mode: measure(clips, thresholds, settings) for mode, clips in by_mode.items()}
     for mode, clips in by_mode.items() if draws else ():
         metrics[mode]["intervals"] = intervals(clips, thresholds, settings, draws)
-    if encoder is not None:
-        from trainer.evaluation.text_metrics import EARLY_S, LATE_S, dialogue_metrics, load_encoder
-
-        embed = load_encoder(encoder)
-        for mode, clips in by_mode.items():
-            if all(clip.said is not None for clip in clips):
-                metrics[mode]["dialogue"] = dialogue_metrics(clips, embed, EARLY_S, LATE_S)
     notes: list[str] = []
     if sessions is not None:
         answers: list[list[str]] = []

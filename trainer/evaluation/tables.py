@@ -34,7 +34,6 @@ _ROWS: Final = (  # section, label, path in one mode's metrics, format
     ("speaking", "median latency, s", "speaking.events.median_latency_s", "+.2f"),
     ("speaking", "false alarms per quiet hour", "speaking.events.false_alarms_per_quiet_hour", ".1f"),
     ("speaking", "duplicates per event", "speaking.events.duplicates_per_event", ".3f"),
-    ("speaking", "F1 by what was said", "dialogue.f1", ".3f"),
     ("DST updates", "average precision", "dst_update.frames.ap", ".3f"),
     ("DST updates", "event F1", "dst_update.events.f1", ".3f"),
     ("state", "joint accuracy", "state.joint_accuracy", ".3f"),
