@@ -1,12 +1,12 @@
 """`evaluate --scores` at size: 10,000 clips x 600 frames, 10,000 bootstrap draws, and against the plain way on less.
 
-The shards and the scores are made up: every clip is a recording of its own (the most that a bootstrap can meet), with 12
-utterances and 10 state updates; a logit is noise plus 3 at an event, so no two frames tie. Two files, as `evaluate`
-writes them: `teacher-forced` (val and test, thresholds chosen on val) and `self-fed` (with texts and updates).
-The plain way is scikit-learn, once per draw, with the frames' weights. Each case is a process of its own.
+The shards and the scores are made up: every clip is a recording of its own (the most that a bootstrap can meet), with
+12 utterances and 10 state updates; a logit is noise plus 3 at an event, so hardly two frames tie. Two files, as
+`evaluate` writes them: `teacher-forced` (val and test, thresholds chosen on val) and `self-fed` (with texts and
+updates). The plain way is scikit-learn, once per draw, with the frames' weights. Each case is a process of its own.
 
     uv run python benchmarks/evaluate/run.py --work /tmp/evaluate            # writes results.md beside this file
-    uv run python benchmarks/evaluate/run.py --work /tmp/small --clips 300 --draws 200 --no-results
+    uv run python benchmarks/evaluate/run.py --work /tmp/small --clips 300 --draws 200       # prints only
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FPS, STEPS, UTTERANCES = 2, 5, 12
-SMALL_CLIPS, SMALL_DRAWS = 200, 50  # of the plain way
+FULL_SIZE, FRAMES, DRAWS = 10_000, 600, 10_000
+PLAIN_CLIPS, PLAIN_DRAWS = (300, 2_000), 20  # 300: every score has a cell of its own; 2,000: not
 
 
 def make(work: Path, clips: int, frames: int, val_clips: int) -> None:
@@ -85,24 +86,128 @@ def said(scored: Any) -> Any:
     from dataclasses import replace
 
     second = {turn.start_frame + 1 - scored.clip.start_frame: turn for turn in scored.clip.turns}
-    texts = ["Go on." if (t := second.get(i)) and t.role == "assistant" or i % 97 == 0 else None for i in range(600)]
+    texts = ["Go on." if ((t := second.get(i)) and t.role == "assistant") or i % 97 == 0 else None for i in range(600)]
     made = [t.updates if (t := second.get(i)) and t.role == "DST_UPDATE" else None for i in range(600)]
     n = scored.clip.num_frames
     return replace(scored, said=texts[:n], updates=made[:n])
 
 
-def evaluate(work: Path, mode: str, draws: int) -> dict[str, Any]:
+def evaluate(work: Path, mode: str, draws: int) -> dict[str, float]:
     from trainer.evaluation.evaluate_scores import evaluate_scores
 
     started = time.perf_counter()
     evaluate_scores(work / f"{mode}.parquet", out=work / mode, draws=draws)
-    return usage(started)
-
-
-def usage(started: float) -> dict[str, Any]:
     used = resource.getrusage(resource.RUSAGE_SELF)
+    wall, cpu = time.perf_counter() - started, used.ru_utime + used.ru_stime
+    return {"wall_s": wall, "cpu_s": cpu, "peak_mb": used.ru_maxrss / 1024}
+
+
+def against_plain(work: Path, draws: int) -> dict[str, float]:
+    """CPU seconds of speaking's average precision and AUROC by draw, ours and scikit-learn's, and how they differ."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    from pipeline.dataset import Split
+    from trainer.evaluation.bootstrap import draw_recordings, replicate
+    from trainer.evaluation.frame_metrics import frame_estimators, head_frames
+    from trainer.evaluation.read_scores import read_scores
+
+    clips = read_scores(work / "self-fed.parquet", {"test": Split(work / "data", "test")})["test"]
+    recordings = sorted({scored.clip.recording_id for scored in clips})
+    frames = head_frames(clips, "speaking", recordings)
+    assert frames is not None
+    weights = draw_recordings(len(recordings), draws)
+    started = time.process_time()
+    found = frame_estimators(frames, None, 10)
+    prepared = time.process_time()
+    ours = replicate([found["ap"], found["auroc"]], weights)[:, 1:]
+    between = time.process_time()
+    plain = [
+        [score(frames.positive, frames.scores, sample_weight=drawn[frames.recording]) for drawn in weights]
+        for score in (average_precision_score, roc_auc_score)
+    ]
+    ended = time.process_time()
     return {
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "peak_mb": used.ru_maxrss / 1024,
+        "clips": len(clips),
+        "ours_prepare_s": prepared - started,
+        "ours_per_draw_s": (between - prepared) / draws,
+        "plain_per_draw_s": (ended - between) / draws,
+        **dict(zip(("ap_differs", "auroc_differs"), np.abs(ours - plain).max(axis=1).tolist(), strict=True)),
+        **dict(zip(("ap_sd", "auroc_sd"), ours.std(axis=1).tolist(), strict=True)),
     }
+
+
+def case(work: Path, name: str, clips: int, draws: int) -> dict[str, float]:
+    """One case in a process of its own."""
+    words = [
+        sys.executable,
+        __file__,
+        "--work",
+        str(work),
+        "--clips",
+        str(clips),
+        "--draws",
+        str(draws),
+        "--case",
+        name,
+    ]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(f'{row[key]:.4g}' for key in names)} |" for name, row in rows.items())]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=FULL_SIZE)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--case", choices=("make", "teacher-forced", "self-fed", "plain"))
+    given = parser.parse_args()
+    if given.case == "make":
+        make(given.work, given.clips, FRAMES, max(2, given.clips // 50))
+        print("{}")
+    elif given.case == "plain":
+        print(json.dumps(against_plain(given.work, given.draws)))
+    elif given.case:
+        print(json.dumps(evaluate(given.work, given.case, given.draws)))
+    else:
+        report(given.work, given.clips, given.draws)
+
+
+def report(work: Path, clips: int, draws: int) -> None:
+    if not (work / "whole" / "self-fed.parquet").exists():
+        case(work / "whole", "make", clips, draws)
+    modes = ("teacher-forced", "self-fed")
+    whole = {f"{mode}, {draws:,} draws": case(work / "whole", mode, clips, draws) for mode in modes}
+    plain = {}
+    for count in PLAIN_CLIPS:
+        case(work / f"plain-{count}", "make", count, PLAIN_DRAWS)
+        plain[f"{count:,} clips"] = case(work / f"plain-{count}", "plain", count, PLAIN_DRAWS)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    text = f"""# `evaluate --scores` at size
+
+{date.today()}, {os.cpu_count()} cores ({platform.machine()}), numpy {np.__version__}, load average at the end {load};
+OMP_NUM_THREADS={os.environ.get("OMP_NUM_THREADS", "unset")}. Command: `python benchmarks/evaluate/run.py --work WORK`.
+
+One process, {clips:,} clips (recordings) x {FRAMES} frames, all metrics of `metrics.json` and all intervals:
+
+{table(whole)}
+
+Average precision and AUROC of speaking, ours and the plain way (scikit-learn per draw, `sample_weight`), CPU seconds;
+`differs`: the largest difference over {PLAIN_DRAWS} draws, `sd`: the draws' standard deviation:
+
+{table(plain)}
+"""
+    print(text)
+    if (clips, draws) == (FULL_SIZE, DRAWS):
+        (HERE / "results.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,13 @@
 Both start from the state at the clip's start. Joint accuracy asks at the end of every frame whether all steps agree, so
 one missed update counts until the state is right again; it is shown over the clip's time and beside a model that never
 updates. Transitions are matched one to one in the window of the event metrics, by step and kind.
+
+Beside these stand the metrics of procedure step recognition (IndustReal: Schoonbeek et al., WACV 2024, section 3.2, and
+`determine_performance` in PSR/psr_utils.py of github.com/TimSchoonbeek/IndustReal at ad86a35): the order of completed
+steps, their F1, in which an early completion is false and none is too late, and their delay. On 1,000 random cases
+without an early or a repeated completion F1's counts and the delay equal that code's; it pairs some early ones with
+other steps, where this follows the paper. Counts are pooled over clips, where theirs are means over recordings. Mistakes are transitions
+`fail` and `reset`, matched as all are.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from trainer.evaluation.event_metrics import TOLERANCE, Counted, Settings, insta
 from trainer.evaluation.frame_metrics import plain, ratio
 from trainer.evaluation.scores import Floats, ScoredClip, canonical
 
+MISTAKES: Final = ("fail", "reset")
 PARTS: Final = 10  # of a clip's time, in which joint accuracy is shown
 
 
@@ -74,12 +82,13 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         for turn in clip.turns
         for update in (turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ())
     ]
-    latencies = [np.zeros(0)]
+    latencies, mistakes = [np.zeros(0)], 0
     for update in dict.fromkeys(update for update, _ in due):
         reference = np.sort([at for other, at in due if other == update])
         predicted = np.array([(clip.start_frame + i) / clip.fps for i, other in made if other == update])
         rows, columns = match(reference, predicted, settings.early_s, settings.late_s)
         latencies.append(predicted[columns] - reference[rows])
+        mistakes += len(rows) if update[1] in MISTAKES else 0
     late = np.concatenate(latencies)
     counts = {
         "frames": clip.num_frames,
@@ -89,11 +98,58 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         "predictions": len(made),
         "matched": len(late),
         "unknown": sum(step not in start or transition not in TRANSITIONS for _, (step, transition) in made),
+        "mistake references": sum(update[1] in MISTAKES for update, _ in due),
+        "mistake predictions": sum(update[1] in MISTAKES for _, update in made),
+        "mistake matched": mistakes,
     }
+    completed = ([(i, step) for i, (step, kind) in side if kind == "complete"] for side in (happened, made))
+    counts |= count_completions([(i, step) for i, step in next(completed) if i < clip.num_frames], next(completed))
+    counts["completion frames late"] /= clip.fps
     part = np.arange(clip.num_frames) * PARTS // clip.num_frames
     for name, marked in (("frames", None), ("right", right), ("right_never", right_never)):
         counts |= {f"{name} {i}": count for i, count in enumerate(np.bincount(part, marked, PARTS))}
     return counts, late
+
+
+def count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """Counts of procedure step recognition from (frame, step) in order: each reference takes the first prediction of
+    its step that is left and not earlier. A step predicted early is no miss, as in IndustReal's code."""
+    delays, missed = [], 0
+    for step in dict.fromkeys(step for _, step in reference):
+        own, left = ([i for i, other in side if other == step] for side in (reference, predicted))
+        missed += max(0, len(own) - len(left))
+        for due in own:
+            if (late := next((i for i in left if i >= due), None)) is not None:
+                left.remove(late)
+                delays.append(late - due)
+    orders = [[step for _, step in side] for side in (reference, predicted)]
+    similarity = 1 - min(1, edit_distance(*orders) / len(reference)) if reference else 0
+    return {
+        "completion references": len(reference),
+        "completion predictions": len(predicted),
+        "completion matched": len(delays),
+        "completion missed": missed,
+        "completion frames late": float(sum(delays)),
+        "orders": len(reference) > 0,
+        "order similarity": similarity,
+    }
+
+
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Damerau-Levenshtein distance, unrestricted: insertion, deletion and transposition cost 1, substitution 2, as in
+    IndustReal's `procedure_order_similarity`."""
+    far, seen = len(a) + len(b), dict.fromkeys([*a, *b], 0)
+    d = np.full((len(a) + 2, len(b) + 2), far)
+    d[1:, 1], d[1, 1:] = range(len(a) + 1), range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        last = 0  # the latest place in b that equals x
+        for j, y in enumerate(b, 1):
+            k, m = seen[y], last
+            last = j if x == y else last
+            swapped = d[k, m] + (i - k - 1) + 1 + (j - m - 1)
+            d[i + 1, j + 1] = min(d[i, j] + 2 * (x != y), d[i + 1, j] + 1, d[i, j + 1] + 1, swapped)
+        seen[x] = i
+    return int(d[-1, -1])
 
 
 def state_rates(c: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +166,21 @@ def state_rates(c: dict[str, Any]) -> dict[str, Any]:
             "recall": ratio(c["matched"], c["references"]),
             "f1": ratio(2 * c["matched"], c["references"] + c["predictions"]),
         },
+        "completions": {
+            "precision": ratio(c["completion matched"], c["completion predictions"]),
+            "recall": ratio(c["completion matched"], c["completion matched"] + c["completion missed"]),
+            "f1": ratio(
+                2 * c["completion matched"],
+                c["completion matched"] + c["completion missed"] + c["completion predictions"],
+            ),
+            "delay_s": ratio(c["completion frames late"], c["completion matched"]),
+            "order_similarity": ratio(c["order similarity"], c["orders"]),
+        },
+        "mistakes": {
+            "precision": ratio(c["mistake matched"], c["mistake predictions"]),
+            "recall": ratio(c["mistake matched"], c["mistake references"]),
+            "f1": ratio(2 * c["mistake matched"], c["mistake references"] + c["mistake predictions"]),
+        },
     }
 
 
@@ -119,5 +190,7 @@ def report_states(states: Counted) -> dict[str, Any]:
     rates = plain(state_rates(sums))
     rates |= {name: list(rates[name].values()) for name in ("over_time", "over_time_never_updating")}
     rates["transitions"] |= {name: int(sums[name]) for name in ("references", "predictions", "matched", "unknown")}
+    for name in ("completion", "mistake"):
+        rates[f"{name}s"] |= {n: int(sums[f"{name} {n}"]) for n in ("references", "predictions", "matched")}
     rates["transitions"]["median_latency_s"] = float(np.median(latencies)) if len(latencies) else None
     return rates | {"clips": len(states.clips), "frames": int(sums["frames"])}

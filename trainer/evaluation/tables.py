@@ -38,6 +38,10 @@ _ROWS: Final = (  # section, label, path in one mode's metrics, format
     ("DST updates", "event F1", "dst_update.events.f1", ".3f"),
     ("state", "joint accuracy", "state.joint_accuracy", ".3f"),
     ("state", "transition F1", "state.transitions.f1", ".3f"),
+    ("state", "step completion F1", "state.completions.f1", ".3f"),
+    ("state", "  mean delay, s", "state.completions.delay_s", "+.2f"),
+    ("state", "  order similarity", "state.completions.order_similarity", ".3f"),
+    ("state", "mistake F1", "state.mistakes.f1", ".3f"),
 )
 _NAMES: Final = {metric.path: metric.name for metric in METRICS.values()}
 MAX_TASKS: Final = 10  # in the printed table; metrics.json has all

@@ -7,7 +7,7 @@ from scored import clip_of
 from pipeline.dataset import Turn
 from trainer.evaluation.event_metrics import Settings
 from trainer.evaluation.scores import ScoredClip
-from trainer.evaluation.state_metrics import changes, find_states, report_states, state_at_start
+from trainer.evaluation.state_metrics import changes, edit_distance, find_states, report_states, state_at_start
 
 S = Settings()
 START, DONE, NEXT = ("S1", "start"), ("S1", "complete"), ("S2", "start")
@@ -101,3 +101,46 @@ def test_clips_without_dst_do_not_count():
     tracked = clip_of([dst(2, 3, START)], frames=10, updates={1.0: (START,)})
     assert report(tracked, clip_of([], name="c1", updates={1.0: (START,)}, steps=())) == report(tracked)
     assert report(tracked)["joint_accuracy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ("abc", "abc", 0),
+        ("abc", "acb", 1),  # transposed
+        ("abc", "ac", 1),
+        ("abc", "axc", 2),  # a substitution is a deletion and an insertion
+        ("ca", "abc", 2),  # transposed around an insertion, which the restricted distance gives 3
+        ("", "ab", 2),
+    ],
+)
+def test_edit_distance_by_hand(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_completed_steps_by_hand():
+    done = [(f"S{i}", "complete") for i in range(5)]
+    turns = [dst(4, 6, done[1]), dst(8, 10, done[2]), dst(12, 14, done[3]), dst(16, 18, done[4])]
+    # S1 two frames late, S2 ten and after S3, S3 a frame early, S4 never, S0 never due
+    made = {3.0: (done[1],), 5.5: (done[3],), 9.0: (done[2],), 10.0: (done[0],)}
+    found = report(clip_of(turns, frames=40, updates=made))["completions"]
+    assert (found["references"], found["predictions"], found["matched"]) == (4, 4, 2)
+    assert (found["precision"], found["recall"]) == (2 / 4, 2 / 3)  # S3 is false, and no miss
+    assert found["f1"] == 2 * 2 / (2 * 2 + 2 + 1)
+    assert found["delay_s"] == (1 + 5) / 2
+    # 1 2 3 4 becomes 1 3 2 0: one transposition, one deletion, one insertion
+    assert found["order_similarity"] == 1 - 3 / 4
+
+
+def test_a_step_completed_twice_is_matched_in_order():
+    turns = [dst(4, 6, DONE), dst(20, 22, DONE)]
+    found = report(clip_of(turns, frames=40, updates={3.0: (DONE,), 4.0: (DONE,)}))["completions"]
+    assert (found["matched"], found["precision"], found["recall"], found["order_similarity"]) == (1, 0.5, 1, 1)
+
+
+def test_mistakes_are_failed_and_reset_steps():
+    turns = [dst(4, 6, ("S1", "fail")), dst(30, 32, ("S2", "reset"))]
+    found = report(clip_of(turns, frames=60, updates={3.0: (("S1", "fail"),), 9.0: (("S1", "reset"),)}))
+    assert (found["mistakes"]["matched"], found["mistakes"]["precision"], found["mistakes"]["recall"]) == (1, 0.5, 0.5)
+    none = report(clip_of([dst(4, 6, START)], frames=60, updates={2.0: (START,)}))
+    assert (none["mistakes"]["f1"], none["completions"]["f1"], none["completions"]["order_similarity"]) == (None,) * 3
