@@ -43,7 +43,7 @@ from trainer.config import RANDOM_MODELS
 from trainer.features import LAYERS, STORED, FeatureFile, Features, Provenance, feature_path, write_features
 from trainer.frame_source import PixelFrames, open_frames
 from trainer.model import load_model
-from trainer.transfer import Transfer, pinned
+from trainer.transfer import Transfer, fetched, pinned
 
 DTYPES = ("auto", "float32", "bfloat16")
 READERS = min(16, os.cpu_count() or 1)  # threads that decode
@@ -155,16 +155,11 @@ def _videos(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
     videos = defaultdict(list)
     for split in dict.fromkeys(shard["split"] for shard in read_manifest(data)["shards"] if shard["clips"]):
         for clip in Split(data, split).in_order(rate=None):
-            if _share(clip, part[1]) == part[0]:
+            digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
+            if int.from_bytes(digest[:8], "big") % part[1] == part[0] - 1:
                 lean = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))  # frees its row group
                 videos[clip.video_uid, clip.fps].append(lean)
     return list(videos.values())
-
-
-def _share(clip: ClipExample, shares: int) -> int:
-    """Which of 1..shares the clip's video falls to, by its name."""
-    digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % shares + 1
 
 
 def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower, report: EncodeReport) -> _Job | None:
@@ -238,16 +233,10 @@ class Tower:
         )  # fmt: skip
 
     def features(self, passes: Iterable[Tensor]) -> Iterator[Features]:
-        """[n, k, D] of pixels [n, 3, S, S], a pass late: a GPU is given the next one before the last is fetched."""
-        before: Callable[[], Tensor] | None = None
-        for pixels in passes:
-            [there] = self.transfer.up([pixels])()
-            now = self.transfer.down(self._look(there).to(getattr(torch, self.store)))
-            if before is not None:
-                yield before().numpy()
-            before = now
-        if before is not None:
-            yield before().numpy()
+        """[n, k, D] of pixels [n, 3, S, S], a pass late."""
+        store = getattr(torch, self.store)
+        started = (self.transfer.down(self._look(*self.transfer.up([pixels])()).to(store)) for pixels in passes)
+        return (features.numpy() for features in fetched(started))
 
     def _look(self, pixels: Tensor) -> Tensor:
         bf16 = self.computed == "bfloat16"

@@ -133,7 +133,6 @@ class CachedFeatures:
     """
 
     def __init__(self, folder: Path, fingerprint: str, k: int = 1, layer: str = "vision") -> None:
-        kept_layer(folder)
         self.folder, self.fingerprint, self.k, self.layer = folder, fingerprint, k, layer
         self._open: dict[Path, FeatureFile] = {}
 

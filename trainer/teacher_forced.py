@@ -35,7 +35,7 @@ from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window
 from trainer.tokenizer import Tokens
-from trainer.transfer import Transfer, upload
+from trainer.transfer import Transfer, fetched, upload
 from trainer.vision import fingerprint
 
 _WindowScores = tuple[npt.NDArray[np.float32], float, int]  # logits of its own frames, text loss, text tokens
@@ -153,24 +153,14 @@ def score_clips(
             pending.append((clip, len(of_clip)))
             yield from of_clip
 
-    scored = _score_windows(model, windows(), frames, budget)
+    transfer = Transfer(model.device)
+    started = (_start_pass(model, group, frames, transfer) for group in _passes(windows(), budget))
+    scored = itertools.chain.from_iterable(fetched(started))
     for first in scored:
         clip, count = pending.popleft()
         logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
         yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
     model.train(training)
-
-
-def _score_windows(
-    model: ProspectModel, windows: Iterator[Window], frames: FrameSource, budget: int
-) -> Iterator[_WindowScores]:
-    """Of each window, in order, a pass late: a GPU is given the next one before the last one's scores are fetched."""
-    transfer = Transfer(model.device)
-    fetch: Callable[[], list[_WindowScores]] = list
-    for group in _passes(windows, budget):
-        before, fetch = fetch, _start_pass(model, group, frames, transfer)
-        yield from before()
-    yield from fetch()
 
 
 def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:

@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.packing import Loaded, Pack, pinned
+
+Result = TypeVar("Result")
 
 
 class Transfer:
@@ -63,6 +65,17 @@ class Transfer:
             return host
 
         return take
+
+
+def fetched(started: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """What each gives, one late: a GPU is given the next pass before the result of the last one is fetched."""
+    before: Callable[[], Result] | None = None
+    for take in started:
+        if before is not None:
+            yield before()
+        before = take
+    if before is not None:
+        yield before()
 
 
 # ---- packs -------------------------------------------------------------------------------------------

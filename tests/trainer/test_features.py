@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from trainer import vision
-from trainer.features import CachedFeatures, FeatureFile, Provenance, feature_path, write_features
+from trainer.features import CachedFeatures, FeatureFile, Provenance, feature_path, kept_layer, write_features
 
 TOWER = "0123456789abcdef"
 
@@ -83,7 +83,7 @@ def test_more_tokens_than_asked_for_are_pooled(tmp_path):
 
 def test_what_is_missing_or_of_another_kind_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: no such folder.*prospect-dst encode"):
-        CachedFeatures(tmp_path / "nowhere", TOWER)
+        kept_layer(tmp_path / "nowhere")
     write(tmp_path, [0, 1, 2, 5, 6])
     source = CachedFeatures(tmp_path, TOWER)
     with pytest.raises(InputError, match=r"clip c0: no features of its video at .*w\.2fps\.safetensors; run"):

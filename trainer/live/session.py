@@ -73,7 +73,6 @@ class _ContextFrame:
 class Session:
     """One stream of `task`, whose prompt it starts with. InputError where the prompt exceeds the token budget."""
 
-    room: int  # tokens of the budget beside the prompt, whose length does not depend on the state
     _cached: int  # tokens that the slot holds
     _unread: list[Part]  # to be read with the next frame
 
@@ -88,6 +87,7 @@ class Session:
         self._last_fired = {role: -np.inf for role, head in HEAD_OF.items() if head in self.heads}  # frame
         self._state = state_before(task, task.start_frame)  # before the oldest frame of the context
         self._frames: list[_ContextFrame] = []
+        self.room = 0  # tokens of the budget beside the prompt, whose length does not depend on the state
         self._start_over(0)
 
     @property
@@ -191,21 +191,20 @@ class Session:
 
     def _start_over(self, cost: int) -> None:
         """Forget all but the last frames: as many as a training window repeats before a frame of `cost` tokens."""
-        prompt = prompt_ids(self.task, self.tokens, self._state if self.arm.state else None)
-        self.room = self.budget - len(prompt)
-        if self.room < max(cost, 1):
-            raise InputError(
-                f"clip {self.task.clip_id}: its prompt and a frame with the user's text take "
-                f"{len(prompt) + cost} tokens, but max_tokens leaves {self.budget}; raise --max-tokens"
-            )
         left, first = to_repeat(self.room, cost), len(self._frames)
         while first and (left := left - self._frames[first - 1].block.cost(self.k)) >= 0:
             first -= 1
         self._state = replay(self._state, (update for frame in self._frames[:first] for update in frame.updates))
         self._frames = self._frames[first:]
         self._cached, self.restarts = 0, self.restarts + 1
-        self._unread = [prompt_ids(self.task, self.tokens, self._state if self.arm.state else None)]
-        self._unread += (part for frame in self._frames for part in frame.parts)
+        prompt = prompt_ids(self.task, self.tokens, self._state if self.arm.state else None)
+        self._unread = [prompt, *(part for frame in self._frames for part in frame.parts)]
+        self.room = self.budget - len(prompt)
+        if self.room < max(cost, 1):
+            raise InputError(
+                f"clip {self.task.clip_id}: its prompt and a frame with the user's text take "
+                f"{len(prompt) + cost} tokens, but max_tokens leaves {self.budget}; raise --max-tokens"
+            )
 
 
 def token_budget(model: ProspectModel, config: TrainConfig, decoding: DecodingConfig) -> tuple[int, int]:
