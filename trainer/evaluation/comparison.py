@@ -89,7 +89,7 @@ def power_line(plan: Plan, split: Split) -> str:
     on = f"On {counted(recordings, 'recording')} with {counted(events, 'event')}"
     if len(pilot) < 2:
         least = f"{power_before(recordings, events, len(plan.seeds)):.2f}"
-        return f"{on} a difference in event F1 under about {least} could not be shown, however alike the seeds are"
+        return f"{on} a difference in event F1 under about {least} will hardly be shown, however alike the seeds are"
     counts = [len(plan.seeds)] if len(plan.seeds) < MOST_SEEDS else [3, 6, 12]
     sizes = [f"{power_before(recordings, events, count, pilot):.2f} with {counted(count, 'seed')}" for count in counts]
     found = f"as {len(pilot)} pairs of runs differ"

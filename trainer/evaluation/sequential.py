@@ -21,7 +21,7 @@ from trainer.evaluation.bootstrap import _DETECTABLE, Floats, _limits
 ALPHA_SEEDS: Final = 0.04  # over all looks together
 ALPHA_RECORDINGS: Final = 0.01  # once: every look is at the same recordings
 SPREAD: Final = 20.0  # variance of the prior over effects in a seed's standard deviations: narrow at 3 to 12 seeds
-DISCORDANT: Final = 1 / 3  # of events, that one arm finds and the other misses: a guess, for want of any run
+DISCORDANT: Final = 0.1  # of events, that arms decide differently in all seeds, and again in one seed each: as in synth
 
 
 def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
@@ -60,11 +60,12 @@ def always_valid(
 def power_before(recordings: int, events: int, seeds: int, pilot: Sequence[float] = ()) -> float:
     """The difference in event F1 that `seeds` pairs of runs could show with 80% power.
 
-    Of the data alone: as if DISCORDANT of the events were found by one arm only, each recording's together or not at
-    the same odds. pilot: differences of two or more pairs of runs that are there already, whose spread is added;
-    without it the result is a lower bound.
+    Of the data alone it is a guess of what recordings leave open. (Measured on synth, 40 recordings, 256 events: 0.053
+    and 0.058 half-widths with 1 seed, 0.036 with 2; here 0.057, 0.049.) pilot: differences of two or more pairs of runs
+    that are there already, whose spread is added; without it seeds are taken to be all alike.
     """
-    half = stats.t.ppf(0.975, max(recordings - 1, 1)) * math.sqrt(DISCORDANT / max(events, 1))
+    unlike = DISCORDANT * (1 + 1 / seeds) / max(events, 1)
+    half = stats.t.ppf(0.975, max(recordings - 1, 1)) * math.sqrt(unlike)
     if len(pilot) > 1:
         spread = stats.t.ppf(0.975, max(seeds - 1, 1)) * float(np.std(pilot, ddof=1)) / math.sqrt(seeds)
         half = math.hypot(half, spread)

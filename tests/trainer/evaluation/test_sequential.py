@@ -46,7 +46,7 @@ def test_too_few_seeds_or_recordings_have_no_interval():
 
 
 def test_power_beforehand_counts_events_and_a_pilot():
-    # t(40) 2.021 * sqrt(1 / 3 / 300) = 0.0674, and 1.4294 half-widths
-    assert power_before(41, 300, 4) == pytest.approx(0.0963, abs=1e-4)
+    # t(40) 2.021 * sqrt(0.1 * (1 + 1 / 4) / 300) = 0.0413, and 1.4294 half-widths
+    assert power_before(41, 300, 4) == pytest.approx(0.0590, abs=1e-4)
     # t(3) 3.182 * 0.1414 / 2 = 0.2250 beside it
-    assert power_before(41, 300, 4, (0.1, 0.3)) == pytest.approx(0.3357, abs=1e-4)
+    assert power_before(41, 300, 4, (0.1, 0.3)) == pytest.approx(0.3270, abs=1e-4)
