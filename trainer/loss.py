@@ -52,8 +52,10 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
 
     The arm token has one label per frame, which its loss is the cross-entropy of, all in the first two TERMS: update
     where the state changes, also where the assistant speaks too (the update's text comes first); else speech where it
-    speaks; silence where neither happens. Where one of the two is not known (-100) and the other does not happen, the
-    latter alone is supervised: its probability is to be low.
+    speaks; silence where neither happens. Speech at frames of an update is thus never learnt, as a frame has one
+    decision: a language model that goes on after the update's text would decide there once more, this one at the next
+    frame. Where one of the two is not known (-100) and the other does not happen, the latter alone is supervised: its
+    probability is to be low.
     """
     weights = torch.ones_like(labels, dtype=neg_rate.dtype)
     if reweigh:
