@@ -248,14 +248,12 @@ def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
         if len(first) < min(FIRST_STEPS, steps):
             continue
         schedule.guess = run_seconds(first, steps, evaluation)
-        pair = [(arm, job[1]) for arm in schedule.pair]
+        pair = [(arm, job[1]) for arm in schedule.pair if (arm, job[1]) not in schedule.done]
         takes, left = (schedule.end(pair, now) or now) - now, schedule.until - now
         if takes * (1.0 if len(first) >= steps / 5 else 0.5) > left:
             what = f"{' and '.join(schedule.pair)} need about {clock(round(takes))} more, {clock(round(left))} are left"
             fewer = f"lower --steps to about {int(steps * left / takes)}"
-            raise InputError(
-                f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time"
-            )
+            raise TooSlow(f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time")
 
 
 class _Here(Executor):

@@ -27,6 +27,7 @@ from trainer.config import Settings, TrainConfig
 from trainer.evaluation.evaluate_scores import hold
 from trainer.plan import Plan, commands_of, ladder, run_of
 from trainer.run_folder import lock_folder
+from trainer.schedule import Schedule, in_order
 
 ARMS = ("silence", "speak", "speak+dst")
 SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
@@ -247,6 +248,32 @@ def test_a_benchmark_with_a_clock_that_is_killed_goes_on(told, plan, tmp_path):
     for arm in ("speak", "speak+dst"):
         found, expected = (rows(out, "results", arm=arm, seed=0) for out in (tmp_path / "out", plan.out))
         assert found == expected
+
+
+def test_a_pair_that_cannot_end_in_time_is_told_from_its_first_steps(plan, data, monkeypatch):
+    """Of 100 steps at 0.5 s with 3 clips; to evaluate: 3 x 4 clips of val, 6 of test, 3 x 6 free-running: 12 steps."""
+    splits, first = hold(data, "test"), [0.5] * 10
+    monkeypatch.setattr(trainer.benchmark, "_step_seconds", lambda plan, job: first)
+    long = replace(plan, config=replace(SMALL, steps=100, eval_every=50))
+
+    def predict(minutes):
+        now = trainer.benchmark.time.monotonic()
+        units = in_order(("speak", "speak+dst"), ("speak", "speak+dst"), (0,))
+        schedule = Schedule(units, ("speak", "speak+dst"), until=now + 60 * minutes)
+        assert schedule.next(now) == ("speak", 0)
+        trainer.benchmark._predict(long, schedule, splits)
+        return schedule.guess
+
+    guess = predict(10)
+    assert guess == 56
+    assert predict(1) == guess  # a pair takes twice that, but early steps may be slow
+    with pytest.raises(
+        trainer.benchmark.TooSlow, match=r"speak and speak\+dst need about 1:52 more, 0:30 are left; lower"
+    ):
+        predict(0.5)
+    first[:] = [0.5] * 20
+    with pytest.raises(trainer.benchmark.TooSlow):
+        predict(1)
 
 
 @pytest.mark.slow
