@@ -151,6 +151,8 @@ def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
 def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
     """What follows 'ARM was' where the arm has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
     lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((arm, seed), {})]
+    if find_rung(arm).kind == "control":  # one run serves for all seeds
+        lacking = [seed for seed in lacking if (arm, seed) in bench.metrics]
     if not lacking:
         return None
     unmeasured = [seed for seed in lacking if (arm, seed) not in bench.metrics]

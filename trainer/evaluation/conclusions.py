@@ -68,7 +68,10 @@ def opening(bench: Benchmark) -> list[str]:
         first += f"; {top.rung} is the lowest rung that reaches the top"
         first += "" if top.rung == top.chain[-1] else f": those above add {bench.margin:g} event F1 at most"
     else:
-        first += f"; no rung is shown to beat {top.rung}, but whether one does, by over {bench.margin:g}, is undecided"
+        first += (
+            f"; no rung is shown to beat {top.rung.replace('metronome', 'a metronome')}, but whether one does, by over "
+        )
+        first += f"{bench.margin:g}, is undecided"
     numbers = [f"{lowest} {format_number(steps[lowest].value)}"]
     numbers += [f"{_listed(_sources(steps[rung]))} {_step(bench, steps[rung])}" for rung in others]
     text = f"Event F1 ({bench.mode}, {_size(bench, top.chain)}): {', '.join(numbers)}"
@@ -180,7 +183,7 @@ def _missing(bench: Benchmark) -> Iterator[str]:
         if why := why_missing(bench, arm, str(bench.info["primary"]["mode"])):
             arms.setdefault(why, []).append(arm)
     for why, names in arms.items():
-        yield f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} {why}."
+        yield f"{_listed(names)} {'was' if len(names) == 1 else 'were'} {why}."
 
 
 def _no_skill(bench: Benchmark) -> Iterator[str]:

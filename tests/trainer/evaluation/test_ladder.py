@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from trainer.config import MODES, Settings
 from trainer.evaluation.benchmark_folder import Benchmark, _converged, read_benchmark
 from trainer.evaluation.comparison import compare_runs, settle
-from trainer.evaluation.conclusions import headline, leaks
+from trainer.evaluation.conclusions import headline, leaks, limits
 from trainer.evaluation.evaluate_scores import all_metrics
 from trainer.evaluation.ladder import BEATS, NO_LARGER, SMALL, UNDECIDED, WORSE, ladder_steps, top_rung, verdict_of
 from trainer.evaluation.metrics import Thresholds
@@ -186,6 +186,7 @@ def test_rungs_are_compared_on_the_seeds_both_have_and_controls_on_all(tmp_path)
     assert bench.comparison("speak", "metronome", "self-fed", "event_f1")["seeds"] == 3
     assert bench.comparison("history", "metronome", "self-fed", "event_f1")["seeds"] == 1
     one, two = (bench.arm(rung, "self-fed", "event_f1") for rung in ("metronome", "history"))
+    assert "metronome was not evaluated" not in " ".join(limits(bench))
     assert (one["low"], one["high"]) == (two["low"], two["high"])  # equal runs widen nothing
 
 
