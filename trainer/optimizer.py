@@ -3,8 +3,6 @@
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes all singular values of a matrix's momentum about 1,
 so that rare directions learn as fast as common ones. Its Newton-Schulz iteration runs in float32 here, over all
 matrices of one shape at once: in bfloat16, as in torch.optim.Muon, it doubles the time of a step on a CPU.
-
-    n matrices of one shape    r rows    c columns
 """
 
 from __future__ import annotations
@@ -59,9 +57,8 @@ class MuonAdamW(torch.optim.AdamW):
         self.param_groups = [group for group in groups if not group.get("muon")]
         super().step(closure)
         self.param_groups = groups
-        for group in groups:
-            if group.get("muon"):
-                self._step_matrices(group)
+        for group in (group for group in groups if group.get("muon")):
+            self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -69,7 +66,9 @@ class MuonAdamW(torch.optim.AdamW):
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in by_shape.items():
-            momentum = [self._momentum(parameter) for parameter in parameters]
+            for new in (parameter for parameter in parameters if not self.state[parameter]):  # AdamW looks for a step
+                self.state[new] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(new)}
+            momentum = [self.state[parameter]["exp_avg"] for parameter in parameters]
             gradients: list[Any] = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
             ahead = torch.stack(torch._foreach_lerp(gradients, momentum, MOMENTUM))  # Nesterov's
@@ -77,15 +76,9 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(parameters, list(updates.unbind()))
 
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)  # AdamW looks for a step
-        return state["exp_avg"]  # type: ignore[no-any-return]
-
 
 def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """[n, r, c] with all singular values near 1, singular vectors kept."""
+    """[n, rows, columns] with all singular values near 1, singular vectors kept."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
