@@ -86,6 +86,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         if there < len(jobs):
             report_line(power_line(plan, splits.test))
         try:
+            if 0 < there < len(jobs):  # a kill may have come between the end of a run and its report
+                _update(plan, schedule, splits.test, report_line, in_progress=True)
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, seconds, notes in results:
                     report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")

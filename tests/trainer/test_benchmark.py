@@ -153,7 +153,7 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
         return 7.0, ()
 
     monkeypatch.setattr(trainer.benchmark, "carry_out", copied)
-    for runs, states in ((1, [False]), (3, [True, False])):
+    for runs, states in ((1, [False]), (3, [True, True, False])):  # first of all, what was there already
         with pytest.raises(KeyboardInterrupt):
             benchmark(stopped)
         assert len({(row["arm"], row["seed"]) for row in rows(stopped.out, "results")}) == runs
@@ -162,7 +162,7 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
     benchmark(stopped)
     assert calls[1] == calls[2] == ("speak+dst", 0)
     assert calls[4] == calls[5] == ("speak+dst", 1)
-    assert [in_progress for _, in_progress in pages] == [True, True, False]
+    assert [in_progress for _, in_progress in pages] == [True, True, True, False]
     for table in ("results", "arms", "comparisons", "windows", "groups"):
         assert rows(stopped.out, table) == rows(plan.out, table)
 
@@ -184,7 +184,7 @@ def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, t
 
 
 def test_more_arms_and_seeds_may_be_added(told, plan, monkeypatch):
-    monkeypatch.setattr(trainer.benchmark, "_update", lambda *given: None)
+    monkeypatch.setattr(trainer.benchmark, "_update", lambda *given, **named: None)
     monkeypatch.setattr(trainer.benchmark, "carry_out", lambda plan, job: pytest.fail(f"{job} is to be done"))
     with pytest.raises(pytest.fail.Exception, match=r"\('speak\+markers', 0\) is to be done"):
         benchmark(replace(plan, arms=("speak", "speak+markers")))
