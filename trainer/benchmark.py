@@ -22,7 +22,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -46,7 +46,7 @@ from trainer.evaluate import can_live, evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
 from trainer.evaluation.conclusions import headline
-from trainer.evaluation.evaluate_scores import EvalSplits, hold
+from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up
 from trainer.evaluation.report import PAGE, write_report
@@ -83,6 +83,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
         if there:
             report_line(f"{there}{of} runs are there already")
+        if others := _left_out(plan, jobs):
+            report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
         if there < len(jobs):
             report_line(power_line(plan, splits.test))
         try:
@@ -108,6 +110,13 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
 def answer_of(out: Path) -> str:
     """The answer in one sentence, as it opens the report."""
     return headline(read_benchmark(out))
+
+
+def _left_out(plan: Plan, jobs: Collection[Job]) -> list[str]:
+    """The finished runs of an earlier call, with other rungs or seeds, that are none of `jobs`: 'speak/seed-2'."""
+    runs, asked = plan.out / "runs", {run_of(plan, job) for job in jobs}
+    found = sorted(path.parents[1] for path in runs.glob(f"*/seed-*/scores/{METRICS_FILE}"))
+    return [str(run.relative_to(runs)) for run in found if run not in asked]
 
 
 def _line(plan: Plan, job: Job) -> str:

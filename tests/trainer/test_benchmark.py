@@ -179,6 +179,9 @@ def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, t
     lines.clear()
     benchmark(more, lines.append)
     assert lines[0] == "4 of 4 runs are there already"
+    benchmark(replace(more, arms=ladder(["speak+dst"])), lines.append)
+    left = "left out of tables and report, as they were not asked for this time: true-state/seed-0"
+    assert [line for line in lines if line.startswith("left")] == [left]
     with pytest.raises(InputError, match=r"true-state is made of speak\+dst's checkpoint, which is not among them"):
         benchmark(replace(more, arms=("speak", "true-state")))
 
