@@ -19,7 +19,7 @@ from trainer.config import RunOptions, Settings, TrainConfig
         ({"max_tokens": 0}, "max_tokens is 0, expected above 0"),
         ({"seed": -1}, "seed is -1, expected 0 or above"),
         ({"lr": float("nan")}, "lr is nan, expected a number"),
-        ({"arm": "loud"}, r"arm 'loud': not known, expected one of silence, lm-eos, speak, "),
+        ({"arm": "loud"}, r"arm 'loud': not known, expected one of silence, lm-eos, texts, "),
         ({"freeze": ("heads",)}, "freeze names heads"),
         ({"freeze": ("eyes",)}, "freeze names eyes; expected some of vision, connector, text, heads"),
         ({"freeze": ("text",), "lora_rank": 4}, "lora_rank is 4 and text is in freeze"),

@@ -72,7 +72,10 @@ def test_an_effect_is_found_where_there_is_one_and_only_there(answered):
 def test_the_answer_is_the_first_sentence_of_the_report(answered):
     state_tells, out = answered
     answer = answer_of(out)
-    assert answer.startswith("speak+dst beats speak by +") == state_tells
-    assert "on 24 recordings, 3 seeds (self-fed)" in answer
+    lowest = "speak+dst" if state_tells else "speak"
+    assert f"{lowest} is the lowest rung that reaches the top" in answer
+    assert ("is told by own state" in answer) == state_tells
+    assert "(self-fed, 24 recordings, 3 seeds)" in answer
     page = html.unescape((out / "report.html").read_text())
-    assert re.sub(r"<[^>]+>", "", page[page.index("<h1") :]).lstrip().startswith(answer)
+    words = re.sub(r"<[^>]+>", " ", page[page.index("<h1") :]).split()
+    assert " ".join(words).startswith(answer)

@@ -111,6 +111,20 @@ class Top:
     chain: tuple[str, ...]  # the rungs measured, from the lowest
 
 
+def _beats(bench: Benchmark, high: str, low: str, mode: str) -> bool:
+    """Whether `high` is shown to be better than `low`, or than another of CHAIN below `high` whose value is no less.
+
+    So a rung with few seeds, against which little can be shown, does not hide what is shown against a better one.
+    """
+    value = bench.arm(low, mode, PRIMARY).get("value")
+    for rung in CHAIN[: CHAIN.index(high)]:
+        other = bench.arm(rung, mode, PRIMARY).get("value")
+        as_good = rung == low or (value is not None and other is not None and other >= value)
+        if as_good and (bench.comparison(high, rung, mode, PRIMARY).get("low") or 0.0) > 0:
+            return True
+    return False
+
+
 def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
     """The lowest rung that reaches the top; None where fewer than two rungs of CHAIN were measured."""
     mode = mode or bench.mode
@@ -120,7 +134,7 @@ def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
     unbeaten, within = [], []
     for place, rung in enumerate(chain):
         rows = [bench.comparison(higher, rung, mode, PRIMARY) for higher in chain[place + 1 :]]
-        if not any((row.get("low") or 0.0) > 0 for row in rows):
+        if not any(_beats(bench, higher, rung, mode) for higher in chain[place + 1 :]):
             unbeaten.append(rung)
         if all(row.get("high") is not None and row["high"] <= bench.margin + _ROUNDING for row in rows):
             within.append(rung)
@@ -134,5 +148,5 @@ def tells(bench: Benchmark, mode: str | None = None) -> list[str]:
     return [
         rung
         for place, rung in enumerate(chain)
-        if place and all((bench.comparison(rung, low, mode, PRIMARY).get("low") or 0.0) > 0 for low in chain[:place])
+        if place and all(_beats(bench, rung, low, mode) for low in chain[:place])
     ]

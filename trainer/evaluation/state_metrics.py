@@ -8,7 +8,7 @@ Beside these stand the metrics of procedure step recognition (IndustReal: Schoon
 `determine_performance` in PSR/psr_utils.py of github.com/TimSchoonbeek/IndustReal at ad86a35): the order of completed
 steps, their F1, in which an early completion is false and none is too late, and their delay. On 1,000 random cases
 without an early or a repeated completion F1's counts and the delay equal that code's; it pairs some early ones with
-other steps, where this follows the paper. Counts are pooled over clips, where theirs are means over recordings.
+other steps; here they are false. Counts are pooled over clips, where theirs are means over recordings.
 Mistakes are transitions `fail` and `reset`, matched as all are.
 """
 

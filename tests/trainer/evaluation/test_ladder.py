@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -18,7 +19,17 @@ from trainer.evaluation.benchmark_folder import Benchmark, _converged, read_benc
 from trainer.evaluation.comparison import compare_runs, settle
 from trainer.evaluation.conclusions import headline, leaks, limits
 from trainer.evaluation.evaluate_scores import all_metrics
-from trainer.evaluation.ladder import BEATS, NO_LARGER, SMALL, UNDECIDED, WORSE, ladder_steps, top_rung, verdict_of
+from trainer.evaluation.ladder import (
+    BEATS,
+    NO_LARGER,
+    SMALL,
+    UNDECIDED,
+    WORSE,
+    ladder_steps,
+    tells,
+    top_rung,
+    verdict_of,
+)
 from trainer.evaluation.metrics import Thresholds
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.plan import Plan, run_of
@@ -238,3 +249,25 @@ def test_tables_are_there_for_others(tmp_path):
     bench = folder(tmp_path, {"metronome": metronome, "speak": oracle})
     for name in ("windows", "groups", "comparisons"):
         assert len(pl.read_parquet(bench.out / f"{name}.parquet"))
+
+
+def test_a_rung_with_few_seeds_does_not_hide_what_is_shown_against_a_better_one():
+    """speak+dst is shown to beat the metronome (0.5) and speak, but not texts (0.47), of which there are two seeds."""
+
+    class Bench:
+        mode, margin = "self-fed", 0.05
+        values: ClassVar = {"metronome": 0.5, "history": 0.48, "texts": 0.47, "speak": 0.48, "speak+dst": 0.71}
+
+        def arm(self, rung, mode, metric):
+            return {"value": self.values[rung]} if rung in self.values else {}
+
+        def comparison(self, a, b, mode, metric):
+            if a != "speak+dst":
+                return {"low": -0.04, "high": 0.04}
+            return {"low": -0.18, "high": 0.66} if b == "texts" else {"low": 0.16, "high": 0.27}
+
+    assert tells(Bench()) == ["speak+dst"]
+    assert top_rung(Bench()).rung == "speak+dst"
+    Bench.values["texts"] = 0.6  # better than all that it is shown to beat
+    assert tells(Bench()) == []
+    assert top_rung(Bench()).rung == "texts"
