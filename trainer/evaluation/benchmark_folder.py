@@ -158,7 +158,8 @@ def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
     unmeasured = [seed for seed in lacking if (arm, seed) not in bench.metrics]
     unfired = [seed for seed in lacking if mode == SELF_FED and bench.threshold(arm, seed) is None]
     seeds = unmeasured or unfired or lacking
-    where = f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+    named = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
+    where = f"(seed{'s' if len(seeds) > 1 else ''} {named})"
     if unfired and not unmeasured:
         return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
     return f"not {'evaluated' if unmeasured else f'scored {mode}'} {where}; run the benchmark again"
@@ -178,7 +179,7 @@ def speaking_scores(bench: Benchmark, arm: str, mode: str) -> Iterator[pl.DataFr
 
 
 def greatest_difference(bench: Benchmark, a: str, b: str, mode: str) -> float | None:
-    """Between two arms' uncorrected speaking probabilities, over all frames and seeds; None if not comparable."""
+    """Between two arms' uncorrected speaking probabilities, over all frames and the seeds both have; None if none."""
     pairs = zip(speaking_scores(bench, a, mode), speaking_scores(bench, b, mode), strict=False)
     greatest = []
     for first, second in pairs:
@@ -186,7 +187,7 @@ def greatest_difference(bench: Benchmark, a: str, b: str, mode: str) -> float | 
             return None
         p, q = (expit(scores["speaking_logit"].to_numpy()) for scores in (first, second))
         greatest.append(float(np.abs(p - q).max()))
-    return max(greatest) if len(greatest) == len(bench.info["seeds"]) else None
+    return max(greatest, default=None)
 
 
 def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | None]:

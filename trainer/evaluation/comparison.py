@@ -212,7 +212,7 @@ def _summary(plan: Plan, metrics: dict[Job, dict[str, Any]], split: Split, recor
     return {
         "rungs": [rung.name for rung in RUNGS if rung.name in {name for name, _ in metrics}],
         "planned": list(plan.arms),
-        "seeds": list(plan.seeds),
+        "seeds": list(plan.seeds) if len(plan.seeds) < MOST_SEEDS else sorted({seed for _, seed in metrics}),
         "margin": plan.margin,
         "primary": _question(plan),
         "split": split.name,
