@@ -263,7 +263,20 @@ def test_a_benchmark_with_a_clock_that_is_killed_goes_on(told, plan, tmp_path):
     words = ["benchmark", str(plan.data), "--out", str(tmp_path / "out"), "--rungs", "speak,speak+dst", "--seeds", "1"]
     options = {"model": "nano", "steps": 4, "eval_every": 2, "clips_per_step": 3, "warmup_steps": 2, "max_tokens": 200}
     words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--lr", str(SMALL.lr), "--micro-batch-tokens", "120", "--draws", "500", "--jobs", "1", "--minutes", "60"]
+    words += [
+        "--optimizer",
+        SMALL.optimizer,
+        "--lr",
+        str(SMALL.lr),
+        "--micro-batch-tokens",
+        "120",
+        "--draws",
+        "500",
+        "--jobs",
+        "1",
+        "--minutes",
+        "60",
+    ]
     first = tmp_path / "out/runs/speak/seed-0/scores/metrics.json"
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two that wait for each other take minutes on busy cores
     subprocess.run([sys.executable, "-c", KILLED, first, *words], check=True, env=one_thread)
