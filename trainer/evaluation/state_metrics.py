@@ -102,8 +102,13 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         "mistake predictions": sum(update[1] in MISTAKES for _, update in made),
         "mistake matched": mistakes,
     }
-    completed = ([(i, step) for i, (step, kind) in side if kind == "complete"] for side in (happened, made))
-    counts |= count_completions([(i, step) for i, step in next(completed) if i < clip.num_frames], next(completed))
+    first = [  # a completion is early before its first positive frame, not before its time within the range
+        (max(turn.start_frame or 0, clip.start_frame) - clip.start_frame, step)
+        for turn in clip.turns
+        for step, kind in (turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ())
+        if kind == "complete"
+    ]
+    counts |= count_completions(sorted(first), [(i, step) for i, (step, kind) in made if kind == "complete"])
     counts["completion frames late"] /= clip.fps
     part = np.arange(clip.num_frames) * PARTS // clip.num_frames
     for name, marked in (("frames", None), ("right", right), ("right_never", right_never)):
