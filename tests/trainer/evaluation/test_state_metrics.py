@@ -144,3 +144,10 @@ def test_mistakes_are_failed_and_reset_steps():
     assert (found["mistakes"]["matched"], found["mistakes"]["precision"], found["mistakes"]["recall"]) == (1, 0.5, 0.5)
     none = report(clip_of([dst(4, 6, START)], frames=60, updates={2.0: (START,)}))
     assert (none["mistakes"]["f1"], none["completions"]["f1"], none["completions"]["order_similarity"]) == (None,) * 3
+
+
+@pytest.mark.parametrize(("said_s", "f1", "delay_s"), [(1.5, 0.0, None), (2.0, 1.0, 0.0), (2.5, 1.0, 0.5)])
+def test_a_completion_is_early_before_its_first_positive_frame(said_s, f1, delay_s):
+    """Frames 4 and 5 are positive, the turn's time is that of frame 5: said at frame 4 (2.0 s) it is not early."""
+    found = report(clip_of([Turn("DST_UPDATE", "x", 4, 6, 2.6, (DONE,))], frames=10, updates={said_s: (DONE,)}))
+    assert (found["completions"]["f1"], found["completions"]["delay_s"]) == (f1, delay_s)
