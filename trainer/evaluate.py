@@ -11,7 +11,6 @@ from the two Parquet files and the shards: `evaluation.evaluate_scores` gives th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -122,10 +121,10 @@ def run_live(
 
     Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
     """
-    never = {"dst_update": math.inf}
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     script = _reference_script(clips) if updates == "reference" else None
-    decoding = DecodingConfig(never | thresholds.event | (never if script else {}), settings.refractory_s)
+    own = {head: value for head, value in thresholds.event.items() if not (script and head == "dst_update")}
+    decoding = DecodingConfig(own, settings.refractory_s)
     scored = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates)
         for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)

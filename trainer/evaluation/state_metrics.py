@@ -166,26 +166,24 @@ def state_rates(c: dict[str, Any]) -> dict[str, Any]:
     return shares | {
         "joint_accuracy": ratio(c["right"], c["frames"]),
         "joint_accuracy_never_updating": ratio(c["right_never"], c["frames"]),
-        "transitions": {
-            "precision": ratio(c["matched"], c["predictions"]),
-            "recall": ratio(c["matched"], c["references"]),
-            "f1": ratio(2 * c["matched"], c["references"] + c["predictions"]),
-        },
+        "transitions": _match_rates(c["matched"], c["predictions"], c["references"]),
         "completions": {
-            "precision": ratio(c["completion matched"], c["completion predictions"]),
-            "recall": ratio(c["completion matched"], c["completion matched"] + c["completion missed"]),
-            "f1": ratio(
-                2 * c["completion matched"],
-                c["completion matched"] + c["completion missed"] + c["completion predictions"],
+            **_match_rates(
+                c["completion matched"], c["completion predictions"], c["completion matched"] + c["completion missed"]
             ),
             "delay_s": ratio(c["completion frames late"], c["completion matched"]),
             "order_similarity": ratio(c["order similarity"], c["orders"]),
         },
-        "mistakes": {
-            "precision": ratio(c["mistake matched"], c["mistake predictions"]),
-            "recall": ratio(c["mistake matched"], c["mistake references"]),
-            "f1": ratio(2 * c["mistake matched"], c["mistake references"] + c["mistake predictions"]),
-        },
+        "mistakes": _match_rates(c["mistake matched"], c["mistake predictions"], c["mistake references"]),
+    }
+
+
+def _match_rates(matched: Any, predictions: Any, references: Any) -> dict[str, Any]:
+    """Precision, recall and F1 from counts."""
+    return {
+        "precision": ratio(matched, predictions),
+        "recall": ratio(matched, references),
+        "f1": ratio(2 * matched, references + predictions),
     }
 
 

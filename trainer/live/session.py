@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 class DecodingConfig:
     """When a text is written, and how long it may be."""
 
-    thresholds: Mapping[str, float]  # logits, for "speaking" and, where the arm has that head, "dst_update"; >= fires
+    thresholds: Mapping[str, float]  # logits by head; >= fires, and a head without one never does
     refractory_s: float = 2.0  # seconds in which a head does not fire again
     max_text: int = 64  # tokens of one text; then its end is forced
 
@@ -125,7 +125,8 @@ class Session:
         due: dict[str, str | None] = {}
         for role, last in self._last_fired.items():
             rested = (frame.frame - last) / self.task.fps >= self.decoding.refractory_s - 1e-6
-            if rested and float(logits[HEADS.index(HEAD_OF[role])]) >= self.decoding.thresholds[HEAD_OF[role]]:
+            threshold = self.decoding.thresholds.get(HEAD_OF[role], np.inf)
+            if rested and float(logits[HEADS.index(HEAD_OF[role])]) >= threshold:
                 due[role] = None
         self._last_fired |= dict.fromkeys(due, frame.frame)
         return {**due, **frame.script}
