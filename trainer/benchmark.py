@@ -42,11 +42,11 @@ from trainer.arms import find_rung
 from trainer.checkpoint import run_hash
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
 from trainer.controls import control_key, score_control
-from trainer.evaluate import can_live, evaluate
+from trainer.evaluate import evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
 from trainer.evaluation.conclusions import headline
-from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, hold
+from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, can_live, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up
 from trainer.evaluation.report import PAGE, write_report

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,11 +27,10 @@ from scipy.special import expit
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS, ROLE_OF
-from pipeline.storage import write_json
-from trainer.config import SELF_FED, TEACHER_FORCED, Settings
+from trainer.config import Settings
 from trainer.evaluation import evaluate_scores as scoring
 from trainer.evaluation.event_metrics import TOLERANCE, most_matches, predicted_frames, targets_of, threshold_frames
-from trainer.evaluation.scores import Floats, Ints, ScoredClip, Singles, write_scores
+from trainer.evaluation.scores import Floats, Ints, ScoredClip, Singles
 from trainer.sequence import text_frames
 
 CONTROLS: Final = ("metronome", "history")
@@ -68,23 +67,16 @@ def score_control(
         "model": control_key(name, train, seed),
     }
     scored = {part: list(control.teacher_forced(list(s.in_order()))) for part, s in held.all.items()}
-    thresholds, notes = scoring.pick_thresholds(scored, held, settings)
-    origin |= {"thresholds": asdict(thresholds), "thresholds_from": scoring.threshold_source(held, notes)}
-    write_scores(out / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
-    by_mode = {TEACHER_FORCED: scored[split]}
-    if live and held.val is not None and "speaking" in thresholds.event:
+
+    def free_running_pass(thresholds: scoring.Thresholds) -> list[ScoredClip]:
         chosen = {head: thresholds.event.get(head, math.inf) for head in HEADS}
+        assert held.val is not None  # thresholds were chosen there
         chosen["speaking"] = _best_free_running(control, scored[held.val.name], chosen, settings)
         clips = [one.clip for one in scored[split]]
         rows = {head: np.full(len(clips), value) for head, value in chosen.items()}
-        by_mode[SELF_FED] = list(control.free_running(clips, rows, settings.refractory_s))
-        write_scores(out / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
-    elif live:
-        notes.append("not self-fed: no threshold for speaking")
-    metrics, missing = scoring.all_metrics(by_mode, thresholds, settings)
-    metrics |= origin | {"split": split, "arm": name}
-    write_json(out / scoring.METRICS_FILE, metrics)
-    return scoring.Evaluation(split, metrics, (*notes, *missing), out)
+        return list(control.free_running(clips, rows, settings.refractory_s))
+
+    return scoring.write_evaluation(out, scored, held, settings, origin, name, free_running_pass if live else None)
 
 
 def control_key(name: str, train: Split, seed: int) -> str:

@@ -12,7 +12,6 @@ from the two Parquet files and the shards: `evaluation.evaluate_scores` gives th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,12 @@ import torch
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import DST_UPDATE, SPEAKING
-from pipeline.storage import write_json
 from trainer.checkpoint import LoadedRun, load_run, run_hash
-from trainer.config import SELF_FED, TEACHER_FORCED, Settings
+from trainer.config import Settings
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
-from trainer.evaluation.evaluate_scores import (
-    METRICS_FILE,
-    Evaluation,
-    all_metrics,
-    hold,
-    pick_thresholds,
-    threshold_source,
-)
+from trainer.evaluation.evaluate_scores import METRICS_FILE, Evaluation, hold, write_evaluation
 from trainer.evaluation.metrics import Thresholds
-from trainer.evaluation.scores import ScoredClip, write_scores
+from trainer.evaluation.scores import ScoredClip
 from trainer.frame_source import FrameSource
 from trainer.live.rollout import Script, free_running
 from trainer.live.session import DecodingConfig
@@ -89,19 +80,14 @@ def evaluate(
         "updates": updates,
     }
     scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
-    thresholds, notes = pick_thresholds(scored, held, settings)
-    origin |= {"thresholds": asdict(thresholds), "thresholds_from": threshold_source(held, notes)}
-    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
-    by_mode = {TEACHER_FORCED: scored[split]}
-    if live and can_live(thresholds):
-        by_mode[SELF_FED] = run_live(loaded, held.test, frames, thresholds, settings, updates)
-        write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
-    elif live:
-        notes.append("not self-fed: no threshold for speaking")
-    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
-    metrics |= origin | {"split": split, "arm": loaded.config.arm}
-    write_json(folder / METRICS_FILE, metrics)
-    return Evaluation(split, metrics, (*notes, *missing), folder)
+
+    def free_running_pass(thresholds: Thresholds) -> list[ScoredClip]:
+        return run_live(loaded, held.test, frames, thresholds, settings, updates)
+
+    return write_evaluation(
+        folder, scored, held, settings, origin, loaded.config.arm, free_running_pass if live else None,
+        sessions, submission, draws,
+    )  # fmt: skip
 
 
 def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:
@@ -135,11 +121,6 @@ def run_live(
 def _reference_script(clips: Sequence[ClipExample]) -> Script:
     by_clip = {clip.clip_id: reference_updates(clip) for clip in clips}
     return lambda clip, frame: {"DST_UPDATE": by_clip[clip.clip_id][frame]} if frame in by_clip[clip.clip_id] else {}
-
-
-def can_live(thresholds: Thresholds) -> bool:
-    """Whether a free-running pass has the threshold that it needs. A DST head without one never fires."""
-    return "speaking" in thresholds.event
 
 
 def _probabilities(logits: dict[str, Any], correction: float | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Thresholds come from `val` or from the user, never from the split that is measur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from pipeline.storage import write_json
-from trainer.config import Settings
+from trainer.config import SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.chunk_metrics import (
     Session,
     read_sessions,
@@ -25,7 +25,7 @@ from trainer.evaluation.chunk_metrics import (
     write_submission,
 )
 from trainer.evaluation.metrics import Thresholds, choose_thresholds, intervals, measure
-from trainer.evaluation.scores import ScoredClip
+from trainer.evaluation.scores import ScoredClip, write_scores
 
 METRICS_FILE = "metrics.json"
 
@@ -110,6 +110,44 @@ def evaluate_submission(path: Path, chunks: Path, out: Path | None = None) -> Ev
 def hold(data: Path, split: str) -> EvalSplits:
     test = Split(data, split)
     return EvalSplits(test, Split(data, "val") if "val" in test.manifest["splits"] and split != "val" else None)
+
+
+def write_evaluation(
+    folder: Path,
+    scored: Mapping[str, Sequence[ScoredClip]],
+    held: EvalSplits,
+    settings: Settings,
+    origin: Mapping[str, Any],
+    arm: str,
+    run_live: Callable[[Thresholds], Sequence[ScoredClip]] | None,
+    sessions: Sequence[Session] | None = None,
+    submission: Path | None = None,
+    draws: int = 0,
+) -> Evaluation:
+    """Choose thresholds, score free-running with them, and write both scores files and metrics.json into `folder`.
+
+    scored: teacher-forced, by split. origin: what the files say of their data and model. run_live: the measured split,
+    free-running; None where that was not asked for. The last three are as for `all_metrics`.
+    """
+    split = held.test.name
+    thresholds, notes = pick_thresholds(scored, held, settings)
+    origin = {**origin, "thresholds": asdict(thresholds), "thresholds_from": threshold_source(held, notes)}
+    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
+    by_mode = {TEACHER_FORCED: scored[split]}
+    if run_live is not None and can_live(thresholds):
+        by_mode[SELF_FED] = run_live(thresholds)
+        write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
+    elif run_live is not None:
+        notes.append("not self-fed: no threshold for speaking")
+    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
+    metrics |= origin | {"split": split, "arm": arm}
+    write_json(folder / METRICS_FILE, metrics)
+    return Evaluation(split, metrics, (*notes, *missing), folder)
+
+
+def can_live(thresholds: Thresholds) -> bool:
+    """Whether a free-running pass has the threshold that it needs. A DST head without one never fires."""
+    return "speaking" in thresholds.event
 
 
 def pick_thresholds(
