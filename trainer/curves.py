@@ -116,7 +116,7 @@ def make_figure(curves: Curves) -> Figure:
     figure.suptitle(title, x=0.012, ha="left", size=17, weight="bold")
     how = f"Thin: each step. Thick, and numbers: running mean (half-life {curves.half_life:,})."
     if not several:
-        how = f"{_one_evaluation(curves.evaluations)} {how}"
+        how = f"{_one_evaluation(curves.evaluations)}\n{how}"
     figure.supxlabel(how, x=0.012, ha="left", size=11.5, color=MUTED)
     for name, axes in panels.items():
         axes.set_title(headings[name])
