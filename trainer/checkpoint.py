@@ -73,42 +73,32 @@ class LoadedRun:
 
 
 def save_checkpoint(
-    folder: Path,
-    model: ProspectModel,
-    tokens: Tokens,
-    config: TrainConfig,
-    info: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None = None,
-    world: World | None = None,
+    folder: Path, run: LoadedRun, optimizer: torch.optim.Optimizer | None = None, world: World | None = None
 ) -> None:
     """Write `folder`, or replace it; with `optimizer` training can go on from it. Collective."""
-    world = world or World()
+    model, world = run.model, world or World()
     weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
-    state = {} if optimizer is None else _training_state(model, optimizer, config, weights)
+    state: dict[str, Tensor] = {}  # what the next step depends on beside the merged weights
+    if optimizer is not None:
+        moments: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
+        state = {f"{key}/{name}": v for name, kept in moments.get("state", {}).items() for key, v in kept.items()}
+        if run.config.lora_rank:
+            learns = {name for name, p in model.named_parameters() if p.requires_grad}
+            state |= {f"parameter/{name}": value for name, value in weights.items() if name in learns}
+        if torch.cuda.is_available():
+            state["rng/cuda"] = torch.cuda.get_rng_state()
+        state["rng/cpu"] = torch.get_rng_state()
     if world.is_main:
         new = _draft(folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         with naming(new):
             try:
-                _write_files(new, LoadedRun(model, tokens, config, info), weights, state)
+                _write_files(new, run, weights, state)
             except SafetensorError as error:  # a full disk among others
                 raise OSError(None, str(error), str(new)) from None
         _move_into_place(new, folder)
     world.wait()
-
-
-def _training_state(
-    model: ProspectModel, optimizer: torch.optim.Optimizer, config: TrainConfig, weights: dict[str, Any]
-) -> dict[str, Tensor]:
-    """What the next step depends on beside the merged weights: moments, generators, and with LoRA what learns."""
-    moments: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
-    state = {f"{key}/{name}": v for name, kept in moments.get("state", {}).items() for key, v in kept.items()}
-    if config.lora_rank:
-        state |= {f"parameter/{n}": weights[n] for n, p in model.named_parameters() if p.requires_grad and n in weights}
-    if torch.cuda.is_available():
-        state["rng/cuda"] = torch.cuda.get_rng_state()
-    return state | {"rng/cpu": torch.get_rng_state()}
 
 
 def _write_files(new: Path, run: LoadedRun, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -163,10 +153,9 @@ def recover(folder: Path) -> None:
 
 def model_card(run: LoadedRun) -> str:
     """Markdown: what the model is, what its scores mean, how to load it."""
-    config, info, shares = run.config, run.info, []
-    for counts in info.get("labels", {}).values():
-        known = counts["positive"] + counts["negative"]
-        shares.append(f"{counts['positive'] / known:.4f}" if known else "none was supervised")
+    config, info = run.config, run.info
+    labels = [(counts["positive"], counts["negative"]) for counts in info.get("labels", {}).values()]
+    shares = [f"{pos / (pos + neg):.4f}" if pos + neg else "none was supervised" for pos, neg in labels]
     to_probability = {
         None: "Both classes weighed equally: a sigmoid is no probability until it is calibrated on held-out clips.",
         0.0: "A sigmoid may be read as a probability.",
@@ -219,29 +208,27 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     kept = config if to_train else replace(config, lora_rank=0, compile=False, checkpointing=False)
     model = ProspectModel(vlm, heads, kept, tokens.choices)
     if adapted:
-        _load_adapters(folder, model, config.model)
+        state = load_file(folder / STATE).items()
+        learnt = {name.removeprefix("parameter/"): v for name, v in state if name.startswith("parameter/")}
+        model.load_state_dict(learnt, strict=False)
+        merged = merge_adapters(vlm, vlm.state_dict())
+        for name, value in ((n, v) for file in folder.glob("model*.safetensors") for n, v in load_file(file).items()):
+            if not torch.allclose(merged[name], value, atol=1e-5):
+                raise InputError(
+                    f"{config.model}: {name} is not what the adapters were trained on; get that model back"
+                )
     return LoadedRun(model.eval(), tokens, config, info)
-
-
-def _load_adapters(folder: Path, model: ProspectModel, base: str) -> None:
-    state = load_file(folder / STATE)
-    learnt = {name.removeprefix("parameter/"): v for name, v in state.items() if name.startswith("parameter/")}
-    model.load_state_dict(learnt, strict=False)
-    saved = load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
-    for name, value in merge_adapters(model.vlm, model.vlm.state_dict()).items():
-        if name in saved and not torch.allclose(value, saved[name], atol=1e-5):
-            raise InputError(f"{base}: {name} is not what the adapters were trained on; get that model back")
 
 
 def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimizer) -> None:
     """Give a new `optimizer` and the random generators the state that `save_checkpoint` wrote. Collective."""
     saved = load_file(folder / STATE)
-    names = {name.partition("/")[2] for name in saved if name.startswith("exp_avg/")}
-    if names:
-        state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # for its groups
-        state["state"] = {
-            name: {key: saved[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in saved} for name in names
-        }
+    moments: dict[str, dict[str, Tensor]] = {}  # by parameter
+    for key, _, name in (key.partition("/") for key in saved):
+        if key in _MOMENTS:
+            moments.setdefault(name, {})[key] = saved[f"{key}/{name}"]
+    if moments:
+        state: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer), "state": moments}  # its own groups
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
     torch.set_rng_state(saved["rng/cpu"])
     if "rng/cuda" in saved and torch.cuda.is_available():
@@ -257,8 +244,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         info = dict(json.loads(path.read_bytes()))
         version = info.pop("format")
-        if version == FORMAT:  # KeyError, TypeError: damaged
-            _ = info["config"], [file["sha256"] for file in info["files"].values()]
+        _ = version == FORMAT and (info["config"], [file["sha256"] for file in info["files"].values()])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); train again") from None
     if version != FORMAT:

@@ -31,7 +31,7 @@ from trainer.config import Settings
 from trainer.evaluation import evaluate_scores as scoring
 from trainer.evaluation.event_metrics import TOLERANCE, most_matches, predicted_frames, targets_of, threshold_frames
 from trainer.evaluation.scores import Floats, Ints, ScoredClip, Singles
-from trainer.sequence import text_frames
+from trainer.sequence import texts_at
 
 CONTROLS: Final = ("metronome", "history")
 VERSION: Final = 1  # of the features and the fit: what another wrote is made again
@@ -284,7 +284,7 @@ class _Contexts:
         marks = np.zeros((len(KINDS), len(clips), self.sizes.max()), bool)
         for kind, role in enumerate(KINDS):
             for i, clip in enumerate(clips):
-                marks[kind, i, [frame - clip.start_frame for frame in text_frames(clip, role)]] = True
+                marks[kind, i, [frame - clip.start_frame for frame in texts_at(clip, role)]] = True
         self.own, self.user = marks[:-1], marks[-1]  # bool [2, C, F] after a frame, [C, F] before it
 
     def walk(self, act: Act) -> None:

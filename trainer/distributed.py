@@ -121,8 +121,3 @@ def synced(model: nn.Module, now: bool) -> Iterator[None]:
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         cast(Any, model).set_requires_gradient_sync(now)
     yield
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The ProspectModel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

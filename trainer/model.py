@@ -25,12 +25,16 @@ from trainer import body_graph, vision
 from trainer.arms import find_arm
 from trainer.attention import use_packed
 from trainer.body_graph import BodyGraph
-from trainer.config import RANDOM_MODELS, TrainConfig
+from trainer.config import TrainConfig
 from trainer.hub import hub_options, model_folder, not_loaded
 from trainer.packing import Pack, blank_pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
 GREY = 128  # of each colour, 0 to 255: what an arm without images sees
+RANDOM = {  # config.RANDOM_MODELS: hidden, layers, scale
+    "tiny": (128, 4, 4),  # 1.1M parameters, frames of 64 x 64 pixels
+    "nano": (64, 2, 2),  # 0.25M, 32 x 32, a quarter of tiny's cost: for studies of a hundred runs
+}
 
 
 class Scores(NamedTuple):
@@ -80,12 +84,10 @@ class ProspectModel(nn.Module):
         choices: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.vlm, self.heads = vlm, heads
-        self.arm, self.choices = find_arm(config.arm), choices
+        self.vlm, self.heads, self.choices = vlm, heads, choices
+        self.arm, self.tokens_per_frame, self._bf16 = find_arm(config.arm), config.tokens_per_frame, config.bf16
         assert choices or self.arm.decides not in ("lm-eos", "token")
-        self.tokens_per_frame, self._bf16 = config.tokens_per_frame, config.bf16
-        if self.tokens_per_frame > (most := vision.most_tokens(vlm)):
-            k = self.tokens_per_frame
+        if (k := config.tokens_per_frame) > (most := vision.most_tokens(vlm)):
             raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
         use_packed(vlm)
@@ -143,40 +145,36 @@ class ProspectModel(nn.Module):
         the arm has no DST head.
         """
         logits = self.heads(hidden)
+        if self.arm.decides == "direct":
+            return logits
         if self.arm.decides == "inverted":
             return torch.stack([-logits[0], logits[1]])
-        if self.arm.decides == "lm-eos":
-            with torch.autocast(hidden.device.type, enabled=False):  # as the heads: no two scores tie by rounding
+        with torch.autocast(hidden.device.type, enabled=False):  # as the heads: no two scores tie by rounding
+            if self.arm.decides == "lm-eos":
                 following = self.vlm.lm_head(hidden.float()).float()  # [N, V]
-            others = following.clone()
-            others[:, self.choices[0]] = -torch.inf
-            speaks = others.logsumexp(-1) - following[:, self.choices[0]]
-            return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: every weight has a gradient on every rank
-        if self.arm.decides == "token":
-            with torch.autocast(hidden.device.type, enabled=False):
-                rows = torch.stack([self.vlm.lm_head.weight[token] for token in self.choices])  # [3, H]
-                silence, speech, update = F.linear(hidden.float(), rows.float()).unbind(-1)
+                others = following.clone()
+                others[:, self.choices[0]] = -torch.inf
+                speaks = others.logsumexp(-1) - following[:, self.choices[0]]
+                return torch.stack([speaks + 0 * logits[0], logits[1]])  # 0: each weight has a gradient on each rank
+            rows = torch.stack([self.vlm.lm_head.weight[token] for token in self.choices])  # [3, H]
+            silence, speech, update = F.linear(hidden.float(), rows.float()).unbind(-1)
             odds = [speech - torch.logaddexp(silence, update), update - torch.logaddexp(silence, speech)]
             return torch.stack([*odds, torch.logaddexp(speech, update) - silence]) + 0 * logits.sum(0)
-        return logits
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """[L, H] after the last layer and norm."""
         embedded = self.body.embed_tokens(pack.input_ids)  # [L, H]
         features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
         filled = embedded.index_copy(0, pack.frame_index.flatten(), features.flatten(0, 1))
-        if self._learns_by_graph() and (hidden := self._graph(filled, pack)) is not None:
+        learns = self.training and torch.is_grad_enabled() and self.bf16 and self.device.type in body_graph.GRAPHED
+        graphed = learns and not (self._graph.off or torch.distributed.is_initialized())
+        if graphed and (hidden := self._graph(filled, pack)) is not None:
             return hidden
         out = self.body(
             inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False,
             seg_lens=pack.seg_lens, seg_ends=pack.seg_ends, longest=pack.longest,
         )  # fmt: skip
         return out.last_hidden_state[0]
-
-    def _learns_by_graph(self) -> bool:
-        """Whether text layers that learn are CUDA graphs: in bfloat16, in one process, without checkpointing."""
-        now = self.training and torch.is_grad_enabled() and self.bf16 and self.device.type in body_graph.GRAPHED
-        return now and not (self._graph.off or torch.distributed.is_initialized())
 
     def frame_features(self, frames: Tensor) -> Tensor:
         """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector
@@ -227,9 +225,8 @@ def _add_adapters(body: nn.Module, config: TrainConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError(
-            f"lora_rank is {config.lora_rank}, but peft is not installed; pip install 'prospect-dst[lora]'"
-        ) from None
+        message = f"lora_rank is {config.lora_rank}, but peft is not installed; pip install 'prospect-dst[lora]'"
+        raise InputError(message) from None
     torch.manual_seed(config.seed)
     targets = sorted({name.rsplit(".", 1)[-1] for name, m in body.named_modules() if isinstance(m, nn.Linear)})
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), body)
@@ -255,9 +252,9 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     Raises InputError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
     """
     exact_float32()
-    if name in RANDOM_MODELS:
+    if name in RANDOM:
         torch.manual_seed(seed)
-        return SmolVLMForConditionalGeneration((tiny_config if name == "tiny" else nano_config)(vocabulary))
+        return SmolVLMForConditionalGeneration(tiny_config(vocabulary, *RANDOM[name]))
     name = model_folder(name)
     where = hub_options(name)
     try:
@@ -281,8 +278,8 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     return vlm
 
 
-def random_config(vocabulary: int, hidden: int, layers: int, scale: int) -> SmolVLMConfig:
-    """A SmolVLM of width `hidden` whose connector makes one token of a frame of 16 x scale pixels, its layout kept.
+def tiny_config(vocabulary: int, hidden: int = 128, layers: int = 4, scale: int = 4) -> SmolVLMConfig:
+    """SmolVLM's layout at width `hidden`; its connector makes one token of a frame of 16 x scale pixels.
 
     Weights start at 1/sqrt(hidden), as SmolVLM's do; the library's 0.02 learns poorly at this width.
     """
@@ -299,13 +296,3 @@ def random_config(vocabulary: int, hidden: int, layers: int, scale: int) -> Smol
     return SmolVLMConfig(
         text_config=text, vision_config=vision, scale_factor=scale, image_token_id=0, tie_word_embeddings=False
     )
-
-
-def tiny_config(vocabulary: int) -> SmolVLMConfig:
-    """About 1.1M parameters, frames of 64 x 64 pixels."""
-    return random_config(vocabulary, hidden=128, layers=4, scale=4)
-
-
-def nano_config(vocabulary: int) -> SmolVLMConfig:
-    """About 0.25M parameters, frames of 32 x 32 pixels, a quarter of tiny's cost: for studies of a hundred runs."""
-    return random_config(vocabulary, hidden=64, layers=2, scale=2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,12 +62,12 @@ class Pack:
     @property
     def device_tensors(self) -> dict[str, Tensor]:
         """The parts that go to the model's device, frames aside."""
-        parts = ((name, value) for name, value in self.__dict__.items() if name not in ON_HOST)
-        return {name: value for name, value in parts if isinstance(value, Tensor)}
+        parts = self.__dict__.items()
+        return {name: value for name, value in parts if isinstance(value, Tensor) and name not in ON_HOST}
 
     def to(self, device: torch.device) -> Pack:
-        moved = {name: upload(value, device) for name, value in self.device_tensors.items()}
-        return replace(self, frames=lambda: upload(self.frames(), device), **moved)  # type: ignore[arg-type]
+        moved: dict[str, Any] = {name: upload(value, device) for name, value in self.device_tensors.items()}
+        return replace(self, frames=lambda: upload(self.frames(), device), **moved)
 
     def loaded(self) -> Pack:
         """With its frames in memory: what a loader's worker sends."""
@@ -74,8 +75,10 @@ class Pack:
 
     def pin_memory(self) -> Pack:
         """In pinned memory, frames included: what a DataLoader calls."""
-        moved = {name: value.pin_memory() for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)  # type: ignore[arg-type]
+        moved: dict[str, Any] = {
+            k: value.pin_memory() for k, value in self.__dict__.items() if isinstance(value, Tensor)
+        }
+        return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +117,10 @@ def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
     packs: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = next((p for p, left in enumerate(room) if lengths[i] <= left), None)
-        if fits is None:
+        fits = next((p for p, left in enumerate(room) if lengths[i] <= left), len(packs))
+        if fits == len(packs):
             packs.append([])
             room.append(budget)
-            fits = len(packs) - 1
         packs[fits].append(i)
         room[fits] -= lengths[i]
     return packs
@@ -137,8 +139,7 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
         parts = [frames.load(window.clip, window.first_frame, window.end_frame) for window in windows]
         return torch.from_numpy(np.concatenate(parts))
 
-    lengths = [len(window.input_ids) for window in windows]
-    seg_lens = torch.tensor(lengths)
+    seg_lens = torch.tensor([len(window.input_ids) for window in windows])
     seg_ends = ends_of(seg_lens)
     starts = seg_ends[:-1].tolist()
     ids = np.concatenate([window.input_ids for window in windows])
@@ -148,7 +149,7 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
         clip_ids=tuple(dict.fromkeys(window.clip.clip_id for window in windows)),
         frames=load,
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        position_ids=torch.cat([torch.arange(length) for length in seg_lens.tolist()]),
         seg_lens=seg_lens,
         seg_ends=seg_ends,
         frame_index=torch.from_numpy(frame_index),

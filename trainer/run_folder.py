@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from pipeline.storage import LOCK, is_vacant, lock, make_folder, write_json
 from trainer.arms import find_arm
-from trainer.checkpoint import load_run, recover, verify_model
+from trainer.checkpoint import LoadedRun, load_run, recover, verify_model
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.features import kept_layer
 from trainer.hub import model_folder
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
+from trainer.tokenizer import load_tokens, train_tiny_tokens
 
 OPTIONS = "options.json"
 SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
@@ -67,10 +66,15 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
 def check_resume(run: Path, options: dict[str, Any]) -> None:
     """InputError that names what the run was started with and `options` has otherwise."""
     before = read_options(run)
-    changed = [
+    config, changed = before["config"], []
+    changed += [
         f"{name}: {options[name]}, the run has {before[name]}" for name in SOURCES if options[name] != before[name]
     ]
-    changed += TrainConfig.from_json(options["config"]).differences(TrainConfig.from_json(before["config"]))
+    changed += [
+        f"{name} is {value!r}, the run has {config[name]!r}"
+        for name, value in options["config"].items()
+        if value != config[name]
+    ]
     if changed:
         raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with the same, or train into a new folder")
 
@@ -96,9 +100,8 @@ def read_options(run: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not found, so this is no run that could go on; choose another --run")
     try:
         options = json.loads(path.read_bytes())
-        return {"config": TrainConfig.from_json(options["config"]).to_json()} | {
-            name: options[name] for name in SOURCES
-        }
+        config = TrainConfig.from_json(options["config"]).to_json()
+        return {"config": config, **{name: options[name] for name in SOURCES}}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged, or of another version ({error!r}); train into a new folder") from None
 
@@ -115,22 +118,13 @@ def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], r
     return TrainConfig(**values)
 
 
-# ---- the model ---------------------------------------------------------------------------------------
+def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> LoadedRun:
+    """RUN/last as it was left (its optimizer is `checkpoint.load_state`'s); a new model where there is none.
 
-
-@dataclass
-class TrainState:
-    """A model in training and how far it is."""
-
-    model: ProspectModel
-    tokens: Tokens
-    info: dict[str, Any]  # what a checkpoint says of the data
-    done: int = 0  # steps
-    best: float = -1.0  # mean AP on the evaluation split
-
-
-def new_state(split: Split, config: TrainConfig) -> TrainState:
-    """A new model; the biases of its heads start at the log-odds of the positives that the loss sees."""
+    The biases of new heads start at the log-odds of the positives that the loss sees.
+    """
+    if resume and (run / "last").is_dir():
+        return load_run(run / "last", to_train=True)
     verify_model(config.model)
     random = config.model in RANDOM_MODELS
     tokens = train_tiny_tokens(split.texts()) if random else load_tokens(model_folder(config.model))
@@ -147,17 +141,12 @@ def new_state(split: Split, config: TrainConfig) -> TrainState:
     kinds = ("negative", "positive", "not_sampled")
     counts = zip(HEADS, statistics.counts.tolist(), strict=True)
     info = {
+        "step": 0,
+        "best": -1.0,  # mean AP on the evaluation split
         "data_key": split.key,
         "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},
         "positive_rates": statistics.positive_rates(),
         "neg_rate": statistics.neg_rate,
         "fps": next(split.in_order()).fps,
     }
-    return TrainState(ProspectModel(vlm, heads, config, tokens.choices), tokens, info)
-
-
-def resumed_state(run: Path) -> TrainState:
-    """RUN/last as it was left; its optimizer is `checkpoint.load_state`'s."""
-    loaded = load_run(run / "last", to_train=True)
-    info = dict(loaded.info)
-    return TrainState(loaded.model, loaded.tokens, info, done=info.pop("step"), best=info.pop("best"))
+    return LoadedRun(ProspectModel(vlm, heads, config, tokens.choices), tokens, config, info)

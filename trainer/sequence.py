@@ -95,10 +95,32 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
             f"leaves {room} beside the prompt; raise --max-tokens"
         )
     windows = []
-    for cut in cut_windows(costs, room):
-        start = prompt if cut[0] == 0 else _prompt(clip, tokens, clip.start_frame + cut[0], arm)
-        windows.append(_window(clip, start, tokens.image, k, blocks, cut))
-    assert all(len(window.input_ids) <= max_tokens for window in windows)
+    for first, own, end in cut_windows(costs, room):
+        ids = list(prompt if first == 0 else _prompt(clip, tokens, clip.start_frame + first, arm))
+        frames: list[range] = []
+        supervised: list[int] = []
+        for i in range(first, end):
+            ids += blocks[i].before
+            frames.append(range(len(ids), len(ids) + k))
+            ids += [tokens.image] * k
+            for reply in blocks[i].replies:
+                if i >= own:
+                    supervised += range(len(ids), len(ids) + len(reply) - 1)
+                ids += reply
+        assert len(ids) <= max_tokens
+        labels = clip.labels[:, first:end].copy()
+        labels[:, : own - first] = NOT_SAMPLED
+        windows.append(
+            Window(
+                clip=clip,
+                first_frame=clip.start_frame + first,
+                context=own - first,
+                input_ids=np.array(ids, np.int64),
+                frame_positions=np.array(frames, np.int64),
+                lm_positions=np.array(supervised, np.int64),
+                labels=labels,
+            )
+        )
     return windows
 
 
@@ -119,36 +141,8 @@ def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
 
 
 def to_repeat(room: int, coming: int) -> int:
-    """Tokens that a new window may repeat of what came before its first own frame, which costs `coming`."""
+    """Tokens of earlier frames that a new window may repeat before its first own frame, which costs `coming`."""
     return min(int(CONTEXT * room), room - coming)
-
-
-def _window(
-    clip: ClipExample, prompt: list[int], image: int, k: int, blocks: list[Block], cut: tuple[int, int, int]
-) -> Window:
-    first, own, end = cut
-    ids = [*prompt]
-    frames: list[range] = []
-    supervised: list[int] = []
-    for i in range(first, end):
-        ids += blocks[i].before
-        frames.append(range(len(ids), len(ids) + k))
-        ids += [image] * k
-        for reply in blocks[i].replies:
-            if i >= own:
-                supervised += range(len(ids), len(ids) + len(reply) - 1)
-            ids += reply
-    labels = clip.labels[:, first:end].copy()
-    labels[:, : own - first] = NOT_SAMPLED
-    return Window(
-        clip=clip,
-        first_frame=clip.start_frame + first,
-        context=own - first,
-        input_ids=np.array(ids, np.int64),
-        frame_positions=np.array(frames, np.int64).reshape(end - first, k),
-        lm_positions=np.array(supervised, np.int64),
-        labels=labels,
-    )
 
 
 # ---- where texts stand -------------------------------------------------------------------------------
@@ -175,45 +169,35 @@ def _blocks(clip: ClipExample, tokens: Tokens | _ByteTokens, arm: Arm) -> list[B
         return blocks
     for frame, texts in user_texts(clip).items():
         blocks[frame - clip.start_frame].before = utterance("user", texts, tokens)
-    for role in REPLIES:
-        if role == "DST_UPDATE" and arm.dst_text == "none":
-            continue
-        for frame, texts in _texts(clip, role).items():
+    for role in ("assistant",) if arm.dst_text == "none" else REPLIES:
+        for frame, texts in texts_at(clip, role).items():
             content = [] if role == "DST_UPDATE" and arm.dst_text == "markers" else texts
             blocks[frame - clip.start_frame].replies.append(utterance(role, content, tokens))
     return blocks
 
 
+def texts_at(clip: ClipExample, role: str) -> dict[int, list[str]]:
+    """A role's texts, in order, by the (absolute) frame of the clip that they stand at: before it the user's, after it
+    the others'."""
+    texts: dict[int, list[str]] = {}
+    for turn in clip.turns:
+        frame = _text_frame(turn, clip) if turn.role == role else None
+        if frame is not None and clip.start_frame <= frame < clip.end_frame:
+            texts.setdefault(frame, []).append(write_updates(turn.updates) if role == "DST_UPDATE" else turn.text)
+    return texts
+
+
 def user_texts(clip: ClipExample) -> dict[int, list[str]]:
-    """The user's texts by the (absolute) frame that they stand before, in order."""
-    return _texts(clip, "user")
+    return texts_at(clip, "user")
 
 
 def reference_updates(clip: ClipExample) -> dict[int, str]:
-    """The text of the reference's state updates by the (absolute) frame that it stands after: what training puts there.
+    """The text of the reference's state updates by the (absolute) frame after which training puts it.
 
     Decisions at that frame and before cannot see it. An update without frames has no text; only training prompts know
     of it.
     """
-    return {frame: ", ".join(texts) for frame, texts in _texts(clip, "DST_UPDATE").items()}
-
-
-def text_frames(clip: ClipExample, role: str) -> list[int]:
-    """The (absolute) frames of the clip that texts of `role` stand at: before it the user's, after it the others'."""
-    return list(_texts(clip, role))
-
-
-def _texts(clip: ClipExample, role: str) -> dict[int, list[str]]:
-    """A role's texts by the frame of the clip that they stand at."""
-    texts: dict[int, list[str]] = {}
-    for turn in clip.turns:
-        if turn.role != role:
-            continue
-        frame = _text_frame(turn, clip)
-        if frame is not None and clip.start_frame <= frame < clip.end_frame:
-            text = write_updates(turn.updates) if role == "DST_UPDATE" else turn.text
-            texts.setdefault(frame, []).append(text)
-    return texts
+    return {frame: ", ".join(texts) for frame, texts in texts_at(clip, "DST_UPDATE").items()}
 
 
 def utterance(role: str, texts: Sequence[str], tokens: Tokens | _ByteTokens) -> list[int]:
@@ -230,13 +214,14 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
 
     A transition without frames counts from the next turn that has some, so the future never leaks in.
     """
-    placed, at = [], clip.end_frame
+    placed: list[tuple[int, tuple[tuple[str, str], ...]]] = []
+    at = clip.end_frame
     for turn in reversed(clip.turns):
         own = _text_frame(turn, clip)
         at = at if own is None else own
-        placed.append((at, turn))
-    placed.reverse()
-    updates = (update for at, turn in sorted(placed, key=lambda item: item[0]) if at < frame for update in turn.updates)
+        placed.insert(0, (at, turn.updates))
+    placed.sort(key=lambda item: item[0])
+    updates = (update for at, of_turn in placed if at < frame for update in of_turn)
     return replay(initial_state((step for step, _ in clip.steps), clip.initial_state), updates)
 
 
@@ -281,8 +266,8 @@ def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_token
     that many tokens (`longest`). A clip is tokenized only if its bytes could exceed `max_tokens`."""
 
     def needed(clip: ClipExample, tokens: Tokens | _ByteTokens) -> int:
-        blocks = _blocks(clip, tokens, arm)
-        return len(_prompt(clip, tokens, clip.start_frame, arm)) + max(block.cost(k) for block in blocks)
+        prompt = _prompt(clip, tokens, clip.start_frame, arm)
+        return len(prompt) + max(block.cost(k) for block in _blocks(clip, tokens, arm))
 
     suspects = (clip for clip in clips if needed(clip, _ByteTokens()) > max_tokens)
     over = [(size, clip.clip_id) for clip in suspects if (size := needed(clip, tokens)) > max_tokens]

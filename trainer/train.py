@@ -1,4 +1,4 @@
-"""Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up, `fit` loops, `train_step` steps.
+"""Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up and loops, `train_step` steps.
 
 One optimizer step is `clips_per_step` clips over all ranks, cut into packs by memory alone; the loss is normalised over
 the whole step, so neither the cut nor the number of ranks changes it. What step i reads is a pure function of i, so the
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,16 @@ from pipeline.errors import InputError, NotFiniteError
 from pipeline.storage import check_space, naming
 from trainer import vision
 from trainer.arms import find_arm
-from trainer.checkpoint import load_state, save_checkpoint
+from trainer.checkpoint import LoadedRun, load_state, save_checkpoint
 from trainer.config import RunOptions, TrainConfig
-from trainer.distributed import World, join, synced, unwrapped
+from trainer.distributed import World, join, synced
 from trainer.frame_source import FrameSource
 from trainer.loader import StepData, default_workers, step_packs
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.model import ProspectModel
 from trainer.optimizer import make_optimizer
 from trainer.packing import Pack, upload
-from trainer.run_folder import TrainState, check_folder, new_state, resumed_state, run_options, write_options
+from trainer.run_folder import check_folder, run_options, start_run, write_options
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import EvalReport, open_source, report, score_split
@@ -93,10 +93,8 @@ def train_step(
     the step. Raises NotFiniteError on every rank, before the optimizer moves anything, where a loss or the gradient is
     not finite.
     """
-    passes = list(packs)
-    for _ in range(world.most(len(packs)) - len(packs)):
-        assert blank is not None, "a rank without packs needs a blank one"
-        passes.append(blank)
+    fill_up = [blank] * (world.most(len(packs)) - len(packs))
+    passes: list[Pack] = [*packs, *fill_up]  # type: ignore[list-item]  # on several ranks `blank` is there
     supervised = [supervise(pack.labels, pack.neg_rate, find_arm(config.arm), config.reweigh) for pack in passes]
 
     # what the sums are divided by is known before any forward pass: [7] for the 5 terms, tokens, tokens of blank packs
@@ -120,11 +118,14 @@ def train_step(
     loss, terms = combine(world.sum(torch.stack(parts).sum(0)), counts, config)
     supervised_by = counts[0:2].sum(), counts[2:4].sum(), counts[4]
     numbers = torch.stack([loss, *terms.values(), *supervised_by, norm, *whole_step[5:]]).tolist()  # the wait
-    if not math.isfinite(numbers[0]):
-        bad = [pack for pack, sums in zip(passes, parts, strict=True) if not torch.isfinite(sums).all()]
-        raise _not_finite("loss", bad, world)
-    if not math.isfinite(numbers[7]):
-        raise _not_finite("gradient", packs, world)
+    if not (math.isfinite(numbers[0]) and math.isfinite(numbers[7])):
+        what, bad = "gradient", list(packs)
+        if not math.isfinite(numbers[0]):
+            what, bad = "loss", [p for p, sums in zip(passes, parts, strict=True) if not torch.isfinite(sums).all()]
+        by_rank = world.gather([clip_id for pack in bad for clip_id in pack.clip_ids])
+        clips = ", ".join(dict.fromkeys(clip_id for of_rank in by_rank for clip_id in of_rank))
+        hint = "look at them, or train anew with a lower --lr"
+        raise NotFiniteError(f"the {what} is not finite at clips {clips}; {hint}")
     optimizer.step()
     *of_loss, read, blanks = numbers
     padding = blanks / max(read + blanks, 1)
@@ -137,46 +138,12 @@ def sum_terms(model: nn.Module, pack: Pack, supervised: Supervision) -> Tensor:
     return torch.cat([bce_sums(scores.decisions, supervised), lm_sum(scores.text, pack.lm_targets)[None]])
 
 
-def _not_finite(what: str, packs: Sequence[Pack], world: World) -> NotFiniteError:
-    mine = [clip_id for pack in packs for clip_id in pack.clip_ids]
-    clips = dict.fromkeys(clip_id for of_rank in world.gather(mine) for clip_id in of_rank)
-    return NotFiniteError(
-        f"the {what} is not finite at clips {', '.join(clips)}; look at them, or train anew with a lower --lr"
-    )
-
-
-# ---- the loop ----------------------------------------------------------------------------------------
-
-
 def schedule(step: int, config: TrainConfig) -> float:
     """Share of the peak learning rate in step 0, 1, ...: up in a line over the warm-up, then a half cosine to 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def fit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: Iterable[list[Pack]],
-    config: TrainConfig,
-    after_step: Callable[[int, dict[str, Any]], None],
-    first: int = 0,
-    world: World = ALONE,
-    blank: Pack | None = None,
-) -> None:
-    """Run the optimizer steps from `first` on; `after_step` gets how many are done and the step's line."""
-    model.train()
-    began = time.monotonic()
-    for step, packs in enumerate(steps, first):
-        share_of_peak = schedule(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share_of_peak
-        result = train_step(model, optimizer, packs, config, world, blank)
-        line = {**result.__dict__, "lr": config.lr * share_of_peak}
-        after_step(step + 1, {"step": step + 1, **line, "seconds": time.monotonic() - began})
-        began = time.monotonic()
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -216,15 +183,14 @@ def train(
         if world.is_main:
             check_folder(run, started, resume, stack)  # and puts RUN/last in its place, which the others look for
         world.wait()
-        state = resumed_state(run) if resume and (run / "last").is_dir() else new_state(split, config)
-        already = state.done
+        state = start_run(run, split, config, resume)
+        already = state.info["step"]
         if len(set(world.gather(already))) > 1:
             raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
         if already < config.steps:
             clips = (clip for each in splits for clip in each.in_order(rate=None))
             longest = int(state.model.vlm.config.text_config.max_position_embeddings)
-            k, arm = config.tokens_per_frame, state.model.arm
-            check_budget(clips, state.tokens, k, config.max_tokens, longest, arm)
+            check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, longest, state.model.arm)
         frames = open_source(splits, state.model, frames_root, features)
 
         sharded = options.fsdp and world.size > 1
@@ -237,7 +203,7 @@ def train(
             write_options(run, started, stack)
             sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
-        session = _Session(run, model, optimizer, state, config, options, frames, held_out, world)
+        session = _Session(run, model, optimizer, state, options, frames, held_out, world)
         seconds = session.go(split, cached=features is not None)
         if world.is_main:
             from trainer.curves import draw  # matplotlib, which only this rank needs, once
@@ -267,13 +233,12 @@ def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) ->
 
 @dataclass
 class _Session:
-    """What a run writes: the log as it comes, checkpoints and evaluations when they are due."""
+    """The steps of a run, and what it writes: the log as it comes, checkpoints and evaluations when they are due."""
 
     run: Path
-    model: nn.Module
+    model: nn.Module  # `state.model`, or its wrapping by DDP
     optimizer: torch.optim.Optimizer
-    state: TrainState
-    config: TrainConfig
+    state: LoadedRun
     options: RunOptions
     frames: FrameSource
     held_out: Split | None
@@ -284,29 +249,37 @@ class _Session:
 
     def go(self, split: Split, cached: bool) -> float:
         """Do the steps that are left; the seconds they took. Stopped by a loss that is not finite, it saves first."""
-        began = time.monotonic()
-        config, options, world, first = self.config, self.options, self.world, self.state.done
+        began, transfer = time.monotonic(), Transfer(self.world.device)
+        config, options, world, first = self.state.config, self.options, self.world, self.state.info["step"]
         data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
         if not (cached or "vision" in config.freeze or config.checkpointing or first == config.steps):
             self._check_memory(data[first])
-        transfer = Transfer(world.device)
         workers = default_workers(world.device) if options.workers is None else options.workers
         blank = self.state.model.blank_pack(self.state.tokens.image, cached)
+        self.model.train()
         with ExitStack() as stack:
             if world.is_main:
                 log = open_log(self.run, config.steps, first, options.logger, options.progress, config.to_json())
                 self.log = stack.enter_context(log)
             packs = stack.enter_context(closing(step_packs(data, first, workers, pin=transfer.overlaps)))
-            steps = uploaded(packs, transfer)
             try:
-                fit(self.model, self.optimizer, steps, config, self.after_step, first, world, blank)
+                before = time.monotonic()
+                for step, of_step in enumerate(uploaded(packs, transfer), first):
+                    share_of_peak = schedule(step, config)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = group["peak"] * share_of_peak
+                    result = train_step(self.model, self.optimizer, of_step, config, world, blank)
+                    seconds = time.monotonic() - before
+                    lr = config.lr * share_of_peak
+                    self.after_step(step + 1, {"step": step + 1, **result.__dict__, "lr": lr, "seconds": seconds})
+                    before = time.monotonic()
             except NotFiniteError:
                 self.save("last")  # the optimizer has not moved: the weights are those of the last good step
                 raise
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
                 hint = "lower --micro-batch-tokens, or add --checkpointing"
-                raise InputError(f"step {self.state.done + 1}: {reason}; {hint}") from None
+                raise InputError(f"step {self.state.info['step'] + 1}: {reason}; {hint}") from None
         return time.monotonic() - began
 
     def _check_memory(self, packs: Sequence[Pack]) -> None:
@@ -320,30 +293,28 @@ class _Session:
                 print(line, file=sys.stderr)
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
-        self.state.done, self.loss = step, line["loss"]
+        self.state.info["step"], self.loss = step, line["loss"]
         if self.log is not None:
             self.log(line)
-        every, last = self.config.eval_every, step == self.config.steps
+        every, last = self.state.config.eval_every, step == self.state.config.steps
         if self.held_out is not None and (last or (every and step % every == 0)):
             self._evaluate(self.held_out, step)
         if last or (self.options.save_every and step % self.options.save_every == 0):
             self.save("last")
 
     def _evaluate(self, split: Split, step: int) -> None:
-        model, tokens = unwrapped(self.model), self.state.tokens
-        scored = score_split(model, tokens, split, self.frames, self.config, self.world, self.options.fsdp)
-        self.evaluation = report(split.name, scored, self.state.model.arm)
+        state = self.state
+        model, tokens = state.model, state.tokens
+        scored = score_split(model, tokens, split, self.frames, state.config, self.world, self.options.fsdp)
+        self.evaluation = report(split.name, scored, model.arm)
         if self.log is not None:
             self.log({"step": step, "evaluation": self.evaluation.to_json()})
         known = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
         mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
-        if mean > self.state.best:
-            self.state.best = mean
+        if mean > state.info["best"]:
+            state.info["best"] = mean
             self.save("best")
 
     def save(self, name: str) -> None:
         """RUN/last can go on, RUN/best can only score."""
-        info = {"step": self.state.done, "best": self.state.best, **self.state.info}
-        optimizer = self.optimizer if name == "last" else None
-        model, tokens = unwrapped(self.model), self.state.tokens
-        save_checkpoint(self.run / name, model, tokens, self.config, info, optimizer, self.world)
+        save_checkpoint(self.run / name, self.state, self.optimizer if name == "last" else None, self.world)

@@ -205,7 +205,7 @@ def _resume() -> None:
     losses = []
     for step, packs in enumerate(data):
         if step == 2:
-            save_checkpoint(SCRATCH / "resume" / "last", model, tokens, config, info, optimizer)
+            save_checkpoint(SCRATCH / "resume" / "last", LoadedRun(model, tokens, config, info), optimizer)
         losses.append(train_step(model, optimizer, packs, config, world()).loss)
     resumed = load_run(SCRATCH / "resume", to_train=True).model.to(device()).train()
     optimizer = make_optimizer(resumed, config)

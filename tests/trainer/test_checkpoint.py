@@ -176,7 +176,7 @@ def test_released_ids_and_tied_embeddings_outlive_a_checkpoint(tmp_path):
     config.image_token_id, config.text_config.pad_token_id = 49190, 2
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     model = noisy_heads(ProspectModel(SmolVLMForConditionalGeneration(config), DecisionHeads(128), TrainConfig()))
-    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(), INFO)
+    save_checkpoint(tmp_path / "last", LoadedRun(model, tokens, TrainConfig(), INFO))
     loaded, pack = trainer.load(tmp_path), toy_pack(tokens)
     with torch.no_grad():
         expected, found = model.eval()(pack), loaded.model(pack)
@@ -214,7 +214,8 @@ def test_a_checkpoint_moves_without_the_model_that_it_came_from(tmp_path):
     tokens, model = tiny()
     model.vlm.save_pretrained(tmp_path / "base")
     tokens.save(tmp_path / "base")
-    save_checkpoint(tmp_path / "a" / "last", model, tokens, TrainConfig(model=str(tmp_path / "base")), INFO)
+    config = TrainConfig(model=str(tmp_path / "base"))
+    save_checkpoint(tmp_path / "a" / "last", LoadedRun(model, tokens, config, INFO))
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "a").rename(tmp_path / "b")
     pack = toy_pack(tokens)
@@ -279,7 +280,7 @@ def adapted(tmp_path) -> tuple[Path, Tokens, ProspectModel]:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.1)
-    save_checkpoint(tmp_path / "last", model, tokens, TrainConfig(lora_rank=4, lora_alpha=8), INFO)
+    save_checkpoint(tmp_path / "last", LoadedRun(model, tokens, TrainConfig(lora_rank=4, lora_alpha=8), INFO))
     return tmp_path, tokens, model
 
 
