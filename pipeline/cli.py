@@ -7,16 +7,15 @@ adds the trainer's commands; this module alone runs without torch (`python -m pi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -24,42 +23,35 @@ from typer import Argument, Option
 from pipeline.errors import InputError, UsageError
 from pipeline.options import Options
 
-if TYPE_CHECKING:
-    from pipeline.cluster import Mapper
-
 INTERRUPTED = "stopped; nothing half-written is left"
 RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst\\[ray]')"
 TELLS_HELP = "what tells when to speak: vision, state, user, history, nothing, or shares: state=0.7,vision=0.3"
 Config = TypeVar("Config")
 
-
-def new_app() -> typer.Typer:
-    """An app whose commands return their exit status."""
-    app = typer.Typer(
-        name="prospect-dst",
-        help="When should the assistant speak? Frame labels you can query, and a lean trainer for SmolVLM.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        context_settings={"max_content_width": 120},
-    )
-
-    @app.callback()
-    def options(
-        _version: Annotated[
-            bool, Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
-        ] = False,
-    ) -> None: ...
-
-    return app
+app = typer.Typer(
+    name="prospect-dst",
+    help="When should the assistant speak? Frame labels you can query, and a lean trainer for SmolVLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+)
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"prospect-dst {version('prospect-dst')}")
+        typer.echo(f"prospect-dst {version_of('prospect-dst')}")
         raise typer.Exit
 
 
-app = new_app()
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None: ...
+
+
+# ---- options from dataclasses ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,11 +61,11 @@ class Given:
     values: dict[str, Any]
     chosen: set[str]
 
-    def make(self, config: type[Config]) -> Config:
-        return config(**self.of(config))
-
     def of(self, config: type) -> dict[str, Any]:
         return {field.name: self.values[field.name] for field in fields(config) if field.name in self.values}
+
+    def make(self, config: type[Config]) -> Config:
+        return config(**self.of(config))
 
 
 def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -86,18 +78,15 @@ def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Cal
     for config in configs:
         hints = get_type_hints(config, include_extras=True)
         for field in fields(config):
-            if get_origin(hints[field.name]) is not Annotated or field.name in without:
-                continue
-            kind, option = get_args(hints[field.name])
-            kinds[field.name] = get_origin(kind)
-            several = kinds[field.name] in (dict, tuple)
-            default = None if several or field.default is MISSING else field.default
-            annotation: Any = Annotated[list[str] | None, option] if several else hints[field.name]
-            options[field.name] = Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            if get_origin(hints[field.name]) is Annotated and field.name not in without:
+                kind, option = get_args(hints[field.name])
+                kinds[field.name] = get_origin(kind)
+                several = kinds[field.name] in (dict, tuple)
+                default = None if several or field.default is MISSING else field.default
+                hint: Any = Annotated[list[str] | None, option] if several else hints[field.name]
+                options[field.name] = Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "given"]
-
         @functools.wraps(command)
         def wrapped(ctx: typer.Context, **values: Any) -> int:
             given = {name: values.pop(name) for name in options}
@@ -106,17 +95,37 @@ def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Cal
                     given[name] = numbers(f"--{name.replace('_', '-')}", given[name])
                 elif kind is tuple:
                     given[name] = tuple(names(given[name]))
-            sources = {name: ctx.get_parameter_source(name) for name in given}
-            chosen = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+            chosen = {name for name in given if ctx.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
             return command(**values, given=Given(given, chosen))
 
         context = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "given"]
         parameters = [context, *own, *options.values()]
         wrapped.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapped
 
     return decorate
+
+
+def numbers(option: str, given: list[str] | None) -> dict[str, float]:
+    """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
+    found: dict[str, float] = {}
+    for item in names(given):
+        name, _, number = item.rpartition("=")
+        try:
+            found[name.strip() or "*"] = float(number)
+        except ValueError:
+            raise UsageError(f"{option} {item!r}: expected a number, or name=number items with commas") from None
+    return found
+
+
+def names(given: list[str] | None) -> list[str]:
+    """The items of a repeatable option, split at commas."""
+    return [item.strip() for item in ",".join(given or []).split(",") if item.strip()]
+
+
+# ---- commands ----------------------------------------------------------------------------------------
 
 
 @app.command(epilog="Example: prospect-dst preprocess conversations/ --out labels --frames-root frames/")
@@ -133,14 +142,14 @@ def preprocess(
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.card import CARD, is_ours
-    from pipeline.cluster import available_cores
+    from pipeline.cluster import available_cores, ray_cluster
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary
     from pipeline.terminal import console, plain, progress_bar
 
     options = given.make(Options)
     needed = [*inputs, *([Path(options.frames_root)] if options.frames_root else [])]
-    with cluster(ray, out, needed, workers=workers) as mapper, progress_bar() as progress:
+    with ray_cluster(ray, out, needed, workers) as mapper, progress_bar() as progress:
         manifest, skipped = run(inputs, out, options, workers or available_cores(), progress, mapper)
     if skipped:
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
@@ -184,7 +193,6 @@ def synth(
     views: Annotated[int, Option(help="camera views per recording")] = 2,
     difficulty: Annotated[float, Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
     tells: Annotated[str, Option(help=TELLS_HELP)] = "vision",
-    state_tells: Annotated[float | None, Option(hidden=True, help="X: --tells state=X,vision=1-X")] = None,
     px: Annotated[int, Option(help="side of the square frames, pixels")] = 64,
     seed: Annotated[int, Option(help="same seed, same bytes")] = 0,
 ) -> int:
@@ -193,102 +201,53 @@ def synth(
     from pipeline.synth import synth as run
     from pipeline.terminal import command
 
-    shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
-    recordings = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
-    config = SynthConfig(recordings=recordings, views=views, difficulty=difficulty, tells=shares, px=px, seed=seed)
-    for split, counts in run(out, config).splits.items():
-        typer.echo(f"{split:5} {counts.recordings} recordings, {counts.videos} videos, {counts.clips} clips")
+    counts = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
+    config = SynthConfig(counts, views, difficulty=difficulty, tells=parse_tells(tells), px=px, seed=seed)
+    for split, clips in run(out, config).items():
+        typer.echo(f"{split:5} {counts[split]} recordings, {counts[split] * views} videos, {clips} clips")
     typer.echo(f"next: {command('preprocess', out, '--out', 'DATA', '--frames-root', out)}")
     return 0
 
 
-# ---- shared by all commands --------------------------------------------------------------------------
-
-
-def numbers(option: str, given: list[str] | None) -> dict[str, float]:
-    """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
-    found: dict[str, float] = {}
-    for item in ",".join(given).split(",") if given else []:
-        name, equals, number = item.rpartition("=")
-        try:
-            if equals and not name.strip():
-                raise ValueError
-            found[name.strip() or "*"] = float(number)
-        except ValueError:
-            raise UsageError(f"{option} {item!r}: expected a number, or name=number items with commas") from None
-    return found
-
-
-def names(given: list[str] | None) -> list[str]:
-    """The items of a repeatable option, split at commas."""
-    return [item.strip() for item in ",".join(given or []).split(",") if item.strip()]
-
-
-def cluster(
-    address: str | None, out: Path, needed: list[Path], workers: int = 0, gpu: bool = False
-) -> contextlib.AbstractContextManager[Mapper | None]:
-    """The Ray cluster of that address; None where none is asked for."""
-    if address is None:
-        return contextlib.nullcontext()
-    from pipeline.cluster import ray_cluster
-
-    return ray_cluster(address, out, needed, workers, gpu)
-
-
-def run_app(commands: typer.Typer, argv: list[str] | None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; every failure is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    message, status = INTERRUPTED, 130
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        status = commands(arguments, prog_name="prospect-dst", standalone_mode=False)
-    except UsageError as error:
-        return _fail(f"{error}; see --help", 2)
+        result = app(argv, prog_name="prospect-dst", standalone_mode=False)
+        if result != 130:  # typer's word for Ctrl-C
+            return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, 130)
+        pass
+    except UsageError as error:
+        message, status = f"{error}; see --help", 2
     except InputError as error:
-        return _fail(str(error), 1)
+        message, status = str(error), 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; check space and permissions, then run again", 1)
+        message, status = f"{where}{error.strerror or error}; check space and permissions, then run again", 1
     except UnicodeEncodeError as error:
-        return _fail(f"{error.object}: not UTF-8, as Arrow needs paths to be; rename it", 1)
+        message, status = f"{error.object}: not UTF-8, as Arrow needs paths to be; rename it", 1
     except Exception as error:
-        return _unexpected(error)
-    if status == 130:  # typer's word for Ctrl-C
-        return _fail(INTERRUPTED, 130)
-    return status if isinstance(status, int) else 0
-
-
-def _unexpected(error: Exception) -> int:
-    """The exit status of what the command-line parser (typer, or click under it) raised, or of a bug of ours."""
-    name = type(error).__name__
-    if name == "NoArgsIsHelpError":
-        error.show()  # type: ignore[attr-defined]
-        return 2
-    if name == "Abort":
-        return _fail(INTERRUPTED, 130)
-    if hasattr(error, "format_message"):
-        return _fail(f"{' '.join(error.format_message().split())}; see --help", 2)
-    if os.environ.get("PROSPECT_DST_TRACEBACK"):
-        raise error
-    message = " ".join(f"{name}: {error}".split())
-    return _fail(f"unexpected {message}; this is a bug: PROSPECT_DST_TRACEBACK=1 shows where", 1)
-
-
-def _fail(message: str, status: int) -> int:
+        name = type(error).__name__  # of typer's own parser, or a bug of ours
+        if name == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if hasattr(error, "format_message"):
+            message, status = f"{error.format_message()}; see --help", 2
+        elif name != "Abort":
+            if os.environ.get("PROSPECT_DST_TRACEBACK"):
+                raise
+            message, status = f"unexpected {name}: {error}; this is a bug: PROSPECT_DST_TRACEBACK=1 shows where", 1
     from pipeline.terminal import plain
 
     print(f"prospect-dst: {plain(message)}", file=sys.stderr)
     return status
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_app(app, argv)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.labels import LabelRule, Labels, Ranges, Turns, epoch_labels, label_rule
+from pipeline.labels import Labels, Ranges, Turns, epoch_labels, label_rule
 from pipeline.schema import MANIFEST, NOT_SAMPLED, ROLES, SCHEMA_HASH, SCHEMA_VERSION
 from pipeline.storage import sha256
 
@@ -86,9 +86,8 @@ def read_manifest(data: Path) -> dict[str, Any]:
         schema = manifest["schema_version"], manifest["schema_hash"]
         _ = manifest["splits"], [shard["path"] for shard in manifest["shards"]]
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path}: not found, expected a folder written by preprocess; run prospect-dst preprocess"
-        ) from None
+        what = "not found, expected a folder written by preprocess; run prospect-dst preprocess"
+        raise InputError(f"{path}: {what}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a manifest ({error!r}); run preprocess again") from None
     if schema != (SCHEMA_VERSION, SCHEMA_HASH):
@@ -109,8 +108,7 @@ def verify_shard(data: Path, shard: dict[str, Any]) -> Path:
     return path
 
 
-@dataclass(frozen=True, eq=False)
-class Statistics:
+class Statistics(NamedTuple):
     """Of a split's labels in epoch 0, which are those of `frames`."""
 
     counts: npt.NDArray[np.int64]  # [2, 3] per head: frames labelled 0, labelled 1, not sampled
@@ -138,16 +136,16 @@ class Split:
                 f"{data / MANIFEST}: no split {split!r}, found: {found}; name the input file "
                 f"{split}_<anything>.json, or run preprocess with --split {split}"
             )
-        paths = {(shard["table"], shard["part"]): verify_shard(data, shard) for shard in shards}
         content = "".join(sorted(f"{shard['path']} {shard['sha256']}\n" for shard in shards))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._groups: list[tuple[Path, int]] = []  # shard of clips, number of the row group in it
         self.sizes: list[int] = []  # clips of each row group
-        for _, path in sorted((part, path) for (table, part), path in paths.items() if table == "clips"):
-            footer = pq.read_metadata(path)
-            for i in range(footer.num_row_groups):
-                self._groups.append((path, i))
-                self.sizes.append(footer.row_group(i).num_rows)
+        for shard in sorted(shards, key=lambda shard: shard["part"]):
+            path = verify_shard(data, shard)
+            if shard["table"] == "clips":
+                footer = pq.read_metadata(path)
+                self._groups += [(path, i) for i in range(footer.num_row_groups)]
+                self.sizes += [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
         self._starts = [0, *accumulate(self.sizes)]  # the first clip of each group
 
     def __len__(self) -> int:
@@ -192,15 +190,12 @@ class Split:
 # ---- one row group in memory -------------------------------------------------------------------------
 
 _ROLE = "turns.list.element.role"
-_NUMBERS = (
+_NUMBERS = [
     *("start_frame", "num_frames", "sampling_seed", "neg_rate", "positive", "steps.list.element.id"),
     *(_ROLE, "turns.list.element.start_frame", "turns.list.element.end_frame"),
     *("unlabelled.list.element.start_frame", "unlabelled.list.element.end_frame"),
-)
-_COPIED = (  # columns that a ClipExample takes over as they are
-    *("clip_id", "clip", "video_uid", "recording_id", "fps", "start_frame", "num_frames", "frames_file"),
-    *("goal", "knowledge", "sampling_seed", "neg_rate", "positive", "dataset"),
-)
+]
+_PAIRS = ("steps", "initial_state", "unlabelled")  # columns of lists of two values
 # -1 in Arrow: `pa.scalar` imports pandas where it is installed, which takes a third of a second
 _NO_FRAME = pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, -1, np.int32))])[0]
 
@@ -213,31 +208,32 @@ class _RowGroup:
 
     def __init__(self, path: Path, index: int, content: str) -> None:
         self._path, self._index = path, index
-        table = _read(path, index, _NUMBERS)
+        table = self._read(_NUMBERS)
+        clip = np.arange(len(table))
         self.turn_at, turns = flat_lists(table["turns"])
         frames = (np.from_dlpack(turns.field(name).fill_null(_NO_FRAME)) for name in ("start_frame", "end_frame"))
         roles = turns.field("role")
         codes = np.array([ROLES.index(role) for role in roles.dictionary.to_pylist()], np.int32)
         self.turns: npt.NDArray[np.int32] = np.stack([codes[np.from_dlpack(roles.indices)], *frames], axis=1)
-        self.rule = self._rule(table)
-        self._frame_at = np.concatenate([[0], np.cumsum(self.rule.sizes)])
-        self._drawn: tuple[tuple[int, float | None], Labels] | None = None  # the labels asked for last
-        self._texts: _Texts | None = None
-
-    def _rule(self, table: pa.Table) -> LabelRule:
-        clip = np.arange(len(table))
-        at, ranges = flat_lists(table["unlabelled"])
+        unlabelled_at, ranges = flat_lists(table["unlabelled"])
         unlabelled = (np.from_dlpack(ranges.field(name)) for name in ("start_frame", "end_frame"))
-        return label_rule(
+        self.rule = label_rule(
             Turns(np.repeat(clip, np.diff(self.turn_at)), *self.turns.T),
-            Ranges(np.repeat(clip, np.diff(at)), *unlabelled),
-            starts=_array(table["start_frame"]).astype(np.int64),
-            sizes=_array(table["num_frames"]).astype(np.int64),
-            seeds=_array(table["sampling_seed"]),
-            rates=_array(table["neg_rate"]),
+            Ranges(np.repeat(clip, np.diff(unlabelled_at)), *unlabelled),
+            starts=table["start_frame"].to_numpy().astype(np.int64),
+            sizes=table["num_frames"].to_numpy().astype(np.int64),
+            seeds=table["sampling_seed"].to_numpy(),
+            rates=table["neg_rate"].to_numpy(),
             steps=np.diff(flat_lists(table["steps"])[0]),
             onset=np.array(table["positive"].to_pylist()) == "onset",
         )
+        self._frame_at = np.concatenate([[0], np.cumsum(self.rule.sizes)])
+        self._drawn: tuple[tuple[int, float | None], Labels] | None = None  # the labels asked for last
+
+    def _read(self, columns: list[str] | None = None) -> pa.Table:
+        """Some columns, or all; without Arrow's threads, which gain nothing and are a pool per worker."""
+        with pq.ParquetFile(self._path, read_dictionary=[_ROLE]) as file:
+            return file.read_row_group(self._index, columns=columns, use_threads=False)
 
     def labels(self, epoch: int, rate: float | None = None) -> Labels:
         """int8 [2, F] of all clips."""
@@ -249,41 +245,25 @@ class _RowGroup:
         return labels[:, self._frame_at[row] : self._frame_at[row + 1]].copy()
 
     def clip(self, row: int, labels: Labels) -> ClipExample:
-        self._texts = self._texts or _Texts(_read(self._path, self._index))
-        texts = self._texts
-        return ClipExample(
-            **texts.copied[row],
-            steps=texts.steps[row],
-            initial_state=texts.states[row],
-            unlabelled=texts.unlabelled[row],
-            turns=tuple(texts.turns[self.turn_at[row] : self.turn_at[row + 1]]),
-            labels=self.own(row, labels),
-        )
+        return ClipExample(**self._clips[row], labels=self.own(row, labels))
+
+    @cached_property
+    def _clips(self) -> list[dict[str, Any]]:
+        """Of each clip what a ClipExample holds but its labels; made by column, which is several times faster."""
+        table = self._read()
+        *columns, updates = (flat_lists(table["turns"])[1].field(name) for name in Turn._fields)
+        turns = list(map(Turn, *(column.to_pylist() for column in columns), _pairs(updates)))
+        lists = zip(*(_pairs(table[name]) for name in _PAIRS), strict=True)
+        copied = [field.name for field in fields(ClipExample) if field.name not in (*_PAIRS, "turns", "labels")]
+        return [
+            row | dict(zip(_PAIRS, own, strict=True)) | {"turns": tuple(turns[a:b])}
+            for row, own, (a, b) in zip(
+                table.select(copied).to_pylist(), lists, pairwise(self.turn_at.tolist()), strict=True
+            )
+        ]
 
 
 _row_group = lru_cache(HELD_GROUPS)(_RowGroup)
-
-
-class _Texts:
-    """The columns of a row group that hold text, as Python objects; by column, which is several times faster."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.copied = table.select(_COPIED).to_pylist()
-        self.steps, self.states = _pairs(table["steps"]), _pairs(table["initial_state"])
-        self.unlabelled = _pairs(table["unlabelled"])
-        _, turns = flat_lists(table["turns"])
-        *columns, updates = (turns.field(name) for name in Turn._fields)
-        self.turns = list(map(Turn, *(column.to_pylist() for column in columns), _pairs(updates)))
-
-
-def _read(path: Path, row_group: int, columns: Sequence[str] = ()) -> pa.Table:
-    """One row group, whole or some columns; without Arrow's threads, which gain nothing and are a pool per worker."""
-    with pq.ParquetFile(path, read_dictionary=[_ROLE]) as file:
-        return file.read_row_group(row_group, columns=list(columns) or None, use_threads=False)
-
-
-def _array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    return np.from_dlpack(column.combine_chunks())
 
 
 def flat_lists(column: pa.ChunkedArray | pa.ListArray) -> tuple[npt.NDArray[np.int32], pa.Array]:

@@ -39,8 +39,8 @@ def event_frame(time_s: np.ndarray, fps: np.ndarray) -> np.ndarray:
 def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Half-open absolute ranges ([T], [T]) of the events whose source fields are `start`, `end`.
 
-    event: as they are. window: end is inclusive. lead-in: the range is the silence before; the event is its
-    last frame, end - 1 (at least 0), also where the range is empty because two turns share a time.
+    event: as they are. window: end is inclusive. lead-in: the range is the silence before; the event is its last frame
+    (at least 0), also where the range is empty because two turns share a time.
     """
     if convention == "window":
         return start, end + 1
@@ -58,17 +58,10 @@ def vote(
     The voters [V] are the timed, non-system turns with frames, in order; clip [V] is each one's clip, frame
     [V] its event frame, clip_start [C] the clips' first frames before any cutting.
     """
-    before = np.empty_like(start)
-    before[1:] = end[:-1]
-    first = np.ones(len(clip), bool)
-    first[1:] = clip[1:] != clip[:-1]
-    before[first] = clip_start[clip[first]]
-    fits = (
-        np.ones(len(clip), bool),
-        (start == before) & ((end == frame) | (end == frame + 1)),
-        (start <= frame) & (frame < end),
-        end == frame,
-    )
+    first = np.diff(clip, prepend=-1) != 0
+    before = np.where(first, clip_start[clip], np.roll(end, 1))
+    lead_in = (start == before) & ((end == frame) | (end == frame + 1))
+    fits = (np.ones_like(first), lead_in, (start <= frame) & (frame < end), end == frame)
     return np.stack([np.bincount(clip[fit], minlength=clips) for fit in fits], axis=1)
 
 
@@ -78,11 +71,6 @@ def decide(votes: np.ndarray) -> str | None:
     if total < MIN_VOTERS:
         return "event"
     return next((name for name, count in zip(VOTED, fits, strict=True) if count >= AGREEMENT * total), None)
-
-
-def fitting(convention: str, votes: np.ndarray) -> int:
-    """How many of the voting turns follow `convention`."""
-    return int(votes[1 + VOTED.index(convention)])
 
 
 # ---- the label rule ----------------------------------------------------------------------------------
@@ -120,32 +108,20 @@ class LabelRule:
 
 
 def label_rule(
-    turns: Turns,
-    unlabelled: Ranges,
-    *,
-    starts: Ints,
-    sizes: Ints,
-    seeds: npt.NDArray[np.uint64],
-    rates: npt.NDArray[np.float64],
-    steps: Ints,
-    onset: Mask,
+    turns: Turns, unlabelled: Ranges, *, starts: Ints, sizes: Ints, seeds: Any, rates: Any, steps: Ints, onset: Mask
 ) -> LabelRule:
-    """The rule of C clips from their turns.
+    """The rule of C clips from their turns. What lies outside its clip is cut off.
 
     starts, sizes, seeds, rates [C]: as in LabelRule; steps [C]: how many task steps each has; onset [C]: whether its
-    first frame alone is positive of an event (else every frame). What lies outside its clip is cut off.
+    first frame alone is positive of an event (else every frame).
     """
 
     def events(end: Ints) -> Mask:
-        each = [
-            mark(Ranges(turns.owner[own], turns.start[own], end[own]), starts, sizes)
-            for own in (turns.role == ROLES.index(role) for role in ROLE_OF.values())
-        ]
-        return np.stack(each)
+        heads = (turns.role == ROLES.index(role) for role in ROLE_OF.values())
+        return np.stack([mark(Ranges(turns.owner[m], turns.start[m], end[m]), starts, sizes) for m in heads])
 
     updates = np.bincount(turns.owner[turns.role == ROLES.index("DST_UPDATE")], minlength=len(sizes))
-    spans = events(turns.end)
-    short = onset.any()
+    spans, short = events(turns.end), onset.any()
     onset_end = np.where(onset[turns.owner], np.minimum(turns.start + 1, turns.end), turns.end)
     return LabelRule(
         starts=starts,
@@ -173,9 +149,8 @@ def mark(ranges: Ranges, starts: Ints, sizes: Ints) -> Mask:
     order = np.argsort(first, kind="stable")
     first, last = first[order], np.maximum.accumulate(last[order])
     first[1:] = np.maximum(first[1:], last[:-1])  # now they are disjoint and ascending
-    lengths = last - first
     marked = np.zeros(sizes.sum(), bool)
-    marked[end_to_end(first, lengths)] = True
+    marked[end_to_end(first, last - first)] = True
     return marked
 
 
@@ -184,16 +159,14 @@ def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labe
 
     Epoch 0 at the clips' own rates gives what Parquet holds; rate 1.0 supervises every frame, as evaluation does.
     """
-    rates = rule.rates if rate is None else np.full(len(rule.sizes), rate)
-    return labels_of(rule, _drawn(rule, epoch, rates))
-
-
-def labels_of(rule: LabelRule, drawn: Mask) -> Labels:
-    """Labels int8 [2, F]; drawn [F]: frames that are supervised although positive for neither head.
-
-    A frame that is positive for one head is supervised for the other.
-    """
-    supervised = rule.positives[::-1] | drawn
+    rates = rule.rates.tolist() if rate is None else [rate] * len(rule.sizes)
+    thresholds = np.array([rate_threshold(rate) for rate in rates], np.uint64)
+    drawn = []
+    for own in (slice(first, first + BLOCK) for first in range(0, len(rates), BLOCK)):
+        sizes = rule.sizes[own]
+        draw = draws(np.repeat(rule.seeds[own], sizes), epoch, end_to_end(rule.starts[own], sizes))
+        drawn.append(draw < np.repeat(thresholds[own], sizes))
+    supervised = rule.positives[::-1] | np.concatenate(drawn)  # positive for the other head, or drawn
     labels: Labels = (supervised.view(np.int8) - np.int8(1)) * np.int8(-NOT_SAMPLED)  # 1 -> 0, 0 -> -100
     if rule.onset_rest is not None:
         labels[rule.onset_rest] = NOT_SAMPLED
@@ -203,18 +176,6 @@ def labels_of(rule: LabelRule, drawn: Mask) -> Labels:
     if rule.unlabelled is not None:
         labels[:, rule.unlabelled] = NOT_SAMPLED
     return labels
-
-
-def _drawn(rule: LabelRule, epoch: int, rates: npt.NDArray[np.float64]) -> Mask:
-    """bool [F]: where the draw is below the rate."""
-    thresholds = np.array([rate_threshold(rate) for rate in rates.tolist()], np.uint64)
-    drawn = []
-    for first in range(0, len(rates), BLOCK):
-        own = slice(first, first + BLOCK)
-        sizes = rule.sizes[own]
-        draw = draws(np.repeat(rule.seeds[own], sizes), epoch, end_to_end(rule.starts[own], sizes))
-        drawn.append(draw < np.repeat(thresholds[own], sizes))
-    return np.concatenate(drawn)
 
 
 # ---- turns that label nothing ------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Source:
             "schemas": dict(sorted(self.schemas.items())),
             "frame_convention": self.convention,
             "votes": {"turns": turns, **dict(zip(labels.VOTED, fits, strict=True))},
-            "turns_not_fitting": turns - labels.fitting(self.convention, np.array(self.votes)),
+            "turns_not_fitting": turns - fits[labels.VOTED.index(self.convention)],
             **{name: self.counts[name] for name in ("fps_assumed", "bounds_widened", "renamed")},
             "ignored_fields": dict(sorted(self.ignored.items())),
         }

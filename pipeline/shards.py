@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -60,10 +60,10 @@ def write_part(plan: Plan) -> Written:
     counts: Counts = defaultdict(Counter)
     with parquet_writer(frames_new, "frames") as frames, parquet_writer(clips_new, "clips") as clips:
         for batch, own in _groups(plan):
-            group = _labelled(plan, batch, own)
-            rows = _frames_batch(group, plan.first_clip + own.start)
+            group = _labelled(plan, batch, plan.clips[own])
+            rows, clip_rows = _batches(group, plan, plan.first_clip + own.start)
             frames.write_batch(rows, max(1, rows.num_rows))
-            clips.write_batch(_clips_batch(group, plan, own), batch.num_rows)
+            clips.write_batch(clip_rows, batch.num_rows)
             _count(group, plan.options.positive, counts)
     entries = []
     for table, new in (("frames", frames_new), ("clips", clips_new)):
@@ -119,7 +119,7 @@ class _Group(NamedTuple):
     """A row group: its clips' turns and labels as flat arrays, end to end."""
 
     batch: pa.RecordBatch  # as spooled
-    ids: pa.StringArray
+    clips: list[ClipInfo]
     turns: labels.Turns
     unlabelled: labels.Ranges
     rule: labels.LabelRule
@@ -127,16 +127,14 @@ class _Group(NamedTuple):
 
     def per_clip(self, mask: np.ndarray) -> np.ndarray:
         """int32 [C]: each clip's frames where `mask` [F] is true."""
-        first = np.cumsum(self.rule.sizes) - self.rule.sizes
-        return np.add.reduceat(mask, first, dtype=np.int32)
+        return np.add.reduceat(mask, np.cumsum(self.rule.sizes) - self.rule.sizes, dtype=np.int32)
 
 
-def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
-    ids = [clip.clip_id for clip in plan.clips[own]]
-    bounds = np.array([clip.bounds for clip in plan.clips[own]], np.int64)
+def _labelled(plan: Plan, batch: pa.RecordBatch, clips: list[ClipInfo]) -> _Group:
+    bounds = np.array([clip.bounds for clip in clips], np.int64)
     # turns: the file's convention applied where the reader did not place them
     at, spooled = flat_lists(batch.column("turns"))
-    owner = np.repeat(np.arange(len(ids)), np.diff(at))
+    owner = np.repeat(np.arange(len(clips)), np.diff(at))
     frames = zip(("start_frame", "end_frame"), labels.NO_FRAMES, strict=True)
     start, end = (spooled.field(name).fill_null(none).to_numpy() for name, none in frames)
     placed = batch.column("convention").is_valid().to_numpy(zero_copy_only=False)[owner]
@@ -145,7 +143,7 @@ def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
     turns = labels.Turns(owner, spooled.field("role").to_numpy(), *(np.where(as_they_are, a, b) for a, b in ranges))
     # ranges that nobody annotated, cut to their clips
     at, spooled = flat_lists(batch.column("unlabelled"))
-    owner = np.repeat(np.arange(len(ids)), np.diff(at))
+    owner = np.repeat(np.arange(len(clips)), np.diff(at))
     start, end = (np.clip(spooled.field(n).to_numpy(), *bounds[owner].T) for n in ("start_frame", "end_frame"))
     unlabelled = labels.Ranges(*(column[start < end] for column in (owner, start, end)))
     rule = labels.label_rule(
@@ -153,83 +151,65 @@ def _labelled(plan: Plan, batch: pa.RecordBatch, own: slice) -> _Group:
         unlabelled,
         starts=bounds[:, 0],
         sizes=bounds[:, 1] - bounds[:, 0],
-        seeds=np.array([sampling_seed(plan.options.seed, name) for name in ids], np.uint64),
+        seeds=np.array([sampling_seed(plan.options.seed, clip.clip_id) for clip in clips], np.uint64),
         rates=np.array([plan.options.rate(plan.split, rate) for rate in batch.column("neg_rate").to_pylist()]),
         steps=np.diff(batch.column("steps").offsets.to_numpy()),
-        onset=np.full(len(ids), plan.options.positive == "onset"),
+        onset=np.full(len(clips), plan.options.positive == "onset"),
     )
-    return _Group(batch, pa.array(ids), turns, unlabelled, rule, labels.epoch_labels(rule, 0))
+    return _Group(batch, clips, turns, unlabelled, rule, labels.epoch_labels(rule, 0))
 
 
-def _frames_batch(group: _Group, first_clip: int) -> pa.RecordBatch:
-    sizes = group.rule.sizes
-    clip = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    frame = labels.end_to_end(group.rule.starts, sizes)
-    columns = [
-        pa.DictionaryArray.from_arrays(pa.array(clip), group.ids),
-        clip + np.int32(first_clip),
-        frame.astype(np.int32),
-        (frame / group.batch.column("fps").to_numpy()[clip]).astype(np.float32),
-        *group.labels,
-    ]
-    return pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=FRAMES_WRITTEN)
-
-
-def _clips_batch(group: _Group, plan: Plan, own: slice) -> pa.RecordBatch:
-    batch, rule = group.batch, group.rule
-    unlabelled: list[list[Range]] = [[] for _ in rule.sizes]
-    for clip, start, end in zip(*(column.tolist() for column in group.unlabelled), strict=True):
-        unlabelled[clip].append((start, end))
-    columns = {
-        **{name: batch.column(name) for name in batch.schema.names if name in CLIPS.names},
-        "clip_id": group.ids,
-        "clip": np.arange(plan.first_clip + own.start, plan.first_clip + own.stop, dtype=np.int32),
+def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """The rows of `frames` and of `clips`; first: number of the group's first clip in its split."""
+    batch, rule, sizes = group.batch, group.rule, group.rule.sizes
+    ids = pa.array([clip.clip_id for clip in group.clips])
+    clip, frame = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes), labels.end_to_end(rule.starts, sizes)
+    seconds = (frame / batch.column("fps").to_numpy()[clip]).astype(np.float32)
+    by_id = pa.DictionaryArray.from_arrays(pa.array(clip), ids)
+    rows = [by_id, *map(pa.array, (clip + np.int32(first), frame.astype(np.int32), seconds, *group.labels))]
+    unlabelled: list[list[Range]] = [[] for _ in sizes]
+    for owner, *own in zip(*(column.tolist() for column in group.unlabelled), strict=True):
+        unlabelled[owner].append(tuple(own))
+    at, turns = flat_lists(batch.column("turns"))
+    absent = group.turns.end == labels.NO_FRAMES[1]
+    changed = {
+        "role": pa.array(ROLES).take(turns.field("role")),
+        "start_frame": pa.array(group.turns.start.astype(np.int32), mask=absent),
+        "end_frame": pa.array(np.minimum(group.turns.end, 2**31 - 1).astype(np.int32), mask=absent),
+    }
+    type_ = CLIPS.field("turns").type
+    fields = list(type_.value_type)
+    turns = pa.StructArray.from_arrays([changed.get(f.name, turns.field(f.name)) for f in fields], fields=fields)
+    columns = {name: batch.column(name) for name in batch.schema.names if name in CLIPS.names} | {
+        "clip_id": ids,
+        "clip": np.arange(first, first + len(sizes), dtype=np.int32),
         "start_frame": rule.starts.astype(np.int32),
-        "end_frame": (rule.starts + rule.sizes).astype(np.int32),
-        "num_frames": rule.sizes.astype(np.int32),
-        "initial_state": _initial_states(batch, [clip.state for clip in plan.clips[own]]),
-        "turns": _turns_column(batch.column("turns"), group.turns),
+        "end_frame": (rule.starts + sizes).astype(np.int32),
+        "num_frames": sizes.astype(np.int32),
+        "initial_state": _initial_states(batch, group.clips),
+        "turns": pa.ListArray.from_arrays(pa.array(at), turns, type=type_),
         "sampling_seed": rule.seeds,
         "neg_rate": rule.rates,
         "unlabelled": unlabelled,
-        "positive": [plan.options.positive] * len(rule.sizes),
+        "positive": [plan.options.positive] * len(sizes),
         "frame_convention": batch.column("convention").fill_null(plan.convention),
         "n_speaking": group.per_clip(group.labels[SPEAKING] == 1),
         "n_dst_update": group.per_clip(group.labels[DST_UPDATE] == 1),
         "n_supervised": group.per_clip((group.labels != NOT_SAMPLED).any(axis=0)),
     }
-    return pa.RecordBatch.from_pydict(columns, CLIPS)
+    return pa.RecordBatch.from_arrays(rows, schema=FRAMES_WRITTEN), pa.RecordBatch.from_pydict(columns, CLIPS)
 
 
-def _initial_states(batch: pa.RecordBatch, replayed: list[Mapping[str, str] | None]) -> pa.Array:
+def _initial_states(batch: pa.RecordBatch, clips: list[ClipInfo]) -> pa.Array:
     """Replayed states hold every step of the clip; given ones are as the source has them."""
     column = batch.column("initial_state")
-    if not any(state is not None for state in replayed):
+    if all(clip.state is None for clip in clips):
         return column
     rows: list[Any] = column.to_pylist()
-    for i, (steps, state) in enumerate(zip(batch.column("steps").to_pylist(), replayed, strict=True)):
-        if state is not None:
-            rows[i] = [{"id": k, "state": v} for k, v in initial_state((step["id"] for step in steps), state).items()]
+    for i, (steps, clip) in enumerate(zip(batch.column("steps").to_pylist(), clips, strict=True)):
+        if clip.state is not None:
+            rows[i] = list(initial_state((step["id"] for step in steps), clip.state).items())
     return pa.array(rows, column.type)
-
-
-def _turns_column(spooled: pa.ListArray, turns: labels.Turns) -> pa.ListArray:
-    """The turns of the clips with the ranges of their events."""
-    type_ = CLIPS.field("turns").type
-    at, structs = flat_lists(spooled)
-    absent = turns.end == labels.NO_FRAMES[1]
-    changed = {
-        "role": pa.array(ROLES).take(structs.field("role")),
-        "start_frame": pa.array(turns.start.astype(np.int32), mask=absent),
-        "end_frame": pa.array(np.minimum(turns.end, 2**31 - 1).astype(np.int32), mask=absent),
-    }
-    fields = list(type_.value_type)
-    children = [changed.get(field.name, structs.field(field.name)) for field in fields]
-    struct = pa.StructArray.from_arrays(children, fields=fields)
-    return pa.ListArray.from_arrays(pa.array(at), struct, type=type_)
-
-
-# ---- counts ------------------------------------------------------------------------------------------
 
 
 def _count(group: _Group, positive: str, counts: Counts) -> None:
@@ -238,25 +218,12 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
     ones, known = group.labels == 1, group.labels != NOT_SAMPLED
     annotated = rule.sizes if rule.unlabelled is None else group.per_clip(~rule.unlabelled)  # frames [C]
     first = np.cumsum(rule.sizes) - rule.sizes
-    numbers: dict[str, Any] = {
-        "clips": len(group.ids),
-        "frames": int(rule.sizes.sum()),
-        "speaking_clips": int((annotated > 0).sum()),
-        "speaking_frames": int(annotated.sum()),
-        "dst_update_clips": int((rule.tracked & (annotated > 0)).sum()),
-        "dst_update_frames": int(annotated[rule.tracked].sum()),
-        "supervised": int(known.any(axis=0).sum()),
-        "speaking_supervised": int(known[SPEAKING].sum()),
-        "dst_update_supervised": int(known[DST_UPDATE].sum()),
-        "speaking_positive": int(ones[SPEAKING].sum()),
-        "dst_update_positive": int(ones[DST_UPDATE].sum()),
-        "both_positive": int(ones.all(axis=0).sum()),
-        "first_frame_positive": int(ones[:, first].any(axis=0).sum()),
-        "seconds": float((rule.sizes / fps).sum()),
-    }
-    counts["counts"].update(numbers)
     counts["neg_rates"].update(rule.rates.tolist())
-    for head, own in zip(HEADS, ones, strict=True):
+    for head, own, supervised, said in zip(HEADS, ones, known, (annotated > 0, rule.tracked), strict=True):
+        counts["counts"][f"{head}_clips"] += int((said & (annotated > 0)).sum())
+        counts["counts"][f"{head}_frames"] += int(annotated[said].sum())
+        counts["counts"][f"{head}_supervised"] += int(supervised.sum())
+        counts["counts"][f"{head}_positive"] += int(own.sum())
         frames = np.flatnonzero(own)
         clip = np.searchsorted(first, frames, side="right") - 1
         quiet = np.diff(frames) - 1
@@ -267,9 +234,18 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
     owner, _, start, end = (column[events] for column in group.turns)
     low, high = rule.starts[owner], (rule.starts + rule.sizes)[owner]
     reasons = labels.drops(start, end, low, high, positive)
-    summaries = int(group.batch.column("summaries").to_numpy().sum())  # assistant turns without frames, not speech
     for code, reason in enumerate(labels.DROP_REASONS):
-        counts["drops"][reason] += int((reasons == code).sum()) - (summaries if code == 0 else 0)
+        counts["drops"][reason] += int((reasons == code).sum())
+    summaries = int(group.batch.column("summaries").to_numpy().sum())  # assistant turns without frames, not speech
+    counts["drops"][labels.DROP_REASONS[0]] -= summaries
     counts["drops"]["summary, not speech"] += summaries
-    cut_off = (reasons == -1) & ((start < low) | (end > high))
-    counts["counts"].update(event_turns=len(reasons), turns_cut=int(cut_off.sum()))
+    counts["counts"].update(  # type: ignore[call-overload]
+        clips=len(group.clips),
+        frames=int(rule.sizes.sum()),
+        supervised=int(known.any(axis=0).sum()),
+        both_positive=int(ones.all(axis=0).sum()),
+        first_frame_positive=int(ones[:, first].any(axis=0).sum()),
+        seconds=float((rule.sizes / fps).sum()),
+        event_turns=len(reasons),
+        turns_cut=int(((reasons == -1) & ((start < low) | (end > high))).sum()),
+    )

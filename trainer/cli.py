@@ -20,15 +20,12 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer import Argument, Option
 
-from pipeline.cli import RAY_HELP, TELLS_HELP, Given, cluster, names, new_app, numbers, run_app, with_options
-from pipeline.cli import app as pipeline_app
+from pipeline.cli import RAY_HELP, TELLS_HELP, Given, app, main, names, numbers, with_options
 from pipeline.errors import UsageError
 from trainer.arms import DEFAULT_RUNGS, RUNGS
 from trainer.config import RunOptions, Settings, TrainConfig
 from trainer.plan import MOST_SEEDS, Plan, check_plan, ladder
 
-app = new_app()
-app.registered_commands += pipeline_app.registered_commands
 Config = TypeVar("Config")
 # What `benchmark` takes for this model unless told otherwise: AdamW does not learn the state in as many steps.
 NANO = {"steps": 300, "optimizer": "muon", "lr": 4e-3, "clips_per_step": 8, "warmup_steps": 20}
@@ -69,6 +66,7 @@ def encode(
     ray: Annotated[str | None, Option(help=RAY_HELP)] = None,
 ) -> int:
     """Run the vision tower once over all frames, so that training needs no pixels."""
+    from pipeline.cluster import ray_cluster
     from pipeline.dataset import read_manifest
     from pipeline.terminal import command, plain
     from trainer.encode import encode as run
@@ -79,7 +77,7 @@ def encode(
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
     needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
     share = int(number), int(parts)
-    with cluster(ray, out, needed, gpu=True) as mapper:
+    with ray_cluster(ray, out, needed, gpu=True) as mapper:
         report = run(
             data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper, keep=keep
         )
@@ -247,7 +245,6 @@ def benchmark(
     features: Features = None,
     self_fed: FreeRunning = True,
     tells: Annotated[str, Option(help=f"with synth: {TELLS_HELP}")] = "state",
-    state_tells: Annotated[float | None, Option(hidden=True, help="X: --tells state=X,vision=1-X")] = None,
     draws: Annotated[int, Option(help="of the recordings, for the intervals", min=100)] = 10_000,
     margin: Annotated[float, Option(help="event F1 that does not matter; settled before any run")] = 0.05,
     jobs: Annotated[int, Option(help="runs at a time; 0: one per GPU, without any one per core", min=0)] = 0,
@@ -273,8 +270,7 @@ def benchmark(
         values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
     window: dict[str, Any] = {}
     if str(data) == "synth" and not data.exists():
-        shares = parse_tells(tells) if state_tells is None else {"state": state_tells, "vision": 1 - state_tells}
-        data = synthetic_data(out, shares, echo=typer.echo)
+        data = synthetic_data(out, parse_tells(tells), echo=typer.echo)
         window = {name: value for name, value in SYNTH_WINDOW.items() if name not in given.chosen}
     plan = Plan(
         data=data,
@@ -414,10 +410,6 @@ def _ended_by_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_app(app, argv)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,10 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
         console.print(f"\n[bold]{number}  {name}[/]  {what}  [dim]({time.monotonic() - began:.0f} s)[/]")
 
     heading(1, "synth", f"synthetic task videos with conversations -> {raw}")
-    for split, counts in synth(raw, replace(config or SynthConfig(), seed=seed)).splits.items():
-        numbers = f"{counts.recordings:4} recordings, {counts.videos:4} videos, {counts.clips:5} clips"
-        console.print(f"    {split:5} {numbers}")
+    config = replace(config or SynthConfig(), seed=seed)
+    for split, clips in synth(raw, config).items():
+        count = config.recordings[split]
+        console.print(f"    {split:5} {count:4} recordings, {count * config.views:4} videos, {clips:5} clips")
 
     heading(2, "preprocess", f"conversations -> per-frame labels -> {data}")
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
@@ -95,7 +96,7 @@ def synthetic_data(out: Path, tells: Mapping[str, float], echo: Callable[[str], 
     name = ",".join(source if share == 1 else f"{source}={share:g}" for source, share in tells.items() if share)
     raw, data = (out / f"synth-{name}" / folder for folder in ("raw", "data"))
     if not raw.exists():
-        report = synth(raw, SynthConfig(recordings=RECORDINGS, views=1, tells=tells))
-        echo(f"made {sum(split.recordings for split in report.splits.values())} recordings in {raw}")
+        synth(raw, SynthConfig(recordings=RECORDINGS, views=1, tells=tells))
+        echo(f"made {sum(RECORDINGS.values())} recordings in {raw}")
     preprocess([raw], data, Options(frames_root=str(raw), positive="onset"))
     return data

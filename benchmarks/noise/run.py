@@ -30,7 +30,7 @@ WINDOW = Settings(early_s=1, late_s=1)
 def made_data(folder: Path, seed: int) -> Path:
     raw, data = folder / "raw", folder / "data"
     if not raw.exists():
-        synth(raw, SynthConfig(recordings=RECORDINGS, views=1, state_tells=1.0, seed=seed))
+        synth(raw, SynthConfig(recordings=RECORDINGS, views=1, tells={"state": 1.0}, seed=seed))
     preprocess([raw], data, Options(frames_root=str(raw), positive="onset"))
     return data
 

@@ -60,7 +60,7 @@ def score_controls(folder: Path, world: str, repeat: int) -> None:
         clips: list[dict[str, Any]] = []
         for number in range(count):  # as `synth` draws them
             rngs = [np.random.default_rng([config.seed, place, number, part]) for part in (0, 1)]
-            clips += make_clips(plan_recording(f"nusar-{split}-{number:04d}", rngs[0], config), 0, rngs[1], config)
+            clips += make_clips(plan_recording(f"nusar-{split}-{number:04d}", rngs[0], config), 0, rngs[1])
         (raw / f"{split}_training.json").write_text(json.dumps(clips))
     preprocess([raw], folder / "data", Options(positive="onset", seed=config.seed))
     for name in CONTROLS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -26,6 +24,7 @@ import typer
 
 from pipeline import cluster
 from pipeline import preprocess as module
+from pipeline.errors import InputError
 from pipeline.extract import extract
 from pipeline.preprocess import preprocess
 from pipeline.shards import write_part
@@ -155,7 +154,7 @@ def address() -> Iterator[str]:
 
 def needs_ray() -> None:
     """With the product's settings, which ray reads once, when it is imported."""
-    os.environ.update(cluster._SETTINGS | os.environ)
+    os.environ.update(cluster.SETTINGS | os.environ)
     pytest.importorskip("ray")
 
 
@@ -168,29 +167,21 @@ def wait_for(port: int, ray: subprocess.Popen[bytes]) -> None:
     raise AssertionError("Ray did not start")
 
 
-def by_value(function: Callable[..., Any]) -> Callable[..., Any]:
-    """This module is not installed where Ray's workers are: its functions travel whole."""
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return function
-
-
-def dies_once(function: Callable[..., Any], marker: Path, after: bool) -> Callable[..., Any]:
-    """`function`, but the first process that runs it is killed: at once, or when everything is written."""
-    module, name = function.__module__, function.__name__
+def dies_once(function: Callable[..., Any], marker: Path) -> Callable[..., Any]:
+    """`function`, but the first process that runs it is killed when everything is written."""
 
     def deadly(*call: Any) -> Any:
+        result = function(*call)
         try:
             marker.touch(exist_ok=False)
         except FileExistsError:
-            return getattr(importlib.import_module(module), name)(*call)  # imported late: it may be torch
-        if after:
-            getattr(importlib.import_module(module), name)(*call)
+            return result
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 
-    return by_value(deadly)
+    cloudpickle = pytest.importorskip("ray").cloudpickle  # this module is not installed where Ray's workers are
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return deadly
 
 
 @pytest.mark.slow
@@ -199,8 +190,8 @@ def test_preprocess_on_ray_writes_the_same_bytes_also_with_workers_killed(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # paths as a user writes them
     assert main(["preprocess", source.name, "--out", "here", "--workers", "1"]) == 3
-    monkeypatch.setattr(module, "extract", dies_once(extract, tmp_path / "killed-1", after=False))
-    monkeypatch.setattr(module, "write_part", dies_once(write_part, tmp_path / "killed-2", after=True))
+    monkeypatch.setattr(module, "extract", dies_once(extract, tmp_path / "killed-1"))
+    monkeypatch.setattr(module, "write_part", dies_once(write_part, tmp_path / "killed-2"))
     assert main(["preprocess", source.name, "--out", "there", "--ray", address]) == 3
     assert (tmp_path / "killed-1").exists()
     assert (tmp_path / "killed-2").exists()
@@ -209,18 +200,13 @@ def test_preprocess_on_ray_writes_the_same_bytes_also_with_workers_killed(
 
 
 @pytest.mark.slow
-def test_a_machine_that_sees_other_files_is_named(
-    source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        cluster,
-        "_look",
-        by_value(lambda folder, paths, version: f"does not see {paths[1]}; put it on a disk that all share"),
-    )
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", address]) == 1
-    told = capsys.readouterr().err
-    assert re.fullmatch(rf"prospect-dst: --ray: node \S+ does not see {source}; put it on a disk .*\n", told)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_x.json"]
+def test_a_machine_that_does_not_see_a_file_is_named(tmp_path: Path, address: str) -> None:
+    with cluster.ray_cluster(address, tmp_path / "out", [tmp_path / "nowhere"]) as mapper:
+        assert mapper is not None
+        with pytest.raises(
+            InputError, match=rf"--ray: node \S+ does not see {tmp_path}/nowhere; put it on a disk that"
+        ):
+            list(mapper(math.isqrt, [(81,)]))
 
 
 # ---- no Ray ------------------------------------------------------------------------------------------
@@ -229,42 +215,40 @@ def test_a_machine_that_sees_other_files_is_named(
 def test_without_ray_one_line_says_how_to_get_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = builtins.__import__
-
-    def without(name: str, *more: Any) -> Any:
-        if name == "ray" or name.startswith("ray."):
-            raise ImportError(name)
-        return original(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", "auto"]) == 2
     told = capsys.readouterr().err
     assert "--ray: Ray is not installed; pip install 'prospect-dst[ray]'" in told
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
-def test_an_address_where_nothing_answers_is_one_line(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], form: str
+@pytest.mark.parametrize(
+    ("there", "status", "says"),
+    [
+        ("127.0.0.1:{port}", 1, "Connection refused; start one with `ray start --head`"),
+        ("ray://127.0.0.1:{port}", 1, "Connection refused; start one with `ray start --head`"),
+        ("nonsense", 2, "expected auto, local, host:port or ray://host:port"),
+        ("host:", 2, "expected auto, local, host:port or ray://host:port"),
+        (":1", 2, "expected auto, local, host:port or ray://host:port"),
+    ],
+)
+def test_an_address_where_nothing_answers_or_that_is_none_is_one_line(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    there,
+    status,
+    says,
 ) -> None:
     needs_ray()
-    monkeypatch.setattr(cluster, "REACH_S", 1)
     monkeypatch.setattr(cluster, "connected", CONNECTED)
-    there = form.format(port=free_port())
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", there]) == 1
+    there = there.format(port=free_port())
+    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", there]) == status
     told = capfd.readouterr().err
-    assert re.search(rf"--ray {there}: .*Connection refused; start one with `ray start --head`", told)
+    assert f"--ray {there}: " in told
+    assert says in told
     assert told.count("\n") == 1
-
-
-@pytest.mark.parametrize("wrong", ["nonsense", "host:", ":1", "host:port"])
-def test_an_address_that_is_none_is_bad_usage(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str
-) -> None:
-    needs_ray()
-    monkeypatch.setattr(cluster, "connected", CONNECTED)
-    assert main(["preprocess", str(source), "--out", str(tmp_path / "out"), "--ray", wrong]) == 2
-    assert f"--ray {wrong}: expected auto, local, host:port or ray://host:port" in capsys.readouterr().err
 
 
 # ---- recipes -----------------------------------------------------------------------------------------
