@@ -112,9 +112,9 @@ def numbers(option: str, given: list[str] | None) -> dict[str, float]:
     """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
     found: dict[str, float] = {}
     for item in names(given):
-        name, _, number = item.rpartition("=")
+        name, _, number = (part.strip() for part in (item if "=" in item else f"*={item}").rpartition("="))
         try:
-            found[name.strip() or "*"] = float(number)
+            found[name] = float(number if name else "")
         except ValueError:
             raise UsageError(f"{option} {item!r}: expected a number, or name=number items with commas") from None
     return found

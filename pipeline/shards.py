@@ -208,7 +208,8 @@ def _initial_states(batch: pa.RecordBatch, clips: list[ClipInfo]) -> pa.Array:
     rows: list[Any] = column.to_pylist()
     for i, (steps, clip) in enumerate(zip(batch.column("steps").to_pylist(), clips, strict=True)):
         if clip.state is not None:
-            rows[i] = list(initial_state((step["id"] for step in steps), clip.state).items())
+            states = initial_state((step["id"] for step in steps), clip.state)
+            rows[i] = [{"id": step, "state": state} for step, state in states.items()]
     return pa.array(rows, column.type)
 
 
