@@ -7,6 +7,7 @@ bounded by what /dev/shm had free: workers wait, instead of dying of a bus error
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -74,8 +75,8 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
         yield from (data[step] for step in steps)
         return
     processes = _fork_server()
-    free = _free_shared_memory()  # half of it, shared by this machine's ranks: what else runs here needs some, too
-    flight = InFlight(processes, first, None if free is None else free // 2 // _local_ranks())
+    # half of it, shared by this machine's ranks: what else runs here needs some, too
+    flight = InFlight(processes, first, _free_shared_memory() / 2 / _local_ranks())
     ahead = DataLoader(
         _Ahead(data, flight),
         batch_size=None,
@@ -101,15 +102,11 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
         flight.used(len(data), 0)  # no worker waits any longer
 
 
-@dataclass
 class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
     """Items of `data` with their frames, and the bytes of those; errors as they are, without a worker's traceback."""
 
-    data: StepData
-    flight: InFlight
-
-    def __len__(self) -> int:
-        return len(self.data)
+    def __init__(self, data: StepData, flight: InFlight) -> None:
+        self.data, self.flight = data, flight
 
     def __getitem__(self, step: int) -> tuple[list[Pack], int] | InputError:
         try:
@@ -123,12 +120,12 @@ class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
 
 
 class InFlight:
-    """Bytes that workers have loaded and training has not used yet: at most `limit` (None: any).
+    """Bytes that workers have loaded and training has not used yet: at most `limit`.
 
     The step that is due next may exceed it, if there is room: all others wait for it.
     """
 
-    def __init__(self, processes: BaseContext, first: int, limit: int | None) -> None:
+    def __init__(self, processes: BaseContext, first: int, limit: float) -> None:
         self.limit = limit
         self._lock = processes.Lock()
         self._bytes, self._due = (processes.Value("q", value, lock=False) for value in (0, first))
@@ -138,11 +135,10 @@ class InFlight:
 
         It looks again and again: a condition's `notify` would wait for ever for a worker that was killed.
         """
-        while self.limit is not None:
+        while True:
             with self._lock:
                 if step <= self._due.value or self._bytes.value + size <= self.limit:
-                    free = _free_shared_memory()
-                    if free is not None and size > free:
+                    if size > (free := _free_shared_memory()):
                         raise InputError(
                             f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has "
                             f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, "
@@ -159,10 +155,10 @@ class InFlight:
             self._due.value = step + 1
 
 
-def _free_shared_memory() -> int | None:
-    """Bytes; None where the system has no /dev/shm."""
+def _free_shared_memory() -> float:
+    """Bytes; infinite where the system has no /dev/shm."""
     if not SHARED_MEMORY.is_dir():
-        return None
+        return math.inf
     disk = os.statvfs(SHARED_MEMORY)
     return disk.f_bavail * disk.f_frsize
 

@@ -110,22 +110,20 @@ def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, 
 
     Linear in `sums`: with the same counts, the losses of micro-batches add up to that of the step.
     """
+
+    def divide(sums: Tensor, counts: Tensor) -> Tensor:
+        return sums / torch.where(counts > 0, counts, 1)  # where a count is 0 its sum is 0, too, and stays
+
+    def head(sums: Tensor, counts: Tensor) -> Tensor:
+        """From [negative, positive]: the mean over all frames, or over the classes that occur."""
+        if config.balance == "none":
+            return divide(sums.sum(), counts.sum())
+        return divide(divide(sums, counts).sum(), (counts > 0).sum())
+
     terms = {
-        "speaking": _head_mean(sums[0:2], counts[0:2], config.balance),
-        "dst_update": _head_mean(sums[2:4], counts[2:4], config.balance),
-        "lm": _divide(sums[4], counts[4]),
+        "speaking": head(sums[0:2], counts[0:2]),
+        "dst_update": head(sums[2:4], counts[2:4]),
+        "lm": divide(sums[4], counts[4]),
     }
     loss = config.w_speak * terms["speaking"] + config.w_dst * terms["dst_update"] + config.w_lm * terms["lm"]
     return loss, terms
-
-
-def _head_mean(sums: Tensor, counts: Tensor, balance: str) -> Tensor:
-    """Mean of a head's [negative, positive] sums: over all frames, or over the classes that occur."""
-    if balance == "none":
-        return _divide(sums.sum(), counts.sum())
-    return _divide(_divide(sums, counts).sum(), (counts > 0).sum())
-
-
-def _divide(sums: Tensor, counts: Tensor) -> Tensor:
-    """sums / counts; where a count is 0 its sum is 0, too, and stays."""
-    return sums / torch.where(counts > 0, counts, 1)

@@ -49,17 +49,39 @@ def open_log(
 ) -> Iterator[Log]:
     """A function that logs a line: a step's numbers (`step` from 1, `seconds`, ...), or {"step", "evaluation"}.
 
-    What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`. shown: progress on stderr.
-    InputError where the tracker can't be used; OSError, also later, where the disk is full.
+    What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`; a resumed run is a new one of
+    the same name and group there. shown: progress on stderr. InputError where the tracker can't be used; OSError, also
+    later, where the disk is full.
     """
-    wandb = find_tracker(tracker)
+    wandb: Any = find_tracker(tracker)
     rewind(run, done)
+    logs: list[Log] = []
     with ExitStack() as stack:
-        logs = [stack.enter_context(_wandb(wandb, run, config or {}))] if wandb else []  # first, as it may refuse
+        if wandb is not None:  # first, as it may refuse
+            name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
+            try:
+                wandb.init(project=project, name=name, group=name, config=config or {}, dir=str(run))
+            except Exception as error:
+                why = " ".join(str(error).split())
+                raise InputError(
+                    f"--log wandb: it does not start ({why}); see its manual, or leave --log out"
+                ) from None
+            stack.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
+            logs.append(lambda line: wandb.log(scalars(line), step=line["step"]))
         file = stack.enter_context((run / METRICS).open("ab", buffering=0))
-        logs += [lambda line: file.write(msgspec.json.encode(line) + b"\n")]
-        logs += [stack.enter_context(_tensorboard(run, done, shown))]
-        logs += [stack.enter_context(_progress(total_steps, done))] if shown else []
+        logs.append(lambda line: file.write(msgspec.json.encode(line) + b"\n"))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            if shown:
+                missing = f"no {run / TENSORBOARD}: tensorboard is not installed; {METRICS} has the same numbers"
+                print(missing, file=sys.stderr)
+        else:  # purge_step: what a killed run logged after its checkpoint is not shown
+            board: Any = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+            stack.enter_context(board)
+            logs.append(lambda line: [board.add_scalar(*value, line["step"]) for value in scalars(line).items()])
+        if shown:
+            logs.append(stack.enter_context(_progress(total_steps, done)))
 
         def log(line: Line) -> None:
             line = dict(line)
@@ -70,6 +92,36 @@ def open_log(
                 write(line)
 
         yield log
+
+
+def find_tracker(name: str | None) -> ModuleType | None:
+    """The package wandb for 'wandb', None for None; InputError where it is another name, or not installed."""
+    if name is None:
+        return None
+    if name != "wandb":
+        raise InputError(f"--log {name}: expected wandb, or leave --log out")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError("--log wandb: wandb is not installed; pip install wandb, or leave --log out") from None
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """A line's numbers under the names they have in TensorBoard: loss/, supervised/, train/ or eval/SPLIT/.
+
+    Left out: what is not finite or not known, and a loss term with nothing to supervise (it is 0, not learnt).
+    """
+    named = {}
+    if "evaluation" in line:
+        found = line["evaluation"]
+        named = {f"{head}_{key}": found.get(head, {}).get(key) for head in HEADS for key in ("ap", "chance")}
+        named = {f"eval/{found['split']}/{name}": v for name, v in {**named, "lm_loss": found.get("lm_loss")}.items()}
+    else:
+        for name, value in {**line, **line.get("clock", {})}.items():
+            if name != "step" and line.get(f"n_{name}") != 0:
+                plain = f"supervised/{name[2:]}" if name.startswith("n_") else f"train/{name}"
+                named[LOSSES.get(name, plain)] = value
+    return {name: float(v) for name, v in named.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------
@@ -94,85 +146,16 @@ def rewind(run: Path, step: int) -> None:
 
 def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
     """(bytes, parsed) of every line that ends in a newline."""
-    texts = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    for number, text in enumerate(texts[:-1], 1):
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+        if not text.endswith(b"\n"):
+            return
         try:
             line = json.loads(text)
             line["step"] = int(line["step"])
         except (ValueError, KeyError, TypeError):
             what = "found something else than one step's numbers, expected a JSON object with a step"
             raise InputError(f"{path} line {number}: {what}; remove that line and run again") from None
-        yield text + b"\n", line
-
-
-# ---- TensorBoard, wandb ------------------------------------------------------------------------------
-
-
-def scalars(line: Line) -> dict[str, float]:
-    """A line's numbers under the names they have in TensorBoard: loss/, supervised/, train/ or eval/SPLIT/.
-
-    Left out: what is not finite or not known, and a loss term with nothing to supervise (it is 0, not learnt).
-    """
-    named = {}
-    if "evaluation" in line:
-        found = line["evaluation"]
-        named = {f"{head}_{key}": found.get(head, {}).get(key) for head in HEADS for key in ("ap", "chance")}
-        named = {f"eval/{found['split']}/{name}": v for name, v in {**named, "lm_loss": found.get("lm_loss")}.items()}
-    else:
-        for name, value in {**line, **line.get("clock", {})}.items():
-            if name != "step" and line.get(f"n_{name}") != 0:
-                plain = f"supervised/{name[2:]}" if name.startswith("n_") else f"train/{name}"
-                named[LOSSES.get(name, plain)] = value
-    return {name: float(v) for name, v in named.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-
-
-@contextmanager
-def _tensorboard(run: Path, done: int, shown: bool) -> Iterator[Log]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if shown:
-            missing = f"no {run / TENSORBOARD}: tensorboard is not installed; {METRICS} has the same numbers"
-            print(missing, file=sys.stderr)
-        yield lambda line: None
-        return
-    # purge_step: what a killed run logged after its checkpoint is not shown
-    with SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30) as writer:  # type: ignore[no-untyped-call]
-
-        def write(line: Line) -> None:
-            for name, value in scalars(line).items():
-                writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
-
-        yield write
-
-
-def find_tracker(name: str | None) -> ModuleType | None:
-    """The package wandb for 'wandb', None for None; InputError where it is another name, or not installed."""
-    if name is None:
-        return None
-    if name != "wandb":
-        raise InputError(f"--log {name}: expected wandb, or leave --log out")
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError("--log wandb: wandb is not installed; pip install wandb, or leave --log out") from None
-
-
-@contextmanager
-def _wandb(wandb: Any, run: Path, config: Line) -> Iterator[Log]:
-    """A resumed run is a new one of the same name and group."""
-    name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
-    try:
-        wandb.init(project=project, name=name, group=name, config=config, dir=str(run))
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"--log wandb: it does not start ({why}); see its manual, or leave --log out") from None
-    exit_code = 1
-    try:
-        yield lambda line: wandb.log(scalars(line), step=line["step"])
-        exit_code = 0
-    finally:
-        wandb.finish(exit_code=exit_code)
+        yield text, line
 
 
 # ---- on stderr ---------------------------------------------------------------------------------------
@@ -192,8 +175,8 @@ def _progress(total: int, done: int) -> Iterator[Log]:
             step, now = line["step"], time.monotonic()
             if "evaluation" in line:
                 found = line["evaluation"]
-                known = [(head, found[head]) for head in HEADS if head in found]
-                heads = [f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known]
+                known = ((head, found[head]) for head in HEADS if head in found)
+                heads = (f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known)
                 print(f"step {step}/{total}  on {found['split']}: {'  '.join(heads)}", file=sys.stderr)
                 return
             tokens, seconds = tokens + line.get("tokens", 0), seconds + line.get("clock", {}).get("seconds", 0.0)

@@ -9,8 +9,6 @@ text stays text: special tokens are never parsed out of data.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +31,25 @@ def marker_token(name: str) -> str:
     return f"<|reserved_special_token_{MARKERS.index(name)}|>"
 
 
-@dataclass(frozen=True)
 class Tokens:
-    """A tokenizer with the special ids that a sequence needs; InputError where one is missing."""
+    """A tokenizer with the special ids that a sequence needs; InputError where one is missing.
 
-    tokenizer: Any  # PreTrainedTokenizerFast
+    choices: what says silence, speech and an update as the token after a frame, to arms that decide so: END, and the
+    markers that the two texts begin with, so what was decided is followed by its text.
+    """
 
-    def __post_init__(self) -> None:
-        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # "<image>" in a text is just text
-        _ = self.image, self.end, self.marker
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer: Any = tokenizer
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # "<image>" in a text is just text
+        self.image, self.end = self._special(IMAGE), self._special(END)
+        self.marker = {name: self._special(marker_token(name)) for name in MARKERS}
+        self.choices = self.end, self.marker["assistant"], self.marker["DST_UPDATE"]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # lost on the way to a worker
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokens, (self.tokenizer,)  # to a worker, encode_special_tokens would be lost
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
@@ -54,35 +58,14 @@ class Tokens:
         """The text with its markers, for eyes."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    @cached_property
-    def image(self) -> int:
-        return self._special(IMAGE)
-
-    @cached_property
-    def end(self) -> int:
-        return self._special(END)
-
-    @cached_property
-    def marker(self) -> dict[str, int]:
-        return {name: self._special(marker_token(name)) for name in MARKERS}
-
-    @property
-    def choices(self) -> tuple[int, int, int]:
-        """What says silence, speech and an update as the token after a frame, to arms that decide so: END, and the
-        markers that the two texts begin with, so what was decided is followed by its text."""
-        return self.end, self.marker["assistant"], self.marker["DST_UPDATE"]
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
 
     def _special(self, token: str) -> int:
         number = self.tokenizer.backend_tokenizer.token_to_id(token)
         if number is None:
             raise InputError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
         return int(number)
-
-    def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
 
 
 def load_tokens(name: str | Path) -> Tokens:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -69,13 +68,12 @@ class Transfer:
 
 def fetched(started: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """What each gives, one late: a GPU is given the next pass before the result of the last one is fetched."""
-    before: Callable[[], Result] | None = None
+    waiting: deque[Callable[[], Result]] = deque()
     for take in started:
-        if before is not None:
-            yield before()
-        before = take
-    if before is not None:
-        yield before()
+        waiting.append(take)
+        if len(waiting) > 1:
+            yield waiting.popleft()()
+    yield from (take() for take in waiting)
 
 
 # ---- packs -------------------------------------------------------------------------------------------
@@ -114,16 +112,14 @@ def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[P
         yield from steps
         return
     waiting: deque[Pack] = deque()
-    started: deque[tuple[Pack, Callable[[], Pack]]] = deque()
+    started: deque[Callable[[], Pack]] = deque()
 
     def start() -> None:
         if waiting:
-            started.append((waiting[0], upload(waiting.popleft(), transfer)))
+            started.append(upload(waiting.popleft(), transfer))
 
-    def take(pack: Pack) -> Pack:
-        first, copied = started.popleft()
-        assert first is pack, "packs are used in order"
-        moved = copied()
+    def take() -> Pack:
+        moved = started.popleft()()
         start()
         return moved
 
@@ -135,4 +131,4 @@ def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[P
         waiting.extend(ahead or [])
         if not started:
             start()
-        yield [Prefetched(**pack.__dict__, take=partial(take, pack)) for pack in step]
+        yield [Prefetched(**pack.__dict__, take=take) for pack in step]

@@ -63,15 +63,6 @@ def test_a_pack_is_on_its_way_while_the_one_before_it_is_computed():
     ]
 
 
-def test_what_a_step_counts_stays_on_the_host_and_packs_are_used_in_order():
-    transfer = Told()
-    [step] = uploaded([[numbered(1), numbered(2), numbered(3)]], transfer)
-    assert [pack.labels.tolist() for pack in step] == [[[-100], [-100]]] * 3
-    assert transfer.log == ["start 1"]
-    with pytest.raises(AssertionError, match="in order"):
-        step[1].to(CPU)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
@@ -109,10 +100,6 @@ def test_a_step_that_shared_memory_cannot_hold_is_refused_in_one_line(monkeypatc
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: 64_000_000)
     with pytest.raises(InputError, match=r"step 1: its frames take 7,500 MB, /dev/shm has 64 MB free; .*--workers 0"):
         InFlight(PROCESSES, 0, 32_000_000).wait(0, 7_500_000_000)
-
-
-def test_without_shared_memory_nothing_is_bounded():
-    InFlight(PROCESSES, 0, None).wait(3, 10**15)
 
 
 @pytest.mark.gpu
