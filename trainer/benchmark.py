@@ -46,9 +46,9 @@ from trainer.evaluate import evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
 from trainer.evaluation.conclusions import headline
-from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, can_live, hold
+from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
-from trainer.evaluation.metrics import METRICS, Thresholds, look_up
+from trainer.evaluation.metrics import METRICS, look_up
 from trainer.evaluation.report import PAGE, write_report
 from trainer.frame_source import keep_frames
 from trainer.loader import end_with
@@ -183,7 +183,7 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
             held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
             check_resume(run, run_options(config, trained_on, held_out, plan.features))
         model = run_hash(trained)
-    modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and can_live(Thresholds(**metrics["thresholds"])) else [])]
+    modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and "speaking" in metrics["thresholds"]["event"] else [])]
     return bool(
         metrics.get("model") == model
         and metrics["data_key"] == {name: split.key for name, split in splits.all.items()}

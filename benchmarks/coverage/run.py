@@ -40,12 +40,12 @@ from trainer.evaluation.bootstrap import (
     Comparison,
     Estimator,
     Interval,
+    always_valid,
     compare_of,
     draw_recordings,
     interval_of,
     replicate,
 )
-from trainer.evaluation.sequential import always_valid
 
 HERE = Path(__file__).resolve().parent
 FULL_SIZE = 2_000  # data sets per row

@@ -56,7 +56,10 @@ def make(work: Path, clips: int, frames: int, val_clips: int) -> None:
     write_scores(work / "teacher-forced.parquet", scored, origin)
     thresholds = {"frame": {"speaking": 0.0, "dst_update": 0.0}, "event": {"speaking": 1.0, "dst_update": 1.0}}
     free = [said(one) for one in scored["test"]]
-    info = origin | {"mode": "self-fed", "thresholds": thresholds | {"metronome_s": {"speaking": 20.0}}}
+    info = origin | {
+        "mode": "self-fed",
+        "thresholds": thresholds | {"metronome": {"speaking": {"period_s": 20.0, "phase": 0.5}}},
+    }
     write_scores(work / "self-fed.parquet", {"test": free}, info)
 
 
@@ -109,7 +112,7 @@ def against_plain(work: Path, draws: int) -> dict[str, float]:
     from pipeline.dataset import Split
     from trainer.evaluation.bootstrap import draw_recordings, replicate
     from trainer.evaluation.frame_metrics import frame_estimators, head_frames
-    from trainer.evaluation.read_scores import read_scores
+    from trainer.evaluation.scores import read_scores
 
     clips = read_scores(work / "self-fed.parquet", {"test": Split(work / "data", "test")})["test"]
     recordings = sorted({scored.clip.recording_id for scored in clips})

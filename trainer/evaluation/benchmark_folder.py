@@ -136,7 +136,7 @@ class Baseline(NamedTuple):
 
 
 def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
-    """None where it was not measured, or the metric has no such level. The metronome's period was chosen on val."""
+    """None where it was not measured, or the metric has no such level. The metronome was chosen on val."""
     if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
         return Baseline(0.5, "chance") if bench.of_reference(mode, "speaking.frames") else None
     path, name = BASELINES.get(METRICS[metric].path, ("", ""))

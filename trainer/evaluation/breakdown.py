@@ -1,8 +1,8 @@
 """Event F1 of speaking taken apart: over the width of the matching window, by data set and by task.
 
 A window of w seconds is split into early and late as the settings' own is. The threshold stays the one that was chosen
-at the settings' window; a metronome beside it chooses its period on val anew at each width. Matches are counted once
-per clip; groups sum them by recording.
+at the settings' window; the metronome beside it is chosen on val anew at each width. Matches are counted once per clip;
+groups sum them by recording.
 
     C clips by clip_id    W widths    B draws    R recordings of a group    S seeds
 """
@@ -10,16 +10,16 @@ per clip; groups sum them by recording.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from pipeline.dataset import Split
 from trainer.config import Settings
-from trainer.evaluation.bootstrap import Floats, draw_recordings, interval_of
-from trainer.evaluation.event_metrics import best_metronome, metronome_f1, most_matches, predicted_frames, targets_of
+from trainer.evaluation.bootstrap import draw_recordings, interval_of
+from trainer.evaluation.event_metrics import best_beat, most_matches, predicted_frames, targets_of
 from trainer.evaluation.frame_metrics import ratio
 from trainer.evaluation.scores import Ints, ScoredClip, canonical
 
@@ -36,8 +36,7 @@ def windows(settings: Settings) -> dict[float, Settings]:
     return dict(sorted((made | {own: settings}).items()))
 
 
-@dataclass(frozen=True, eq=False)
-class Matches:
+class Matches(NamedTuple):
     """One run's events on the split."""
 
     matched: Ints  # [W, C]
@@ -50,7 +49,7 @@ def count_matches(clips: Sequence[ScoredClip], threshold: float | None, settings
     if threshold is None and any(scored.said is None for scored in clips):
         return None
     fired = [predicted_frames(s, HEAD, threshold, settings.refractory_s) - s.clip.start_frame for s in clips]
-    targets = [targets_of(clips, HEAD, at) for at in windows(settings).values()]
+    targets = [targets_of([s.clip for s in clips], HEAD, at) for at in windows(settings).values()]
     matched = [[most_matches(t.windows, own) for t, own in zip(of, fired, strict=True)] for of in targets]
     events = [target.references + len(own) for target, own in zip(targets[0], fired, strict=True)]
     return Matches(np.array(matched, np.int64), np.array(events, np.int64))
@@ -61,12 +60,9 @@ def metronomes(test: Split, val: Split | None, settings: Settings) -> dict[float
     """Width -> the event F1 on test of the metronome that is best on val."""
     if val is None:
         return {}
-    on_val, on_test = ([ScoredClip(clip, {}, {}) for clip in split.in_order()] for split in (val, test))
-    found = {}
-    for width, at in windows(settings).items():
-        period = best_metronome(on_val, HEAD, at)
-        found[width] = period and metronome_f1(targets_of(on_test, HEAD, at), period)
-    return found
+    on_val, on_test = (list(split.in_order()) for split in (val, test))
+    beats = {width: (best_beat(on_val, HEAD, at), at) for width, at in windows(settings).items()}
+    return {width: beat.f1(on_test, HEAD, at) if beat else None for width, (beat, at) in beats.items()}
 
 
 def window_rows(
@@ -87,23 +83,18 @@ def group_rows(
     """By data set and by task, (rung, mode): event F1 at the settings' window, with its interval."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     own = [*windows(settings)].index(settings.early_s + settings.late_s)
-    speech = np.array([t.references for t in targets_of([ScoredClip(c, {}, {}) for c in clips], HEAD, settings)])
+    speech = np.array([target.references for target in targets_of(clips, HEAD, settings)])
     for by, names in (("dataset", [c.dataset for c in clips]), ("task", [c.goal or "(none given)" for c in clips])):
         members = {name: np.flatnonzero([name == other for other in names]) for name in sorted(set(names))}
-        largest = sorted(members, key=lambda name: (-speech[members[name]].sum(), name))[:MOST_GROUPS]
-        for name in largest:
-            ids, of_clip = np.unique([clips[i].recording_id for i in members[name]], return_inverse=True)
+        for name in sorted(members, key=lambda name: (-speech[members[name]].sum(), name))[:MOST_GROUPS]:
+            group = members[name]
+            ids, of_clip = np.unique([clips[i].recording_id for i in group], return_inverse=True)
             weights = np.concatenate([np.ones((1, len(ids)), np.int64), draw_recordings(len(ids), draws)])
-            size = {"recordings": len(ids), "events": int(speech[members[name]].sum())}
+            size = {"recordings": len(ids), "events": int(speech[group].sum())}
             for (rung, mode), of_seeds in matches.items():
-                runs = [(run.matched[own][members[name]], run.events[members[name]]) for run in of_seeds.values()]
-                replicates = np.stack([_f1_by_draw(matched, events, of_clip, weights) for matched, events in runs])
-                found = interval_of(replicates, len(ids), (0.0, 1.0))
-                row = {"by": by, "group": name, "rung": rung, "mode": mode, "seeds": len(runs)} | size
+                counts = [(run.matched[own][group], run.events[group]) for run in of_seeds.values()]
+                sums = [[np.bincount(of_clip, of_run, len(ids)) for of_run in pair] for pair in counts]
+                f1 = np.stack([ratio(2 * (weights @ matched), weights @ events) for matched, events in sums])
+                found = interval_of(f1, len(ids), (0.0, 1.0))
+                row = {"by": by, "group": name, "rung": rung, "mode": mode, "seeds": len(counts)} | size
                 yield row | {"value": found.value, "low": found.low, "high": found.high}
-
-
-def _f1_by_draw(matched: Ints, events: Ints, recording: Ints, weights: Ints) -> Floats:
-    """[1 + B] from the counts of a group's clips."""
-    sums = np.stack([np.bincount(recording, counts, weights.shape[1]) for counts in (matched, events)])
-    return np.asarray(ratio(2 * (weights @ sums[0]), weights @ sums[1]))

@@ -55,27 +55,23 @@ def is_interrupt(answer: str) -> bool:
 def read_sessions(path: Path) -> list[Session]:
     """The sessions of a JSON Lines file in EgoProactive's format. Raises InputError, naming the line."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InputError(f"{path}: {reason}, expected JSON Lines") from None
     sessions = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path} line {number}"
-            try:
-                session = msgspec.json.decode(line, type=Session)
-            except (msgspec.MsgspecError, RecursionError) as error:
-                what = (
-                    f"answers [{SILENT} or {INTERRUPT}TEXT, ...], video_intervals [[start_s, end_s], ...], video_path"
-                )
-                raise InputError(f"{where}: {error}; expected a JSON object with {what}") from None
-            session.where = f"{where} ({session.video_path})"
-            if bad := next((pair for pair in session.video_intervals if not pair[0] <= pair[1]), None):
-                raise InputError(
-                    f"{session.where}: video_intervals holds {list(bad)}, expected [start, end] in seconds"
-                )
-            sessions.append(session)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            session = msgspec.json.decode(line, type=Session)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            what = f"answers [{SILENT} or {INTERRUPT}TEXT, ...], video_intervals [[start_s, end_s], ...], video_path"
+            raise InputError(f"{path} line {number}: {error}; expected a JSON object with {what}") from None
+        session.where = f"{path} line {number} ({session.video_path})"
+        if bad := next((pair for pair in session.video_intervals if not pair[0] <= pair[1]), None):
+            raise InputError(f"{session.where}: video_intervals holds {list(bad)}, expected [start, end] in seconds")
+        sessions.append(session)
     return sessions
 
 
@@ -86,7 +82,7 @@ def read_submission(path: Path, sessions: Sequence[Session]) -> list[tuple[str, 
     if len(lines) != len(sessions):
         raise InputError(f"{path}: {len(lines)} lines, expected one for each of the {len(sessions)} sessions, in order")
     for session, line in zip(sessions, lines, strict=True):
-        if line.video_path and line.video != session.video:
+        if line.video not in ("", session.video):
             expected = f"expected {session.video_path!r} as in {session.where}"
             raise InputError(f"{line.where}: video_path is {line.video_path!r}, {expected}")
     return [line.answers for line in lines]
@@ -116,15 +112,13 @@ def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> li
             numbers = f"{len(session.video_intervals)} video_intervals, {len(session.answers)} answers"
             raise InputError(f"{session.where}: {numbers}, expected one of each per chunk")
         same = [clip for clip in waiting if clip.video_uid == session.video]
-        clip = next((clip for clip in same if _agrees(session, clip)), None)
-        if clip is None:
+        agreeing = [clip for clip in same if _agrees(session, clip)]
+        if not agreeing:
             lack = " whose speaking labels are its interrupt chunks" if same else ""
-            raise InputError(
-                f"{session.where}: the split has no clip of video {session.video!r}{lack}; "
-                f"give the sessions file that the split was made from"
-            )
-        found.append(clip)
-        waiting.remove(clip)
+            what = f"the split has no clip of video {session.video!r}{lack}"
+            raise InputError(f"{session.where}: {what}; give the sessions file that the split was made from")
+        found.append(agreeing[0])
+        waiting.remove(agreeing[0])
     return found
 
 
@@ -197,11 +191,10 @@ def report_chunks(
             own[COUNTS.index(("t" if right == answer else "f") + ("p" if answer else "n"))] += 1
     names = np.array(recordings or [session.video for session in sessions], np.str_)
     tasks = np.array([str(session.task) for session in sessions], object)
+    members = {task: tasks == task for task in sorted({*tasks})}
     return {
         "overall": _report_group(counts, names, draws),
-        "per_task": {
-            task: _report_group(counts[tasks == task], names[tasks == task], draws) for task in sorted({*tasks})
-        },
+        "per_task": {task: _report_group(counts[own], names[own], draws) for task, own in members.items()},
         "total_sessions": len(sessions),
         "skipped_chunks": skipped,
     }

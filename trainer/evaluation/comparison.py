@@ -36,14 +36,13 @@ from pipeline.storage import replacing, write_json
 from pipeline.terminal import counted
 from trainer.arms import RUNGS, find_rung
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
-from trainer.evaluation.bootstrap import Floats, compare_of, holm, interval_of
+from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
 from trainer.evaluation.evaluate_scores import METRICS_FILE
 from trainer.evaluation.event_metrics import references
 from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
-from trainer.evaluation.read_scores import read_scores
-from trainer.evaluation.sequential import always_valid, power_before
+from trainer.evaluation.scores import read_scores
 from trainer.plan import MOST_SEEDS, Job, Plan, commands_of, run_of
 from trainer.run_log import read_metrics
 
@@ -125,7 +124,8 @@ def _read_run(
     file: tuple[Path, int], thresholds: str, split: Split, settings: Settings, draws: int
 ) -> tuple[dict[str, Floats], Matches | None]:
     """(each metric's [1, 1 + B], its events if it has a threshold) of a scores file, named with its time: read once."""
-    chosen, clips = Thresholds(**json.loads(thresholds)), read_scores(file[0], {split.name: split})[split.name]
+    found, clips = json.loads(thresholds), read_scores(file[0], {split.name: split})[split.name]
+    chosen = Thresholds(found["frame"], found["event"])
     return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get(HEAD), settings)
 
 

@@ -263,7 +263,7 @@ def _precision(bench: Benchmark) -> Iterator[str]:
 
 
 def _stopping(bench: Benchmark) -> Iterator[str]:
-    """Which interval holds where a benchmark was stopped because of what it showed (trainer.evaluation.sequential)."""
+    """Which interval holds where a benchmark was stopped because of what it showed (bootstrap.always_valid)."""
     name, a, b = bench.primary
     row = bench.comparison(a, b, bench.mode, name)
     if row.get("low") is None or row["seeds"] < 2:

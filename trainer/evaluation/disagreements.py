@@ -20,10 +20,9 @@ from pipeline.errors import InputError
 from pipeline.updates import write_updates
 from trainer.config import Settings
 from trainer.evaluation.benchmark_folder import Benchmark, why_missing
-from trainer.evaluation.event_metrics import instant, is_event, match, predictions, references
+from trainer.evaluation.event_metrics import instant, is_event, match, predicted_frames, references
 from trainer.evaluation.plots import Timeline, Track, printable
-from trainer.evaluation.read_scores import read_scores
-from trainer.evaluation.scores import ScoredClip
+from trainer.evaluation.scores import ScoredClip, read_scores
 
 CLIPS_EACH_WAY: Final = 2
 MAX_SECONDS: Final = 240.0  # shown of one clip
@@ -94,7 +93,7 @@ def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[_
         if logit is None and scored.said is None:
             raise InputError(f"{arm} has no threshold, as val has no frame to speak at")
         reference = references(clip, "assistant")
-        spoken = predictions(scored, "speaking", logit, settings.refractory_s)
+        spoken = predicted_frames(scored, "speaking", logit, settings.refractory_s) / scored.clip.fps
         found, right = match(reference, spoken, settings.early_s, settings.late_s)
         false_alarms, misses = np.delete(spoken, right).tolist(), np.delete(reference, found).tolist()
         times = np.arange(clip.start_frame, clip.end_frame) / clip.fps

@@ -3,15 +3,16 @@
 References are turns, one per instant; predictions are frames at which the score reaches the threshold, followed by
 silence for the refractory time, or what a free-running model did. Both are matched one to one inside a window of
 seconds around the reference (2 s early to 4 s late; ProAssist's is the other way round, docs/prior-work.md): the most
-matches, then the least sum of |latency|. To choose a threshold the number of matches suffices, counted in one walk.
+matches, then the least sum of |latency|. To choose a threshold or a metronome the number of matches suffices.
 
-    C clips    E reference events    P predicted events    F frames of a clip    M matches
+    C clips    E reference events    P predicted events    F frames of a clip    M matches    T ticks' phases
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +29,7 @@ from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
 FAR: Final = 1e-3  # seconds: more than any rounding, less than any frame
 CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finely around the best
+PHASES: Final = np.arange(8) / 8  # [T] of a metronome's period
 
 
 def is_event(turn: Turn, clip: ClipExample) -> bool:
@@ -50,9 +52,9 @@ def references(clip: ClipExample, role: str) -> Floats:
     return times[np.diff(times, prepend=-np.inf) > TOLERANCE]
 
 
-def tracked(clip: ClipExample) -> bool:
-    """Whether the clip has a dialog state at all."""
-    return bool(clip.steps) or any(turn.role == "DST_UPDATE" for turn in clip.turns)
+def tracked(clip: ClipExample, head: str = "dst_update") -> bool:
+    """Whether the head's events can happen in the clip: speech always, updates where it has a dialog state at all."""
+    return head == "speaking" or bool(clip.steps) or any(turn.role == "DST_UPDATE" for turn in clip.turns)
 
 
 def annotated(clip: ClipExample) -> Mask:
@@ -77,11 +79,6 @@ def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, ref
         assert threshold is not None
         frames = threshold_frames(scored, head, threshold, refractory_s)
     return frames[annotated(scored.clip)[frames]] + scored.clip.start_frame
-
-
-def predictions(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Floats:
-    """float64 [P], ascending: `predicted_frames` in seconds."""
-    return predicted_frames(scored, head, threshold, refractory_s) / scored.clip.fps
 
 
 def threshold_frames(scored: ScoredClip, head: str, threshold: float, refractory_s: float) -> Ints:
@@ -117,66 +114,58 @@ def match(reference: Floats, predicted: Floats, early_s: float, late_s: float) -
     return np.concatenate(rows), np.concatenate(columns)
 
 
-def most_matches(windows: Ints, fired: Ints) -> int:
-    """How many of the ascending `fired` can be matched one to one to `windows` (first and last ascending)."""
-    ends, events = windows.tolist(), fired.tolist()
-    i = j = found = 0
-    while i < len(ends) and j < len(events):
-        if events[j] < ends[i][0]:
-            j += 1
-        elif events[j] > ends[i][1]:
-            i += 1
-        else:
-            i, j, found = i + 1, j + 1, found + 1
-    return found
-
-
 class Counted(NamedTuple):
     """Counts by clip, of events or of state changes, and the latencies of their matches."""
 
     clips: list[ScoredClip]  # [C] by clip_id
-    names: tuple[str, ...]  # [K] of the counts
-    counts: Floats  # [C, K]
-    latencies: list[Floats]  # [C] of [M] seconds, prediction minus reference
+    counts: Sequence[dict[str, Any]]  # [C] of the same names
+    latencies: Sequence[Floats]  # [C] of [M] seconds, prediction minus reference
 
-    @classmethod
-    def of(cls, clips: list[ScoredClip], by_clip: Iterable[tuple[dict[str, Any], Floats]]) -> Counted:
-        counts, latencies = zip(*by_clip, strict=True)
-        table = np.array([list(count.values()) for count in counts], np.float64)
-        return cls(clips, tuple(counts[0]), table, list(latencies))
+    def table(self) -> Floats:
+        """[C, K] for K counts."""
+        return np.array([list(count.values()) for count in self.counts], np.float64)
 
     def sums(self) -> dict[str, Any]:
-        return dict(zip(self.names, self.counts.sum(0), strict=True))
+        return dict(zip(self.counts[0], self.table().sum(0), strict=True))
 
 
 def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Counted | None:
     """The events of one head; None where no clip has such events, or scores or a threshold are missing."""
-    chosen = [s for s in canonical(clips) if head == "speaking" or tracked(s.clip)]
+    chosen = [s for s in canonical(clips) if tracked(s.clip, head)]
     scores_do = threshold is not None
     if not chosen or not all(actions_of(s, head) is not None or (scores_do and head in s.logits) for s in chosen):
         return None
-    return Counted.of(chosen, (_count_events(scored, head, threshold, settings) for scored in chosen))
+    counted = (_count_events(scored, head, threshold, settings) for scored in chosen)
+    return Counted(chosen, *zip(*counted, strict=True))  # type: ignore[arg-type]
 
 
 def _count_events(
     scored: ScoredClip, head: str, threshold: float | None, settings: Settings
 ) -> tuple[dict[str, Any], Floats]:
     """(the clip's counts, the latencies of its matches [M])"""
-    clip = scored.clip
+    clip, early, late = scored.clip, settings.early_s, settings.late_s
     reference = references(clip, ROLE_OF[head])
-    predicted = predictions(scored, head, threshold, settings.refractory_s)
-    own, near = match(reference, predicted, settings.early_s, settings.late_s)
+    predicted = predicted_frames(scored, head, threshold, settings.refractory_s) / clip.fps
+    own, near = match(reference, predicted, early, late)
     unmatched = np.delete(predicted, near)
-    last = np.searchsorted(reference, unmatched + settings.early_s + TOLERANCE, side="right")
-    first = np.searchsorted(reference, unmatched - settings.late_s - TOLERANCE, side="left")
-    reacts_to, reacts = (reactive(clip, times, settings.reactive_s) for times in (reference, predicted))
+    last = np.searchsorted(reference, unmatched + early + TOLERANCE, side="right")
+    first = np.searchsorted(reference, unmatched - late - TOLERANCE, side="left")
+    reacts_to, reacts = (_reactive(clip, times, settings.reactive_s) for times in (reference, predicted))
+    start, end = clip.start_frame / clip.fps, clip.end_frame / clip.fps
+    unlabelled = np.array(clip.unlabelled, np.float64).reshape(-1, 2) / clip.fps
+    opened = np.clip(np.concatenate([reference - early, unlabelled[:, 0]]), start, end)
+    closed = np.clip(np.concatenate([reference + late, unlabelled[:, 1]]), start, end)
+    order = np.argsort(opened, kind="stable")
+    opened, closed = opened[order], np.maximum.accumulate(closed[order])
+    opened[1:] = np.maximum(opened[1:], closed[:-1])  # where windows overlap, time counts once
     counts = {
         "references": len(reference),
         "predictions": len(predicted),
         "matched": len(own),
         "duplicates": (last > first).sum(),  # unmatched, inside the window of some reference
         "false_alarms": (last <= first).sum(),  # unmatched, in no window
-        "quiet_hours": _quiet_hours(clip, reference, settings),
+        # in no reference's window, and annotated
+        "quiet_hours": max(0.0, end - start - float(np.maximum(closed - opened, 0).sum())) / 3600,
         "reactive_references": reacts_to.sum(),
         "reactive_found": reacts_to[own].sum(),  # of these references, matched
         "reactive_predictions": reacts.sum(),
@@ -185,19 +174,7 @@ def _count_events(
     return counts, predicted[near] - reference[own]
 
 
-def _quiet_hours(clip: ClipExample, reference: Floats, settings: Settings) -> float:
-    """Hours of the clip that lie in no reference's window and that somebody annotated."""
-    start, end = clip.start_frame / clip.fps, clip.end_frame / clip.fps
-    unlabelled = np.array(clip.unlabelled, np.float64).reshape(-1, 2) / clip.fps
-    opened = np.clip(np.concatenate([reference - settings.early_s, unlabelled[:, 0]]), start, end)
-    closed = np.clip(np.concatenate([reference + settings.late_s, unlabelled[:, 1]]), start, end)
-    order = np.argsort(opened, kind="stable")
-    opened, closed = opened[order], np.maximum.accumulate(closed[order])
-    opened[1:] = np.maximum(opened[1:], closed[:-1])
-    return max(0.0, end - start - float(np.maximum(closed - opened, 0).sum())) / 3600
-
-
-def reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
+def _reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
     """bool, as `times`: a user turn began at that moment or up to `reactive_s` before.
 
     As in the model's input, a user turn begins at its first frame or at its time, whichever comes first.
@@ -255,34 +232,51 @@ def report_events(events: Counted, head: str, threshold: float | None) -> dict[s
     }
 
 
+# ---- choosing by the number of matches ---------------------------------------------------------------
+
+
 class Target(NamedTuple):
     """One clip's references, for counting matches alone."""
 
-    scored: ScoredClip
+    clip: ClipExample
     windows: Ints  # [up to E, 2] first and last frame, from the clip's start, at which a reference may be matched
     references: int  # E
     annotated: Mask  # [F]
 
 
-def targets_of(clips: Sequence[ScoredClip], head: str, settings: Settings) -> list[Target]:
+def targets_of(clips: Iterable[ClipExample], head: str, settings: Settings) -> list[Target]:
+    """Of the clips in which the head's events can happen."""
     found = []
-    for scored in (s for s in clips if head == "speaking" or tracked(s.clip)):
-        clip, times = scored.clip, references(scored.clip, ROLE_OF[head])
+    for clip in (clip for clip in clips if tracked(clip, head)):
+        times = references(clip, ROLE_OF[head])
         first = np.ceil((times - settings.early_s - TOLERANCE) * clip.fps) - clip.start_frame
         last = np.floor((times + settings.late_s + TOLERANCE) * clip.fps) - clip.start_frame
         windows = np.stack([np.maximum(first, 0), np.minimum(last, clip.num_frames - 1)], axis=1).astype(np.int64)
-        found.append(Target(scored, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
+        found.append(Target(clip, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
     return found
 
 
-def _f1(targets: Sequence[Target], fired: Callable[[ScoredClip], Ints]) -> float:
-    """Event F1 of the ascending frames, from the clip's start, that `fired` gives for each clip."""
+def most_matches(windows: Ints, fired: Ints) -> int:
+    """How many of the ascending `fired` can be matched one to one to `windows` (first and last ascending)."""
+    ends, events = windows.tolist(), fired.tolist()
+    i = j = found = 0
+    while i < len(ends) and j < len(events):
+        if events[j] < ends[i][0]:
+            j += 1
+        elif events[j] > ends[i][1]:
+            i += 1
+        else:
+            i, j, found = i + 1, j + 1, found + 1
+    return found
+
+
+def _f1(targets: Sequence[Target], fired: Iterable[Ints]) -> float:
+    """Event F1 of each clip's ascending frames, from its start."""
     matched = events = 0
-    for scored, windows, count, known in targets:
-        frames = fired(scored)
-        frames = frames[known[frames]]
-        matched += most_matches(windows, frames)
-        events += count + len(frames)
+    for target, frames in zip(targets, fired, strict=True):
+        known = frames[target.annotated[frames]]
+        matched += most_matches(target.windows, known)
+        events += target.references + len(known)
     return 2 * matched / events
 
 
@@ -292,11 +286,12 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
     CUTS thresholds between scores are tried, spread over the ranks of all frames by equal ratios (dense among the
     highest scores), then as many between the neighbours of the best.
     """
-    targets = targets_of(clips, head, settings)
+    clips = [scored for scored in clips if tracked(scored.clip, head)]
+    targets = targets_of([scored.clip for scored in clips], head, settings)
     total = sum(target.references for target in targets)
-    if not total or any(head not in target.scored.logits for target in targets):
+    if not total or any(head not in scored.logits for scored in clips):
         return None
-    rising, counts = np.unique(np.concatenate([target.scored.logits[head] for target in targets]), return_counts=True)
+    rising, counts = np.unique(np.concatenate([scored.logits[head] for scored in clips]), return_counts=True)
     if len(rising) == 1:
         return between(float(rising[0]), float(rising[0]))
     fired = np.cumsum(counts[:0:-1])  # frames that reach each score, the highest first; the lowest is no cut
@@ -306,7 +301,7 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
 
     @cache
     def f1(cut: int) -> float:
-        return _f1(targets, lambda scored: threshold_frames(scored, head, threshold(cut), settings.refractory_s))
+        return _f1(targets, (threshold_frames(s, head, threshold(cut), settings.refractory_s) for s in clips))
 
     def spread(low: int, high: int) -> list[int]:
         ranks = np.round(np.geomspace(low, max(low, high), CUTS))
@@ -318,19 +313,54 @@ def best_event_threshold(clips: Sequence[ScoredClip], head: str, settings: Setti
     return threshold(max(sorted({*coarse, *spread(low, high)}), key=f1))
 
 
-def metronome_f1(targets: Sequence[Target], period_s: float) -> float | None:
-    """Event F1 of an assistant that sees nothing and fires every `period_s` seconds; None without any reference."""
+@dataclass(frozen=True, order=True)
+class Beat:
+    """A metronome, which sees nothing: the time between two ticks, and how much of it goes before the first."""
 
-    def ticks(scored: ScoredClip) -> Ints:
-        gap = max(1, round(period_s * scored.clip.fps))
-        return np.arange(gap // 2, scored.clip.num_frames, gap)
+    period_s: float
+    phase: float  # 0 to 1
 
-    return _f1(targets, ticks) if any(target.references for target in targets) else None
+    def ticks(self, clip: ClipExample) -> Ints:
+        """int64, ascending: the frames at which it speaks, from the clip's start."""
+        period = self.period_s * clip.fps
+        count = math.ceil((clip.num_frames - 0.5) / period - self.phase)
+        return np.floor((self.phase + np.arange(max(0, count))) * period + 0.5).astype(np.int64)
+
+    def f1(self, clips: Iterable[ClipExample], head: str, settings: Settings) -> float | None:
+        """Event F1; None without any reference."""
+        targets = targets_of(clips, head, settings)
+        some = any(target.references for target in targets)
+        return _f1(targets, (self.ticks(target.clip) for target in targets)) if some else None
 
 
-def best_metronome(clips: Sequence[ScoredClip], head: str, settings: Settings) -> float | None:
-    """The period of the best event F1 on `clips`: seconds, from the refractory time to a minute; ties: the longer."""
+def best_beat(clips: Iterable[ClipExample], head: str, settings: Settings) -> Beat | None:
+    """The metronome of the best event F1: its period from the refractory time to a minute, coarsely, then finely around
+    the best; of equals the longer. None without any event."""
     targets = targets_of(clips, head, settings)
-    periods = {round(2 * s) / 2 for s in np.geomspace(max(settings.refractory_s, 0.5), 60, 40).tolist()}
-    tried = [(f1, period) for period in periods if (f1 := metronome_f1(targets, period)) is not None]
-    return max(tried)[1] if tried else None
+    references = sum(target.references for target in targets)
+    if not references:
+        return None
+    windows = np.full((max(len(target.windows) for target in targets), len(targets), 2), -1.0)  # no frame: none there
+    for i, target in enumerate(targets):
+        windows[: len(target.windows), i] = target.windows
+    numbers = [(t.clip.num_frames, t.clip.fps, t.annotated.mean()) for t in targets]
+    sizes, fps, known = np.array(numbers).T[..., None]  # [C, 1] each
+
+    def f1(period_s: float) -> tuple[float, Beat]:
+        """Of the best phase."""
+        period = period_s * fps  # frames
+        predicted = (known * np.ceil((sizes - 0.5) / period - PHASES)).sum(0)  # [T]
+        matched, last = np.zeros(len(PHASES)), np.full((len(targets), len(PHASES)), -1.0)  # last: the tick used last
+        for first, end in np.moveaxis(windows, 2, 1)[..., None]:  # of the E events
+            tick = np.maximum(np.ceil((first - 0.5) / period - PHASES), last + 1)
+            hit = (np.floor((tick + PHASES) * period + 0.5) <= end) & (end >= 0)
+            last = np.where(hit, tick, last)
+            matched += hit.sum(0)
+        scores = 2 * matched / (references + predicted)
+        best = int(scores.argmax())
+        return float(scores[best]), Beat(period_s, float(PHASES[best]))
+
+    shortest = max(settings.refractory_s, 0.5)
+    coarse = max(map(f1, np.unique(np.round(np.geomspace(shortest, 60, 60) * 2) / 2).tolist()))
+    fine = np.arange(-9, 10) * 0.05 + coarse[1].period_s
+    return max([coarse, *map(f1, fine[fine >= shortest - TOLERANCE].tolist())])[1]

@@ -41,10 +41,6 @@ class HeadFrames:
         arrays: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **arrays)
 
-    def alone(self) -> HeadFrames:
-        """Without the frames of the other head's events."""
-        return self.only(self.other == 0)
-
 
 def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str]) -> HeadFrames | None:
     """The head's supervised frames; None where the model lacks the head. `recordings`: sorted, at least the clips'."""
@@ -66,14 +62,27 @@ def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str
 
 
 def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dict[str, Any]:
-    """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities."""
+    """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities.
+
+    `calibration`: the expected calibration error and the reliability curve.
+    """
     any_event = frames.positive | (frames.other == 1)
+    sums = bin_sums(frames, bins)
+    calibration = None
+    if sums is not None and len(frames.positive):
+        total = sums.sum(0)
+        means = {"probability": ratio(total[1], total[0]), "positive": ratio(total[2], total[0])}
+        curve = [
+            {"low": i / bins, "high": (i + 1) / bins, "frames": int(n)} | plain({k: v[i] for k, v in means.items()})
+            for i, n in enumerate(total[0])
+        ]
+        calibration = {"ece": float(calibration_error(total)), "bins": curve}
     return {
         **_ranking(frames),
         "threshold": threshold,
         **plain(confusion_rates(confusion(frames, threshold).sum(0))),
-        "calibration": calibration(frames, bins),
-        "alone": _ranking(frames.alone()),
+        "calibration": calibration,
+        "alone": _ranking(frames.only(frames.other == 0)),
         "both": _ranking(frames.only(frames.other == frames.positive)),
         "auroc_against_other": _ranking(frames.only(any_event & (frames.other >= 0)))["auroc"],
     }
@@ -81,7 +90,7 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
 
 def frame_estimators(frames: HeadFrames, threshold: float | None, bins: int) -> dict[str, Estimator]:
     """Some of `report_frames`, by dotted path, as functions of how often each recording is drawn."""
-    ranking, alone = Ranking(frames), Ranking(frames.alone())
+    ranking, alone = Ranking(frames), Ranking(frames.only(frames.other == 0))
     counts, in_bins = confusion(frames, threshold), bin_sums(frames, bins)
     found: dict[str, Estimator] = {
         "ap": lambda weights: ranking(weights)[0],
@@ -109,14 +118,18 @@ def _ranking(frames: HeadFrames) -> dict[str, Any]:
 class Ranking:
     """Average precision and AUROC under any weights of the recordings; tied scores as in scikit-learn.
 
-    Frames are counted by recording and cell: each score of a positive frame is a cell, and each run of other scores
-    between. Up to K cells this is exact. Beyond, K cells hold equal shares of the positives, whose order inside a cell
-    is taken as even, and the values are shifted by the difference that this makes to the unweighted one, which is
-    exact (largest error found: benchmarks/evaluate). A draw costs two dense rows of R x K products, whatever N is.
+    Frames are counted by recording and cell, the highest scores first: each score of a positive frame is a cell, and
+    each run of other scores between. Up to K cells this is exact. Beyond, K cells hold equal shares of the positives,
+    whose order inside a cell is taken as even, and the values are shifted by the difference that this makes to the
+    unweighted one, which is exact (largest error found: benchmarks/evaluate). A draw costs two dense rows of R x K
+    products, whatever N is.
     """
 
     def __init__(self, frames: HeadFrames) -> None:
-        cell = _cells(frames.scores, frames.positive)
+        _, rank = np.unique(-frames.scores, return_inverse=True)
+        begins = np.bincount(rank, frames.positive) > 0
+        begins[1:] |= begins[:-1].copy()
+        cell: Ints = (np.cumsum(begins) - begins[:1])[rank]
         fine = _count(frames.positive, np.zeros_like(cell), cell, 1)  # [2, 1, cells]
         most = max(FEWEST_CELLS, min(MOST_CELLS, MOST_COUNTS // max(1, frames.num_recordings)))
         self._spread, self._shift = 0.0, np.zeros((2, 1))
@@ -140,15 +153,6 @@ class Ranking:
             negatives, positives = single @ self._counts[0], single @ self._counts[1]
             self._last = weights, _rates(positives, negatives, self._spread) + self._shift
         return self._last[1]
-
-
-def _cells(scores: Singles, positive: Mask) -> Ints:
-    """int64 [N], 0 for the highest scores: one for each score of a positive frame, one for each run between."""
-    _, rank = np.unique(-scores, return_inverse=True)
-    has_positive = np.bincount(rank, positive) > 0
-    begins = has_positive.copy()
-    begins[1:] |= has_positive[:-1]
-    return (np.cumsum(begins) - begins[:1])[rank]
 
 
 def _count(positive: Mask, recording: Ints, cell: Ints, num_recordings: int) -> npt.NDArray[Any]:
@@ -186,12 +190,12 @@ def best_threshold(scores: Singles, positive: Mask) -> float | None:
     if not positive.any():
         return None
     rising, rank = np.unique(scores, return_inverse=True)
-    if len(rising) == 1:
-        return between(float(rising[0]), float(rising[0]))
-    fired = np.cumsum(np.bincount(rank)[:0:-1])  # at each cut but the lowest, at which all frames fire
-    hits = np.cumsum(np.bincount(rank, positive)[:0:-1])
-    best = len(rising) - 1 - int((2 * hits / (fired + positive.sum())).argmax())
-    return between(float(rising[best]), float(rising[best - 1]))
+    best = len(rising) - 1
+    if best:
+        fired = np.cumsum(np.bincount(rank)[:0:-1])  # at each cut but the lowest, at which all frames fire
+        hits = np.cumsum(np.bincount(rank, positive)[:0:-1])
+        best -= int((2 * hits / (fired + positive.sum())).argmax())
+    return between(float(rising[best]), float(rising[max(0, best - 1)]))
 
 
 def fires(scores: Singles, threshold: float) -> Mask:
@@ -232,18 +236,6 @@ def bin_sums(frames: HeadFrames, bins: int) -> Floats | None:
 def calibration_error(sums: Floats) -> Floats:
     """ECE [...] from [..., 3, bins]: the mean over frames of |mean probability - share of positives| of their bin."""
     return ratio(np.abs(sums[..., 1, :] - sums[..., 2, :]).sum(-1), sums[..., 0, :].sum(-1))
-
-
-def calibration(frames: HeadFrames, bins: int) -> dict[str, Any] | None:
-    """Expected calibration error and the reliability curve; None without probabilities or frames."""
-    sums = bin_sums(frames, bins)
-    if sums is None or not len(frames.positive):
-        return None
-    curve = []
-    for i, (n, probability, positive) in enumerate(sums.sum(0).T):
-        means = plain({"probability": ratio(probability, n), "positive": ratio(positive, n)})
-        curve.append({"low": i / bins, "high": (i + 1) / bins, "frames": int(n), **means})
-    return {"ece": float(calibration_error(sums.sum(0))), "bins": curve}
 
 
 def ratio(a: Any, b: Any) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -19,10 +19,8 @@ from pipeline.schema import HEADS
 from trainer.config import Settings
 from trainer.evaluation import event_metrics, frame_metrics, state_metrics
 from trainer.evaluation.bootstrap import Estimator, Floats, Weights, draw_recordings, interval_of, replicate
-from trainer.evaluation.event_metrics import Counted
+from trainer.evaluation.event_metrics import Beat, Counted
 from trainer.evaluation.scores import Ints, ScoredClip, canonical
-
-__all__ = ["METRICS", "Metric", "Settings", "Thresholds", "choose_thresholds", "estimators", "look_up", "measure"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Thresholds:
 
     frame: dict[str, float]
     event: dict[str, float]
-    metronome_s: dict[str, float] = field(default_factory=dict)  # the best period of one that sees nothing, seconds
+    metronome: dict[str, Beat] = field(default_factory=dict)  # the best of those that see nothing
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,11 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
 
     A head without scores, or without a positive frame (an event) on `val`, gets none.
     """
-    frame: dict[str, float | None] = {}
-    recordings = sorted({scored.clip.recording_id for scored in val})
-    for head in HEADS:
-        frames = frame_metrics.head_frames(val, head, recordings)
-        frame[head] = None if frames is None else frame_metrics.best_threshold(frames.scores, frames.positive)
+    frames = {head: frame_metrics.head_frames(val, head, recordings_of(val)) for head in HEADS}
+    best = {head: f and frame_metrics.best_threshold(f.scores, f.positive) for head, f in frames.items()}
     event = {head: event_metrics.best_event_threshold(val, head, settings) for head in HEADS}
-    metronome = {head: event_metrics.best_metronome(val, head, settings) for head in HEADS}
-    return Thresholds(*({k: v for k, v in found.items() if v is not None} for found in (frame, event, metronome)))
+    beats = {head: event_metrics.best_beat([s.clip for s in val], head, settings) for head in HEADS}
+    return Thresholds(*({k: v for k, v in found.items() if v is not None} for found in (best, event, beats)))  # type: ignore[arg-type]
 
 
 def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings) -> dict[str, Any]:
@@ -95,13 +90,16 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
     Without thresholds, what needs one is None; free-running clips (`said`, `updates`) need none for their events.
     """
     clips, given = canonical(clips), thresholds or Thresholds({}, {})
-    recordings = sorted({scored.clip.recording_id for scored in clips})
+    recordings, (speaking, updating) = recordings_of(clips), np.concatenate([s.clip.labels for s in clips], axis=1)
+    both_known = (speaking >= 0) & (updating >= 0)
+    cells = np.bincount((speaking + 2 * updating)[both_known], minlength=4).tolist()
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
         "hours": sum(scored.clip.num_frames / scored.clip.fps for scored in clips) / 3600,
-        "cells": _label_counts(clips),
+        # positive for which heads, of the frames supervised for both
+        "cells": dict(zip(("neither", "speaking_only", "dst_update_only", "both"), cells, strict=True)),
     }
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)
@@ -111,20 +109,16 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings
             "events": events and event_metrics.report_events(events, head, given.event.get(head)),
         }
         if events is not None:
-            period = given.metronome_s.get(head)
-            targets = event_metrics.targets_of(clips, head, settings)
-            metronome = period and {"period_s": period, "f1": event_metrics.metronome_f1(targets, period)}
-            report[head]["events"]["metronome"] = metronome
+            beat = given.metronome.get(head)
+            f1 = beat and beat.f1([scored.clip for scored in clips], head, settings)
+            report[head]["events"]["metronome"] = beat and {**asdict(beat), "f1": f1}
     states = state_metrics.find_states(clips, settings)
     return report | {"state": states and state_metrics.report_states(states)}
 
 
-def _label_counts(clips: Sequence[ScoredClip]) -> dict[str, int]:
-    """How many frames are positive for which heads, among those supervised for both."""
-    labels = np.concatenate([scored.clip.labels for scored in clips], axis=1)
-    speaking, updating = labels[:, (labels >= 0).all(axis=0)]
-    counts = np.bincount(speaking + 2 * updating, minlength=4).tolist()
-    return dict(zip(("neither", "speaking_only", "dst_update_only", "both"), counts, strict=True))
+def recordings_of(clips: Sequence[ScoredClip]) -> list[str]:
+    """Sorted and unique."""
+    return sorted({scored.clip.recording_id for scored in clips})
 
 
 def look_up(report: dict[str, Any], metric: Metric) -> float | None:
@@ -168,7 +162,7 @@ def replicates(
     clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
 ) -> dict[str, Floats]:
     """Each of METRICS: float64 [1, 1 + B], as `replicate` gives it for one run, over draws of the clips' recordings."""
-    recordings = sorted({scored.clip.recording_id for scored in clips})
+    recordings = recordings_of(clips)
     found = estimators(clips, thresholds, settings, recordings)
     draws = draw_recordings(len(recordings), num_draws)
     return dict(zip(found, replicate(list(found.values()), draws)[:, None], strict=True))
@@ -178,22 +172,24 @@ def intervals(
     clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
 ) -> dict[str, list[float] | None]:
     """The 95% interval of each of METRICS, one run's; None where there is none."""
-    recordings = len({scored.clip.recording_id for scored in clips})
-    found = {
-        name: interval_of(values, recordings, METRICS[name].bounds)
-        for name, values in replicates(clips, thresholds, settings, num_draws).items()
-    }
-    return {name: None if x.low is None or x.high is None else [x.low, x.high] for name, x in found.items()}
+    recordings, limits = len(recordings_of(clips)), {}
+    for name, values in replicates(clips, thresholds, settings, num_draws).items():
+        found = interval_of(values, recordings, METRICS[name].bounds)
+        limits[name] = None if found.low is None or found.high is None else [found.low, found.high]
+    return limits
 
 
 def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> dict[str, Any]:
     """The METRICS below `prefix` from counts that are summed per recording once."""
-    recording = np.searchsorted(recordings, [scored.clip.recording_id for scored in counted.clips])
-    sums = np.zeros((len(recordings), len(counted.names)))
-    np.add.at(sums, recording, counted.counts)
+    recording, names = (
+        np.searchsorted(recordings, [s.clip.recording_id for s in counted.clips]),
+        list(counted.counts[0]),
+    )
+    sums = np.zeros((len(recordings), len(names)))
+    np.add.at(sums, recording, counted.table())
 
     def estimator(path: str) -> Estimator:
-        return lambda weights: value_at(rates(dict(zip(counted.names, (weights @ sums).T, strict=True))), path)
+        return lambda weights: value_at(rates(dict(zip(names, (weights @ sums).T, strict=True))), path)
 
     paths = [metric.path for metric in METRICS.values() if metric.path.startswith(prefix)]
     of_latencies = np.repeat(recording, [len(late) for late in counted.latencies])

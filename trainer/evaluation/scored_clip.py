@@ -26,7 +26,7 @@ from pipeline.media import find_frames, fit, read_frames
 from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
-from pipeline.timeline import ClipView, find_clip
+from pipeline.timeline import find_clip
 from trainer.evaluation.plots import DST, MUTED, SPEAKING, Values, new_figure, printable, render
 
 COLOURS: Final = {"speaking": SPEAKING, "DST": DST, "assistant": SPEAKING, "DST_UPDATE": DST}
@@ -37,7 +37,7 @@ _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 class HeldOutClip(NamedTuple):
     """A clip with its scores, float [F] in 0..1, and labels, int8 [F], by the titles in HEAD_TITLES."""
 
-    view: ClipView
+    row: dict[str, Any]  # of the clips table
     scores: dict[str, Values]
     labels: dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
     clip_id = ranked.row(int(ranked["rank"].arg_max() or 0))[0]
     frames = table.filter(pl.col("clip_id") == clip_id).sort("frame").collect()
     return HeldOutClip(
-        find_clip(folder, f"{split}:{clip_id}"),
+        find_clip(folder, f"{split}:{clip_id}").row,
         {name: expit(frames[f"{head}_logit"].to_numpy().astype(np.float64)) for head, name in HEAD_TITLES.items()},
         {name: frames[f"{head}_label"].to_numpy() for head, name in HEAD_TITLES.items()},
     )
@@ -61,7 +61,7 @@ def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
 
 def blocks(clip: HeldOutClip, columns: int = 88) -> Iterator[Text]:
     """Per head one row of scores as blocks and one of the labels, for the clip's first `columns` frames."""
-    yield Text(f"held-out clip {plain(clip.view.row['clip_id'])}: score per frame, and below it the label", "dim")
+    yield Text(f"held-out clip {plain(clip.row['clip_id'])}: score per frame, and below it the label", "dim")
     for head, score in clip.scores.items():
         heights = np.clip((score[:columns] * 8).round().astype(int), 0, 8).tolist()
         labels = "".join("█" if label == 1 else "·" for label in clip.labels[head][:columns].tolist())
@@ -75,18 +75,27 @@ def render_clip(clip: HeldOutClip, frames_root: Path | None, captions: dict[str,
 
 
 def _make_figure(clip: HeldOutClip, frames_root: Path | None, captions: dict[str, str], title: str) -> Figure:
-    row, turns = clip.view.row, _turns(clip.view.row)[:MAX_TURNS]
+    row = clip.row
+    by_frame: dict[tuple[int, str], list[str]] = {}  # the texts of one frame and role stand in one line
+    for turn in row["turns"]:
+        start = turn["start_frame"]
+        if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
+            by_frame.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
+    turns = list(by_frame.items())[:MAX_TURNS]
     heights = [30, *[100] * len(clip.scores), 22 * len(turns)]
     figure = new_figure(sum(heights) + 170, width=1200)
     pictures, *panels, texts = figure.subplots(len(heights), height_ratios=heights)
     figure.suptitle(title, x=0.02, ha="left", size=19, weight="bold")
     about = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
     pictures.set_title(f"clip {printable(row['clip_id'], 60)}, {about}", size=13, weight="normal", color=MUTED)
-    edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
-    thumbnails = _thumbnails(row, frames_root)
-    if thumbnails:
-        pictures.imshow(np.concatenate(thumbnails, axis=1), extent=(0, 1, 0, 1), aspect="auto")
+    path = find_frames(frames_root, row["video_uid"], row["frames_file"], row["dataset"]) if frames_root else None
+    which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
+    if path and (coded := read_frames(path, (row["start_frame"] + which).tolist())):
+        images = (Image.open(io.BytesIO(base64.b64decode(jpeg))).convert("RGB") for jpeg in coded)
+        strip = np.concatenate([fit(image, THUMBNAIL_SIDE).transpose(1, 2, 0) for image in images], axis=1)
+        pictures.imshow(strip, extent=(0, 1, 0, 1), aspect="auto")
     pictures.set_axis_off()
+    edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
     for axes, (head, score) in zip(panels, clip.scores.items(), strict=True):
         axes.set_title(head, color=COLOURS[head], size=14)
         axes.set_title(captions.get(head, ""), loc="right", size=13, weight="normal", color=MUTED)
@@ -98,27 +107,8 @@ def _make_figure(clip: HeldOutClip, frames_root: Path | None, captions: dict[str
     texts.set_axis_off()
     texts.set_ylim(max(1, len(turns)), 0)
     style: dict[str, Any] = {"size": 13, "va": "top", "transform": texts.get_yaxis_transform()}
-    for y, (frame, role, text) in enumerate(turns):
+    for y, ((frame, role), lines) in enumerate(turns):
         texts.text(0.045, y, clock(frame / row["fps"], tenths=True), ha="right", color=MUTED, **style)
         texts.text(0.055, y, role, color=COLOURS.get(role, MUTED), **style)
-        texts.text(0.16, y, text, **style)
+        texts.text(0.16, y, printable(", ".join(lines), 140), **style)
     return figure
-
-
-def _thumbnails(row: dict[str, Any], root: Path | None) -> list[np.ndarray]:
-    """Frames at equal distances, uint8 [side, side, 3] each; none where there are none to show."""
-    path = find_frames(root, row["video_uid"], row["frames_file"], row["dataset"]) if root else None
-    which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
-    coded = read_frames(path, (row["start_frame"] + which).tolist()) if path else []
-    images = (Image.open(io.BytesIO(base64.b64decode(jpeg))).convert("RGB") for jpeg in coded)
-    return [fit(image, THUMBNAIL_SIDE).transpose(1, 2, 0) for image in images]
-
-
-def _turns(row: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """(frame, role, text) of the reference's turns in the clip, one per frame and role."""
-    texts: dict[tuple[int, str], list[str]] = {}
-    for turn in row["turns"]:
-        start = turn["start_frame"]
-        if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
-            texts.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
-    return [(start, role, printable(", ".join(lines), 140)) for (start, role), lines in texts.items()]

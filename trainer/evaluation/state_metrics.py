@@ -23,7 +23,8 @@ import numpy as np
 from pipeline.dataset import ClipExample
 from pipeline.schema import TRANSITIONS
 from pipeline.state import Update, initial_state, replay, replay_frames
-from trainer.evaluation.event_metrics import TOLERANCE, Counted, Settings, instant, is_event, match, tracked
+from trainer.config import Settings
+from trainer.evaluation.event_metrics import TOLERANCE, Counted, instant, is_event, match, tracked
 from trainer.evaluation.frame_metrics import plain, ratio
 from trainer.evaluation.scores import Floats, ScoredClip, canonical
 
@@ -39,7 +40,8 @@ def find_states(clips: Sequence[ScoredClip], settings: Settings) -> Counted | No
     updates = [update for scored in chosen for update in scored.updates or () if update is not None]
     if updates and not any(updates):
         return None
-    return Counted.of(chosen, (_count_states(scored, settings) for scored in chosen))
+    counted = (_count_states(scored, settings) for scored in chosen)
+    return Counted(chosen, *zip(*counted, strict=True))  # type: ignore[arg-type]
 
 
 def changes(clip: ClipExample) -> list[tuple[int, Update]]:
@@ -77,19 +79,18 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
     happened = [(frame - clip.start_frame, update) for frame, update in changes(clip) if frame >= clip.start_frame]
     truth, own, never = (replay_frames(start, given, clip.num_frames) for given in (happened, made, ()))
     right, right_never = (own == truth).all(axis=1), (never == truth).all(axis=1)
-    due = [
-        (update, instant(turn, clip))
+    due = [  # (seconds, first frame from the clip's start, update)
+        (instant(turn, clip), max(turn.start_frame or 0, clip.start_frame) - clip.start_frame, update)
         for turn in clip.turns
         for update in (turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ())
     ]
-    latencies, mistakes = [np.zeros(0)], 0
-    for update in dict.fromkeys(update for update, _ in due):
-        reference = np.sort([at for other, at in due if other == update])
+    latencies = {}
+    for update in dict.fromkeys(update for _, _, update in due):
+        reference = np.sort([at for at, _, other in due if other == update])
         predicted = np.array([(clip.start_frame + i) / clip.fps for i, other in made if other == update])
         rows, columns = match(reference, predicted, settings.early_s, settings.late_s)
-        latencies.append(predicted[columns] - reference[rows])
-        mistakes += len(rows) if update[1] in MISTAKES else 0
-    late = np.concatenate(latencies)
+        latencies[update] = predicted[columns] - reference[rows]
+    late = np.concatenate([np.zeros(0), *latencies.values()])
     counts = {
         "frames": clip.num_frames,
         "right": right.sum(),  # frames at whose end all steps agree
@@ -98,17 +99,14 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         "predictions": len(made),
         "matched": len(late),
         "unknown": sum(step not in start or transition not in TRANSITIONS for _, (step, transition) in made),
-        "mistake references": sum(update[1] in MISTAKES for update, _ in due),
-        "mistake predictions": sum(update[1] in MISTAKES for _, update in made),
-        "mistake matched": mistakes,
+        "mistake references": sum(kind in MISTAKES for _, _, (_, kind) in due),
+        "mistake predictions": sum(kind in MISTAKES for _, (_, kind) in made),
+        "mistake matched": sum(len(found) for (_, kind), found in latencies.items() if kind in MISTAKES),
     }
-    first = [  # a completion is early before its first positive frame, not before its time within the range
-        (max(turn.start_frame or 0, clip.start_frame) - clip.start_frame, step)
-        for turn in clip.turns
-        for step, kind in (turn.updates if turn.role == "DST_UPDATE" and is_event(turn, clip) else ())
-        if kind == "complete"
-    ]
-    counts |= count_completions(sorted(first), [(i, step) for i, (step, kind) in made if kind == "complete"])
+    counts |= _count_completions(  # one is early before its first positive frame, not before its time within the range
+        sorted((frame, step) for _, frame, (step, kind) in due if kind == "complete"),
+        [(i, step) for i, (step, kind) in made if kind == "complete"],
+    )
     counts["completion frames late"] /= clip.fps
     part = np.arange(clip.num_frames) * PARTS // clip.num_frames
     for name, marked in (("frames", None), ("right", right), ("right_never", right_never)):
@@ -116,7 +114,7 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
     return counts, late
 
 
-def count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def _count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """Counts of procedure step recognition from (frame, step) in order: each reference takes the first prediction of
     its step that is left and not earlier. A step predicted early is no miss, as in IndustReal's code."""
     delays, missed = [], 0
@@ -127,8 +125,7 @@ def count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[
             if (late := next((i for i in left if i >= due), None)) is not None:
                 left.remove(late)
                 delays.append(late - due)
-    orders = [[step for _, step in side] for side in (reference, predicted)]
-    similarity = 1 - min(1, edit_distance(*orders) / len(reference)) if reference else 0
+    distance = edit_distance(*([step for _, step in side] for side in (reference, predicted)))
     return {
         "completion references": len(reference),
         "completion predictions": len(predicted),
@@ -136,7 +133,7 @@ def count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[
         "completion missed": missed,
         "completion frames late": float(sum(delays)),
         "orders": len(reference) > 0,
-        "order similarity": similarity,
+        "order similarity": 1 - min(1, distance / len(reference)) if reference else 0,
     }
 
 
@@ -159,31 +156,24 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 def state_rates(c: dict[str, Any]) -> dict[str, Any]:
     """Rates from summed counts, numbers or arrays, laid out as in the report; NaN where undefined."""
-    shares = {
-        f"over_time{suffix}": {i: ratio(c[f"{name} {i}"], c[f"frames {i}"]) for i in range(PARTS)}
-        for suffix, name in (("", "right"), ("_never_updating", "right_never"))
-    }
-    return shares | {
+
+    def rates(matched: Any, predictions: Any, references: Any) -> dict[str, Any]:
+        f1 = ratio(2 * matched, references + predictions)
+        return {"precision": ratio(matched, predictions), "recall": ratio(matched, references), "f1": f1}
+
+    done = {name: c[f"completion {name}"] for name in ("matched", "missed", "predictions", "frames late")}
+    return {
+        "over_time": {i: ratio(c[f"right {i}"], c[f"frames {i}"]) for i in range(PARTS)},
+        "over_time_never_updating": {i: ratio(c[f"right_never {i}"], c[f"frames {i}"]) for i in range(PARTS)},
         "joint_accuracy": ratio(c["right"], c["frames"]),
         "joint_accuracy_never_updating": ratio(c["right_never"], c["frames"]),
-        "transitions": _match_rates(c["matched"], c["predictions"], c["references"]),
+        "transitions": rates(c["matched"], c["predictions"], c["references"]),
         "completions": {
-            **_match_rates(
-                c["completion matched"], c["completion predictions"], c["completion matched"] + c["completion missed"]
-            ),
-            "delay_s": ratio(c["completion frames late"], c["completion matched"]),
+            **rates(done["matched"], done["predictions"], done["matched"] + done["missed"]),
+            "delay_s": ratio(done["frames late"], done["matched"]),
             "order_similarity": ratio(c["order similarity"], c["orders"]),
         },
-        "mistakes": _match_rates(c["mistake matched"], c["mistake predictions"], c["mistake references"]),
-    }
-
-
-def _match_rates(matched: Any, predictions: Any, references: Any) -> dict[str, Any]:
-    """Precision, recall and F1 from counts."""
-    return {
-        "precision": ratio(matched, predictions),
-        "recall": ratio(matched, references),
-        "f1": ratio(2 * matched, references + predictions),
+        "mistakes": rates(c["mistake matched"], c["mistake predictions"], c["mistake references"]),
     }
 
 

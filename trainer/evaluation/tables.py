@@ -69,35 +69,35 @@ def render_evaluation(evaluation: Evaluation) -> Any:
             intervals = [report.get("intervals", {}).get(_NAMES.get(path)) for report in modes.values()]
             shown = map(_with_interval, values, intervals, [how] * len(values))
             rows.add_row(f"  {name}", *shown, compared)
-    return Group(rows, *_scope(next(iter(modes.values())), metrics), *tables, *evaluation.notes)
-
-
-def _scope(report: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
-    """What the numbers are of: the data, the matching window, where thresholds come from."""
-    cells, source = report["cells"], metrics.get("thresholds_from")
+    report, source = next(iter(modes.values())), metrics.get("thresholds_from")
+    counts = {name: f"{count:,}" for name, count in (report | report["cells"]).items() if isinstance(count, int)}
     chosen = "none" if source is None else f"the best of {plain(source)}" if source == "val" else plain(source)
-    return [
-        f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; positive: "
-        f"speaking only {cells['speaking_only']:,}, DST only {cells['dst_update_only']:,}, both {cells['both']:,}[/]",
+    scope = [
+        "[dim]{frames} frames, {clips} clips, {recordings} recordings; positive: speaking only {speaking_only}, "
+        "DST only {dst_update_only}, both {both}[/]".format(**counts),
         *(["[dim]in brackets: 95% intervals, bootstrap over recordings[/]"] if report.get("intervals") else []),
         "[dim]an event is in time from {early_s:g} s before to {late_s:g} s after; after one, {refractory_s:g} s of "
-        "silence; thresholds: ".format(**metrics["settings"])
-        + f"{chosen}[/]",
+        "silence; thresholds: {chosen}[/]".format(chosen=chosen, **metrics["settings"]),
     ]
+    return Group(rows, *scope, *tables, *evaluation.notes)
 
 
 def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
     """EgoProactive's metrics: one column per mode, over all chunks, then macro F1 of the tasks with most chunks."""
+
+    def cell(report: dict[str, Any], name: str) -> str:
+        return _with_interval(report[name], report["intervals"][name])
+
     first = next(iter(by_mode.values()))
     overall, per_task, modes = first["overall"], first["per_task"], [plain(mode) for mode in by_mode]
     whole, tasks = table("by chunk", *modes), table("macro F1 by task", *modes, "chunks")
     kinds = [f"{kind}_{name}" for kind in ("interrupt", "silent") for name in ("precision", "recall", "f1")]
     for name in ("macro_f1", "gmean_f1", *kinds):
         title = name.replace("_f1", " F1").replace("_", " ").replace("gmean", "G-mean")
-        whole.add_row(title, *(_of_chunks(report["overall"], name) for report in by_mode.values()))
+        whole.add_row(title, *(cell(report["overall"], name) for report in by_mode.values()))
     largest = sorted(per_task, key=lambda task: (-per_task[task]["support"], task))[:MAX_TASKS]
     for task in largest:
-        values = [_of_chunks(report["per_task"][task], "macro_f1") for report in by_mode.values()]
+        values = [cell(report["per_task"][task], "macro_f1") for report in by_mode.values()]
         tasks.add_row(escape(plain(task)), *values, f"{per_task[task]['support']:,}")
     skipped = f", {first['skipped_chunks']:,} without a prediction left out" if first["skipped_chunks"] else ""
     scope = (
@@ -110,10 +110,6 @@ def _chunk_tables(by_mode: dict[str, dict[str, Any]]) -> list[Any]:
 def _with_interval(value: float | None, interval: list[float] | None, how: str = ".4f") -> str:
     limits = "" if interval is None else " \\[{}, {}]".format(*(format(limit, how) for limit in interval))
     return "-" if value is None else format(value, how) + limits
-
-
-def _of_chunks(report: dict[str, Any], name: str) -> str:
-    return _with_interval(report[name], report["intervals"][name])
 
 
 def render_report(report: EvalReport) -> Any:

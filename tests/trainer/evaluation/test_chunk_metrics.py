@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,7 @@ from trainer.cli import main
 from trainer.evaluation.chunk_metrics import (
     Session,
     answers_of,
-    chunk_frames,
     chunk_rates,
-    is_interrupt,
     match_clips,
     read_sessions,
     read_submission,
@@ -80,12 +79,8 @@ def scored(uid, speaking=None, said=None):
     scores = None if speaking is None else [float(i in speaking) for i in range(FRAMES[uid])]
     clip = clip_of(turns_of(uid), frames=FRAMES[uid], name=uid, recording=uid, speaking=scores or [0.0] * FRAMES[uid])
     if said is not None:
-        clip = type(clip)(clip.clip, clip.logits, {}, said=[said.get(i) for i in range(FRAMES[uid])])
+        clip = replace(clip, said=[said.get(i) for i in range(FRAMES[uid])])
     return clip
-
-
-def answers(session, clip):
-    return answers_of(session, clip, 0.5, REFRACTORY_S)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +96,6 @@ def answers(session, clip):
 def test_rates_by_hand(counts, rates):
     found = chunk_rates(counts)
     assert [round(float(found[f"{name}_f1"]), 4) for name in ("interrupt", "silent", "macro", "gmean")] == rates
-
-
-def test_only_a_leading_tag_is_an_interrupt():
-    for answer in ("$interrupt$Add salt.", "$interrupt$", " \n\t$interrupt$ Add salt."):
-        assert is_interrupt(answer)
-    for answer in ("$silent$", "\n$silent$", "", "Sure, $interrupt$ hi", "$Interrupt$ hi", "$interrupt hi"):
-        assert not is_interrupt(answer)
 
 
 def test_counts_are_pooled_and_also_given_by_task(sessions):
@@ -126,12 +114,6 @@ def test_counts_are_pooled_and_also_given_by_task(sessions):
     assert [by_task[task]["support"] for task in sorted(by_task)] == [2, 3, 6]
     assert (by_task["Making [b]tea"]["interrupt_f1"], by_task["Making [b]tea"]["macro_f1"]) == (0.6667, 0.3333)
     assert (report["total_sessions"], report["skipped_chunks"]) == (3, 0)
-
-
-def test_missing_predictions_are_skipped_and_counted(sessions):
-    report = report_chunks(sessions, [["$interrupt$"] * 2, [], ["$interrupt$"] * 3])
-    assert report["skipped_chunks"] == 4 + 3 + 1
-    assert (report["overall"]["support"], report["overall"]["interrupt_f1"]) == (4, 1.0)
 
 
 def test_intervals_hold_the_value_and_need_two_recordings(sessions):
@@ -172,11 +154,10 @@ def official(gold, predicted):
     return metrics(total), {task: metrics(c) for task, c in tasks.items()}, skipped
 
 
-@pytest.mark.parametrize("cases", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_submissions_get_the_official_numbers(cases):
+def test_random_submissions_get_the_official_numbers():
     rng = random.Random(0)
     texts = ["$silent$", "$interrupt$", "$interrupt$x", " $interrupt$ y", "\n$silent$", "", "no", "a $interrupt$"]
-    for _ in range(cases):
+    for _ in range(200):
         gold = [
             {"video_path": f"{i}.mp4", "task": rng.choice("ABC"), "answers": rng.choices(texts, k=rng.randrange(6))}
             for i in range(rng.randrange(1, 5))
@@ -188,11 +169,6 @@ def test_random_submissions_get_the_official_numbers(cases):
         assert {name: report["overall"][name] for name in overall} == overall
         assert {t: {name: found[name] for name in overall} for t, found in report["per_task"].items()} == per_task
         assert report["skipped_chunks"] == skipped
-
-
-def test_the_frames_of_a_chunk(sessions):
-    assert chunk_frames(sessions[0], 2.0).tolist() == [[0, 4], [21, 37], [37, 53], [85, 101], [152, 168], [168, 184]]
-    assert chunk_frames(sessions[2], 2.0).tolist() == [[1, 17], [17, 33]]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +185,8 @@ def test_the_frames_of_a_chunk(sessions):
     ],
 )
 def test_an_event_belongs_to_the_chunk_whose_frames_hold_it(sessions, frames, interrupts):
-    given = answers(sessions[0], scored("aa01", set(frames)))
-    assert "".join("I" if is_interrupt(answer) else "." for answer in given) == interrupts
+    given = answers_of(sessions[0], scored("aa01", set(frames)), 0.5, REFRACTORY_S)
+    assert "".join("I" if answer == "$interrupt$" else "." for answer in given) == interrupts
 
 
 def test_a_free_running_clip_answers_with_what_it_said(sessions):
@@ -221,9 +197,8 @@ def test_a_free_running_clip_answers_with_what_it_said(sessions):
 
 def test_chunks_after_the_clip_s_end_have_no_answer(sessions):
     clip = clip_of(turns_of("aa01"), frames=100, name="aa01", recording="aa01", speaking=[0.0] * 100)
-    assert answers(sessions[0], clip) == ["$silent$"] * 4
-    report, _ = report_clips(sessions[:1], [clip], 0.5, REFRACTORY_S)
-    assert (report["skipped_chunks"], report["overall"]["support"]) == (2, 4)
+    report, answers = report_clips(sessions[:1], [clip], 0.5, REFRACTORY_S)
+    assert (answers, report["skipped_chunks"], report["overall"]["support"]) == ([["$silent$"] * 4], 2, 4)
 
 
 def test_speaking_at_the_interrupts_alone_is_perfect(sessions):
@@ -266,26 +241,23 @@ def test_a_session_without_its_clip_is_named(sessions):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("line", "message"),
     [
         (
-            {"answers": "$silent$"},
-            "s.jsonl line 2: Expected `array`, got `str` - at `$.answers`; expected a JSON object",
+            {**SESSIONS[1], "answers": "$silent$"},
+            "line 2: Expected `array`, got `str` - at `$.answers`; expected a",
         ),
         ({"video_intervals": [[0, 8], [8, None]]}, "Expected `float`, got `null` - at `$.video_intervals[1][1]`"),
-        ({"video_intervals": [[8, 0]]}, "line 2 (aa02.mp4): video_intervals holds [8.0, 0.0], expected [start, end]"),
+        ({"video_path": "v.mp4", "video_intervals": [[8, 0]]}, "line 2 (v.mp4): video_intervals holds [8.0, 0.0], exp"),
+        ([1], "s.jsonl line 2: Expected `object`, got `array`; expected a JSON object"),
     ],
 )
-def test_a_malformed_session_is_named(tmp_path, change, message):
-    path = write_lines(tmp_path / "s.jsonl", [SESSIONS[0], {**SESSIONS[1], **change}])
+def test_what_is_no_session_is_named(tmp_path, line, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        read_sessions(path)
+        read_sessions(write_lines(tmp_path / "s.jsonl", [SESSIONS[0], line]))
 
 
-def test_what_is_no_session_is_named(tmp_path):
-    (tmp_path / "s.jsonl").write_text('\n{"answers": []}\n[1]\n')
-    with pytest.raises(InputError, match=r"s.jsonl line 3: Expected `object`, got `array`; expected a JSON object"):
-        read_sessions(tmp_path / "s.jsonl")
+def test_sessions_that_cannot_be_read_or_matched_are_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.jsonl: No such file"):
         read_sessions(tmp_path / "none.jsonl")
     sessions = read_sessions(write_lines(tmp_path / "s.jsonl", [{**SESSIONS[1], "answers": ["$silent$"]}]))
@@ -315,9 +287,7 @@ def test_a_submission_has_a_line_for_each_session_in_order(tmp_path, sessions):
 def files(tmp_path):
     """(shards with the sessions' clips in test, their sessions file)"""
     clips = [scored(uid).clip for uid in FRAMES]
-    data = write_shards(
-        tmp_path / "data", {"test": [type(c)(**{**c.__dict__, "clip": i}) for i, c in enumerate(clips)]}
-    )
+    data = write_shards(tmp_path / "data", {"test": [replace(clip, clip=i) for i, clip in enumerate(clips)]})
     return data, write_lines(tmp_path / "sessions.jsonl", SESSIONS)
 
 
@@ -362,11 +332,8 @@ def test_scores_to_submission_to_the_same_numbers(files, tmp_path, capsys):
 
 def test_options_that_do_not_go_together_are_refused(files, tmp_path, capsys):
     data, sessions = files
-    scores, submission = (
-        write_parquet(tmp_path / "x.parquet", dict.fromkeys(FRAMES, ())),
-        write_lines(tmp_path / "p.jsonl", []),
-    )
-    assert run(data, "--scores", scores, "--submission", tmp_path / "p.jsonl") == 2
+    submission = write_lines(tmp_path / "p.jsonl", [])
+    assert run(data, "--scores", "x.parquet", "--submission", submission) == 2
     assert "--submission needs --chunks" in capsys.readouterr().err
     assert run("--scores", submission) == 2
     assert "takes --scores and --chunks alone" in capsys.readouterr().err

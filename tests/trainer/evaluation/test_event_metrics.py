@@ -13,70 +13,57 @@ from scored import clip_of, noisy_clips, said_at
 
 from pipeline.dataset import Turn
 from trainer.evaluation.event_metrics import (
+    Beat,
     Settings,
+    best_beat,
     best_event_threshold,
-    best_metronome,
     find_events,
     match,
-    metronome_f1,
     most_matches,
-    predictions,
+    predicted_frames,
     references,
     report_events,
-    targets_of,
 )
 
 S = Settings()
 
 
-def report(scored, threshold=None, head="speaking", settings=S):
-    return report_events(find_events([scored], head, threshold, settings), head, threshold)
+def report(scored, threshold=None, head="speaking"):
+    return report_events(find_events([scored], head, threshold, S), head, threshold)
 
 
-def times(turns, role="assistant", **clip) -> list[float]:
-    return references(clip_example(turns, 10, 20, **clip), role).tolist()  # seconds 5 to 15
+UNDER_WAY = Turn("assistant", "x", 8, 12, 4.1)
 
 
-def test_an_event_happens_at_its_time_else_at_its_first_frame():
-    timed = Turn("assistant", "x", 12, 14, 6.6)
-    assert times([timed, turn("assistant", "x", 20, 22)]) == [6.6, 10.0]
-
-
-def test_turns_of_one_role_at_one_time_are_one_event():
-    turns = [turn("assistant", "a", 20, 22), turn("assistant", "b", 20, 21), dst(20, 22), dst(20, 22), dst(24, 25)]
-    assert times(turns) == [10.0]
-    assert times(turns, "DST_UPDATE") == [10.0, 12.0]
-
-
-def test_a_turn_that_labels_nothing_is_no_reference():
-    empty, outside, before = (
-        turn("assistant", "x", 20, 20),
-        turn("assistant", "x", 30, 32),
-        turn("assistant", "x", 8, 10),
-    )
-    assert times([turn("assistant", "x"), Turn("assistant", "x", None, None, 8.0), empty, outside, before]) == []
-
-
-def test_an_event_under_way_when_the_clip_begins_happens_at_its_start():
-    under_way = Turn("assistant", "x", 8, 12, 4.1)
-    assert times([under_way]) == [5.0]
-    assert times([under_way], positive="onset") == []
+@pytest.mark.parametrize(
+    ("turns", "role", "expected", "clip"),
+    [
+        ([Turn("assistant", "x", 12, 14, 6.6), turn("assistant", "x", 20, 22)], "assistant", [6.6, 10.0], {}),
+        ([turn("assistant", "a", 20, 22), turn("assistant", "b", 20, 21), dst(20, 22)], "assistant", [10.0], {}),
+        ([dst(20, 22), dst(20, 22), dst(24, 25)], "DST_UPDATE", [10.0, 12.0], {}),
+        ([turn("assistant", "x"), Turn("assistant", "x", None, None, 8.0)], "assistant", [], {}),
+        ([turn("assistant", "x", *frames) for frames in ((20, 20), (30, 32), (8, 10))], "assistant", [], {}),
+        ([UNDER_WAY], "assistant", [5.0], {}),  # as the clip begins
+        ([UNDER_WAY], "assistant", [], {"positive": "onset"}),
+    ],
+)
+def test_events_happen_at_their_time_else_at_their_first_frame_if_they_label_one(turns, role, expected, clip):
+    assert references(clip_example(turns, 10, 20, **clip), role).tolist() == expected  # seconds 5 to 15
 
 
 def test_after_an_event_the_head_is_silent_for_the_refractory_time():
-    scores = [0, 1, 1, 1, 1, 1, 0, 0, 1, 1]  # at 2 fps from second 5; 2 s are 4 frames
-    scored = clip_of(start=10, frames=10, speaking=scores)
-    assert predictions(scored, "speaking", 0.5, 2.0).tolist() == [5.5, 7.5, 9.5]
-    assert predictions(scored, "speaking", 0.5, 2.2).tolist() == [5.5, 9.0]
-    assert predictions(scored, "speaking", 0.5, 0.0).tolist() == [5.5, 6.0, 6.5, 7.0, 7.5, 9.0, 9.5]
-    assert predictions(scored, "speaking", 1.0, 2.0).tolist() == [5.5, 7.5, 9.5]  # on the threshold it fires
-    assert predictions(scored, "speaking", 1.1, 2.0).tolist() == []
+    scored = clip_of(start=10, frames=10, speaking=[0, 1, 1, 1, 1, 1, 0, 0, 1, 1])  # at 2 fps
+    assert predicted_frames(scored, "speaking", 0.5, 2.0).tolist() == [11, 15, 19]
+    assert predicted_frames(scored, "speaking", 0.5, 2.2).tolist() == [11, 18]
+    assert predicted_frames(scored, "speaking", 0.5, 0.0).tolist() == [11, 12, 13, 14, 15, 18, 19]
+    assert predicted_frames(scored, "speaking", 1.0, 2.0).tolist() == [11, 15, 19]  # on the threshold it fires
+    assert predicted_frames(scored, "speaking", 1.1, 2.0).tolist() == []
 
 
 def test_a_live_models_events_are_what_it_said():
     scored = clip_of(frames=20, speaking=[9] * 20, spoke=[1.0, 1.5, 4.0], updates={3.0: (), 5.0: (("S1", "start"),)})
-    assert predictions(scored, "speaking", 0.5, 2.0).tolist() == [1.0, 1.5, 4.0]
-    assert predictions(scored, "dst_update", None, 2.0).tolist() == [3.0, 5.0]
+    assert predicted_frames(scored, "speaking", 0.5, 2.0).tolist() == [2, 3, 8]
+    assert predicted_frames(scored, "dst_update", None, 2.0).tolist() == [6, 10]
 
 
 def pairs(reference, predicted, early=2.0, late=4.0):
@@ -84,26 +71,24 @@ def pairs(reference, predicted, early=2.0, late=4.0):
     return list(zip(own.tolist(), near.tolist(), strict=True))
 
 
-def test_the_window_includes_its_ends():
-    assert pairs([10], [8]) == [(0, 0)]
-    assert pairs([10], [14]) == [(0, 0)]
-    assert pairs([10], [7.9]) == pairs([10], [14.1]) == []
-    assert pairs([0.1 * 3], [0.3 - 2]) == [(0, 0)]  # 0.1 * 3 is not 0.3
-
-
-def test_as_many_as_can_be_are_matched_before_the_nearest():
-    # 2.9 is nearest to 3, but then 7 has no reference left
-    assert pairs([0, 3], [2.9, 7]) == [(0, 0), (1, 1)]
-
-
-def test_of_as_many_matches_the_nearest_are_taken():
-    assert pairs([10], [9, 10.5, 13]) == [(0, 1)]
-    assert pairs([10, 11], [9.5, 11, 11.2]) == [(0, 0), (1, 1)]
-    assert pairs([10, 11], [12, 13]) == [(0, 0), (1, 1)]  # crossed, the distances would add up to as much
-
-
-def test_nothing_matches_nothing():
-    assert pairs([], [1.0]) == pairs([1.0], []) == pairs([], []) == []
+@pytest.mark.parametrize(
+    ("reference", "predicted", "expected"),
+    [
+        ([10], [8], [(0, 0)]),  # the window includes its ends
+        ([10], [14], [(0, 0)]),
+        ([10], [7.9], []),
+        ([10], [14.1], []),
+        ([0.1 * 3], [0.3 - 2], [(0, 0)]),  # 0.1 * 3 is not 0.3
+        ([0, 3], [2.9, 7], [(0, 0), (1, 1)]),  # 2.9 is nearest to 3, but then 7 has no reference left
+        ([10], [9, 10.5, 13], [(0, 1)]),  # of as many matches the nearest
+        ([10, 11], [9.5, 11, 11.2], [(0, 0), (1, 1)]),
+        ([10, 11], [12, 13], [(0, 0), (1, 1)]),  # crossed, the distances would add up to as much
+        ([], [1.0], []),
+        ([1.0], [], []),
+    ],
+)
+def test_as_many_as_can_be_are_matched_then_the_nearest(reference, predicted, expected):
+    assert pairs(reference, predicted) == expected
 
 
 half_seconds = st.lists(st.integers(0, 24).map(lambda n: n / 2), max_size=5, unique=True).map(sorted)
@@ -123,7 +108,7 @@ def by_trying_all(reference, predicted) -> tuple[int, float]:
     return 0, 0.0
 
 
-@fuzz(max_examples=60, deadline=None)
+@fuzz(max_examples=40, deadline=None)
 @given(half_seconds, half_seconds)
 def test_matching_is_the_best_of_all_assignments(reference, predicted):
     found = pairs(reference, predicted)
@@ -151,19 +136,17 @@ def test_quiet_time_counts_overlapping_windows_once_and_ends_with_the_clip():
     # 10 to 40 s; windows 9..15, 12..18, 37..43: quiet are 18..37
     scored = clip_of([said_at(11), said_at(14), said_at(39)], 20, 60, spoke=[])
     assert report(scored)["quiet_hours"] == pytest.approx(19 / 3600, rel=1e-12)
+    assert report(clip_of([said_at(2)], 0, 8, spoke=[1]))["false_alarms_per_quiet_hour"] is None  # no quiet
 
 
-def test_a_clip_without_quiet_has_no_rate_of_false_alarms():
-    assert report(clip_of([said_at(2)], 0, 8, spoke=[1]))["false_alarms_per_quiet_hour"] is None
-
-
-def test_silence_and_emptiness():
-    silent = report(clip_of([said_at(10)], spoke=[]))
-    assert (silent["precision"], silent["recall"], silent["f1"], silent["median_latency_s"]) == (None, 0, 0, None)
-    chatty = report(clip_of([], spoke=[10]))
-    assert (chatty["precision"], chatty["recall"], chatty["f1"], chatty["duplicates_per_event"]) == (0, None, 0, None)
-    nothing = report(clip_of([], spoke=[]))
-    assert (nothing["precision"], nothing["recall"], nothing["f1"]) == (None, None, None)
+@pytest.mark.parametrize(
+    ("turns", "spoke", "precision", "recall", "f1"),
+    [([said_at(10)], [], None, 0, 0), ([], [10], 0, None, 0), ([], [], None, None, None)],
+)
+def test_silence_and_emptiness(turns, spoke, precision, recall, f1):
+    found = report(clip_of(turns, spoke=spoke))
+    assert (found["precision"], found["recall"], found["f1"]) == (precision, recall, f1)
+    assert (found["median_latency_s"], found["duplicates_per_event"]) == (None, 0 if turns else None)
 
 
 def test_reactions_and_initiative_are_told_apart():
@@ -183,8 +166,7 @@ def test_reactions_and_initiative_are_told_apart():
 def test_a_reaction_to_a_users_frames_counts_before_the_users_time():
     # the user's text is heard at frame 193 (96.5 s), its time is 97.2: as in the real clip
     user = Turn("user", "x", 193, 195, 97.2)
-    scored = clip_of([user, Turn("assistant", "x", 193, 195, 97.2)], 193, 40, spoke=[96.5])
-    found = report(scored)
+    found = report(clip_of([user, Turn("assistant", "x", 193, 195, 97.2)], 193, 40, spoke=[96.5]))
     assert (found["reactive"]["references"], found["reactive"]["predictions"], found["reactive"]["f1"]) == (1, 1, 1)
     assert found["proactive"] == {"references": 0, "predictions": 0, "precision": None, "recall": None, "f1": None}
     later = clip_of([user, Turn("assistant", "x", 198, 200, 99.1)], 193, 40, spoke=[])  # 1.9 s after the user's time
@@ -194,11 +176,9 @@ def test_a_reaction_to_a_users_frames_counts_before_the_users_time():
 def test_dst_events_are_told_from_speech_and_asked_of_clips_with_dst_only():
     tracked = clip_of([dst(20, 22), turn("assistant", "x", 60, 62)], updates={10.5: ()}, spoke=[])
     untracked = clip_of([], name="c1", updates={3.0: (), 9.0: ()}, spoke=[], steps=())
-    found = find_events([tracked, untracked], "dst_update", None, S)
-    numbers = report_events(found, "dst_update", None)
+    numbers = report_events(find_events([tracked, untracked], "dst_update", None, S), "dst_update", None)
     assert (numbers["references"], numbers["predictions"], numbers["matched"]) == (1, 1, 1)
-    assert numbers["median_latency_s"] == 0.5
-    assert "reactive" not in numbers
+    assert (numbers["median_latency_s"], "reactive" in numbers) == (0.5, False)
     assert find_events([untracked], "dst_update", None, S) is None
 
 
@@ -214,23 +194,19 @@ def test_the_event_threshold_is_the_one_of_the_best_event_f1():
     assert best_event_threshold([scored], "speaking", S) == pytest.approx((2 + 1.9) / 2)  # 1.9 makes no event more
     assert best_event_threshold([clip_of([], speaking=scores)], "speaking", S) is None
     assert best_event_threshold([scored], "dst_update", S) is None
+    silent = clip_of([said_at(10)], speaking=[-5.0] * 120)
+    assert report(silent, best_event_threshold([silent], "speaking", S))["predictions"] == 0
 
 
 def test_the_threshold_is_as_good_as_any():
     clips = noisy_clips(4)
     clips[1] = replace(clips[1], clip=replace(clips[1].clip, fps=3.0))
-    for head in ("speaking", "dst_update"):
-        f1 = {
-            cut: report_events(find_events(clips, head, cut, S), head, cut)["f1"]
-            for cut in np.unique(np.concatenate([s.logits[head] for s in clips])).astype(float) - 0.05
-        }
-        cut = best_event_threshold(clips, head, S)
-        assert report_events(find_events(clips, head, cut, S), head, cut)["f1"] == max(f1.values())
 
+    def f1(cut):
+        return report_events(find_events(clips, "speaking", cut, S), "speaking", cut)["f1"]
 
-def test_a_head_that_says_nothing_stays_silent():
-    scored = clip_of([said_at(10)], speaking=[-5.0] * 120)
-    assert report(scored, best_event_threshold([scored], "speaking", S))["predictions"] == 0
+    cuts = np.unique(np.concatenate([s.logits["speaking"] for s in clips])).astype(float) - 0.05
+    assert f1(best_event_threshold(clips, "speaking", S)) == max(map(f1, cuts))
 
 
 def nobody_saw(scored, *ranges):
@@ -249,17 +225,32 @@ def test_frames_that_nobody_annotated_are_neither_right_nor_wrong():
     assert best_event_threshold([scored], "speaking", S) == 1.5
 
 
+# ---- metronomes ----------------------------------------------------------------------------------------
+
+
+def spoken(frames, size):
+    return clip_example([turn("assistant", "!", f, f + 1) for f in frames], 0, size, positive="onset", rate=1.0)
+
+
 def test_a_metronomes_f1_by_hand():
     """20 s, speech at 5 s and 15 s; a tick every 10 s, at 5 s and 15 s, hits both, one every 4 s is 5 ticks for 2."""
-    clips = [clip_of([turn("assistant", "a", 10, 11), turn("assistant", "b", 30, 31)], 0, 40)]
+    clip = spoken([10, 30], 40)
     narrow, wide = Settings(early_s=0.5, late_s=0.5), Settings(early_s=1, late_s=1)
-    assert metronome_f1(targets_of(clips, "speaking", narrow), 10.0) == 1.0
-    assert metronome_f1(targets_of(clips, "speaking", narrow), 4.0) == 0.0  # at 2, 6, 10, 14, 18 s
-    assert metronome_f1(targets_of(clips, "speaking", wide), 4.0) == 2 * 2 / (2 + 5)
-    assert metronome_f1(targets_of([nobody_saw(clips[0], (0, 9), (32, 40))], "speaking", wide), 4.0) == 2 * 2 / (2 + 3)
-    assert best_metronome(clips, "speaking", narrow) == 10.5  # at 5 and 15.5 s: of equals the longest
+    assert Beat(10, 0.5).f1([clip], "speaking", narrow) == 1.0
+    assert Beat(4, 0.5).f1([clip], "speaking", narrow) == 0.0  # at 2, 6, 10, 14, 18 s
+    assert Beat(4, 0.5).f1([clip], "speaking", wide) == 2 * 2 / (2 + 5)
+    seen = replace(clip, unlabelled=((0, 9), (32, 40)))
+    assert Beat(4, 0.5).f1([seen], "speaking", wide) == 2 * 2 / (2 + 3)
+    assert Beat(4, 0.5).f1([spoken([], 40)], "speaking", wide) is None
 
 
-def test_where_nobody_speaks_there_is_no_metronome():
-    assert metronome_f1(targets_of([clip_of([], 0, 40)], "speaking", Settings()), 4.0) is None
-    assert best_metronome([clip_of([], 0, 40)], "speaking", Settings()) is None
+def test_ticks_begin_at_the_phase_and_end_in_the_clip():
+    ticks = [Beat(3, 0.5).ticks(spoken([], size)).tolist() for size in (20, 16, 15)]
+    assert ticks == [[3, 9, 15], [3, 9, 15], [3, 9]]  # every 6 frames
+
+
+def test_a_metronome_of_known_period_and_phase_is_found():
+    clips = [spoken(range(4, size, 16), size) for size in (300, 450, 601)]
+    beat = best_beat(clips, "speaking", Settings(early_s=0, late_s=0))
+    assert (beat.period_s, beat.phase) == pytest.approx((8, 0.25))
+    assert best_beat(clips, "dst_update", S) is None

@@ -27,6 +27,7 @@ from trainer.evaluation.frame_metrics import (
 from trainer.evaluation.metrics import Settings, measure
 
 RECORDINGS = [f"r{i}" for i in range(5)]
+FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 def frames_of(scores, labels, other=None, probabilities=None, recording=None) -> HeadFrames:
@@ -51,16 +52,19 @@ def test_ranking_of_four_frames_by_hand():
     assert (ties["ap"], ties["auroc"]) == (2 / 3, (2 * 0.5 + 2 * 1) / 4)
 
 
-def test_what_needs_both_classes_is_none_without():
-    nothing = report_frames(frames_of([1, 2], [0, 0]), 1.5, 10)
-    assert (nothing["ap"], nothing["chance"], nothing["auroc"], nothing["recall"]) == (None, 0, None, None)
-    assert (nothing["precision"], nothing["f1"], nothing["balanced_accuracy"]) == (0, 0, None)
-    everything = report_frames(frames_of([1, 2], [1, 1]), 1.5, 10)
-    assert (everything["ap"], everything["auroc"], everything["balanced_accuracy"]) == (1, None, None)
-    silent = report_frames(frames_of([1, 2], [0, 1]), 9.0, 10)
-    assert (silent["precision"], silent["recall"], silent["f1"]) == (None, 0, 0)
-    empty = report_frames(frames_of([], []), None, 10)
-    assert (empty["ap"], empty["chance"], empty["calibration"], empty["f1"]) == (None, None, None, None)
+@pytest.mark.parametrize(
+    ("labels", "threshold", "expected"),
+    [
+        ([0, 0], 1.5, {"ap": None, "chance": 0, "auroc": None, "recall": None, "precision": 0, "f1": 0,
+                       "balanced_accuracy": None}),
+        ([1, 1], 1.5, {"ap": 1, "auroc": None, "balanced_accuracy": None}),
+        ([0, 1], 9.0, {"precision": None, "recall": 0, "f1": 0}),
+        ([], None, {"ap": None, "chance": None, "calibration": None, "f1": None}),
+    ],
+)  # fmt: skip
+def test_what_needs_both_classes_is_none_without(labels, threshold, expected):
+    report = report_frames(frames_of([1, 2][: len(labels)], labels), threshold, 10)
+    assert {name: report[name] for name in expected} == expected
 
 
 def test_calibration_of_two_bins_by_hand():
@@ -75,17 +79,13 @@ def test_calibration_of_two_bins_by_hand():
 
 
 def test_a_probability_on_the_edge_belongs_to_the_bin_above_and_one_to_the_last():
-    p = [0.0, 0.5, 1.0]
-    report = report_frames(frames_of(p, [0, 1, 1], probabilities=p), None, 2)["calibration"]
-    assert [b["frames"] for b in report["bins"]] == [1, 2]
-    empty_bin = report_frames(frames_of([1, 1], [0, 1], probabilities=[1, 1]), None, 2)["calibration"]["bins"][0]
-    assert (empty_bin["frames"], empty_bin["probability"], empty_bin["positive"]) == (0, None, None)
+    low, high = report_frames(frames_of([1, 1], [0, 1], probabilities=[0.5, 1.0]), None, 2)["calibration"]["bins"]
+    assert (low["frames"], low["probability"], low["positive"], high["frames"]) == (0, None, None, 2)
 
 
 def test_a_heads_own_events_are_told_from_the_others():
     """Six frames: own event, none, both, the other's, none, own where the other head is not supervised."""
-    frames = frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, -100])
-    report = report_frames(frames, None, 10)
+    report = report_frames(frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, -100]), None, 10)
     alone = report["alone"]
     assert (alone["frames"], alone["positives"], alone["ap"], alone["chance"]) == (3, 1, 0.5, 1 / 3)
     assert (report["both"]["positives"], report["both"]["ap"]) == (1, 1.0)
@@ -96,12 +96,8 @@ def test_frames_are_counted_by_both_labels():
     labels = np.array([[1, 1, 0, 0, -100, 0], [0, 1, 1, 0, 0, -100]], np.int8)
     scored = clip_of(frames=6, speaking=range(6), updating=range(6))
     scored = replace(scored, clip=replace(scored.clip, labels=labels))
-    assert measure([scored], None, Settings())["cells"] == {
-        "speaking_only": 1,
-        "dst_update_only": 1,
-        "both": 1,
-        "neither": 1,
-    }
+    cells = {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
+    assert measure([scored], None, Settings())["cells"] == cells
     speaking = head_frames([scored], "speaking", ["r-c0"])
     assert (speaking.scores.tolist(), speaking.other.tolist()) == ([0, 1, 2, 3, 5], [0, 1, 1, 0, -100])
     assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]
@@ -120,13 +116,13 @@ def test_the_best_threshold_lies_midway_between_scores(scores, positive, thresho
     assert best_threshold(np.float32(scores), np.array(positive, bool)) == threshold
 
 
-@pytest.mark.parametrize("score", [-5.0, 0.0, 7.0, float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("score", [-5.0, 0.0, FLOAT_MAX, -FLOAT_MAX])
 def test_the_same_score_everywhere_separates_nothing_and_stays_silent(score):
     scores = np.full(3, score, np.float32)
     assert not fires(scores, best_threshold(scores, np.array([True, False, False]))).any()
 
 
-@pytest.mark.parametrize("low", np.float32([1.0, 0.1, -3.7, 1e-30, -2e20]))
+@pytest.mark.parametrize("low", np.float32([1.0, -3.7, 1e-30, -2e20]))
 def test_a_threshold_between_neighbouring_floats_still_separates_them(low):
     high = np.nextafter(low, np.float32(np.inf))
     cut = between(float(high), float(low))
@@ -134,9 +130,8 @@ def test_a_threshold_between_neighbouring_floats_still_separates_them(low):
     assert [bool(low >= np.float32(cut)), bool(high >= np.float32(cut))] == [False, True]
 
 
-@pytest.mark.parametrize("head", ["speaking", "dst_update"])
-def test_numbers_are_scikit_learns(head):
-    frames = head_frames(noisy_clips(6), head, RECORDINGS)
+def test_numbers_are_scikit_learns():
+    frames = head_frames(noisy_clips(6), "speaking", RECORDINGS)
     report = report_frames(frames, 1.25, 10)
     y, fired = frames.positive, frames.scores >= 1.25
     assert report["ap"] == average_precision_score(y, frames.scores)
@@ -167,7 +162,7 @@ def test_with_more_scores_than_cells_the_ranking_is_close_and_exact_without_weig
     rng = np.random.default_rng(0)
     labels, recording = rng.random(9_000) < 0.1, np.repeat(np.arange(30), 300)
     frames = frames_of(2 * labels + rng.normal(size=9_000), labels, recording=recording)
-    weights = rng.multinomial(30, [1 / 30] * 30, size=9)
+    weights = rng.multinomial(30, [1 / 30] * 30, size=4)
     expected = np.transpose([repeated(frames, drawn) for drawn in weights])
     monkeypatch.setattr(frame_metrics, "FEWEST_CELLS", 200)
     monkeypatch.setattr(frame_metrics, "MOST_CELLS", 200)

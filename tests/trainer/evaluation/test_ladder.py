@@ -93,7 +93,7 @@ def write_run(run: Path, clips: Sequence[ClipExample], ways: dict[str, Speaks], 
         write_scores(run / "scores" / f"{mode}.parquet", {"test": by_mode[mode]}, {})
     chosen = {"speaking": 0.5}
     metrics, _ = all_metrics(by_mode, Thresholds(chosen, chosen), settings)
-    metrics |= {"thresholds": {"frame": chosen, "event": chosen, "metronome_s": {}}, "model": "by hand"}
+    metrics |= {"thresholds": {"frame": chosen, "event": chosen, "metronome": {}}, "model": "by hand"}
     (run / "scores" / "metrics.json").write_text(json.dumps(metrics | {"thresholds_from": "val"}))
 
 

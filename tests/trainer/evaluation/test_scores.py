@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,28 +12,26 @@ from by_hand import clip_example, dst, turn, write_shards
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer.evaluation.read_scores import read_info, read_scores
-from trainer.evaluation.scores import ScoredClip, write_scores
+from trainer.evaluation.scores import ScoredClip, read_info, read_scores, write_scores
 
-WHEEL = turn("assistant", "Now the wheel.", 12, 14)
 CLIPS = [
-    clip_example([WHEEL, dst(12, 13, ("S1", "start"))], 10, 6, clip_id="b", clip=0),
+    clip_example([turn("assistant", "Now the wheel.", 12, 14), dst(12, 13, ("S1", "start"))], 10, 6, clip_id="b"),
     clip_example([turn("assistant", "Done.", 2, 3)], 0, 4, clip_id="a", clip=1, video="v1"),
-]  # fmt: skip
+]
 VAL = [clip_example([dst(1, 2, ("S1", "start"))], 0, 3, clip_id="v", video="v2")]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "labels", {"test": CLIPS, "val": VAL})
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards") / "labels", {"test": CLIPS, "val": VAL})
 
 
-@pytest.fixture
-def split(data: Path) -> Split:
+@pytest.fixture(scope="module")
+def split(data):
     return Split(data, "test")
 
 
-def scored(split: Split) -> list[ScoredClip]:
+def scored(split):
     """Clips as on disk; the logit of a frame is its number, the second head's is minus that."""
     clips = []
     for clip in split.in_order():
@@ -43,7 +40,7 @@ def scored(split: Split) -> list[ScoredClip]:
     return clips
 
 
-def frame(split: Split) -> pl.DataFrame:
+def frame(split):
     """Another program's file with the fewest columns."""
     return pl.concat(
         pl.DataFrame(
@@ -60,27 +57,33 @@ def frame(split: Split) -> pl.DataFrame:
     )
 
 
-def read(path: Path, table: pl.DataFrame, split: Split) -> list[ScoredClip]:
+def read(path, table, split):
     table.write_parquet(path / "scores.parquet")
     return read_scores(path / "scores.parquet", {"test": split})["test"]
 
 
 def test_what_is_written_is_read_in_the_order_of_clip_ids(tmp_path, data, split):
-    val = Split(data, "val")
-    given = {"test": scored(split), "val": scored(val)}
-    write_scores(tmp_path / "s.parquet", given, {"mode": "teacher-forced", "thresholds": {"speaking": 0.5}})
-    found = read_scores(tmp_path / "s.parquet", {"test": split, "val": val})
+    val, path = Split(data, "val"), tmp_path / "s.parquet"
+    write_scores(path, {"val": scored(val), "test": scored(split)}, {"mode": "x", "thresholds": {"speaking": 0.5}})
+    found = read_scores(path, {"test": split, "val": val})
     a, b = found["test"]
-    assert [a.clip.clip_id, b.clip.clip_id] == ["a", "b"]
+    assert [a.clip.clip_id, b.clip.clip_id, found["val"][0].clip.clip_id] == ["a", "b", "v"]
     assert b.logits["speaking"].tolist() == [10, 11, 12, 13, 14, 15]
     assert b.logits["dst_update"].tolist() == [-10, -11, -12, -13, -14, -15]
     assert b.logits["speaking"].dtype == np.float32
     assert a.probabilities["speaking"].tolist() == np.float32([0.0, 0.01, 0.02, 0.03]).tolist()
-    assert "dst_update" not in a.probabilities
-    assert (a.said, a.updates) == (None, None)
+    assert ("dst_update" in a.probabilities, a.said, a.updates) == (False, None, None)
     assert b.clip.labels.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
-    assert [s.clip.clip_id for s in found["val"]] == ["v"]
-    assert read_info(tmp_path / "s.parquet") == {"mode": "teacher-forced", "thresholds": {"speaking": 0.5}}
+    assert read_info(path) == {"mode": "x", "thresholds": {"speaking": 0.5}}
+    rows, schema = pl.read_parquet(path), pq.read_schema(path)
+    assert rows["clip_id"].to_list() == ["b"] * 6 + ["a"] * 4 + ["v"] * 3
+    assert rows["time_s"].to_list()[:2] == [5.0, 5.5]
+    assert rows["recording_id"].unique(maintain_order=True).to_list() == ["v0", "v1", "v2"]
+    assert schema.names == [
+        "split", "clip_id", "recording_id", "frame", "time_s", "speaking_logit", "dst_update_logit",
+        "speaking_probability", "dst_update_probability", "speaking_label", "dst_update_label",
+    ]  # fmt: skip
+    assert all(field.metadata[b"doc"] for field in schema)
 
 
 def test_a_head_that_the_model_lacks_is_absent(tmp_path, split):
@@ -100,28 +103,13 @@ def test_what_a_free_running_model_said_and_updated_comes_back(tmp_path, split):
     assert live.updates == [(("S1", "start"),), (), None, None, None, None]
 
 
-def test_rows_stand_by_split_and_every_column_is_described(tmp_path, data, split):
-    write_scores(tmp_path / "s.parquet", {"val": scored(Split(data, "val")), "test": scored(split)}, {})
-    rows = pl.read_parquet(tmp_path / "s.parquet")
-    assert rows["clip_id"].to_list() == ["b"] * 6 + ["a"] * 4 + ["v"] * 3
-    assert rows["time_s"].to_list()[:2] == [5.0, 5.5]
-    assert rows["recording_id"].unique(maintain_order=True).to_list() == ["v0", "v1", "v2"]
-    schema = pq.read_schema(tmp_path / "s.parquet")
-    assert schema.names == [
-        "split", "clip_id", "recording_id", "frame", "time_s", "speaking_logit", "dst_update_logit",
-        "speaking_probability", "dst_update_probability", "speaking_label", "dst_update_label",
-    ]  # fmt: skip
-    assert all(field.metadata[b"doc"] for field in schema)
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, split):
     path = tmp_path / "s.parquet"
     write_scores(path, {"test": scored(split)}, {})
     old = path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         write_scores(path, {"test": scored(split)}, {"x": math.nan})
-    assert path.read_bytes() == old
-    assert list(tmp_path.glob(".*")) == []
+    assert (path.read_bytes(), list(tmp_path.glob(".*"))) == (old, [])
 
 
 def test_string_views_are_texts(tmp_path, split):
@@ -148,36 +136,31 @@ def test_rows_of_any_order_and_types_are_read_the_same(tmp_path, split):
         pl.col("speaking_label").cast(pl.Int64),
         pl.lit("ignored").alias("model"),
     )
-    for table in (plain, strange, plain.drop("split"), plain.drop("clip_id"), plain.drop("speaking_label")):
+    other = pl.concat([plain.with_columns(split=pl.lit("dev")), plain, plain.with_columns(split=pl.lit(None))])
+    for table in (plain, strange, other, plain.drop("split"), plain.drop("clip_id"), plain.drop("speaking_label")):
         a, b = read(tmp_path, table, split)
         assert (a.clip.clip_id, a.logits["speaking"].tolist()) == ("a", [0, 0.5, 1, 1.5])
         assert b.logits["speaking"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
         assert (set(b.logits), b.probabilities) == ({"speaking"}, {})
 
 
-def test_infinite_logits_become_large_finite_ones(tmp_path, split):
-    table = frame(split).with_columns(pl.col("speaking_logit").replace({0.5: math.inf, 1.0: -math.inf}))
-    largest = float(np.float32(1e30))
-    assert read(tmp_path, table, split)[0].logits["speaking"].tolist() == [0, largest, -largest, 1.5]
-
-
-def test_probabilities_alone_give_logits(tmp_path, split):
-    table = frame(split).drop("speaking_logit").with_columns(speaking_probability=pl.lit(0.75))
-    table[0, "speaking_probability"], table[1, "speaking_probability"] = 0.0, 1.0
-    b = read(tmp_path, table, split)[1]
+def test_infinite_logits_and_certain_probabilities_become_large_finite_logits(tmp_path, split):
+    table, largest = frame(split), float(np.float32(1e30))
+    infinite = table.with_columns(pl.col("speaking_logit").replace({0.5: math.inf, 1.0: -math.inf}))
+    assert read(tmp_path, infinite, split)[0].logits["speaking"].tolist() == [0, largest, -largest, 1.5]
+    certain = table.drop("speaking_logit").with_columns(speaking_probability=pl.Series([0.0, 1.0] + [0.75] * 8))
+    b = read(tmp_path, certain, split)[1]
     assert b.probabilities["speaking"].tolist() == [0, 1, 0.75, 0.75, 0.75, 0.75]
-    assert b.logits["speaking"][2] == pytest.approx(math.log(3), rel=1e-6)
-    assert b.logits["speaking"][:2].tolist() == [-np.float32(1e30), np.float32(1e30)]
+    assert b.logits["speaking"][:3].tolist() == [-largest, largest, pytest.approx(math.log(3), rel=1e-6)]
 
 
 def test_what_either_side_leaves_open_is_no_contradiction(tmp_path, split):
     unlabelled = frame(split).with_columns(speaking_label=pl.lit(-100))
     unlabelled[2, "speaking_label"] = None
     assert len(read(tmp_path, unlabelled, split)) == 2
-    n = len(frame(split))
     ties = frame(split).with_columns(  # 1.0 and 1 - 1e-7 differ by rounding
-        speaking_logit=pl.Series([20.0 + i for i in range(n)]),
-        speaking_probability=pl.Series([1.0] * (n - 1) + [1.0 - 1e-7]),
+        speaking_logit=pl.Series([20.0 + i for i in range(10)]),
+        speaking_probability=pl.Series([1.0] * 9 + [1.0 - 1e-7]),
     )
     assert read(tmp_path, ties, split)[1].probabilities["speaking"][0] == 1.0
     onset = clip_example([turn("assistant", "x", 1, 3)], 0, 4, positive="onset")  # labels 0, 1, -100, 0
@@ -185,7 +168,7 @@ def test_what_either_side_leaves_open_is_no_contradiction(tmp_path, split):
     assert len(read(tmp_path, frame(onsets).with_columns(speaking_label=pl.Series([0, 1, 1, 0])), onsets)) == 1
 
 
-def with_probability(table: pl.DataFrame, *values: float) -> pl.DataFrame:
+def with_probability(table, *values):
     return table.with_columns(speaking_probability=pl.Series([*values, *[0.9] * (len(table) - len(values))]))
 
 
@@ -195,8 +178,8 @@ SPOILED = {
         "s.parquet split test: 2 frames have no row, the first is clip b frame 11; expected one row",
     ),
     "double": (
-        lambda t: pl.concat([t, t[2:3]]),
-        "1 rows are of a frame that has one already, the first is clip b frame 12",
+        lambda t: pl.concat([t, t[2:3], t[2:3]]),
+        "2 rows are of a frame that has one already, the first is clip b frame 12",
     ),
     "relative": (
         lambda t: t.with_columns(pl.col("frame") - pl.col("frame").min().over("clip_id")),
