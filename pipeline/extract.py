@@ -19,18 +19,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import labels, state
+from pipeline import labels
+from pipeline.dataset import flat_lists
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, NOT_STRICT, Clip, ClipError, Range, Refusal, refuse
-from pipeline.readers.index import MAX_CLIP_BYTES
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, Update, refuse
+from pipeline.readers.index import MAX_CLIP_BYTES, NOT_STRICT
 from pipeline.schema import CLIPS, ROLES, STATES
+from pipeline.state import contradicts
 from pipeline.storage import move
 
 GROUP_CLIPS: Final = 256
@@ -54,9 +56,8 @@ SPOOL: Final = pa.schema(
         ("turns", pa.list_(_TURN)),
     ]
 )
-ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
+_ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
 _SYSTEM, _USER, _ASSISTANT, _DST = range(len(ROLES))
-_UPDATE = operator.attrgetter("id", "transition")
 _ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look before
 _STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
@@ -82,34 +83,32 @@ class ClipInfo:
     span: Range  # bytes
     recording_id: str
     clip_id: str = ""
-    placed: bool = False  # whether the reader gave the turns their frames: the file's convention is not theirs
-    given: tuple[int | None, int | None] = (None, None)  # bounds
-    unbounded: bool = False  # whether `given` is the 0..0 that generators write for a clip without DST updates
     tracked: bool = False  # whether it says anything about the dialog state
-    annotated: bool = False  # whether anybody annotated some of its frames
     contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
     system_contradicted: bool = False  # the same of the states that its system turns name
     extent: Range = (NONE, NONE)  # of the non-system turns
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: Updates | None = None  # of its group,
-    own_updates: Range = (0, 0)  # and which of them are its
+    updates: Sequence[tuple[int | None, int | None, list[Update]]] = ()  # DST_UPDATE turns: start, end, content
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
 
+    @property
+    def placed(self) -> bool:
+        """Whether the reader gave the turns their frames: the file's convention is not theirs."""
+        return self.clip.convention is not None
 
-class Updates(NamedTuple):
-    """The state updates of a group of clips as flat columns: compact to keep, and to send between processes."""
+    @property
+    def given(self) -> tuple[int | None, int | None]:
+        """The bounds as given."""
+        return self.clip.start_frame, self.clip.end_frame
 
-    start: np.ndarray  # int64 [U] of their turns
-    end: np.ndarray
-    ids: pa.StringArray
-    transitions: pa.StringArray
-
-    def rows(self) -> list[tuple[int, int, str, str]]:
-        return list(zip(self.start.tolist(), self.end.tolist(), *(c.to_pylist() for c in self[2:]), strict=True))
+    @property
+    def unbounded(self) -> bool:
+        """Whether `given` is the 0..0 that generators write for a clip without DST updates."""
+        return self.given == (0, 0) and self.dst_extent[1] == NONE and self.extent[1] > 0
 
 
 @dataclass
@@ -133,12 +132,17 @@ def extract(task: Task, recording: str) -> Extracted:
     with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, without_gc():
         for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
             infos = _decode(task, file.fileno(), range(first, last), pattern, result.refused)
-            turns = _flatten([info.clip for info in infos])
-            spool.write_batch(_spooled(infos, turns))
-            _describe(infos, turns)
+            batch = _spooled(infos)
+            spool.write_batch(batch)
+            at, turns = flat_lists(batch.column("turns"))
+            owner = np.repeat(np.arange(len(infos)), np.diff(at))
+            _name(infos, turns, at)
+            for info in infos:
+                _describe(info)
+            _measure(infos, turns, owner)
             result.clips += infos
-            result.spoken += int((turns.role == _ASSISTANT).sum())
-            result.echoed += _echoes(turns)
+            result.spoken += int((turns.field("role").to_numpy() == _ASSISTANT).sum())
+            result.echoed += _echoes(turns, owner)
     move(new, Path(task.spool))
     return result
 
@@ -189,157 +193,124 @@ def _decode(
     return infos
 
 
-# ---- turns as flat arrays ----------------------------------------------------------------------------
-
-
-class _Turns(NamedTuple):
-    """All turns [T] of C clips, end to end."""
-
-    offsets: np.ndarray  # int32 [C + 1]
-    owner: np.ndarray  # [T] the turn's clip
-    role: np.ndarray  # int8 [T] code in ROLES
-    start: np.ndarray  # int64 [T]
-    end: np.ndarray  # int64 [T]
-    text: list[Any]  # not of DST_UPDATE turns
-    updates: Updates
-    begins: list[int]  # [C + 1] of each clip's in `updates`
-    spooled: pa.StructArray
-
-
-def _flatten(clips: list[Clip]) -> _Turns:
-    columns = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
-    roles, text, time, start, end = columns or [[]] * 5
-    offsets = np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32)
-    role = np.fromiter(map(ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-    which, counts = np.flatnonzero(role == _DST), np.zeros(len(role), np.int32)
-    content = [text[turn] for turn in which.tolist()]
-    counts[which] = list(map(len, content))
-    for turn in which.tolist():
-        text[turn] = None
-    ids, transitions = zip(*map(_UPDATE, chain.from_iterable(content)), strict=True) if counts.any() else ((), ())
-    update_offsets = np.cumsum([0, *counts.tolist()], dtype=np.int32)
-    pairs = [pa.array(ids, pa.string()), pa.array(transitions, pa.string())]
-    type_ = _TURN.field("updates").type
-    struct = pa.StructArray.from_arrays(pairs, fields=[*type_.value_type])
-    lists = pa.ListArray.from_arrays(pa.array(update_offsets), struct, type=type_)
-    each = pc.binary_join_element_wise(*pairs, "->")
-    written = pc.binary_join(pa.ListArray.from_arrays(lists.offsets, each), ", ")  # 'S1->complete, S2->start'
-    frames = [pa.array(column, pa.int64()) for column in (start, end)]
-    starts, ends = (column.fill_null(none).to_numpy() for column, none in zip(frames, labels.NO_FRAMES, strict=True))
-    turn_of = np.repeat(np.arange(len(role)), counts)
-    said = pc.coalesce(pa.array(text, pa.string()), written)
-    return _Turns(
-        offsets=offsets,
-        owner=np.repeat(np.arange(len(clips)), np.diff(offsets)),
-        role=role,
-        start=starts,
-        end=ends,
-        text=text,
-        updates=Updates(starts[turn_of], ends[turn_of], *pairs),
-        begins=update_offsets[offsets].tolist(),
-        spooled=pa.StructArray.from_arrays(
-            [pa.array(role), said, *frames, pa.array(time, pa.float64()), lists], fields=list(_TURN)
-        ),
-    )
-
-
-def _spooled(infos: list[ClipInfo], turns: _Turns) -> pa.RecordBatch:
+def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
+    """The clips as Arrow. Their turns become arrays over all clips: Arrow takes nested lists ten times slower."""
     clips = [info.clip for info in infos]
-    columns = {
+    flat = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
+    roles, contents, time, start, end = flat or [[]] * 5
+    role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
+    which = np.flatnonzero(role == _DST)
+    changes = [contents[turn] for turn in which.tolist()]
+    sizes = np.zeros(len(roles) + 1, np.int32)
+    sizes[which + 1] = list(map(len, changes))
+    for turn in which.tolist():
+        contents[turn] = None
+    updates = [update for change in changes for update in change]
+    ids = pa.array([update.id for update in updates], pa.string())
+    transitions = pa.array([update.transition for update in updates], pa.string())
+    offsets = pa.array(np.cumsum(sizes, dtype=np.int32))
+    type_ = _TURN.field("updates").type
+    pairs = pa.StructArray.from_arrays([ids, transitions], fields=[*type_.value_type])
+    each = pa.ListArray.from_arrays(offsets, pc.binary_join_element_wise(ids, transitions, "->"))
+    columns = [
+        pa.array(role),
+        pc.coalesce(pa.array(contents, pa.string()), pc.binary_join(each, ", ")),  # 'S1->complete, S2->start'
+        *(pa.array(column, pa.int64()) for column in (start, end)),
+        pa.array(time, pa.float64()),
+        pa.ListArray.from_arrays(offsets, pairs, type=type_),
+    ]
+    turns = pa.StructArray.from_arrays(columns, fields=list(_TURN))
+    offsets = pa.array(np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32))
+    values = {
         "recording_id": [info.recording_id for info in infos],
         "dataset": [clip.dataset or "unknown" for clip in clips],
         "clip_idx": [clip.clip_idx or 0 for clip in clips],
         "initial_state": [list((clip.initial_state or {}).items()) for clip in clips],
-        "turns": pa.ListArray.from_arrays(pa.array(turns.offsets), turns.spooled, type=SPOOL.field("turns").type),
+        "turns": pa.ListArray.from_arrays(offsets, turns, type=SPOOL.field("turns").type),
     }
-    for name in set(SPOOL.names) - set(columns):
-        columns[name] = list(map(operator.attrgetter(name), clips))
-    return pa.RecordBatch.from_pydict(columns, SPOOL)
-
-
-def _echoes(turns: _Turns) -> int:
-    """Assistant turns whose whole text stands in an earlier user turn of their clip."""
-    size = pc.binary_length(turns.spooled.field("text")).to_numpy()
-    heard = turns.role == _USER
-    longest = np.zeros(len(turns.offsets) - 1, size.dtype)  # user turn of a clip: a longer text stands in none
-    np.maximum.at(longest, turns.owner[heard], size[heard])
-    long_enough = (size >= ECHO_BYTES) & (size <= longest[turns.owner])
-    found = 0
-    for turn in np.flatnonzero((turns.role == _ASSISTANT) & long_enough).tolist():
-        first = turns.offsets[turns.owner[turn]]
-        earlier = (np.flatnonzero(heard[first:turn]) + first).tolist()
-        found += any(turns.text[turn] in turns.text[one] for one in earlier)
-    return found
+    for name in set(SPOOL.names) - set(values):
+        values[name] = list(map(operator.attrgetter(name), clips))
+    return pa.RecordBatch.from_pydict(values, SPOOL)
 
 
 # ---- what is kept in memory --------------------------------------------------------------------------
 
 
-def _describe(infos: list[ClipInfo], turns: _Turns) -> None:
-    """Fill in what is kept in memory of some clips; their texts, steps and turns go."""
-    framed = (turns.role != _SYSTEM) & (turns.end != labels.NO_FRAMES[1])
-    extents, dst_extents = _extents(turns, framed), _extents(turns, framed & (turns.role == _DST))
-    first_ends = _extents(turns._replace(start=turns.end), framed)
-    named: list[dict[str, str]] = [{} for _ in infos]  # the states that a clip's system turns name
-    for turn in np.flatnonzero(turns.role == _SYSTEM).tolist():
-        if _ANY_STATE.search(turns.text[turn]):
-            named[turns.owner[turn]].update(_STEP_STATE.findall(turns.text[turn]))
-    ids = _clip_ids([info.clip for info in infos], turns)
-    for i, info in enumerate(infos):
-        clip = info.clip
-        info.clip_id, info.placed, info.given = ids[i], clip.convention is not None, (clip.start_frame, clip.end_frame)
-        info.extent, info.dst_extent, info.first_end = extents[i], dst_extents[i], first_ends[i][0]
-        info.unbounded = info.given == (0, 0) and info.dst_extent[1] == NONE and info.extent[1] > 0
-        info.tracked = bool(clip.steps) or "DST_UPDATE" in clip.turns[0]
-        info.annotated = tuple(clip.unlabelled) != EVERYWHERE
-        info.updates, info.own_updates = turns.updates, (turns.begins[i], turns.begins[i + 1])
-        if clip.initial_state or named[i]:
-            own = slice(*info.own_updates)
-            changes = list(zip(*(column[own].to_pylist() for column in turns.updates[2:]), strict=True))
-            info.contradicted = bool(clip.initial_state) and state.contradicts(clip.initial_state or {}, changes)
-            info.system_contradicted = bool(named[i]) and state.contradicts(named[i], changes)
-        clip.turns, clip.goal, clip.knowledge, clip.steps, clip.unlabelled = (), None, None, (), ()
-    # the votes of labels.vote; bounds that are the DST turns' may leave turns out
-    firsts = [
+def _describe(info: ClipInfo) -> None:
+    """What a clip says about the dialog state; its texts, steps and turns go."""
+    clip = info.clip
+    roles, contents, *_ = clip.turns
+    info.updates = [(a, b, us) for role, us, _, a, b in zip(*clip.turns, strict=True) if role == "DST_UPDATE"]
+    info.tracked = bool(clip.steps or info.updates)
+    told: dict[str, str] = {}  # the states that its system turns name
+    for role, text in zip(roles, contents, strict=True):
+        if role == "system" and _ANY_STATE.search(text):
+            told.update(_STEP_STATE.findall(text))
+    if clip.initial_state or told:
+        changes = [(update.id, update.transition) for _, _, updates in info.updates for update in updates]
+        info.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
+        info.system_contradicted = bool(told) and contradicts(told, changes)
+    clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
+    clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
+
+
+def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) -> None:
+    """The clips' extents, and how their turns [T] vote on the file's convention; owner [T]: each turn's clip."""
+    start, end, time = (turns.field(name).to_numpy(zero_copy_only=False) for name in (*_FRAMES, "time_s"))
+    role = turns.field("role").to_numpy()
+    framed = (role != _SYSTEM) & turns.field("end_frame").is_valid().to_numpy(zero_copy_only=False)
+
+    def extents(which: np.ndarray, low: np.ndarray) -> list[Range]:
+        first, last = np.full(len(infos), np.iinfo(np.int64).max), np.full(len(infos), NONE)
+        np.minimum.at(first, owner[which], low[which].astype(np.int64))
+        np.maximum.at(last, owner[which], end[which].astype(np.int64))
+        return list(zip(np.where(last == NONE, NONE, first).tolist(), last.tolist(), strict=True))
+
+    columns = extents(framed, start), extents(framed & (role == _DST), start), extents(framed, end)
+    for info, extent, dst_extent, of_ends in zip(infos, *columns, strict=True):
+        info.extent, info.dst_extent, info.first_end = extent, dst_extent, of_ends[0]
+    voting = framed & ~np.isnan(time) & np.array([not info.placed for info in infos], bool)[owner]
+    firsts = [  # bounds that are the DST turns' may leave turns out
         info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
         for info in infos
     ]
-    time, unplaced = turns.spooled.field("time_s"), np.array([not info.placed for info in infos], bool)
-    voting = framed & time.is_valid().to_numpy(zero_copy_only=False) & unplaced[turns.owner]
-    owner, fps = turns.owner[voting], np.array([info.clip.fps for info in infos], np.float64)
-    frame = labels.event_frame(time.fill_null(0.0).to_numpy()[voting], fps[owner])
-    start, end = turns.start[voting], turns.end[voting]
+    owner, fps = owner[voting], np.array([info.clip.fps for info in infos])
+    frame = labels.event_frame(time[voting], fps[owner])
+    start, end = (column[voting].astype(np.int64) for column in (start, end))
     votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64), len(infos))
     for info, counts in zip(infos, votes.tolist(), strict=True):
         info.votes = counts
 
 
-def _extents(turns: _Turns, which: np.ndarray) -> list[Range]:
-    """Each clip's first start and last end among some turns; -1, -1 where it has none."""
-    start = np.full(len(turns.offsets) - 1, np.iinfo(np.int64).max)
-    end = np.full(len(turns.offsets) - 1, NONE)
-    np.minimum.at(start, turns.owner[which], turns.start[which])
-    np.maximum.at(end, turns.owner[which], turns.end[which])
-    return list(zip(np.where(end == NONE, NONE, start).tolist(), end.tolist(), strict=True))
-
-
-def _clip_ids(clips: list[Clip], turns: _Turns) -> list[str]:
-    """Each clip's own `id`, else its video, number, user and a digest of its conversation.
+def _name(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> None:
+    """Each clip's own `id`, else its video, number, user and a digest of its conversation, turns[at[i] : at[i + 1]].
 
     A function of the clip alone, so that other clips never rename it: two conversations over one video differ in the
     digest, a true duplicate does not.
     """
-    if all(clip.id is not None for clip in clips):
-        return [str(clip.id) for clip in clips]
-    time = turns.spooled.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
-    _, ends, data = turns.spooled.field("text").buffers()
-    ends, text = np.frombuffer(ends, np.int32)[: len(time) + 1], memoryview(data or b"")
-    numbers = np.stack([turns.role, turns.start, turns.end, time, np.diff(ends)], axis=1)
-    ids = []
-    for clip, begin, stop in zip(clips, turns.offsets, turns.offsets[1:], strict=False):
-        said = hashlib.sha256(numbers[begin:stop].tobytes())
-        said.update(text[ends[begin] : ends[stop]])
-        said.update(f"{clip.start_frame} {clip.end_frame}".encode())
-        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8])
-        ids.append("_".join(str(p) for p in parts if p is not None) if clip.id is None else str(clip.id))
-    return ids
+    start, end = (turns.field(name).fill_null(none) for name, none in zip(_FRAMES, labels.NO_FRAMES, strict=True))
+    time = turns.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
+    size = pc.binary_length(turns.field("text"))
+    numbers = np.stack([turns.field("role"), start, end, time, size], axis=1, dtype=np.int64)
+    for info, begin, stop in zip(infos, at, at[1:], strict=False):
+        clip = info.clip
+        if clip.id is None:
+            said = hashlib.sha256(numbers[begin:stop].tobytes())
+            said.update("".join(turns.field("text")[begin:stop].to_pylist()).encode())
+            said.update(f"{clip.start_frame} {clip.end_frame}".encode())
+        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8]) if clip.id is None else (clip.id,)
+        info.clip_id = "_".join(str(part) for part in parts if part is not None)
+
+
+def _echoes(turns: pa.StructArray, owner: np.ndarray) -> int:
+    """Assistant turns whose whole text stands in an earlier user turn of their clip; owner [T]: each turn's clip."""
+    role, text = turns.field("role").to_numpy(), turns.field("text")
+    size = pc.binary_length(text).to_numpy()
+    heard = role == _USER
+    longest = np.zeros(len(owner) and owner[-1] + 1, size.dtype)  # user turn of a clip: a longer text stands in none
+    np.maximum.at(longest, owner[heard], size[heard])
+    found = 0
+    for turn in np.flatnonzero((role == _ASSISTANT) & (size >= ECHO_BYTES) & (size <= longest[owner])).tolist():
+        earlier = np.flatnonzero(heard[:turn] & (owner[:turn] == owner[turn]))
+        found += any(text[turn].as_py() in one for one in text.take(pa.array(earlier)).to_pylist())
+    return found

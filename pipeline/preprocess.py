@@ -25,12 +25,12 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from pipeline import hazards
 from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
 from pipeline.dataset import read_manifest
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import Task, cut, extract, without_gc
+from pipeline.hazards import find_hazards, recordings
 from pipeline.inputs import find_inputs, split_of
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options
@@ -126,22 +126,26 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     for source in sources:
         if (stat := source.path.stat()) and (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
             raise InputError(f"{source.path}: changed while it was read; run again once it is complete")
-    context = resolve(sources, options)
+    resolve(sources, options)
     plans = list(_plans(sources, options, staged))
     refused = _refused(sources, options, any_left=bool(plans))
     written = _map(mapper, write_part, [(plan,) for plan in plans], "writing", progress)
     shutil.rmtree(spool, ignore_errors=True)
     splits = counts_by_split(written)
+    for split, names in recordings(sources).items():
+        if split in splits:
+            splits[split]["recordings"] = len(names)
+    hazards = find_hazards(sources, splits_of({"splits": splits}), options.frames_root)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "schema_hash": SCHEMA_HASH,
         "prospect_dst": version("prospect-dst"),
         "status": 3 if refused else 0,
         "options": asdict(options),
-        "inputs": [source.summary() for source in sources],
+        "inputs": [source.manifest_entry() for source in sources],
         "splits": splits,
         "quarantined": len(refused),
-        "hazards": _hazards(sources, splits, context, options),
+        "hazards": [{"name": name, "split": split, "text": text} for name, split, text in hazards],
         "shards": [shard for _, shards, _ in written for shard in shards],
     }
     if refused:
@@ -162,8 +166,9 @@ def _tasks(source: Source, spool: str, fps: float | None, alone: bool) -> Iterat
         source.refuse(Refusal(str(source.path), None, None, None, "file", what, "clips", 0, source.bytes))
         return
     source.form = clips.form
-    for number, broken, span in clips.broken:
-        source.refuse(refuse(str(source.path), number, broken, span))
+    if clips.broken:
+        number, why, span = clips.broken
+        source.refuse(refuse(str(source.path), number, why, span))
     for start, end in cut(clips.spans[:, 1] - clips.spans[:, 0], PART_CLIPS, PART_BYTES):
         yield Task(str(source.path), clips.spans[start:end], start, f"{spool}-{start}.arrow", fps)
 
@@ -218,32 +223,3 @@ def _refused(sources: list[Source], options: Options, any_left: bool) -> list[Re
         first = f"; the first of {len(refused)} quarantined: {refused[0]}" if refused else ""
         raise InputError(f"{names}: found no usable clip, expected at least one{first}")
     return refused
-
-
-def _hazards(
-    sources: list[Source],
-    splits: dict[str, dict[str, Any]],
-    context: dict[str, hazards.ContextCounts],
-    options: Options,
-) -> list[hazards.Hazard]:
-    """The data's hazards; notes each split's number of recordings in `splits`."""
-    recordings: dict[str, set[str]] = {split: set() for split in splits}
-    files: dict[str, dict[tuple[str | None, ...], set[str]]] = {}  # split -> conversation -> files that hold it
-    videos: dict[hazards.Video, int] = {}
-    for source, info in [(owner, info) for owner in sources for info in owner.kept()]:
-        clip, split = info.clip, source.split
-        recordings[split].add(info.recording_id)
-        if clip.user is not None and info.annotated:
-            conversation = (clip.dataset, clip.video_uid, clip.user)
-            files.setdefault(split, {}).setdefault(conversation, set()).add(str(source.path))
-        video = hazards.Video(split, clip.video_uid, clip.frames_file, clip.dataset or "unknown", clip.fps)
-        videos[video] = max(videos.get(video, 0), info.bounds[1])
-    for split, names in recordings.items():
-        splits[split]["recordings"] = len(names)
-    found = [hazard for split in splits_of({"splits": splits}) for hazard in hazards.of_labels(split)]
-    found += [hazard for name, counts in context.items() for hazard in hazards.of_context(name, counts)]
-    found += [hazard for split, held in files.items() for hazard in hazards.of_variants(split, held)]
-    found += hazards.of_recordings(recordings)
-    if options.frames_root:
-        found += hazards.of_frames(Path(options.frames_root), videos)
-    return found

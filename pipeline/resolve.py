@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import hazards, labels
+from pipeline import labels
 from pipeline.errors import InputError
 from pipeline.extract import NONE, ClipInfo, Extracted
 from pipeline.media import count_frames, find_frames
 from pipeline.options import Options
-from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Range, Refusal, check_size, refuse
-from pipeline.state import Segment, initial_state, lacks, states_before
+from pipeline.readers.checks import MAX_FRAMES, check_size
+from pipeline.readers.clip import MAX_FRAME, ClipError, Range, Refusal, refuse
+from pipeline.state import Segment, lacks, states_before
 
 
 @dataclass
@@ -37,9 +38,8 @@ class Source:
     form: str = "unreadable"
     convention: str = "event"
     votes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # turns; of those, lead-in, event, window
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # of clips: renamed, bounds_widened, states_lacking
     schemas: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)  # descriptive field -> clips where its type says nothing
     refused: list[Refusal] = field(default_factory=list)
     parts: list[Extracted] = field(default_factory=list)
 
@@ -54,9 +54,11 @@ class Source:
         clip.keep = False
         self.refuse(refuse(str(self.path), clip.number, error, clip.span, clip.clip_id))
 
-    def summary(self) -> dict[str, Any]:
-        """This file's entry in the manifest."""
+    def manifest_entry(self) -> dict[str, Any]:
+        """What the manifest says of this file, and so the report."""
         turns, *fits = self.votes
+        clips = [clip.clip for part in self.parts for clip in part.clips]
+        ignored = Counter(name for clip in clips for name in set(clip.ignored))  # descriptive field -> clips
         return {
             "path": str(self.path),
             "split": self.split,
@@ -69,46 +71,37 @@ class Source:
             "frame_convention": self.convention,
             "votes": {"turns": turns, **dict(zip(labels.VOTED, fits, strict=True))},
             "turns_not_fitting": turns - fits[labels.VOTED.index(self.convention)],
-            **{name: self.counts[name] for name in ("fps_assumed", "bounds_widened", "renamed")},
-            "ignored_fields": dict(sorted(self.ignored.items())),
+            "fps_assumed": sum(not clip.fps_given for clip in clips),
+            **{name: self.counts[name] for name in ("bounds_widened", "renamed")},
+            "ignored_fields": dict(sorted(ignored.items())),
         }
 
 
-def resolve(sources: list[Source], options: Options) -> dict[str, hazards.ContextCounts]:
-    """Decide on all clips; returns the counts of the context leak audit by split.
-
-    Raises InputError where no frame convention fits a file.
-    """
-    for source in sources:
-        clips = source.kept()
-        source.counts["fps_assumed"] = sum(not clip.clip.fps_given for clip in clips)
-        source.ignored.update(name for clip in clips for name in set(clip.clip.ignored))
-    _unique_ids(sources)
-    context: dict[str, hazards.ContextCounts] = {}
-    for source in sources:
-        _decide_convention(source, options.frame_convention)
-        _decide_bounds(source, options.bounds)
-        _count_context(source, context.setdefault(source.split, hazards.ContextCounts()), broken=_replay_states(source))
-    if options.pad_s:
-        _pad([clip for source in sources for clip in source.kept()], options)
-    return context
-
-
-def _unique_ids(sources: list[Source]) -> None:
-    """Of clips of one data set with one id in one split, the first is kept; one of another data set is renamed."""
+def resolve(sources: list[Source], options: Options) -> None:
+    """Decide on all clips. Raises InputError where no frame convention fits a file."""
     taken: dict[tuple[str, str], ClipInfo] = {}
     for source in sources:
-        for clip in source.kept():
-            first = taken.setdefault((source.split, clip.clip_id), clip)
-            if first is clip:
-                continue
-            longer = f"{clip.clip_id}_{clip.clip.dataset or 'unknown'}_{clip.clip.video_uid}"
-            if first.clip.dataset == clip.clip.dataset or (source.split, longer) in taken:
-                source.drop(clip, ClipError("clip_id", f"{clip.clip_id!r} a second time", "an id of its own"))
-                continue
-            taken[source.split, longer] = clip
-            clip.clip_id = longer
-            source.counts["renamed"] += 1
+        _unique_ids(source, taken)
+        _decide_convention(source, options.frame_convention)
+        _decide_bounds(source, options.bounds)
+        _replay_states(source)
+    if options.pad_s:
+        _pad([clip for source in sources for clip in source.kept()], options)
+
+
+def _unique_ids(source: Source, taken: dict[tuple[str, str], ClipInfo]) -> None:
+    """Of clips of one data set with one id in one split, the first is kept; one of another data set is renamed."""
+    for clip in source.kept():
+        first = taken.setdefault((source.split, clip.clip_id), clip)
+        if first is clip:
+            continue
+        longer = f"{clip.clip_id}_{clip.clip.dataset or 'unknown'}_{clip.clip.video_uid}"
+        if first.clip.dataset == clip.clip.dataset or (source.split, longer) in taken:
+            source.drop(clip, ClipError("clip_id", f"{clip.clip_id!r} a second time", "an id of its own"))
+            continue
+        taken[source.split, longer] = clip
+        clip.clip_id = longer
+        source.counts["renamed"] += 1
 
 
 def _decide_convention(source: Source, given: str | None) -> None:
@@ -134,9 +127,7 @@ def _decide_convention(source: Source, given: str | None) -> None:
 
 def _given_or(clip: ClipInfo, extent: Range) -> Range:
     """The clip's bounds as given, or from `extent` what is not given."""
-    start, end = clip.given
-    if clip.unbounded:
-        return extent
+    start, end = (None, None) if clip.unbounded else clip.given
     return extent[0] if start is None else start, extent[1] if end is None else end
 
 
@@ -168,43 +159,35 @@ def _decide_bounds(source: Source, bounds: str) -> None:
             source.drop(clip, error)
 
 
-# ---- initial states ----------------------------------------------------------------------------------
-
-
-def _replay_states(source: Source) -> int:
+def _replay_states(source: Source) -> None:
     """Replay the state before each clip of a file over the earlier clips of its conversation.
 
-    Where there are none, the given state stays, unless the clip's own updates contradict it. Returns the number of
-    clips whose replayed state lacks what their updates need.
+    Where there are none, the given state stays, unless the clip's own updates contradict it.
     """
     conversations: dict[tuple[str | None, ...], list[ClipInfo]] = {}
     for clip in source.kept():
         if clip.tracked:
             key = (clip.clip.dataset, clip.clip.video_uid, clip.clip.user)
             conversations.setdefault(key, []).append(clip)
-    broken = 0
-    flat, rows = None, []  # of the group read last: conversations lie together
     for group in (group for members in conversations.values() for group in _tell_apart(members)):
         if len(group) == 1:
             group[0].state = {} if group[0].contradicted else None
             continue
         segments = []
         for clip in group:
-            if clip.updates is not flat:
-                flat, rows = clip.updates, clip.updates.rows() if clip.updates else []
             lead_in = source.convention == "lead-in" and not clip.placed
             first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
             updates = [
-                (max(end - 1, 0) if lead_in else start, step, transition)
-                for start, end, step, transition in rows[slice(*clip.own_updates)]
-                if end != labels.NO_FRAMES[1]
+                (max(end - 1, 0) if lead_in else start, update.id, update.transition)
+                for start, end, content in clip.updates
+                if start is not None and end is not None
+                for update in content
             ]
             given = None if clip.contradicted else clip.clip.initial_state
             segments.append(Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given))
         for clip, segment, replayed in zip(group, segments, states_before(segments), strict=True):
             clip.state = replayed
-            broken += lacks(replayed, (update[1:] for update in segment.updates))
-    return broken
+            source.counts["states_lacking"] += lacks(replayed, (update[1:] for update in segment.updates))
 
 
 def _tell_apart(members: list[ClipInfo]) -> Iterator[list[ClipInfo]]:
@@ -214,36 +197,13 @@ def _tell_apart(members: list[ClipInfo]) -> Iterator[list[ClipInfo]]:
     rise begins the next one.
     """
     numbers = [clip.clip.clip_idx for clip in members]
-    if len(set(numbers)) == len(numbers) or set(numbers) == {None}:
-        yield members
-        return
     begin = 0
-    for i, (before, number) in enumerate(pairwise(numbers), 1):
-        if before is None or number is None or number <= before:
-            yield members[begin:i]
-            begin = i
+    if len(set(numbers)) < len(numbers) and set(numbers) != {None}:
+        for i, (before, number) in enumerate(pairwise(numbers), 1):
+            if before is None or number is None or number <= before:
+                yield members[begin:i]
+                begin = i
     yield members[begin:]
-
-
-def _count_context(source: Source, counts: hazards.ContextCounts, broken: int) -> None:
-    """Add the file's counts for the context leak audit."""
-    counts.broken_states += broken
-    counts.spoken += sum(part.spoken for part in source.parts)
-    counts.echoed += sum(part.echoed for part in source.parts)
-    for clip in source.kept():
-        given_away, decisions = clip.clip.given_away
-        counts.given_away += given_away
-        counts.decisions += decisions
-        counts.clips += 1
-        counts.wrong_system += clip.system_contradicted
-        if (given := clip.clip.initial_state) is not None:
-            replayed = given if clip.state is None else clip.state
-            steps = {*given, *replayed}
-            counts.given_states += 1
-            counts.wrong_states += clip.contradicted or initial_state(steps, given) != initial_state(steps, replayed)
-
-
-# ---- padding -----------------------------------------------------------------------------------------
 
 
 def _pad(clips: list[ClipInfo], options: Options) -> None:

@@ -7,8 +7,8 @@ from typing import Final
 import msgspec
 
 from pipeline.readers import egoproactive, proassist, prospect, streamo
-from pipeline.readers.clip import NOT_STRICT, Clip, ClipError, Reader, brief, lenient
-from pipeline.readers.index import MAX_CLIP_BYTES
+from pipeline.readers.clip import Clip, ClipError, Reader, brief
+from pipeline.readers.index import MAX_CLIP_BYTES, NOT_STRICT, lenient
 
 # the first that fits
 READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, streamo.READER, proassist.READER, prospect.READER)
@@ -35,24 +35,20 @@ def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
     """
     if size > MAX_CLIP_BYTES:
         raise ClipError("clip", f"{size:,} bytes", f"at most {MAX_CLIP_BYTES:,}")
-    usual = prospect.read_usual(raw, fps)  # most files: decoded once, without a look at the names
-    return usual or _reader_of(raw).read(raw, fps)
-
-
-def _reader_of(raw: bytes) -> Reader:
-    """The reader of the clip's schema, by its top-level fields. Raises ClipError."""
+    if usual := prospect.read_usual(raw, fps):  # most files: decoded once, without a look at the names
+        return usual
     try:
-        names = frozenset(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]))
+        names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).keys()
     except NOT_STRICT:
         tree = lenient(raw)
         if not isinstance(tree, dict):
             raise ClipError("clip", type(tree).__name__, "object") from None
-        names = frozenset(tree)
+        names = tree.keys()
     for name, (found, expected) in _UNUSABLE.items():
         if name in names and "conversation" not in names:
             raise ClipError("conversation", found, expected)
     for reader in READERS:
         if reader.recognises(names, raw):
-            return reader
+            return reader.read(raw, fps)
     known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
     raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")

@@ -11,10 +11,11 @@ import re
 from typing import Any, Final
 
 from pipeline.labels import FLOOR_TOLERANCE
-from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, brief, check_size
+from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, brief
 from pipeline.schema import is_inside
 
 DEFAULT_FPS: Final = 2.0
+MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
 
 
 def text(value: Any, name: str, ignored: list[str]) -> str | None:
@@ -28,11 +29,6 @@ def text(value: Any, name: str, ignored: list[str]) -> str | None:
         return "\n".join(value) or None
     ignored.append(name)
     return None
-
-
-def name(value: Any, field: str, ignored: list[str]) -> str | None:
-    """A descriptive name: text or an integer."""
-    return str(value) if type(value) is int else text(value, field, ignored)
 
 
 def path(value: str | None, field: str) -> None:
@@ -52,25 +48,27 @@ def fps(given: float | str | None, option: float | None) -> tuple[float, bool]:
     return value, given is not None or option is not None
 
 
-def rate(value: float | None) -> None:
-    if value is not None and not 0 <= value <= 1:
-        raise ClipError("neg_frame_sampling_rate", str(value), "a rate between 0 and 1")
-
-
 def frame_at(second: float, fps: float, field: str, turn: int | None = None) -> int:
     """The frame that shows a time: floor(second * fps)."""
-    return math.floor(_position(second, fps, field, turn) + FLOOR_TOLERANCE)
+    if not 0 <= second * fps <= MAX_FRAME:
+        raise ClipError(field, f"{second:g}", f"seconds, at least 0 and at most {MAX_FRAME} frames", turn)
+    return math.floor(second * fps + FLOOR_TOLERANCE)
 
 
 def frame_after(second: float, fps: float, field: str, turn: int | None = None) -> int:
     """The first frame at or after a time: ceil(second * fps)."""
-    return math.ceil(_position(second, fps, field, turn) - FLOOR_TOLERANCE)
+    frame_at(second, fps, field, turn)
+    return math.ceil(second * fps - FLOOR_TOLERANCE)
 
 
-def _position(second: float, fps: float, field: str, turn: int | None) -> float:
-    if not 0 <= second * fps <= MAX_FRAME:
-        raise ClipError(field, f"{second:g}", f"seconds, at least 0 and at most {MAX_FRAME} frames", turn)
-    return second * fps
+def check_size(start: int, end: int) -> None:
+    """Refuse empty, reversed or absurd clip bounds."""
+    if end <= start:
+        raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}")
+    if end > MAX_FRAME:
+        raise ClipError("end_frame_idx", str(end), f"at most {MAX_FRAME}")
+    if end - start > MAX_FRAMES:
+        raise ClipError("end_frame_idx", f"{end - start} frames", f"at most {MAX_FRAMES}")
 
 
 def bounds(clip: Clip) -> Clip:

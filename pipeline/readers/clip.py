@@ -1,27 +1,20 @@
-"""`Clip`, the form that every reader brings its schema's clips into, why a clip is refused, and JSON to typed structs.
+"""`Clip`, which every reader makes of its schema's clips, and why a clip is refused.
 
-T turns
+T turns of a clip
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from pipeline.schema import ROLES, TRANSITIONS
-
-MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
 MAX_FRAME: Final = 2**31 - 1  # columns are int32
-
 EVERYWHERE: Final = ((0, MAX_FRAME),)  # `unlabelled` of a clip that nobody annotated
 
-T = TypeVar("T")
 Range = tuple[int, int]  # half-open [start_frame, end_frame), absolute
 Frame = Annotated[int, msgspec.Meta(ge=0, le=MAX_FRAME)]
 
@@ -81,12 +74,14 @@ def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:
 # ---- refusals ----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class ClipError(Exception):
     """Why one clip is refused: field, what was found there, what was expected, turn number or None."""
 
-    def __init__(self, field: str, found: str, expected: str, turn: int | None = None) -> None:
-        super().__init__(field, found, expected, turn)
-        self.field, self.found, self.expected, self.turn = field, found, expected, turn
+    field: str
+    found: str
+    expected: str
+    turn: int | None = None
 
 
 class Refusal(msgspec.Struct):
@@ -109,89 +104,11 @@ class Refusal(msgspec.Struct):
         return f"{self.file}{clip}{turn}: {self.field}: found {self.found}, expected {self.expected}"
 
 
-def refuse(file: str, clip: int | None, error: ClipError, span: tuple[int, int], clip_id: str | None = None) -> Refusal:
+def refuse(file: str, clip: int | None, error: ClipError, span: Range, clip_id: str | None = None) -> Refusal:
     return Refusal(file, clip, clip_id, error.turn, error.field, error.found, error.expected, *span)
-
-
-def check_size(start: int, end: int) -> None:
-    """Refuse empty, reversed or absurd clip bounds."""
-    if end <= start:
-        raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}")
-    if end > MAX_FRAME:
-        raise ClipError("end_frame_idx", str(end), f"at most {MAX_FRAME}")
-    if end - start > MAX_FRAMES:
-        raise ClipError("end_frame_idx", f"{end - start} frames", f"at most {MAX_FRAMES}")
 
 
 def brief(value: object, width: int = 60) -> str:
     """A value for an error message: one line, at most `width` characters, printable."""
     text = json.dumps(value[: 2 * width]) if isinstance(value, str) else repr(value).removeprefix("b")
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-# ---- JSON to typed structs ---------------------------------------------------------------------------
-
-NOT_STRICT: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
-def _number(digits: str) -> int | float | bytes:
-    value = float(digits)
-    if not math.isfinite(value):
-        return digits.encode()
-    if not value.is_integer():
-        return value
-    return int(digits) if digits.lstrip("-").isdigit() else int(value)
-
-
-# 193.0 is an integer. Numbers that are none (NaN, 1e400) are bytes, a type that no field has.
-LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
-
-
-def parse(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """`raw` as the decoder's type; what msgspec refuses is read by the standard library. Raises ClipError."""
-    try:
-        return decoder.decode(raw)
-    except NOT_STRICT:
-        tree = lenient(raw)
-    try:
-        record: T = msgspec.convert(tree, decoder.type)
-        msgspec.json.encode(record)  # a lone surrogate, or bytes that are not UTF-8, in a field that is read
-    except msgspec.ValidationError as error:
-        raise _explained(error, tree) from None
-    except UnicodeEncodeError:
-        raise ClipError("text", "bytes that are not UTF-8, or half a surrogate pair", "valid text") from None
-    return record
-
-
-def lenient(raw: bytes) -> Any:
-    """The JSON value of `raw` by the standard library. Raises ClipError."""
-    try:
-        return LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise ClipError("JSON", syntax(error), "a JSON object") from None
-
-
-def syntax(error: Exception, start: int = 0) -> str:
-    """What is wrong with text that is not JSON, on one line; the clip begins at character `start` of it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at character {error.pos - start} of the clip"
-    if isinstance(error, RecursionError):
-        return "nesting too deep to read"
-    return brief(" ".join(str(error).split()), 90)
-
-
-def _explained(error: msgspec.ValidationError, tree: Any) -> ClipError:
-    """msgspec's message ("Expected `int`, got `str` - at `$.conversation[3].time`") with the value at that path."""
-    message, _, path = str(error).partition(" - at `$")
-    where = path.removesuffix("`").lstrip(".")
-    for key in re.findall(r"[^.\[\]]+", where):
-        tree = tree[int(key) if isinstance(tree, list) else key]
-    in_turn = re.match(r"conversation\[(\d+)\]\.?(.*)", where)
-    turn, where = (int(in_turn[1]), in_turn[2]) if in_turn else (None, where)
-    if missing := re.match(r"Object missing required field `(.*)`", message):
-        return ClipError(f"{where}.{missing[1]}".lstrip("."), "nothing", f"the field {missing[1]}", turn)
-    if message.startswith("Invalid enum value"):
-        expected = f"one of {', '.join(TRANSITIONS if 'transition' in where else ROLES)}"
-    else:
-        expected = message.removeprefix("Expected ").partition(", got ")[0].replace("`", "").replace(" | null", "")
-    return ClipError(where or "clip", brief(tree), expected, turn)

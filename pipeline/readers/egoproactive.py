@@ -8,7 +8,7 @@ dialog state. `dialog`, the history before each chunk, is not used: where it gro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -16,7 +16,8 @@ from typing import Any, Final
 import msgspec
 
 from pipeline.readers import checks
-from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Range, Reader, brief, columns, parse
+from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Range, Reader, brief, columns
+from pipeline.readers.index import parse
 
 INTERRUPT: Final = "$interrupt$"
 
@@ -35,10 +36,6 @@ class Record(msgspec.Struct, gc=False):
 _RECORD = msgspec.json.Decoder(Record)
 
 
-def recognises(names: Collection[str], raw: bytes) -> bool:
-    return "video_intervals" in names
-
-
 def read(raw: bytes, fps: float | None) -> Clip:
     record = parse(raw, _RECORD)
     ignored: list[str] = []
@@ -48,11 +45,14 @@ def read(raw: bytes, fps: float | None) -> Clip:
     chunks = chunk_frames(record.video_intervals, fps)
     if len(record.answers) != len(chunks):
         raise ClipError("answers", str(len(record.answers)), f"one for each of the {len(chunks)} video_intervals")
+    # what each answer says; None: silence. The tag may follow white space, and white space the tag
+    answers = [answer.lstrip() for answer in record.answers]
+    said = [a.removeprefix(INTERRUPT).strip() if a.startswith(INTERRUPT) else None for a in answers]
     turns: list[tuple[Any, ...]] = []
     if query := checks.text(record.query, "query", ignored):
         turns.append(("user", query, record.video_intervals[0][0], chunks[0][0], chunks[0][0] + 1))
-    for (start, _), frames, answer in zip(record.video_intervals, chunks, record.answers, strict=True):
-        if (text := interrupt_text(answer)) is not None:
+    for (start, _), frames, text in zip(record.video_intervals, chunks, said, strict=True):
+        if text is not None:
             turns.append(("assistant", text, start, *frames))
     seconds = max(record.duration_in_sec or 0.0, 0.0)
     edges = [0, *(edge for chunk in chunks for edge in chunk), MAX_FRAME]
@@ -69,20 +69,18 @@ def read(raw: bytes, fps: float | None) -> Clip:
         goal=checks.text(record.task, "task", ignored),
         unlabelled=[(end, start) for end, start in zip(edges[::2], edges[1::2], strict=True) if end < start],
         ignored=ignored,
-        given_away=_given_away(record.dialog, record.answers),
+        given_away=_given_away(record.dialog, [text is not None for text in said]),
     )
     checks.path(clip.video_uid, "video_uid")
     return checks.bounds(clip)
 
 
-NEEDS: Final = "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query"
-READER: Final = Reader("egoproactive", NEEDS, recognises, read)
-
-
-def interrupt_text(answer: str) -> str | None:
-    """What an answer says; None: silence. The tag may follow white space, and white space the tag."""
-    answer = answer.lstrip()
-    return answer.removeprefix(INTERRUPT).strip() if answer.startswith(INTERRUPT) else None
+READER: Final = Reader(
+    "egoproactive",
+    "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query",
+    lambda names, raw: "video_intervals" in names,
+    read,
+)
 
 
 def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[Range]:
@@ -99,7 +97,7 @@ def chunk_frames(intervals: Sequence[tuple[float, float]], fps: float) -> list[R
     return list(zip(edges, edges, strict=True))
 
 
-def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int]:
+def _given_away(dialog: Any, interrupts: list[bool]) -> tuple[int, int]:
     """(chunks whose answer shows in the growth of `dialog` after them, of how many).
 
     A session's chunks count where `dialog` gains assistant turns exactly after its interrupts.
@@ -108,8 +106,7 @@ def _given_away(dialog: Any, answers: Sequence[str]) -> tuple[int, int]:
         return 0, 0
     said = [
         sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in history)
-        for history in dialog[: len(answers)]
+        for history in dialog[: len(interrupts)]
     ]
     grows = [after > before for before, after in pairwise(said)]
-    interrupts = [interrupt_text(answer) is not None for answer in answers[: len(grows)]]
-    return len(grows) if any(grows) and grows == interrupts else 0, len(grows)
+    return len(grows) if any(grows) and grows == interrupts[: len(grows)] else 0, len(grows)

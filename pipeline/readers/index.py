@@ -1,41 +1,58 @@
-"""Where the clips of a file lie: byte spans, so that one bad clip never costs its neighbours.
+"""JSON as it is found: where the clips of a file lie, and one clip's bytes as a typed struct.
 
-A JSON array, one clip object, or JSON Lines, told apart by content. msgspec finds the spans without building a clip
-(a memory-mapped array of 1.1 GB: 0.6 s, 24 bytes a clip). An array that it refuses as a whole (one NaN, a byte-order
-mark, a truncated tail) is read into memory and walked by the standard library, two to four times slower, up to where
-its syntax breaks; the rest is reported as one stretch.
+A file is a JSON array, one clip object, or JSON Lines, told apart by content. msgspec finds the byte spans of its clips
+without building one (a memory-mapped array of 1.1 GB: 0.6 s, 24 bytes a clip), so that one bad clip never costs its
+neighbours. An array that it refuses as a whole (one NaN, a byte-order mark, a truncated tail) is read into memory and
+walked by the standard library, two to four times slower, up to where its syntax breaks; the rest is one refusal.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import re
-import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.readers.clip import LENIENT, NOT_STRICT, ClipError, brief, syntax
+from pipeline.readers.clip import ClipError, Range, brief
+from pipeline.schema import ROLES, TRANSITIONS
 
 MAX_CLIP_BYTES: Final = 64 << 20
 CLIP_NAMES: Final = frozenset(("conversation", "video_uid", "video_path", "video_intervals"))
 _BOM: Final = b"\xef\xbb\xbf"
 _SPACE: Final = re.compile(rb"[ \t\r\n]*")
-Data = bytes | mmap.mmap
+NOT_STRICT: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+T = TypeVar("T")
 
 
-@dataclass
-class Index:
+def _number(digits: str) -> int | float | bytes:
+    value = float(digits)
+    if not math.isfinite(value):
+        return digits.encode()
+    if not value.is_integer():
+        return value
+    return int(digits) if digits.lstrip("-").isdigit() else int(value)
+
+
+# 193.0 is an integer. Numbers that are none (NaN, 1e400) are bytes, a type that no field has.
+LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
+
+
+# ---- a file ------------------------------------------------------------------------------------------
+
+
+class Index(NamedTuple):
     """Byte spans of a file's clips, in order, and what of the file is not JSON."""
 
     form: str  # array, object, lines
     spans: np.ndarray  # int64 [C, 2]
-    broken: list[tuple[int, ClipError, tuple[int, int]]] = field(default_factory=list)  # (number, why, span)
+    broken: tuple[int, ClipError, Range] | None = None  # (the clip's number, why, span)
 
 
 def index(path: Path) -> Index:
@@ -43,22 +60,40 @@ def index(path: Path) -> Index:
 
     Raises InputError where the file cannot be read, is empty, or begins like none of them.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
+        if data[start : start + 1] == b"[":
+            return _array(data, start)
+        if _looks_like_lines(data):
+            return Index("lines", np.array(list(_lines(data)), np.int64).reshape(-1, 2))
+        if data[start : start + 1] == b"{":
+            return _walk(data, start, "object")
+        head = data[start : start + 20]
+    kinds = {b"": "only white space", b"\x1f\x8b": "a gzip file (decompress it first)"}
+    kinds |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text (save it as UTF-8 first)")
+    raise InputError(
+        f"{path}: found {kinds.get(head[:2]) or brief(head)}, expected a JSON array of clips, one clip object, "
+        "or JSON Lines, as UTF-8"
+    )
+
+
+def _array(data: mmap.mmap, start: int) -> Index:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
-        if status.st_size == 0:
-            raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _index(path, data)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read: {syntax(error)}") from None
+        clips = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except NOT_STRICT:
+        return _walk(data, start, "array")
+    base = np.frombuffer(data, np.uint8).ctypes.data
+    starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
+    sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
+    return Index("array", np.stack([starts, starts + sizes], axis=1))
 
 
-def line_spans(data: Data) -> Iterator[tuple[int, int]]:
-    """The bytes of each line of JSON Lines that is not blank; lines end at \\n alone (U+2028 may stand in a text)."""
+def _lines(data: mmap.mmap) -> Iterator[Range]:
+    """The bytes of each line that is not blank; lines end at \\n alone (U+2028 may stand in a text)."""
     start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
     while start < len(data):
         stop = data.find(b"\n", start)
@@ -68,35 +103,9 @@ def line_spans(data: Data) -> Iterator[tuple[int, int]]:
         start = stop + 1
 
 
-def _index(path: Path, data: mmap.mmap) -> Index:
-    start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
-    opening = data[start : start + 1]
-    if opening == b"[":
-        try:
-            clips = msgspec.json.decode(data, type=list[msgspec.Raw])
-        except NOT_STRICT:
-            return _walk(data, start, "array")
-        base = np.frombuffer(data, np.uint8).ctypes.data
-        starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
-        sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-        del clips  # they hold the memory map
-        return Index("array", np.stack([starts, starts + sizes], axis=1))
-    if _looks_like_lines(data):
-        return Index("lines", _spans(line_spans(data)))
-    if opening == b"{":
-        return _walk(data, start, "object")
-    head = data[start : start + 20]
-    kinds = {b"": "only white space", b"\x1f\x8b": "a gzip file (decompress it first)"}
-    kinds |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text (save it as UTF-8 first)")
-    raise InputError(
-        f"{path}: found {kinds.get(head[:2]) or brief(head)}, expected a JSON array of clips, one clip object, "
-        "or JSON Lines, as UTF-8"
-    )
-
-
-def _looks_like_lines(data: Data) -> bool:
+def _looks_like_lines(data: mmap.mmap) -> bool:
     """Whether the first line, or after broken ones another, is by itself a clip (not so in a pretty-printed object)."""
-    for number, (start, stop) in zip(range(16), line_spans(data), strict=False):
+    for number, (start, stop) in zip(range(16), _lines(data), strict=False):
         try:
             tree = LENIENT.decode(str(data[start : min(stop, start + MAX_CLIP_BYTES)], "latin-1"))
         except (ValueError, RecursionError):
@@ -106,14 +115,10 @@ def _looks_like_lines(data: Data) -> bool:
     return False
 
 
-def _spans(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    return np.array(list(pairs), np.int64).reshape(-1, 2)
-
-
-def _walk(data: Data, start: int, form: str) -> Index:
+def _walk(data: mmap.mmap, start: int, form: str) -> Index:
     """The clips of an array that msgspec refuses, or of one object, at `start`, up to where the syntax breaks."""
     text = str(data, "latin-1")  # a character per byte, so that positions are bytes
-    spans: list[tuple[int, int]] = []
+    spans: list[Range] = []
     at, problem, closed = start, "", False
     if form == "array":
         at = _after_space(data, start + 1)
@@ -123,7 +128,7 @@ def _walk(data: Data, start: int, form: str) -> Index:
         try:
             _, end = LENIENT.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            problem = syntax(error, at)
+            problem = _syntax(error, at)
             break
         spans.append((at, end))
         at = _after_space(data, end)
@@ -136,13 +141,65 @@ def _walk(data: Data, start: int, form: str) -> Index:
     if not problem and at < len(data):
         problem = f"{_shown(data, at, 20)} after the end"
     why = ClipError("JSON", problem, "a clip; what follows was not read")
-    return Index(form, _spans(spans), [(len(spans), why, (at, len(data)))] if problem else [])
+    found = np.array(spans, np.int64).reshape(-1, 2)
+    return Index(form, found, (len(spans), why, (at, len(data))) if problem else None)
 
 
-def _after_space(data: Data, at: int) -> int:
+def _after_space(data: mmap.mmap, at: int) -> int:
     match = _SPACE.match(data, at)
     return match.end() if match else at
 
 
-def _shown(data: Data, at: int, length: int) -> str:
+def _shown(data: mmap.mmap, at: int, length: int) -> str:
     return brief(data[at : at + 4 * length].decode("utf-8", "surrogateescape")[:length])
+
+
+def _syntax(error: Exception, start: int = 0) -> str:
+    """What is wrong with text that is not JSON, on one line; the clip begins at character `start` of it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.pos - start} of the clip"
+    return "nesting too deep to read" if isinstance(error, RecursionError) else brief(str(error), 90)
+
+
+# ---- a clip ------------------------------------------------------------------------------------------
+
+
+def parse(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """`raw` as the decoder's type; what msgspec refuses is read by the standard library. Raises ClipError."""
+    try:
+        return decoder.decode(raw)
+    except NOT_STRICT:
+        tree = lenient(raw)
+    try:
+        record: T = msgspec.convert(tree, decoder.type)
+        msgspec.json.encode(record)  # a lone surrogate, or bytes that are not UTF-8, in a field that is read
+    except msgspec.ValidationError as error:
+        raise _explained(error, tree) from None
+    except UnicodeEncodeError:
+        raise ClipError("text", "bytes that are not UTF-8, or half a surrogate pair", "valid text") from None
+    return record
+
+
+def lenient(raw: bytes) -> Any:
+    """The JSON value of `raw` by the standard library. Raises ClipError."""
+    try:
+        return LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise ClipError("JSON", _syntax(error), "a JSON object") from None
+
+
+def _explained(error: msgspec.ValidationError, tree: Any) -> ClipError:
+    """msgspec's message ("Expected `int`, got `str` - at `$.conversation[3].time`") with the value at that path."""
+    message, _, path = str(error).partition(" - at `$")
+    where = path.removesuffix("`").lstrip(".")
+    for key in re.findall(r"[^.\[\]]+", where):
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    in_turn = re.match(r"conversation\[(\d+)\]\.?(.*)", where)
+    turn, where = (int(in_turn[1]), in_turn[2]) if in_turn else (None, where)
+    if missing := re.match(r"Object missing required field `(.*)`", message):
+        return ClipError(f"{where}.{missing[1]}".lstrip("."), "nothing", f"the field {missing[1]}", turn)
+    if message.startswith("Invalid enum value"):
+        expected = f"one of {', '.join(TRANSITIONS if 'transition' in where else ROLES)}"
+    else:
+        expected = message.removeprefix("Expected ").partition(", got ")[0].replace("`", "").replace(" | null", "")
+    return ClipError(where or "clip", brief(tree), expected, turn)

@@ -8,16 +8,17 @@ nobody annotated any of their frames.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Any, Final, Literal
 
 import msgspec
 
 from pipeline.readers import checks
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Frame, Reader, Update, columns, parse
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Frame, Reader, Update, columns
+from pipeline.readers.index import parse
 from pipeline.readers.prospect import Record, checked_content, clip_of
 
 SUMMARY_REQUEST: Final = "Please summarize"  # a system turn; the reply is the model's note to itself
+Row = list[Any]  # a turn: role, content, time, start_frame, end_frame
 
 
 class Turn(msgspec.Struct, gc=False):
@@ -36,28 +37,28 @@ _RECORD = msgspec.json.Decoder(ProAssistRecord)
 _FRAMES_TURN = re.compile(rb'"role"\s*:\s*"frames"')
 
 
-def recognises(names: Collection[str], raw: bytes) -> bool:
-    return "conversation" in names and _FRAMES_TURN.search(raw) is not None
-
-
 def read(raw: bytes, fps: float | None) -> Clip:
     record = parse(raw, _RECORD)
-    clip = clip_of(record, "proassist", fps)
-    _place(clip, record.conversation)  # type: ignore[arg-type]
-    clip.convention = "lead-in"
     metadata = record.metadata if type(record.metadata) is dict else {}
-    if clip.neg_rate == -1 or metadata.get("summary_only") is True:
+    summary_file = record.neg_frame_sampling_rate == -1
+    if summary_file:
+        record.neg_frame_sampling_rate = None
+    clip = clip_of(record, "proassist", fps)
+    clip.convention = "lead-in"
+    if summary_file or metadata.get("summary_only") is True:
         clip.unlabelled = EVERYWHERE
-    if clip.neg_rate == -1:
-        clip.neg_rate = None
     if metadata.get("add_knowledge") is False:
         clip.knowledge = None
-    checks.rate(clip.neg_rate)
+    _place(clip, record.conversation)  # type: ignore[arg-type]
     return checks.bounds(clip)
 
 
-NEEDS: Final = "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx"
-READER: Final = Reader("proassist", NEEDS, recognises, read)
+READER: Final = Reader(
+    "proassist",
+    "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx",
+    lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None,
+    read,
+)
 
 
 def _place(clip: Clip, turns: list[Turn]) -> None:
@@ -67,8 +68,9 @@ def _place(clip: Clip, turns: list[Turn]) -> None:
     next frame, or, where the reply follows with no frame in between, by that last frame. The reply to
     'Please summarize' gets no frames.
     """
-    rows: list[list[Any]] = []
-    waiting: list[list[Any]] = []  # user turns that neither a reply nor frames followed yet
+    rows: list[Row] = []
+    waiting: list[Row] = []  # user turns that neither a reply nor frames followed yet
+    heard_later: list[Row] = []  # user turns that frames, or the end, follow
     edges: list[tuple[int, int]] = []
     summarizing = False
     for number, turn in enumerate(turns):
@@ -78,7 +80,8 @@ def _place(clip: Clip, turns: list[Turn]) -> None:
                 field = "start" if start is None else "end"
                 raise ClipError(field, "nothing" if end is None else str(end), f"at least start {start}", number)
             edges.append((start, end))
-            _move_on(waiting)
+            heard_later += waiting
+            waiting = []
             continue
         summary = summarizing and turn.role == "assistant"
         clip.summaries += summary
@@ -92,15 +95,9 @@ def _place(clip: Clip, turns: list[Turn]) -> None:
             if turn.role == "user":
                 waiting.append(row)
         if turn.role == "assistant":
-            waiting.clear()
-    _move_on(waiting)
+            waiting = []
+    for row in heard_later + waiting:
+        row[3], row[4] = row[4], row[4] + 1
     clip.turns = columns(rows)
     clip.start_frame = min((a for a, _ in edges), default=None) if clip.start_frame is None else clip.start_frame
     clip.end_frame = max((b for _, b in edges), default=None) if clip.end_frame is None else clip.end_frame
-
-
-def _move_on(waiting: list[list[Any]]) -> None:
-    """Move the user turns to the next frame: frames, or the end, follow them. Empties `waiting`."""
-    for row in waiting:
-        row[3], row[4] = row[4], row[4] + 1
-    waiting.clear()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from pipeline.readers import checks
-from pipeline.readers.clip import NOT_STRICT, Clip, ClipError, Frame, Reader, Update, brief, columns, parse
+from pipeline.readers.clip import Clip, ClipError, Frame, Reader, Update, brief, columns
+from pipeline.readers.index import NOT_STRICT, parse
 from pipeline.schema import STATES, TRANSITIONS
 
 
@@ -63,10 +63,6 @@ _COLUMNS = operator.attrgetter("role", "content", "time", "start_frame", "end_fr
 _CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
 
 
-def recognises(names: Collection[str], raw: bytes) -> bool:
-    return "video_uid" in names or "conversation" in names
-
-
 def read_usual(raw: bytes, fps: float | None) -> Clip | None:
     """The clip where its bytes decode at once as this schema; None: look closer."""
     try:
@@ -76,35 +72,42 @@ def read_usual(raw: bytes, fps: float | None) -> Clip | None:
     return _clip(record, fps)
 
 
-def read(raw: bytes, fps: float | None) -> Clip:
-    return _clip(parse(raw, _RECORD), fps)
-
-
-NEEDS: Final = "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]"
-READER: Final = Reader("prospect", NEEDS, recognises, read)
+READER: Final = Reader(
+    "prospect",
+    "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]",
+    lambda names, raw: "video_uid" in names or "conversation" in names,
+    lambda raw, fps: _clip(parse(raw, _RECORD), fps),
+)
 
 
 def _clip(record: Record, fps: float | None) -> Clip:
     clip = clip_of(record, "prospect", fps)
-    checks.rate(clip.neg_rate)
     clip.turns = role, content, _, start, end = columns(map(_COLUMNS, record.conversation))
     whole = None not in start and None not in end and all(map(operator.le, start, end))
-    if not (whole and list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role))):
-        turns = [_checked(number, *turn) for number, turn in enumerate(zip(*clip.turns, strict=True))]
-        said = [(time, start) for role, _, time, start, _ in turns if role != "system"]
-        if any(time is not None for time, _ in said) and all(start is None for _, start in said):
-            if not clip.fps_given:
-                raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
-            clip.convention = "event"
-            for i, (role, text, time, *_) in enumerate(turns):  # each timed one at the frame that shows its time
-                if time is not None:
-                    frame = checks.frame_at(time, clip.fps, "time", i)
-                    turns[i] = role, text, time, frame, frame + 1
-        clip.turns = columns(turns)
+    if whole and list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role)):
+        return checks.bounds(clip)
+    turns = []  # that need a closer look
+    for number, (kind, words, time, first, last) in enumerate(zip(*clip.turns, strict=True)):
+        words = checked_content(kind, words, number)
+        if first is None or last is None:  # half a frame range is none
+            first, last = None, None
+        elif last < first:
+            raise ClipError("end_frame", str(last), f"at least start_frame {first}", number)
+        turns.append((kind, words, time, first, last))
+    said = [(time, start) for role, _, time, start, _ in turns if role != "system"]
+    if any(time is not None for time, _ in said) and all(start is None for _, start in said):
+        if not clip.fps_given:
+            raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
+        clip.convention = "event"
+        for i, (role, content, time, *_) in enumerate(turns):  # each timed one at the frame that shows its time
+            if time is not None:
+                frame = checks.frame_at(time, clip.fps, "time", i)
+                turns[i] = role, content, time, frame, frame + 1
+    clip.turns = columns(turns)
     return checks.bounds(clip)
 
 
-def clip_of(record: Record, schema: str, fps_option: float | None) -> Clip:
+def clip_of(record: Record, schema: str, option: float | None) -> Clip:
     """The Clip of a decoded record of this schema or of ProAssist's, all but its turns. Raises ClipError."""
     ignored: list[str] = []
     metadata = record.metadata or {}
@@ -113,10 +116,8 @@ def clip_of(record: Record, schema: str, fps_option: float | None) -> Clip:
         metadata = {}
     checks.path(record.video_uid, "video_uid")
     checks.path(record.frames_file or None, "frames_file")
-    fps, fps_given = checks.fps(record.fps, fps_option)
-    for step, state in (record.initial_dst_state or {}).items():
-        if state not in STATES:
-            raise ClipError(f"initial_dst_state.{step}", brief(state), f"one of {', '.join(STATES)}")
+    fps, fps_given = checks.fps(record.fps, option)
+    rate, user = record.neg_frame_sampling_rate, metadata.get("user_id")
     steps = [(step.id, step.name) for step in (record.dst.steps if isinstance(record.dst, Steps) else record.dst) or ()]
     if not {type(part) for step in steps for part in step} <= {str}:
         steps = [(str(step), checks.text(name, "dst.name", ignored) or "") for step, name in steps]
@@ -125,7 +126,7 @@ def clip_of(record: Record, schema: str, fps_option: float | None) -> Clip:
         own = checks.text(getattr(record, field), field, ignored)
         return own or checks.text(metadata.get(key), f"metadata.{key}", ignored)
 
-    return Clip(
+    clip = Clip(
         schema=schema,
         video_uid=record.video_uid,
         turns=(),
@@ -135,31 +136,22 @@ def clip_of(record: Record, schema: str, fps_option: float | None) -> Clip:
         end_frame=record.end_frame_idx,
         id=record.id,
         clip_idx=record.clip_idx,
-        user=checks.name(metadata.get("user_id"), "metadata.user_id", ignored),
+        user=str(user) if type(user) is int else checks.text(user, "metadata.user_id", ignored),
         dataset=checks.text(record.dataset, "dataset", ignored),
         frames_file=record.frames_file,
         goal=described("inferred_goal", "task_goal"),
         knowledge=described("inferred_knowledge", "knowledge"),
         steps=steps,  # type: ignore[arg-type]
         initial_state=record.initial_dst_state,
-        neg_rate=record.neg_frame_sampling_rate,
+        neg_rate=rate,
         ignored=ignored,
     )
-
-
-# ---- turns that need a closer look -------------------------------------------------------------------
-
-Row = tuple[Any, ...]  # a turn: role, content, time, start_frame, end_frame
-
-
-def _checked(number: int, role: str, content: Any, time: Any, start: Any, end: Any) -> Row:
-    """A turn, brought into form; half a frame range is none."""
-    content = checked_content(role, content, number)
-    if start is None or end is None:
-        return role, content, time, None, None
-    if end < start:
-        raise ClipError("end_frame", str(end), f"at least start_frame {start}", number)
-    return role, content, time, start, end
+    for step, state in (record.initial_dst_state or {}).items():
+        if state not in STATES:
+            raise ClipError(f"initial_dst_state.{step}", brief(state), f"one of {', '.join(STATES)}")
+    if rate is not None and not 0 <= rate <= 1:
+        raise ClipError("neg_frame_sampling_rate", str(rate), "a rate between 0 and 1")
+    return clip
 
 
 def checked_content(role: str, content: Any, number: int) -> Any:

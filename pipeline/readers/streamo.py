@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
@@ -19,7 +19,8 @@ import msgspec
 from msgspec import UNSET
 
 from pipeline.readers import checks
-from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Reader, brief, columns, parse
+from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Reader, brief, columns
+from pipeline.readers.index import parse
 
 _ENDING: Final = re.compile(r"\.(mp4|mkv|webm|mov|avi|m4v)$", re.IGNORECASE)
 _CLOCK: Final = re.compile(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)\s*")  # 75.5, 1:15.5, 0:01:15
@@ -46,27 +47,27 @@ class Record(msgspec.Struct, gc=False):
 _RECORD = msgspec.json.Decoder(Record)
 
 
-def recognises(names: Collection[str], raw: bytes) -> bool:
-    return "response" in names and ("video_name" in names or "video_path" in names)
-
-
 def read(raw: bytes, fps: float | None) -> Clip:
     record = parse(raw, _RECORD)
     ignored: list[str] = []
-    responses = [said for entry in record.response for said in (entry if isinstance(entry, list) else [entry])]
     fps, given = checks.fps(record.fps, fps)
+    responses = [said for entry in record.response for said in (entry if isinstance(entry, list) else [entry])]
     streamo = any(said.st_time is not UNSET or said.end_time is not UNSET for said in responses)
     turns: list[tuple[Any, ...]] = []
-    for number, said in enumerate(record.question or ()):
-        for second in _seconds(said, f"question[{number}]", streamo):
-            start = checks.frame_after(second, fps, "time")
-            turns.append(("user", said.content, second, start, start + 1))
-    for number, said in enumerate(responses):
-        for second in _seconds(said, f"response[{number}]", streamo):
-            start, end = (checks.frame_after(edge, fps, "time") for edge in (second, second + 1))
-            turns.append(("assistant", said.content, second, start, end))
+    for role, name, entries in (("user", "question", record.question or ()), ("assistant", "response", responses)):
+        for number, said in enumerate(entries):
+            for second in _seconds(said, f"{name}[{number}]", streamo):
+                start = checks.frame_after(second, fps, "time")
+                end = start + 1 if role == "user" else checks.frame_after(second + 1, fps, "time")
+                turns.append((role, said.content, second, start, end))
     turns.sort(key=lambda turn: (turn[3], turn[0] != "user"))
-    path = _path(record)
+    path = (record.video_path or record.video_name or "").replace("\\", "/").removeprefix("./")
+    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute():  # JoyAI's, filled in by its user
+        path = PurePosixPath(path).name
+    if not path:
+        raise ClipError("video_path", "nothing", "the video's file, in video_path or video_name")
+    checks.path(path, "video_path")
+    source = record.source
     clip = Clip(
         schema="streamo",
         video_uid=_ENDING.sub("", path),
@@ -76,7 +77,7 @@ def read(raw: bytes, fps: float | None) -> Clip:
         start_frame=0,
         end_frame=max((turn[4] for turn in turns), default=None),
         convention="event",
-        dataset=checks.name(record.source, "source", ignored),
+        dataset=str(source) if type(source) is int else checks.text(source, "source", ignored),
         frames_file=path,
         ignored=ignored,
     )
@@ -84,8 +85,12 @@ def read(raw: bytes, fps: float | None) -> Clip:
     return checks.bounds(clip)
 
 
-NEEDS: Final = "video_name or video_path, question and response [{content, time}, ...], or st_time and end_time"
-READER: Final = Reader("streamo", NEEDS, recognises, read)
+READER: Final = Reader(
+    "streamo",
+    "video_name or video_path, question and response [{content, time}, ...], or st_time and end_time",
+    lambda names, raw: "response" in names and ("video_name" in names or "video_path" in names),
+    read,
+)
 
 
 def _seconds(said: Said, field: str, streamo: bool) -> Iterator[float]:
@@ -121,14 +126,3 @@ def _times(value: Any, field: str) -> list[float]:
     if not all(0 <= time <= MAX_FRAME for time in times):
         raise ClipError(field, brief(value), 'seconds, as a number or as text ("5", "1:05", "5,6,7")')
     return times
-
-
-def _path(record: Record) -> str:
-    """The video's file as the source names it; its name alone where it was given as an absolute path."""
-    path = (record.video_path or record.video_name or "").replace("\\", "/").removeprefix("./")
-    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute():  # JoyAI's, filled in by its user
-        path = PurePosixPath(path).name
-    if not path:
-        raise ClipError("video_path", "nothing", "the video's file, in video_path or video_name")
-    checks.path(path, "video_path")
-    return path

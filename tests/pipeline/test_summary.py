@@ -39,13 +39,13 @@ def test_gaps_between_events(gaps, median, usual):
 
 def test_hazards_of_label_counts():
     train, val = splits(**toy_splits())
-    assert [(h["name"], h["split"]) for h in hazards.of_labels(train)] == [("heads coincide", "train")]
+    assert [(name, split) for name, split, _ in hazards.of_labels(train)] == [("heads coincide", "train")]
     (coincide,) = hazards.of_labels(train)
-    assert coincide["text"].startswith("2 of 2 DST frames are positive for both heads")
+    assert coincide[2].startswith("2 of 2 DST frames are positive for both heads")
     (first,) = hazards.of_labels(val)
-    assert first["text"].startswith("1 of 1 clips begin on an event")
+    assert first[2].startswith("1 of 1 clips begin on an event")
     (positive,) = splits(train=[make_clip("a", "0111", "...."), make_clip("b", "0111", "....")])
-    assert [h["name"] for h in hazards.of_labels(positive)] == ["implausible positive rate", "head without positives"]
+    assert [name for name, *_ in hazards.of_labels(positive)] == ["implausible positive rate", "head without positives"]
 
 
 def test_summary_table_fits_100_columns_and_names_drops_and_hazards():
