@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import go, write_data
+from small_run import go, go_until, write_data
 
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
@@ -24,18 +25,32 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tokens() -> Tokens:
-    return train_tiny_tokens(["Put the base down", "S1->complete", "well done"] * 3)
+    return train_tiny_tokens(["Put the base down", "What now?", "S1->complete", "Well done."] * 3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of `small_run`, for modules that have no data of their own."""
+    """The shards of `small_run`; nobody may change them."""
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on `data` that nobody stopped, by one process."""
+    """A run on `data` that nobody stopped, by one process; nobody may change it."""
     run = tmp_path_factory.mktemp("whole") / "run"
     go(data, run)
     return run
+
+
+@pytest.fixture(scope="session")
+def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that died after step 7; its last checkpoint is of step 6. Nobody may change it."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    go_until(7, data, run)
+    return run
+
+
+@pytest.fixture
+def cut(killed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(killed, tmp_path / "run")
+    return tmp_path / "run"

@@ -12,7 +12,7 @@ from by_hand import clip_example, dst, turn, write_frames, write_shards
 
 import trainer.train
 from trainer.config import RunOptions, TrainConfig
-from trainer.train import train
+from trainer.train import TrainReport, train
 
 CONFIG = TrainConfig(
     steps=10, clips_per_step=3, warmup_steps=2, max_tokens=200, micro_batch_tokens=120, eval_every=4
@@ -39,20 +39,19 @@ def write_data(out: Path, clips: int = 7, val: int = 3) -> Path:
     return write_shards(out, splits, frames_root=out / "frames-on-disk", group=2)
 
 
-def go(data: Path, run: Path, resume: bool = False, workers: int = 0, save_every: int = 2, **changed):
+def go(data: Path, run: Path, resume=False, workers=0, save_every=2, fsdp=False, **changed) -> TrainReport:
     """Train, quietly, on one thread; top-level, so that a fresh process can be started on it."""
     torch.set_num_threads(1)
     config = TrainConfig(**{**CONFIG.__dict__, **changed})
-    return train(
-        data, run, config, options=RunOptions(workers=workers, save_every=save_every, progress=False), resume=resume
-    )
+    options = RunOptions(workers=workers, save_every=save_every, fsdp=fsdp, progress=False)
+    return train(data, run, config, options=options, resume=resume)
 
 
 class PowerCut(BaseException):
     pass
 
 
-def go_until(step: int, data, run, monkeypatch, **changed):
+def go_until(step: int, data: Path, run: Path, **changed) -> None:
     """A run that dies after `step` steps."""
     after = trainer.train._Session.after_step
 
@@ -61,7 +60,7 @@ def go_until(step: int, data, run, monkeypatch, **changed):
         if done == step:
             raise PowerCut
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.train._Session, "after_step", dies)
         with pytest.raises(PowerCut):
             go(data, run, **changed)
@@ -76,3 +75,8 @@ def curve(run: Path) -> list[dict]:
 def weights(run: Path) -> dict[str, bytes]:
     """All files of both checkpoints: weights, optimizer, options, tokenizer."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("[lb]*/*"))}
+
+
+def same(run: Path, other: Path) -> bool:
+    """Whether two runs left the same, bit for bit."""
+    return weights(run) == weights(other) and curve(run) == curve(other)

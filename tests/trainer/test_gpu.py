@@ -73,7 +73,7 @@ def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, more):
     report = go(data, tmp_path / "run", **more)
     assert report.loss < 0.7 * curve(tmp_path / "run")[0]["loss"]
     assert load_run(tmp_path / "run").info["step"] == CONFIG.steps
-    go_until(5, data, tmp_path / "cut", monkeypatch, **more)
+    go_until(5, data, tmp_path / "cut", **more)
     assert go(data, tmp_path / "cut", resume=True, **more).resumed_from == 4
     assert curve(tmp_path / "cut")[-2]["loss"] == pytest.approx(curve(tmp_path / "run")[-2]["loss"], rel=1e-2)
 

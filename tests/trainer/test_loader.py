@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +26,7 @@ def numbered(number: int):
 # ---- onto the device ---------------------------------------------------------------------------------
 
 
-class Told(Transfer):
+class LoggedTransfer(Transfer):
     """A CPU's copies that say when they were started and taken, and pretend to overlap."""
 
     def __init__(self) -> None:
@@ -43,7 +40,7 @@ class Told(Transfer):
 
 
 def test_a_pack_is_on_its_way_while_the_one_before_it_is_computed():
-    transfer, used = Told(), []
+    transfer, used = LoggedTransfer(), []
 
     def made():
         for step in ([1, 2], [3], [], [4]):
@@ -111,20 +108,3 @@ def test_a_gpu_learns_the_same_from_workers_and_from_its_own_process(tmp_path):
         go(data, tmp_path / f"run{workers}", workers=workers)
     own, theirs = ([line["loss"] for line in curve(tmp_path / f"run{n}") if "loss" in line] for n in (0, 2))
     assert theirs == pytest.approx(own, rel=1e-2)
-
-
-# ---- beside a user's own files -------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_workers_never_import_what_lies_in_the_working_folder(tmp_path):
-    data, mine = write_data(tmp_path / "data"), tmp_path / "mine"
-    mine.mkdir()
-    for name in ("trainer", "pipeline"):
-        (mine / f"{name}.py").write_text(f"open('{name} was imported', 'w')\n")
-    words = ["train", data, "--run", tmp_path / "run", "--steps", "1", "--workers", "1", "--eval-every", "0"]
-    done = subprocess.run(
-        [Path(sys.executable).with_name("prospect-dst"), *words], cwd=mine, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in mine.iterdir()) == ["pipeline.py", "trainer.py"]
