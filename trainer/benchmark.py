@@ -42,6 +42,7 @@ from trainer.arms import find_rung
 from trainer.checkpoint import run_hash
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
 from trainer.controls import control_key, score_control
+from trainer.distributed import best_device
 from trainer.evaluate import evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
@@ -179,7 +180,7 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
         if not (trained / "last").is_dir():
             return False
         if rung.kind == "arm":
-            config = config_of(plan, job).on("cuda" if torch.cuda.is_available() else "cpu")
+            config = config_of(plan, job).on(best_device().type)
             held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
             check_resume(run, run_options(config, trained_on, held_out, plan.features))
         model = run_hash(trained)

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -26,23 +27,21 @@ from trainer.arms import DEFAULT_RUNGS, RUNGS
 from trainer.config import RunOptions, Settings, TrainConfig
 from trainer.plan import MOST_SEEDS, Plan, check_plan, ladder
 
-Config = TypeVar("Config")
 # What `benchmark` takes for this model unless told otherwise: AdamW does not learn the state in as many steps.
 NANO = {"steps": 300, "optimizer": "muon", "lr": 4e-3, "clips_per_step": 8, "warmup_steps": 20}
 SYNTH_WINDOW = {"early_s": 1.0, "late_s": 1.0}  # events are 2.5 s apart: in a wider one a metronome gets 0.77
-RUNG_NAMES = ",".join(rung.name for rung in RUNGS)
+RUNG_NAMES = ", ".join(rung.name for rung in RUNGS)
 
+_panels = ("Input", "Model", "Measuring", "Other things to measure")
+_input, _model, _measure, _others = (partial(Option, rich_help_panel=panel) for panel in _panels)
 Data = Annotated[Path, Argument(help="an output folder of preprocess")]
-FramesRoot = Annotated[Path | None, Option(help="where the frames are, if they were moved")]
-Features = Annotated[Path | None, Option(help="features written by encode, instead of frames")]
+FramesRoot = Annotated[Path | None, _input(help="where the frames are, if they were moved")]
+Features = Annotated[Path | None, _input(help="features written by encode, instead of frames")]
 Thresholds = Annotated[
-    list[str] | None, Option(help="logits speaking=0.5,dst_update=0, instead of those chosen on val")
+    list[str] | None, _model(help="logits speaking=0.5,dst_update=0, instead of those chosen on val")
 ]
-FreeRunning = Annotated[bool, Option("--self-fed/--no-self-fed", help="also free-running: on the model's own texts")]
-EvalSplit = Annotated[str, Option(help="split to measure on; thresholds are chosen on val")]
-
-
-# ---- commands ----------------------------------------------------------------------------------------
+FreeRunning = Annotated[bool, _measure("--self-fed/--no-self-fed", help="also free-running: on its own texts")]
+EvalSplit = Annotated[str, _measure(help="split to measure on; thresholds are chosen on val")]
 
 
 @app.command(epilog="Example: prospect-dst encode labels --model run/last --out features")
@@ -148,24 +147,23 @@ def evaluate(
     split: EvalSplit = "test",
     out: Annotated[Path | None, Option(help="folder for the results; default: RUN/evaluation-SPLIT")] = None,
     scores: Annotated[
-        Path | None,
-        Option(help="measure this Parquet of scores instead, ours or another model's; with --chunks also a submission"),
+        Path | None, _others(help="a Parquet of scores, ours or another model's; with --chunks also a submission")
     ] = None,
     control: Annotated[
-        str | None, Option(help="measure what needs no model instead: metronome, history; DATA and --out alone")
+        str | None, _others(help="what needs no model: metronome or history; with DATA and --out alone")
     ] = None,
     threshold: Thresholds = None,
     frames_root: FramesRoot = None,
     features: Features = None,
     self_fed: FreeRunning = True,
-    chunks: Annotated[Path | None, Option(help="EgoProactive's sessions, JSON Lines: its metrics, too")] = None,
-    submission: Annotated[
-        Path | None, Option(help="with --chunks: write the answers to this file, as EgoProactive takes them")
-    ] = None,
-    draws: Annotated[int, Option(help="of the recordings, for the 95% intervals; 0: none", min=0)] = 10_000,
     updates: Annotated[
-        str, Option(help="free-running, whose state updates it reads: own, or reference (the rung true-state)")
+        str, _measure(help="free-running, whose state updates it reads: own, or reference (the rung true-state)")
     ] = "own",
+    draws: Annotated[int, _measure(help="of the recordings, for the 95% intervals; 0: none", min=0)] = 10_000,
+    chunks: Annotated[Path | None, _measure(help="EgoProactive's sessions, JSON Lines: its metrics, too")] = None,
+    submission: Annotated[
+        Path | None, _measure(help="with --chunks: write the answers to this file, as EgoProactive takes them")
+    ] = None,
     *,
     given: Given,
 ) -> int:
@@ -195,18 +193,7 @@ def evaluate(
 
         run, data = places
         result = evaluate_run(
-            run,
-            data,
-            split,
-            out,
-            frames_root,
-            features,
-            settings,
-            self_fed,
-            chunks,
-            submission,
-            draws,
-            updates,
+            run, data, split, out, frames_root, features, settings, self_fed, chunks, submission, draws, updates
         )
     else:
         unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed}
@@ -232,11 +219,10 @@ def benchmark(
     data: Annotated[Path, Argument(help="a folder of preprocess, or synth: synthetic data whose answer is known")],
     out: Annotated[Path, Option(help="folder for runs, tables and report.html; what is finished there is kept")],
     rungs: Annotated[
-        list[str] | None,
-        Option("--rungs", "--arms", help=f"some of {RUNG_NAMES}, or all; default: {','.join(DEFAULT_RUNGS)}"),
+        list[str] | None, Option(help=f"some of {RUNG_NAMES}, or all; default: {', '.join(DEFAULT_RUNGS)}")
     ] = None,
     seeds: Annotated[
-        int | None, Option(help="runs of each rung; default: 3, with a clock as many as fit", min=1, show_default=False)
+        int | None, Option(help="runs of each rung; default: 3, with a clock as many as fit", min=1)
     ] = None,
     hours: Annotated[float, Option(help="begin no run that would end later; a later call goes on", min=0)] = 0,
     minutes: Annotated[float, Option(help="the same", min=0)] = 0,
@@ -245,8 +231,8 @@ def benchmark(
     features: Features = None,
     self_fed: FreeRunning = True,
     tells: Annotated[str, Option(help=f"with synth: {TELLS_HELP}")] = "state",
-    draws: Annotated[int, Option(help="of the recordings, for the intervals", min=100)] = 10_000,
-    margin: Annotated[float, Option(help="event F1 that does not matter; settled before any run")] = 0.05,
+    draws: Annotated[int, _measure(help="of the recordings, for the intervals", min=100)] = 10_000,
+    margin: Annotated[float, _measure(help="event F1 that does not matter; settled before any run")] = 0.05,
     jobs: Annotated[int, Option(help="runs at a time; 0: one per GPU, without any one per core", min=0)] = 0,
     *,
     given: Given,
@@ -272,23 +258,14 @@ def benchmark(
     if str(data) == "synth" and not data.exists():
         data = synthetic_data(out, parse_tells(tells), echo=typer.echo)
         window = {name: value for name, value in SYNTH_WINDOW.items() if name not in given.chosen}
+    many = seeds or (3 if until == math.inf else MOST_SEEDS)
+    asked = shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else ""
+    hazards = tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", []))
     plan = Plan(
-        data=data,
-        out=out,
-        arms=ladder(names(rungs) or DEFAULT_RUNGS),
-        seeds=tuple(range(seeds or (3 if until == math.inf else MOST_SEEDS))),
-        config=TrainConfig(**values),
-        settings=replace(given.make(Settings), **window),
-        split=split,
-        frames_root=frames_root,
-        features=features,
-        live=self_fed,
-        draws=draws,
-        margin=margin,
-        jobs=jobs,
-        command=shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else "",
-        hazards=tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", [])),
-    )
+        data, out, ladder(names(rungs) or DEFAULT_RUNGS), tuple(range(many)), TrainConfig(**values),
+        replace(given.make(Settings), **window), split, frames_root, features, self_fed, draws, margin, jobs, asked,
+        hazards,
+    )  # fmt: skip
     check_plan(plan)  # before torch is imported, which takes seconds
     from trainer import benchmark as of
 
@@ -309,49 +286,48 @@ def stream(
     run: Annotated[Path, Argument(help="a run of train that was evaluated: its thresholds are those chosen on val")],
     video: Annotated[str, Argument(help="a video, a folder of images, an .arrow file, or a camera's number")],
     task: Annotated[
-        Path | None,
-        Option(help="the task's goal and steps: JSON with goal and steps, conversations, or a folder of preprocess"),
+        Path | None, _input(help="goal and steps: a JSON file of them, of conversations, or a folder of preprocess")
     ] = None,
     clip: Annotated[
-        str | None, Option(help="which clip --task means; one of preprocess gives its frames and user, too")
+        str | None, _input(help="which clip of --task; one of preprocess gives its frames and user, too")
     ] = None,
+    fps: Annotated[float | None, _input(help="frames per second that the model reads; default: as trained")] = None,
+    source_fps: Annotated[
+        float | None, _input(help="at which a folder's images were taken; default: each is a frame")
+    ] = None,
+    realtime: Annotated[bool, _input("--realtime", help="read a file in real time, skip late frames")] = False,
+    stdin: Annotated[bool, _input("--stdin", help="read user lines from a file or a pipe, too")] = False,
     threshold: Thresholds = None,
     refractory_s: Annotated[
-        float | None, Option(help="seconds of silence after an event; default: as evaluated")
+        float | None, _model(help="seconds of silence after an event; default: as evaluated")
     ] = None,
-    fps: Annotated[float | None, Option(help="frames per second that the model reads; default: as trained")] = None,
-    max_tokens: Annotated[int | None, Option(help="of the context; default: as trained", min=1)] = None,
-    source_fps: Annotated[
-        float | None, Option(help="at which a folder's images were taken; default: each is a frame")
-    ] = None,
-    realtime: Annotated[bool, Option("--realtime", help="read a file in real time, skip late frames")] = False,
-    stdin: Annotated[bool, Option("--stdin", help="read user lines from a file or a pipe, too")] = False,
+    max_tokens: Annotated[int | None, _model(help="of the context; default: as trained", min=1)] = None,
     json: Annotated[bool, Option("--json", help="one JSON object per frame on stdout, for programs")] = False,
     html: Annotated[Path | None, Option(help="write a page with the timeline")] = None,
 ) -> int:
     """Run a trained model live: it reads frame after frame, speaks, keeps the state; type to talk to it."""
     from pipeline.terminal import console, plain
     from trainer.checkpoint import load_run
-    from trainer.live.sinks import HtmlRecorder, JsonLines, Sink, TerminalLog
+    from trainer.live.sinks import html_page, json_lines, terminal_log
     from trainer.live.stream import Stream, decoding_config
     from trainer.live.task import find_task
     from trainer.live.video_input import UserInput, open_video_input
 
-    loaded = load_run(run)
-    decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
-    html = _page_to_write(html, Path(video), task)
+    if html is not None and html.suffix not in (".html", ".htm") and html.exists() and not html.is_dir():
+        raise UsageError(f"--html {html}: is there, and its name is no page's; expected a new name, or one in .html")
     if json and sys.stdout is None:
         raise UsageError("--json: stdout is closed")
+    loaded = load_run(run)
+    decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
     about = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
     with contextlib.ExitStack() as stack:
-        side = loaded.model.side
-        frames = stack.enter_context(open_video_input(video, about.clip.fps, side, realtime, source_fps, about.frames))
+        source = open_video_input(video, about.clip.fps, loaded.model.side, realtime, source_fps, about.frames)
+        frames = stack.enter_context(source)
         live = stack.enter_context(Stream(loaded, about.clip, decoding, max_tokens))
         info = live.info(f"camera {video}" if video.isdigit() else video, str(run))
-        sinks: list[Sink] = [JsonLines(sys.stdout) if json else TerminalLog(console(), info)]
-        sinks += [HtmlRecorder(html, info)] if html else []
-        for sink in sinks:
-            stack.enter_context(sink)
+        sinks = [html_page(html, info)] if html else []
+        sinks += [json_lines(sys.stdout) if json else terminal_log(console(), info)]
+        shows = [stack.enter_context(sink) for sink in sinks]
         reads_stdin = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else a shell loop may own it
         user = UserInput(sys.stdin if reads_stdin else None)
         ended = stack.enter_context(_ended_by_signals())
@@ -359,8 +335,8 @@ def stream(
             for frame in frames:
                 texts = [*about.texts_before(frame.frame, frame.skipped), *user.due(frame.time_s)]
                 output = live.step(frame, texts)
-                for sink in sinks:
-                    sink.show(output, frame.image)
+                for show in shows:
+                    show(output, frame.image)
     if html is not None and html.exists():
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1e6:,.1f} MB)", err=json)
     return ended[0] if ended else 0
@@ -378,20 +354,6 @@ def demo(
 
     run(out, steps, seed, console())
     return 0
-
-
-def _page_to_write(html: Path | None, video: Path, task: Path | None) -> Path | None:
-    """The file of --html, links followed; UsageError where it would replace what is read, or is no file."""
-    if html is None:
-        return None
-    path = html.resolve()
-    if path in (video.resolve(), task and task.resolve()):
-        raise UsageError("--html names a file that is read, expected another one")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UsageError(f"{path}: no regular file, expected the name of one to write")
-    if video.is_dir() and path.parent == video.resolve():
-        raise UsageError(f"{path}: among the images that are read, expected another folder")
-    return path
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Annotated, Any
 
 from typer import Option
@@ -25,6 +26,9 @@ _ABOVE_ZERO = {
     *("steps", "clips_per_step", "lr", "grad_clip"),
     *("tokens_per_frame", "max_tokens", "micro_batch_tokens", "lora_alpha"),
 }
+_PANELS = ("Model", "Optimizer", "Loss", "Speed and memory", "Evaluation while training")
+_model, _optim, _loss, _speed, _evaluation = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+_events = partial(Option, rich_help_panel="Matching of events")
 
 
 @dataclass(frozen=True)
@@ -35,45 +39,45 @@ class TrainConfig:
     InputError where fields disagree.
     """
 
-    arm: Annotated[str, Option(help=f"what it reads of the state: {', '.join(ARMS)}")] = "speak+dst"
-    model: Annotated[str, Option(help="tiny or nano (random), a folder, a run, or a name on the hub")] = "tiny"
-    seed: Annotated[int, Option(help="of weights and order")] = 0  # draws have a seed of their own, per clip
-    steps: Annotated[int, Option(help="optimizer steps")] = 200
-    clips_per_step: Annotated[int, Option(help="clips in one optimizer step, over all ranks")] = 16
-    optimizer: Annotated[str, Option(help=f"of hidden matrices: {' or '.join(OPTIMIZERS)}; AdamW elsewhere")] = "adamw"
-    lr: Annotated[float, Option(help="peak learning rate; muon's matrices learn at 5 times as much")] = 2e-3
+    arm: Annotated[str, _model(help=f"what it reads of the state: {', '.join(ARMS)}")] = "speak+dst"
+    model: Annotated[str, _model(help="tiny or nano (random), a folder, a run, or a name on the hub")] = "tiny"
+    seed: Annotated[int, _model(help="of weights and order")] = 0  # draws have a seed of their own, per clip
+    steps: Annotated[int, _optim(help="optimizer steps")] = 200
+    clips_per_step: Annotated[int, _optim(help="clips in one optimizer step, over all ranks")] = 16
+    optimizer: Annotated[str, _optim(help=f"of hidden matrices: {' or '.join(OPTIMIZERS)}; AdamW elsewhere")] = "adamw"
+    lr: Annotated[float, _optim(help="peak learning rate; muon's matrices learn at 5 times as much")] = 2e-3
     lr_by_part: Annotated[
-        dict[str, float], Option(help=f"another peak for a part: heads=1e-3,connector=1e-4 ({', '.join(PARTS)})")
+        dict[str, float], _optim(help=f"another peak for a part: heads=1e-3,connector=1e-4 ({', '.join(PARTS)})")
     ] = field(default_factory=dict)
     warmup_steps: Annotated[
-        int, Option(help="linear, then cosine to 0; default: 40, or all steps", show_default=False)
+        int, _optim(help="linear, then cosine to 0; default: 40, or all steps", show_default=False)
     ] = 40
-    weight_decay: Annotated[float, Option(help="on matrices; never on biases and norms")] = 0.01
+    weight_decay: Annotated[float, _optim(help="on matrices; never on biases and norms")] = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    grad_clip: Annotated[float, Option(help="largest gradient norm")] = 1.0
-    w_speak: Annotated[float, Option(help="weight of the speaking head's loss")] = 1.0
-    w_dst: Annotated[float, Option(help="weight of the DST head's loss")] = 1.0
-    w_lm: Annotated[float, Option(help="weight of the text's loss")] = 1.0
-    balance: Annotated[str, Option(help="none, or mean: both classes weigh equally")] = "none"
-    reweigh: Annotated[bool, Option(help="drawn negatives weigh 1 / rate, which undoes the sampling's bias")] = False
-    tokens_per_frame: Annotated[int, Option(help="tokens of a frame, a square number")] = 1
-    max_tokens: Annotated[int, Option(help="longest window; longer clips are cut")] = 2048
-    micro_batch_tokens: Annotated[int, Option(help="tokens of one forward pass: memory against speed")] = 4096
-    freeze: Annotated[tuple[str, ...], Option(help="parts that do not learn: vision,connector,text")] = ()
-    lora_rank: Annotated[int, Option(help="above 0: the text learns by adapters (peft)")] = 0
-    lora_alpha: Annotated[int, Option(help="adapters are scaled by alpha / rank")] = 16
+    grad_clip: Annotated[float, _optim(help="largest gradient norm")] = 1.0
+    w_speak: Annotated[float, _loss(help="weight of the speaking head's loss")] = 1.0
+    w_dst: Annotated[float, _loss(help="weight of the DST head's loss")] = 1.0
+    w_lm: Annotated[float, _loss(help="weight of the text's loss")] = 1.0
+    balance: Annotated[str, _loss(help="none, or mean: both classes weigh equally")] = "none"
+    reweigh: Annotated[bool, _loss("--reweigh", help="drawn negatives weigh 1 / rate: no sampling bias")] = False
+    tokens_per_frame: Annotated[int, _model(help="tokens of a frame, a square number")] = 1
+    max_tokens: Annotated[int, _model(help="longest window; longer clips are cut")] = 2048
+    micro_batch_tokens: Annotated[int, _speed(help="tokens of one forward pass: memory against speed")] = 4096
+    freeze: Annotated[tuple[str, ...], _model(help="parts that do not learn: vision,connector,text")] = ()
+    lora_rank: Annotated[int, _model(help="above 0: the text learns by adapters (peft)")] = 0
+    lora_alpha: Annotated[int, _model(help="adapters are scaled by alpha / rank")] = 16
     bf16: Annotated[
         bool | None,
-        Option(
+        _speed(
             help="autocast to bfloat16; default: on a GPU. Without it attention there takes no flash kernel: an "
             "estimated 3 times the time of a step",
             show_default=False,
         ),
     ] = None
-    checkpointing: Annotated[bool, Option(help="recompute activations: less memory, more time")] = False
-    compile: Annotated[bool, Option(help="torch.compile the text layers")] = False
-    eval_split: Annotated[str, Option(help="split to evaluate on")] = "val"
-    eval_every: Annotated[int, Option(help="steps between evaluations; 0: at the end")] = 0
+    checkpointing: Annotated[bool, _speed("--checkpointing", help="recompute activations: slower, less memory")] = False
+    compile: Annotated[bool, _speed("--compile", help="torch.compile the text layers")] = False
+    eval_split: Annotated[str, _evaluation(help="split to evaluate on")] = "val"
+    eval_every: Annotated[int, _evaluation(help="steps between evaluations; 0: at the end")] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has no tuples
@@ -133,7 +137,7 @@ class RunOptions:
         ),
     ] = None
     save_every: Annotated[int, Option(help="steps between checkpoints; 0: only the last")] = 100
-    fsdp: Annotated[bool, Option(help="under torchrun: shard the model, not copy it")] = False
+    fsdp: Annotated[bool, Option("--fsdp", help="under torchrun: shard the model, not copy it")] = False
     logger: Annotated[str | None, Option("--log", help="also to wandb")] = None
     progress: bool = True
 
@@ -146,9 +150,9 @@ class RunOptions:
 class Settings:
     """How predicted events are matched with the reference's, in seconds. `reactive_s` and `bins` are no options."""
 
-    early_s: Annotated[float, Option(help="seconds that an event may come too early")] = 2.0
-    late_s: Annotated[float, Option(help="seconds that it may come too late")] = 4.0
-    refractory_s: Annotated[float, Option(help="seconds of silence after an event")] = 2.0
+    early_s: Annotated[float, _events(help="seconds that an event may come too early")] = 2.0
+    late_s: Annotated[float, _events(help="seconds that it may come too late")] = 4.0
+    refractory_s: Annotated[float, _events(help="seconds of silence after an event")] = 2.0
     reactive_s: float = 2.0  # an event this soon after the user spoke is a reaction
     bins: int = 10  # of the reliability curve
 

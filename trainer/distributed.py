@@ -89,6 +89,11 @@ class World:
         return model
 
 
+def best_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """The world that torchrun's environment describes; leaves it at the end."""

@@ -17,19 +17,19 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import SmolVLMForConditionalGeneration
 
 from pipeline.cluster import Mapper, here
 from pipeline.dataset import ClipExample, Split, read_manifest
@@ -40,6 +40,7 @@ from pipeline.terminal import progress_bar
 from trainer import vision
 from trainer.checkpoint import verify_model
 from trainer.config import RANDOM_MODELS
+from trainer.distributed import best_device
 from trainer.features import LAYERS, STORED, FeatureFile, Features, Provenance, feature_path, write_features
 from trainer.frame_source import PixelFrames, open_frames
 from trainer.model import load_model
@@ -47,7 +48,6 @@ from trainer.transfer import Transfer, fetched, pinned
 
 DTYPES = ("auto", "float32", "bfloat16")
 READERS = min(16, os.cpu_count() or 1)  # threads that decode
-Show = Callable[[str, int, int], None]  # what, done, of: of a progress bar
 
 
 @dataclass
@@ -61,6 +61,16 @@ class EncodeReport:
     bytes: int = 0
     seconds: float = 0.0  # of reading, computing and writing
     refused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to write."""
+
+    path: Path
+    provenance: Provenance
+    clip: ClipExample  # one of the video's
+    frames: npt.NDArray[np.int32]  # ascending
 
 
 def encode(
@@ -85,46 +95,6 @@ def encode(
     video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left,
     or an option is wrong.
     """
-    _check_options(k, dtype, store, batch, part, keep)
-    videos = _videos(data, part)
-    [default] = (mapper or here)(_default_dtype, [()])
-    tower = load_tower(model, k, keep, store, default if dtype == "auto" else dtype)
-    root = open_frames(read_manifest(data), frames_root, tower.side).root
-    source = PixelFrames(root, tower.side, cache_bytes=0)
-    report, started = EncodeReport(tower.computed), time.monotonic()
-    make_folder(out)
-    taken = InputError(f"{out}: another run of part {part[0]}/{part[1]} is writing there; choose another --out")
-    with lock(out / f"{LOCK}-{part[0]}-of-{part[1]}", taken), progress_bar() as show:
-        jobs = [job for clips in videos if (job := _plan(clips, source, out, tower, report)) is not None]
-        paths = {job.path for job in jobs}
-        for left in out.rglob(".*.new"):  # of a run that was killed: .NAME.01234567.new
-            if left.with_name(left.name[1:-13]) in paths:
-                left.unlink(missing_ok=True)
-        if mapper is None:
-            results = _encode_all(tower, jobs, source, batch, show)
-        else:
-            results = mapper(_encode_there, [(job, source, batch) for job in jobs])
-        with closing(results):
-            for number, (job, wrong) in enumerate(zip(jobs, results, strict=True), 1):
-                if wrong is not None:
-                    report.refused.append(f"video {job.clip.video_uid}: {wrong}")
-                    continue
-                report.videos, report.frames = report.videos + 1, report.frames + len(job.frames)
-                report.bytes += job.path.stat().st_size
-                if mapper is not None:
-                    show("encode", number, len(jobs))
-    report.seconds = time.monotonic() - started
-    if report.refused and not report.videos and not report.skipped:
-        raise InputError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
-    return report
-
-
-def _default_dtype() -> str:
-    """On the machine that computes."""
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
-def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, int], keep: str) -> None:
     for holds, found, expected in (
         (k >= 1 and math.isqrt(k) ** 2 == k, f"tokens_per_frame is {k}", "a square number: 1, 4, 9, ..."),
         (dtype in DTYPES, f"dtype is {dtype!r}", f"one of {', '.join(DTYPES)}"),
@@ -135,22 +105,44 @@ def _check_options(k: int, dtype: str, store: str, batch: int, part: tuple[int, 
     ):
         if not holds:
             raise InputError(f"{found}, expected {expected}")
+    videos = _clips_by_video(data, part)
+    [there] = (mapper or here)(_device_type, [()])  # on the machine that computes
+    computed = dtype if dtype != "auto" else "bfloat16" if there == "cuda" else "float32"
+    tower = load_tower(model, k, keep, store, computed)
+    root = open_frames(read_manifest(data), frames_root, tower.side).root
+    source = PixelFrames(root, tower.side, cache_bytes=0)
+    report, started = EncodeReport(computed), time.monotonic()
+    make_folder(out)
+    taken = InputError(f"{out}: another run of part {part[0]}/{part[1]} is writing there; choose another --out")
+    with lock(out / f"{LOCK}-{part[0]}-of-{part[1]}", taken), progress_bar() as show:
+        jobs = [job for clips in videos if (job := _plan(clips, source, out, tower, report)) is not None]
+        paths, frames = {job.path for job in jobs}, sum(len(job.frames) for job in jobs)
+        for left in out.rglob(".*.new"):  # of a run that was killed: .NAME.01234567.new
+            if left.with_name(left.name[1:-13]) in paths:
+                left.unlink(missing_ok=True)
+        if mapper is None:
+            results = _encode_all(tower, jobs, source, batch, lambda done: show("encode", done, frames))
+        else:
+            results = mapper(_encode_there, [(job, source, batch) for job in jobs])
+        with closing(results):
+            for job, wrong in zip(jobs, results, strict=True):
+                if wrong is not None:
+                    report.refused.append(f"video {job.clip.video_uid}: {wrong}")
+                    continue
+                report.videos, report.frames = report.videos + 1, report.frames + len(job.frames)
+                report.bytes += job.path.stat().st_size
+                show("encode", report.frames, frames)
+    report.seconds = time.monotonic() - started
+    if report.refused and not report.videos and not report.skipped:
+        raise InputError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
+    return report
 
 
-# ---- what is to be done ------------------------------------------------------------------------------
+def _device_type() -> str:
+    return best_device().type
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A file to write."""
-
-    path: Path
-    provenance: Provenance
-    clip: ClipExample  # one of the video's
-    frames: npt.NDArray[np.int32]  # ascending
-
-
-def _videos(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
+def _clips_by_video(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
     """The clips, without turns and labels, of every video of every split that falls to the part."""
     videos = defaultdict(list)
     for split in dict.fromkeys(shard["split"] for shard in read_manifest(data)["shards"] if shard["clips"]):
@@ -165,8 +157,7 @@ def _videos(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
 def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower, report: EncodeReport) -> _Job | None:
     """A video's job; None where a complete file is there, or no frames are. Frames that a file of the same kind has
     stay in it. What is wrong with the video goes into the report."""
-    clip = clips[0]
-    name, frames = f"video {clip.video_uid}", np.array([], np.int32)
+    clip, frames = clips[0], np.array([], np.int32)
     try:
         paths = {source.find(clip) for clip in clips}
         count = source.count(clip)
@@ -177,7 +168,7 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
             needed, frames = frames[-1] + 1, frames[frames < count]
             raise InputError(f"{count} frames, but its clips need {needed}; those that are there are encoded")
     except InputError as error:
-        report.refused.append(f"{name}: {error}")
+        report.refused.append(f"video {clip.video_uid}: {error}")
     if not len(frames):
         return None
     path = feature_path(out, clip.video_uid, clip.fps)
@@ -191,20 +182,18 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
 
 def _frames_of_same(path: Path, provenance: Provenance) -> npt.NDArray[np.int32]:
     """Frames of an undamaged file of the same source and options, computed in the same type or in float32."""
-    expected = provenance.header()
     try:
         file = FeatureFile(path)
     except InputError:
         return np.array([], np.int32)
-    differs = {name for name, value in expected.items() if file.header[name] != value} - {"model", "revision"}
+    header = file.header
+    differs = {name for name, value in provenance.header().items() if header[name] != value} - {"model", "revision"}
     if "layer" in differs:
-        layer = file.header["layer"]
-        raise InputError(f"{path}: features of the layer {layer}, and kept; choose another --out, or --keep {layer}")
+        of = f"features of the layer {header['layer']}, and kept; choose another --out, or --keep {header['layer']}"
+        raise InputError(f"{path}: {of}")
     if "fingerprint" in differs:
-        raise InputError(
-            f"{path}: made by another vision tower ({file.header['model']}), and kept; choose another --out"
-        )
-    same = not differs or (differs == {"computed"} and file.header["computed"] == "float32")
+        raise InputError(f"{path}: made by another vision tower ({header['model']}), and kept; choose another --out")
+    same = not differs or (differs == {"computed"} and header["computed"] == "float32")
     return file.frames if same and file.rows(0, len(file.frames)) is not None else np.array([], np.int32)
 
 
@@ -214,10 +203,8 @@ def _frames_of_same(path: Path, provenance: Provenance) -> npt.NDArray[np.int32]
 class Tower:
     """A model's vision tower on the device, and how `encode` runs it."""
 
-    def __init__(
-        self, vlm: SmolVLMForConditionalGeneration, model: str, k: int, keep: str, store: str, computed: str
-    ) -> None:
-        """`model` is the vlm's name; the vlm is on the device already."""
+    def __init__(self, vlm: Any, model: str, k: int, keep: str, store: str, computed: str) -> None:
+        """`model` is the name of the SmolVLM `vlm`, which is on the device already."""
         self.vlm, self.model, self.k, self.keep, self.store, self.computed = vlm, model, k, keep, store, computed
         self.side, self.width = vision.side(vlm), vision.width(vlm, keep)
         self.fingerprint = vision.fingerprint(vlm, keep)
@@ -253,11 +240,12 @@ def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Towe
     vlm = load_model(model, vocabulary=0)
     if k > (most := vision.most_tokens(vlm)):
         raise InputError(f"tokens_per_frame is {k}, but {model} has {most}; lower --tokens-per-frame")
-    if keep == "connector" and vision.width(vlm, keep) >= vision.width(vlm):
-        sizes = f"{vision.width(vlm, keep)} values after it and {vision.width(vlm)} before"
+    after, before = vision.width(vlm, "connector"), vision.width(vlm)
+    if keep == "connector" and after >= before:
+        sizes = f"{after} values after it and {before} before"
         raise InputError(f"keep is connector, but {model} has {sizes}; use --keep vision")
     vlm.model.text_model = vlm.lm_head = None
-    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    vlm.model.to(best_device())
     return Tower(vlm.eval(), model, k, keep, store, computed)
 
 
@@ -265,10 +253,10 @@ _kept_tower = functools.lru_cache(maxsize=1)(load_tower)
 
 
 def _encode_all(
-    tower: Tower, jobs: Sequence[_Job], source: PixelFrames, batch: int, show: Show | None = None
+    tower: Tower, jobs: Sequence[_Job], source: PixelFrames, batch: int, show: Any = lambda done: None
 ) -> Generator[str | None]:
     """Write the jobs' files, in order; gives for each None, or why its frames can't be read."""
-    done, total = 0, sum(len(job.frames) for job in jobs)
+    done = 0
     with closing(_decoded(jobs, source, batch, tower.transfer.overlaps)) as decoded:
         for number, passes in groupby(decoded, key=itemgetter(0)):
             job, filled = jobs[number], 0
@@ -277,8 +265,7 @@ def _encode_all(
                 for block in tower.features(future.result() for _, future in passes):
                     features[filled : filled + len(block)] = block
                     filled += len(block)
-                    if show is not None:
-                        show("encode", done + filled, total)
+                    show(done + filled)
             except InputError as error:
                 for _, future in passes:
                     future.cancel()

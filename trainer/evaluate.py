@@ -11,24 +11,23 @@ from the two Parquet files and the shards: `evaluation.evaluate_scores` gives th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import DST_UPDATE, SPEAKING
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.config import Settings
+from trainer.distributed import best_device
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
 from trainer.evaluation.evaluate_scores import METRICS_FILE, Evaluation, hold, write_evaluation
 from trainer.evaluation.metrics import Thresholds
 from trainer.evaluation.scores import ScoredClip
 from trainer.frame_source import FrameSource
-from trainer.live.rollout import Script, free_running
+from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.sequence import reference_updates
 from trainer.teacher_forced import open_source, score_clips
@@ -69,7 +68,7 @@ def evaluate(
     sessions = None if chunks is None else read_sessions(chunks)
     if sessions:
         match_clips(sessions, list(held.test.in_order()))  # what does not fit is refused before anything is scored
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(best_device())
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
     folder = out or run / f"evaluation-{split}{'' if updates == 'own' else '-true-state'}"
     (folder / METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
@@ -108,19 +107,18 @@ def run_live(
     Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
     """
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    script = _reference_script(clips) if updates == "reference" else None
-    own = {head: value for head, value in thresholds.event.items() if not (script and head == "dst_update")}
+    given = {clip.clip_id: reference_updates(clip) if updates == "reference" else {} for clip in clips}
+
+    def script(clip: ClipExample, frame: int) -> dict[str, str]:
+        return {"DST_UPDATE": given[clip.clip_id][frame]} if frame in given[clip.clip_id] else {}
+
+    own = {head: at for head, at in thresholds.event.items() if updates == "own" or head != "dst_update"}
     decoding = DecodingConfig(own, settings.refractory_s)
     scored = [
         ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates)
         for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
     ]
     return sorted(scored, key=lambda s: s.clip.clip)
-
-
-def _reference_script(clips: Sequence[ClipExample]) -> Script:
-    by_clip = {clip.clip_id: reference_updates(clip) for clip in clips}
-    return lambda clip, frame: {"DST_UPDATE": by_clip[clip.clip_id][frame]} if frame in by_clip[clip.clip_id] else {}
 
 
 def _probabilities(logits: dict[str, Any], correction: float | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from trainer import vision
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 FORMAT = "2"
+ENCODE = "run prospect-dst encode"
 LAYERS = ("vision", "connector")  # before the connector, after it
 STORED = ("float16", "float32")
 
@@ -108,7 +109,7 @@ class FeatureFile:
             self.checksums: list[int] = file.get_tensor("checksums").tolist()
             self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: no features ({error}); delete it, run prospect-dst encode") from None
+            raise InputError(f"{path}: no features ({error}); delete it, {ENCODE}") from None
 
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""
@@ -141,8 +142,8 @@ class CachedFeatures:
         path, file, first = self._find(clip, start, end)
         found = file.rows(first, first + end - start)
         if found is None:
-            mend = "delete it, run prospect-dst encode"
-            raise InputError(f"{path}: damaged in the frames {start} to {end - 1} (checksums differ); {mend}")
+            what = f"damaged in the frames {start} to {end - 1} (checksums differ)"
+            raise InputError(f"{path}: {what}; delete it, {ENCODE}")
         return found if found.shape[1] == self.k else vision.pool(torch.from_numpy(found).float(), self.k).numpy()
 
     def check(self, clip: ClipExample) -> None:
@@ -154,38 +155,28 @@ class CachedFeatures:
         path = feature_path(self.folder, clip.video_uid, clip.fps)
         if path not in self._open:
             if not path.is_file():
-                raise InputError(
-                    f"clip {clip.clip_id}: no features of its video at {path}; run prospect-dst encode on this data"
-                )
-            self._open[path] = self._checked(path, FeatureFile(path))
+                raise InputError(f"clip {clip.clip_id}: no features of its video at {path}; {ENCODE} on this data")
+            self._open[path] = self._checked(path)
         file, wanted = self._open[path], np.arange(start, end)
         first = int(np.searchsorted(file.frames, start))
         if not np.array_equal(file.frames[first : first + len(wanted)], wanted):
-            raise InputError(
-                f"{path}: {len(file.frames)} frames, but not {np.setdiff1d(wanted, file.frames)[0]} of clip "
-                f"{clip.clip_id}; run prospect-dst encode on this data too"
-            )
+            lacks = f"{len(file.frames)} frames, but not {np.setdiff1d(wanted, file.frames)[0]} of clip {clip.clip_id}"
+            raise InputError(f"{path}: {lacks}; {ENCODE} on this data too")
         return path, file, first
 
-    def _checked(self, path: Path, file: FeatureFile) -> FeatureFile:
-        layer, fingerprint, model = (file.header[name] for name in ("layer", "fingerprint", "model"))
+    def _checked(self, path: Path) -> FeatureFile:
+        file = FeatureFile(path)
+        layer, made_by, k = file.header["layer"], file.header["fingerprint"], int(file.header["k"])
         if layer != self.layer:
-            raise InputError(
-                f"{path}: features of the layer {layer}, but others in this folder of {self.layer}; "
-                f"delete one kind, run prospect-dst encode"
-            )
-        if fingerprint != self.fingerprint:
-            what = "vision tower" if self.layer == "vision" else "vision tower and connector"
-            raise InputError(
-                f"{path}: made by the {what} {fingerprint} ({model}), but this model's is {self.fingerprint}; "
-                f"run prospect-dst encode again with this model"
-            )
-        k = int(file.header["k"])
+            other = f"features of the layer {layer}, but others in this folder of {self.layer}"
+            raise InputError(f"{path}: {other}; delete one kind, {ENCODE}")
+        if made_by != self.fingerprint:
+            by = f"the vision tower{'' if layer == 'vision' else ' and connector'} {made_by} ({file.header['model']})"
+            other = f"made by {by}, but this model's is {self.fingerprint}"
+            raise InputError(f"{path}: {other}; {ENCODE} again with this model")
         if k < self.k or math.isqrt(k) % math.isqrt(self.k):
-            raise InputError(
-                f"{path}: {k} tokens per frame, which do not pool to {self.k}; "
-                f"run prospect-dst encode again with --tokens-per-frame {self.k}"
-            )
+            other = f"{k} tokens per frame, which do not pool to {self.k}"
+            raise InputError(f"{path}: {other}; {ENCODE} again with --tokens-per-frame {self.k}")
         return file
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -64,8 +64,7 @@ class PixelFrames:
         """uint8 [F, 3, S, S]; InputError for a missing or short file and for a frame that can't be decoded."""
         path = self.find(clip)
         opened = self._opened(path)
-        count = opened.count(clip.fps)
-        if end > count:
+        if end > (count := opened.count(clip.fps)):
             rate = f" at {clip.fps:g} fps" if isinstance(opened, Video) else ""
             raise InputError(
                 f"{path}: {count} frames{rate}, but clip {clip.clip_id} needs frame {end - 1}; get the whole "
@@ -93,14 +92,8 @@ class PixelFrames:
         """Frames that the clip's video has at the clip's fps."""
         return self._opened(self.find(clip)).count(clip.fps)
 
-    def close(self) -> None:
-        """Close all files; they are opened again when needed."""
-        while self._open:
-            self._open.popitem()[1].close()
-
     def _frame(self, path: Path, opened: Opened, number: int, fps: float) -> Pixels:
-        cached = self._cache.get((path, number, fps))
-        if cached is not None:
+        if (cached := self._cache.get((path, number, fps))) is not None:
             return cached
         try:
             pixels = fit(opened.image(number, fps), self.side)

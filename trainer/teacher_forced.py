@@ -27,7 +27,7 @@ from pipeline.schema import DST_UPDATE, SPEAKING
 from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
-from trainer.distributed import World
+from trainer.distributed import World, best_device
 from trainer.features import CachedFeatures, kept_layer
 from trainer.frame_source import BlankFrames, FrameSource, open_frames
 from trainer.loss import lm_sum
@@ -37,8 +37,6 @@ from trainer.sequence import Window
 from trainer.tokenizer import Tokens
 from trainer.transfer import Transfer, fetched, upload
 from trainer.vision import fingerprint
-
-_WindowScores = tuple[npt.NDArray[np.float32], float, int]  # logits of its own frames, text loss, text tokens
 
 
 class ClipScores(NamedTuple):
@@ -85,7 +83,7 @@ class Run(LoadedRun):
         features: what `encode` wrote with this run's vision tower, instead of frames.
         """
         opened = Split(Path(data), split)
-        model = self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.model.to(best_device())
         frames = open_source([opened], model, frames_root, features)
         return score_clips(model, self.tokens, opened.in_order(), frames, self.config)
 
@@ -147,15 +145,22 @@ def score_clips(
     model.eval()
     pending: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
 
-    def windows() -> Iterator[Window]:
+    def passes() -> Iterator[list[Window]]:
+        """The windows in order, as many together as `budget` tokens hold, at least one."""
+        group: list[Window] = []
         for clip in clips:
-            of_clip = windows_of([clip], tokens, config)
-            pending.append((clip, len(of_clip)))
-            yield from of_clip
+            windows = windows_of([clip], tokens, config)
+            pending.append((clip, len(windows)))
+            for window in windows:
+                if group and sum(len(held.input_ids) for held in [*group, window]) > budget:
+                    yield group
+                    group = []
+                group.append(window)
+        if group:
+            yield group
 
     transfer = Transfer(model.device)
-    started = (_start_pass(model, group, frames, transfer) for group in _passes(windows(), budget))
-    scored = itertools.chain.from_iterable(fetched(started))
+    scored = itertools.chain.from_iterable(fetched(_start_pass(model, group, frames, transfer) for group in passes()))
     for first in scored:
         clip, count = pending.popleft()
         logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
@@ -163,23 +168,12 @@ def score_clips(
     model.train(training)
 
 
-def _passes(windows: Iterator[Window], budget: int) -> Iterator[list[Window]]:
-    """The windows in order, as many together as `budget` tokens hold, at least one."""
-    group: list[Window] = []
-    for window in windows:
-        if group and sum(len(held.input_ids) for held in [*group, window]) > budget:
-            yield group
-            group = []
-        group.append(window)
-    if group:
-        yield group
-
-
 @torch.inference_mode()
 def _start_pass(
     model: ProspectModel, windows: Sequence[Window], frames: FrameSource, transfer: Transfer
-) -> Callable[[], list[_WindowScores]]:
-    """One forward pass over some windows; the function that it returns waits for their scores."""
+) -> Callable[[], list[tuple[npt.NDArray[np.float32], float, int]]]:
+    """One forward pass over some windows; the function that it returns waits for their scores: each window's logits of
+    its own frames, text loss, number of text tokens."""
     pack = upload(make_pack(windows, frames), transfer)()
     scores = model(pack)
     lm_tokens = [len(window.lm_positions) for window in windows]
@@ -187,7 +181,7 @@ def _start_pass(
     decisions = transfer.down(scores.decisions[:2])  # [2, N]
     losses = transfer.down(torch.stack([lm_sum(text, targets) for text, targets in texts]))  # [W]
 
-    def fetch() -> list[_WindowScores]:
+    def fetch() -> list[tuple[npt.NDArray[np.float32], float, int]]:
         logits = np.split(decisions().numpy(), np.cumsum([w.labels.shape[1] for w in windows])[:-1], axis=1)
         own = [of_window[:, window.context :] for of_window, window in zip(logits, windows, strict=True)]
         return list(zip(own, losses().tolist(), lm_tokens, strict=True))
@@ -217,12 +211,7 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
 
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
-        split=split,
-        clips=len(scored),
-        speaking=head(SPEAKING),
-        dst_update=head(DST_UPDATE, arm.dst_head),
-        speaking_only=int((speaks & ~updates).sum()),
-        dst_update_only=int((updates & ~speaks).sum()),
-        both=int((updates & speaks).sum()),
-        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
-    )
+        split, len(scored), head(SPEAKING), head(DST_UPDATE, arm.dst_head), int((speaks & ~updates).sum()),
+        int((updates & ~speaks).sum()), int((updates & speaks).sum()),
+        sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
+    )  # fmt: skip

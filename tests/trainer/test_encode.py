@@ -318,7 +318,7 @@ def test_a_mapper_gets_a_task_per_video_and_the_result_is_the_same(narrow, root,
 
     here = encode(data, tmp_path / "here", narrow[1], batch=2, keep=keep)
     there = encode(data, tmp_path / "there", narrow[1], batch=2, keep=keep, mapper=mapper)
-    assert called == ["_default_dtype", *["_encode_there"] * 3]
+    assert called == ["_device_type", *["_encode_there"] * 3]
     assert counts(there) == counts(here)
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert list(files(tmp_path / "here")) == NAMES[:2]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,8 +97,7 @@ class Engine:
             if not active:
                 return
             for slot, answer in self._answers({slot: request for slot, (_, _, request) in active.items()}).items():
-                number, session, _ = active[slot]
-                advance(slot, number, session, answer)
+                advance(slot, *active[slot][:2], answer)
 
     def _answers(self, requests: Mapping[int, ReadRequest]) -> dict[int, Floats | int]:
         """By slot: what one forward pass says to all requests."""
@@ -109,9 +108,8 @@ class Engine:
                 ends = requests[0].decide_at
                 return {0: token if ends is None else logits[[end - 1 for end in ends]]}
         rows: list[CacheRow] = []
-        for slot in sorted(requests):
-            offset = rows[-1].offset + rows[-1].length if rows else 0
-            rows.append(CacheRow(slot, requests[slot].prefix, len(requests[slot]), offset))
+        for slot, request in sorted(requests.items()):
+            rows.append(CacheRow(slot, request.prefix, len(request), rows[-1].offset + rows[-1].length if rows else 0))
         ends = [row.offset + end - 1 for row in rows for end in requests[row.slot].decide_at or ()]
         lasts = [row.offset + row.length - 1 for row in rows if requests[row.slot].decide_at is None]
         hidden = self._hidden([part for row in rows for part in requests[row.slot].parts], rows, [*ends, *lasts])
@@ -134,11 +132,9 @@ class Engine:
         ids: list[int] = []
         image: list[int] = []  # places of the frames' tokens
         for part in parts:
-            if isinstance(part, Tensor):
-                image += range(len(ids), len(ids) + len(part))
-                ids += [0] * len(part)
-            else:
-                ids += part
+            is_frame = isinstance(part, Tensor)
+            image += range(len(ids), len(ids) + len(part)) if is_frame else ()
+            ids += [0] * len(part) if is_frame else part
         plan = self._cache.plan(rows)
         ids_, image_, at_ = upload(self.model.device, *(np.array(column, np.int64) for column in (ids, image, at)))
         embedded = self.model.body.embed_tokens(ids_)  # [L, H]
@@ -169,12 +165,9 @@ def streaming(model: ProspectModel, config: TrainConfig) -> Iterator[None]:
     if training:  # walking over all modules takes longer than a frame does
         model.eval()
     use_slots(model.vlm)
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()  # lengths always differ
     try:
-        with ExitStack() as stack:
-            if config.compile:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))  # lengths differ in every call
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16))
+        with eager, torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
             yield
     finally:
         use_packed(model.vlm)

@@ -2,7 +2,7 @@
 
 Of the reference it is given the user's texts and the state at the clip's start, nothing else.
 
-    F frames of a clip    k tokens per frame    H hidden
+    F frames of a clip
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import NotFiniteError
@@ -62,10 +61,15 @@ def free_running(
 
 def _run(session: Session, model: ProspectModel, source: FrameSource, script: Script | None) -> Steps[ScoredClip]:
     clip, texts = session.task, user_texts(session.task)
-    inputs = (
-        FrameInput(frame, texts.get(frame, []), features, script(clip, frame) if script else {})
-        for frame, features in enumerate(_features(model, source, clip), clip.start_frame)
-    )
+
+    def read() -> Iterator[FrameInput]:
+        for start in range(clip.start_frame, clip.end_frame, VISION_BATCH):
+            loaded = source.load(clip, start, min(start + VISION_BATCH, clip.end_frame))
+            features = model.frame_features(torch.from_numpy(loaded).to(model.device))  # [n, k, H]
+            for frame, one in enumerate(features, start):
+                yield FrameInput(frame, texts.get(frame, []), one, script(clip, frame) if script else {})
+
+    inputs = read()
     outputs: list[FrameOutput] = []
     waiting: list[FrameInput] = []
     ahead = 1
@@ -84,10 +88,3 @@ def _run(session: Session, model: ProspectModel, source: FrameSource, script: Sc
         said=[output.assistant_text for output in outputs],
         updates=[output.updates for output in outputs] if "dst_update" in session.heads else None,
     )
-
-
-def _features(model: ProspectModel, source: FrameSource, clip: ClipExample) -> Iterator[Tensor]:
-    """Each frame's features [k, H], in order."""
-    for start in range(clip.start_frame, clip.end_frame, VISION_BATCH):
-        loaded = source.load(clip, start, min(start + VISION_BATCH, clip.end_frame))
-        yield from model.frame_features(torch.from_numpy(loaded).to(model.device))

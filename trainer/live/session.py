@@ -31,8 +31,6 @@ from trainer.model import ProspectModel
 from trainer.sequence import REPLIES, Block, prompt_ids, state_before, to_repeat, utterance
 from trainer.tokenizer import Tokens
 
-Floats = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class DecodingConfig:
@@ -51,7 +49,7 @@ class FrameInput(NamedTuple):
 
 
 class FrameOutput(NamedTuple):
-    logits: Floats  # [2]
+    logits: npt.NDArray[np.float32]  # [2]
     assistant_text: str | None = None  # None: silent; "": it spoke, but its arm writes no texts
     dst_text: str | None = None  # None: no update, or an arm that writes none
     updates: Updates | None = None  # None: no update
@@ -75,6 +73,7 @@ class Session:
 
     _cached: int  # tokens that the slot holds
     _unread: list[Part]  # to be read with the next frame
+    room: int  # tokens of the budget beside the prompt, whose length does not depend on the state
 
     def __init__(
         self, model: ProspectModel, tokens: Tokens, task: ClipExample, config: TrainConfig, decoding: DecodingConfig
@@ -87,8 +86,7 @@ class Session:
         self._last_fired = {role: -np.inf for role, head in HEAD_OF.items() if head in self.heads}  # frame
         self._state = state_before(task, task.start_frame)  # before the oldest frame of the context
         self._frames: list[_ContextFrame] = []
-        self.room = 0  # tokens of the budget beside the prompt, whose length does not depend on the state
-        self._start_over(0)
+        self._start_over(None)
 
     @property
     def used(self) -> int:
@@ -105,22 +103,40 @@ class Session:
 
         Frames read ahead past that one are forgotten again: as most are silent, several cost one pass.
         """
-        added = self._fitting(frames)
-        ends = np.cumsum([frame.block.cost(self.k) for frame in added])
-        unread = sum(map(len, self._unread))
-        parts = [*self._unread, *(part for frame in added for part in frame.parts)]
-        logits: Floats = yield ReadRequest(parts, self._cached, (unread + ends).tolist())
+        added: list[_ContextFrame] = []
+        for frame in frames:  # as many as fit; for the first the context starts over if it must
+            heard = frame.user_texts if self.arm.texts else ()
+            new = _ContextFrame(Block(utterance("user", heard, self.tokens) if heard else []), frame.features)
+            if self.used + sum(one.block.cost(self.k) for one in [*added, new]) > self.budget:
+                if added:
+                    break
+                self._start_over(new)
+            added.append(new)
+        ends = (self.used - self._cached + np.cumsum([one.block.cost(self.k) for one in added])).tolist()
+        logits = yield ReadRequest([*self._unread, *(p for one in added for p in one.parts)], self._cached, ends)
         texts: Mapping[str, str | None] = {}
         count = 0
         while count < len(added) and not texts:
             texts = self._due_texts(frames[count], logits[count])
             count += 1
         self._frames += added[:count]
-        self._cached, self._unread = self._cached + unread + int(ends[count - 1]), []
-        last = yield from self._write_texts(logits[count - 1], texts)
-        return [*map(FrameOutput, logits[: count - 1]), last]
+        self._cached, self._unread = self._cached + ends[count - 1], []
+        assistant_text = dst_text = None
+        updates: Updates | None = () if "DST_UPDATE" in texts else None
+        if "DST_UPDATE" in texts and self.arm.dst_text == "content":  # the update first, as in training
+            dst_text = yield from self._write("DST_UPDATE", texts["DST_UPDATE"])
+            updates = parse_updates(dst_text)
+            self._frames[-1].updates = tuple((step, move) for step, move in updates if step in self._state)
+        elif "DST_UPDATE" in texts and self.arm.dst_text == "markers":
+            self._append(utterance("DST_UPDATE", [], self.tokens))
+        if "assistant" in texts:
+            assistant_text = (yield from self._write("assistant", texts["assistant"])) if self.arm.texts else ""
+        return [
+            *map(FrameOutput, logits[: count - 1]),
+            FrameOutput(logits[count - 1], assistant_text, dst_text, updates),
+        ]
 
-    def _due_texts(self, frame: FrameInput, logits: Floats) -> Mapping[str, str | None]:
+    def _due_texts(self, frame: FrameInput, logits: npt.NDArray[np.float32]) -> Mapping[str, str | None]:
         """By role, what stands after a frame; None: what the model writes."""
         due: dict[str, str | None] = {}
         for role, last in self._last_fired.items():
@@ -130,23 +146,6 @@ class Session:
                 due[role] = None
         self._last_fired |= dict.fromkeys(due, frame.frame)
         return {**due, **frame.script}
-
-    # ---- writing ---------------------------------------------------------------------------------------
-
-    def _write_texts(self, logits: Floats, texts: Mapping[str, str | None]) -> Steps[FrameOutput]:
-        """The texts after the last frame, the update first, as in training."""
-        assistant_text = dst_text = None
-        updates: Updates | None = () if "DST_UPDATE" in texts else None
-        if "DST_UPDATE" in texts:
-            if self.arm.dst_text == "content":
-                dst_text = yield from self._write("DST_UPDATE", texts["DST_UPDATE"])
-                updates = parse_updates(dst_text)
-                self._frames[-1].updates = tuple((step, move) for step, move in updates if step in self._state)
-            elif self.arm.dst_text == "markers":
-                self._append(utterance("DST_UPDATE", [], self.tokens))
-        if "assistant" in texts:
-            assistant_text = (yield from self._write("assistant", texts["assistant"])) if self.arm.texts else ""
-        return FrameOutput(logits, assistant_text, dst_text, updates)
 
     def _write(self, role: str, text: str | None) -> Steps[str]:
         """A text after the last frame; None: greedy decoding until END or `max_text` tokens."""
@@ -171,28 +170,10 @@ class Session:
         self._frames[-1].block.replies.append(ids)
         self._unread.append(ids)
 
-    # ---- the context -----------------------------------------------------------------------------------
-
-    def _fitting(self, frames: Sequence[FrameInput]) -> list[_ContextFrame]:
-        """Those of the frames that fit, at least the first: for that one the context starts over."""
-        fitting: list[_ContextFrame] = []
-        left = self.budget - self.used
-        for frame in frames:
-            heard = frame.user_texts if self.arm.texts else ()
-            block = Block(utterance("user", heard, self.tokens) if heard else [])
-            cost = block.cost(self.k)
-            if cost > left:
-                if fitting:
-                    break
-                self._start_over(cost)
-                left = self.budget - self.used
-            fitting.append(_ContextFrame(block, frame.features))
-            left -= cost
-        return fitting
-
-    def _start_over(self, cost: int) -> None:
-        """Forget all but the last frames: as many as a training window repeats before a frame of `cost` tokens."""
-        left, first = to_repeat(self.room, cost), len(self._frames)
+    def _start_over(self, coming: _ContextFrame | None) -> None:
+        """Forget all but the last frames: as many as a training window repeats before the `coming` one."""
+        cost = 0 if coming is None else coming.block.cost(self.k)
+        left, first = to_repeat(self.room, cost) if self._frames else 0, len(self._frames)
         while first and (left := left - self._frames[first - 1].block.cost(self.k)) >= 0:
             first -= 1
         self._state = replay(self._state, (update for frame in self._frames[:first] for update in frame.updates))

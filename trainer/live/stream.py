@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError, NotFiniteError
@@ -26,6 +25,7 @@ from pipeline.terminal import command
 from pipeline.updates import Updates
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
+from trainer.distributed import best_device
 from trainer.live.cuda_graph import StaticVision
 from trainer.live.engine import Engine, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
@@ -75,7 +75,7 @@ class Stream:
     def __init__(
         self, run: LoadedRun, task: ClipExample, decoding: DecodingConfig, max_tokens: int | None = None
     ) -> None:
-        run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        run.model.to(best_device())
         self.run, self.task, self.decoding = run, task, decoding
         self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
         _, capacity = token_budget(run.model, self._config, decoding)
@@ -85,44 +85,6 @@ class Stream:
         self._has_state = run.model.arm.dst_text == "content"
         self._open = ExitStack()
 
-    def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
-        """What the model makes of a frame after `user_texts`, which are cut where they exceed the context.
-
-        NotFiniteError where a logit is not finite.
-        """
-        started, restarts = time.perf_counter(), self._session.restarts
-        user_texts = self._fitting(user_texts)
-        features = self._vision(video_frame.pixels)
-        [output] = self._engine.run(self._session.step([FrameInput(video_frame.frame, user_texts, features)]))
-        logits = dict(zip(self._session.heads, output.logits.tolist(), strict=False))
-        if not all(map(math.isfinite, logits.values())):
-            raise NotFiniteError(f"frame {video_frame.frame}: the scores are not finite; train again with a lower --lr")
-        return StreamFrame(
-            frame=video_frame.frame,
-            time_s=video_frame.time_s,
-            logits=logits,
-            probabilities={head: self.probability(logit) for head, logit in logits.items()},
-            user_texts=tuple(user_texts),
-            updates=output.updates,
-            dst_text=output.dst_text,
-            assistant_text=output.assistant_text,
-            state=self._session.state if self._has_state else {},
-            tokens=self._session.used,
-            started_over=self._session.restarts > restarts,
-            skipped=video_frame.skipped,
-            seconds=time.perf_counter() - started,
-        )
-
-    def probability(self, logit: float) -> float:
-        """Of a head's logit, corrected for sampling where that is known (LoadedRun.logit_correction)."""
-        return float(1 / (1 + np.exp(-np.float64(logit + (self.run.logit_correction or 0.0)))))
-
-    def info(self, video: str, run: str) -> StreamInfo:
-        heads, never = self._session.heads, math.inf
-        at = {head: self.probability(self.decoding.thresholds.get(head, never)) for head in heads}
-        steps = self.task.steps if self._has_state else ()
-        return StreamInfo(video, run, self.run.config.arm, self.task.fps, heads, at, steps, self.task.goal)
-
     def __enter__(self) -> Self:
         self._open.enter_context(streaming(self.run.model, self._config))
         return self
@@ -130,15 +92,39 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def _fitting(self, texts: Sequence[str]) -> Sequence[str]:
-        """The texts; where they and a frame exceed an empty context, one text of their beginning, with an ellipsis."""
-        tokens, room = self.run.tokens, self._session.room - self._session.k
-        if not texts or len(utterance("user", texts, tokens)) <= room:
-            return texts
-        return [tokens.decode(tokens.encode(" ".join(texts))[: max(0, room - 2 - ELLIPSIS_TOKENS)]) + "…"]
+    def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
+        """What the model makes of a frame after `user_texts`: where they and a frame exceed an empty context, one text
+        of their beginning, with an ellipsis.
 
+        NotFiniteError where a logit is not finite.
+        """
+        started, session, tokens = time.perf_counter(), self._session, self.run.tokens
+        restarts, room = session.restarts, session.room - session.k
+        if user_texts and len(utterance("user", user_texts, tokens)) > room:
+            ids = tokens.encode(" ".join(user_texts))
+            user_texts = [tokens.decode(ids[: max(0, room - 2 - ELLIPSIS_TOKENS)]) + "…"]
+        features = self._vision(video_frame.pixels)
+        [output] = self._engine.run(session.step([FrameInput(video_frame.frame, user_texts, features)]))
+        logits = dict(zip(session.heads, output.logits.tolist(), strict=False))
+        if not all(map(math.isfinite, logits.values())):
+            raise NotFiniteError(f"frame {video_frame.frame}: the scores are not finite; train again with a lower --lr")
+        probabilities = {head: self.probability(logit) for head, logit in logits.items()}
+        state = session.state if self._has_state else {}
+        return StreamFrame(
+            video_frame.frame, video_frame.time_s, logits, probabilities, tuple(user_texts), output.updates,
+            output.dst_text, output.assistant_text, state, session.used, session.restarts > restarts,
+            video_frame.skipped, time.perf_counter() - started,
+        )  # fmt: skip
 
-# ---- when a head fires ---------------------------------------------------------------------------------
+    def probability(self, logit: float) -> float:
+        """Of a head's logit, corrected for sampling where that is known (LoadedRun.logit_correction)."""
+        return float(1 / (1 + np.exp(-np.float64(logit + (self.run.logit_correction or 0.0)))))
+
+    def info(self, video: str, run: str) -> StreamInfo:
+        heads = self._session.heads
+        at = {head: self.probability(self.decoding.thresholds.get(head, math.inf)) for head in heads}
+        steps = self.task.steps if self._has_state else ()
+        return StreamInfo(video, run, self.run.config.arm, self.task.fps, heads, at, steps, self.task.goal)
 
 
 def evaluated_thresholds(run: Path) -> tuple[dict[str, float], float]:

@@ -7,7 +7,7 @@ gives its range of frames and its user's texts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -75,12 +75,10 @@ def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> Cli
     path: a task, or a file of clips, of which `clip` is an id or a number; None: nothing is known. Raises InputError.
     """
     try:
-        task = msgspec.convert({} if path is None else _fields(_read_clip(path, clip)), _TaskFile)
+        task = _TaskFile() if path is None else msgspec.convert(_task_fields(_read_clip(path, clip)), _TaskFile)
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}; expected goal, steps as names or {{id, name}}, initial_state") from None
-    steps = dict(
-        (f"S{i}", step) if isinstance(step, str) else (step.id, step.name) for i, step in enumerate(task.steps, 1)
-    )
+    steps = dict((f"S{i}", s) if isinstance(s, str) else (s.id, s.name) for i, s in enumerate(task.steps, 1))
     if len(steps) < len(task.steps):
         raise InputError(f"{path} steps: two have the same id, expected different ones")
     if unknown := [step for step in task.initial_state if step not in steps]:
@@ -114,14 +112,14 @@ def _read_clip(path: Path, clip: str | None) -> dict[str, Any]:
     return chosen[0]
 
 
-def _fields(clip: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's fields, of a conversations file's clip, too.
+def _task_fields(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of _TaskFile; of a clip of a conversations file they have other names.
 
     A given state that the clip's own updates contradict is left out: generators write the one at the clip's end.
     """
     dst, given = clip.get("dst"), clip.get("initial_dst_state") or {}
-    contents: Iterable[Any] = (turn.get("content") for turn in clip.get("conversation") or () if isinstance(turn, dict))
-    updates = [one for content in contents if isinstance(content, list) for one in content if isinstance(one, dict)]
+    contents = (turn.get("content") for turn in clip.get("conversation") or () if isinstance(turn, dict))
+    updates = [u for content in contents if isinstance(content, list) for u in content if isinstance(u, dict)]
     known = [(u.get("id", ""), u["transition"]) for u in updates if u.get("transition") in TRANSITIONS]
     if isinstance(given, dict) and contradicts(given, known):
         given = {}

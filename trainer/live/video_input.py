@@ -36,6 +36,7 @@ FIRST_PICTURE_S = 10.0  # for a camera to start
 STALLED_S = 5.0  # without a new picture: a camera that was pulled out may report nothing
 CUT_OFF = 0.9  # of the seconds that a video's header announces: one with fewer has lost its end
 MAX_LINE = 1000  # characters that are kept of a user's line
+_TIMED = re.compile(r"@([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s+(.*)")
 
 
 @dataclass(frozen=True)
@@ -64,31 +65,27 @@ def open_video_input(
     for name, rate in (("fps", fps), ("source fps", source_fps)):
         if rate is not None and not MIN_FPS <= rate <= MAX_FPS:
             raise InputError(f"{where}: {name} {rate:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
+    path, source = Path(where), "a video, a folder of images or a camera's number"
     if where.isascii() and where.isdigit():
-        with closing(_Camera(int(where))) as camera:
+        with closing(Camera(int(where))) as camera:
             yield camera.frames(fps, side)
-        return
-    path = Path(where)
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder; expected a video, a folder of images or a camera's number")
-    if path.is_file() and path.suffix.lower() not in (".arrow", *VIDEOS):
+    elif not os.path.exists(path):
+        raise InputError(f"{path}: no such file or folder; expected {source}")
+    elif path.is_file() and path.suffix.lower() not in (".arrow", *VIDEOS):
         raise InputError(
             f"{path}: ends in neither .arrow nor {' '.join(VIDEOS)}; rename it if it is one, or convert it: "
             f"ffmpeg -i IT -c:v libx264 OUT.mp4"
         )
-    with closing(open_pictures(path)) as opened:
-        yield _file_frames(path, opened, fps, side, realtime, source_fps, frames)
-
-
-# ---- files ---------------------------------------------------------------------------------------------
+    else:
+        with closing(open_pictures(path)) as opened:
+            yield _file_frames(path, opened, fps, side, realtime, source_fps, frames)
 
 
 def _file_frames(
     path: Path, opened: Any, fps: float, side: int, realtime: bool, source_fps: float | None, frames: range | None
 ) -> Iterator[VideoFrame]:
-    is_video = path.suffix.lower() in VIDEOS and not path.is_dir()
     count = opened.count(fps)
-    if is_video and source_fps is not None:
+    if source_fps is not None and path.suffix.lower() in VIDEOS and not path.is_dir():
         raise InputError(f"{path}: a video has the times of its pictures; leave the source fps out")
     if not count:
         raise InputError(f"{path}: holds no frame; expected images (.jpg, .png), an .arrow file or a video")
@@ -98,14 +95,15 @@ def _file_frames(
     if wanted.stop > count:
         raise InputError(f"{path}: ends at frame {count - 1}, but its clip at {wanted.stop - 1}; get the whole file")
 
+    def image(number: int) -> Image.Image:
+        picture = number if source_fps is None else math.floor((number / fps + ROUNDING_S) * source_fps)
+        try:
+            return opened.image(picture, fps)
+        except UNDECODABLE as error:
+            raise InputError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
+
     def in_order() -> Iterator[VideoFrame]:
-        for number, skipped in _in_time(wanted.start, wanted.stop, fps, realtime):
-            picture = number if source_fps is None else math.floor((number / fps + ROUNDING_S) * source_fps)
-            try:
-                image = opened.image(picture, fps)
-            except UNDECODABLE as error:
-                raise InputError(f"{path} frame {number}: {opened.wrong} ({error}); get the file again") from None
-            yield _video_frame(image, number, fps, side, skipped)
+        yield from _timed_frames(wanted, fps, side, realtime, image)
         announced = getattr(opened, "announced_s", 0.0)
         if frames is None and announced > 1 and count / fps < CUT_OFF * announced:
             raise InputError(f"{path}: ends after {count / fps:g} of {announced:g} seconds; get the whole file")
@@ -113,30 +111,24 @@ def _file_frames(
     return in_order()
 
 
-def _video_frame(image: Image.Image, number: int, fps: float, side: int, skipped: int) -> VideoFrame:
-    pixels = fit(image, side)  # of the whole image, as in training
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR)
-    return VideoFrame(number, number / fps, pixels, image, skipped)
-
-
-def _in_time(first: int, end: float, fps: float, realtime: bool) -> Iterator[tuple[int, int]]:
-    """(frame, skipped before it) from `first` up to `end`; in real time each when it is due."""
-    start, number = time.monotonic() - first / fps, first
-    last = first - 1
-    while number < end:
-        if realtime and number > first:
+def _timed_frames(wanted: range, fps: float, side: int, realtime: bool, image: Any) -> Iterator[VideoFrame]:
+    """The wanted frames, whose RGB `image(frame)` gives; in real time each when it is due, late ones left out."""
+    number = wanted.start
+    start, last = time.monotonic() - number / fps, number - 1
+    while number < wanted.stop:
+        if realtime and number > wanted.start:
             time.sleep(max(0.0, number / fps - (time.monotonic() - start)))
             number = max(number, math.floor((time.monotonic() - start) * fps))
-            if number >= end:
+            if number >= wanted.stop:
                 return
-        yield number, number - last - 1
+        picture = image(number)
+        pixels = fit(picture, side)  # of the whole image, as in training
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR)
+        yield VideoFrame(number, number / fps, pixels, picture, number - last - 1)
         last, number = number, number + 1
 
 
-# ---- cameras -------------------------------------------------------------------------------------------
-
-
-class _Camera:
+class Camera:
     """The newest picture of a camera: a thread reads on, so that none is old. InputError where it can't be opened."""
 
     def __init__(self, index: int) -> None:
@@ -150,21 +142,20 @@ class _Camera:
 
     def frames(self, fps: float, side: int) -> Iterator[VideoFrame]:
         self._started.wait(FIRST_PICTURE_S)
-        for number, skipped in _in_time(0, math.inf, fps, realtime=True):
-            yield _video_frame(self._image(), number, fps, side, skipped)
+        yield from _timed_frames(range(sys.maxsize), fps, side, True, lambda _: self.image())
 
-    def close(self) -> None:
-        """The thread ends with the next picture; a camera that gives none is left to the end of the process."""
-        self._stop = True
-        self._thread.join(1.0)
-
-    def _image(self) -> Image.Image:
+    def image(self) -> Image.Image:
         problem, silent_s = self._problem, time.monotonic() - self._time
         if problem is None and (self._picture is None or silent_s > STALLED_S):
             problem = f"no picture for {silent_s:.0f} seconds"
         if problem is not None:
             raise InputError(f"{self.name}: {problem}; is it still plugged in?")
         return shown(self._picture)
+
+    def close(self) -> None:
+        """The thread ends with the next picture; a camera that gives none is left to the end of the process."""
+        self._stop = True
+        self._thread.join(1.0)
 
     def _read(self) -> None:
         problem = "it gave its last picture"
@@ -174,7 +165,7 @@ class _Camera:
                     break
                 self._picture, self._time = picture, time.monotonic()
                 self._started.set()
-        except Exception as error:  # the driver's, raised by `_image` in the caller's thread
+        except Exception as error:  # the driver's, raised by `image` in the caller's thread
             problem = str(getattr(error, "strerror", None) or error)
         self._problem = problem
         self._started.set()
@@ -191,16 +182,10 @@ def _open_camera(index: int) -> Any:
         present = ", ".join(sorted(str(path) for path in Path("/dev").glob("video*"))) or "none"
         raise InputError(f"camera {index}: no {device}, cameras: {present}; for a file or folder write ./{index}")
     try:
-        container = av.open(device, format="v4l2" if linux else "avfoundation")
+        return av.open(device, format="v4l2" if linux else "avfoundation")
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"camera {index}: {device} can't be opened ({reason}); is another program using it?") from None
-    return container
-
-
-# ---- the user's lines ----------------------------------------------------------------------------------
-
-_TIMED = re.compile(r"@([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s+(.*)")
 
 
 class UserInput:

@@ -5,7 +5,7 @@ There is no GPU here: fake CUDA tensors show which operations run where, and wha
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -44,8 +44,7 @@ def static_reads(monkeypatch) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(("arm", "k"), [("speak+dst", 1), ("speak+dst", 4), ("lm-eos", 1), ("token", 1), ("frames", 4)])
 def test_a_pass_of_fixed_shape_has_the_numbers_and_texts_of_the_engine(arm, k, request):
     model, clip = tiny(arm, k, max_tokens=70 + 20 * k), example(frames=60)
     decoding = often(model, clip)
@@ -60,7 +59,7 @@ def test_a_pass_of_fixed_shape_has_the_numbers_and_texts_of_the_engine(arm, k, r
 
 
 def test_what_a_slab_holds_past_the_session_is_never_seen(static_reads, monkeypatch):
-    model, clip = tiny(max_tokens=90), example(frames=60)
+    model, clip = tiny(max_tokens=90), example(frames=30)
     [expected] = run(model, clip, decoding=TALKATIVE)
     construct = StaticPass.__init__
 
@@ -77,7 +76,7 @@ def test_what_a_slab_holds_past_the_session_is_never_seen(static_reads, monkeypa
 
 def test_where_no_graph_can_be_made_the_engine_reads_without(static_reads, monkeypatch):
     monkeypatch.setattr(StaticPass, "read", lambda self, parts, prefix: static_reads.append(prefix))
-    model, clip = tiny(max_tokens=90), example(frames=60)
+    model, clip = tiny(max_tokens=90), example(frames=30)
     [scored] = run(model, clip, decoding=TALKATIVE)
     assert static_reads
     monkeypatch.setattr("trainer.live.engine.GRAPHED", ())
@@ -107,11 +106,11 @@ def test_no_layer_of_a_pass_waits(static_reads, monkeypatch):
             return call(self, *args, **kwargs)
 
     model = tiny(max_tokens=90)
-    clips = [example(frames=20 + 3 * i, clip_id=f"c{i}", video=f"v{i}") for i in range(3)]
+    clips = [example(frames=10 + 3 * i, clip_id=f"c{i}", video=f"v{i}") for i in range(3)]
     monkeypatch.setattr(torch.nn.Module, "__call__", counted)
     for slots in (1, 3):
         run(model, *clips, decoding=TALKATIVE, slots=slots)
-    assert len(passes) > 50
+    assert len(passes) > 30
     assert counting.found == []
 
 
@@ -135,25 +134,6 @@ def fake_gpu(monkeypatch):
     dynamic = ShapeEnv(allow_dynamic_output_shape_ops=True)  # transformers 5.17 looks for the patches that are there
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=dynamic):
         yield downloads
-
-
-def test_the_counter_counts(monkeypatch):
-    with fake_gpu(monkeypatch):
-        values = torch.zeros(4, device="cuda")
-        for wait in (
-            lambda: values[values > 0],
-            lambda: values.to("cpu", non_blocking=True),
-            lambda: torch.zeros(4).to("cuda"),
-            lambda: torch.tensor([1, 2], device="cuda"),
-            lambda: values.__setitem__(values > 0, values),
-        ):
-            with Waits("cuda") as counting, suppress(Exception):  # fake values have no sizes
-                wait()
-            assert len(counting.found) == 1
-        with Waits("cuda") as counting:
-            torch.zeros(4).to("cuda", non_blocking=True)
-            values[:, None].expand(4, 4).index_select(0, values.long())
-        assert counting.found == []
 
 
 def requests(features: torch.Tensor, prompt: int):
@@ -196,15 +176,11 @@ def test_a_pass_on_a_gpu_waits_once_for_its_result(slots, graphed, arm, monkeypa
     assert counts_on_a_fake_gpu(tiny_config(len(tokens())), monkeypatch, slots, graphed, arm) == ([], 10, 10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["256M", "2.2B"])
-@pytest.mark.parametrize("slots", [1, 2])
-def test_the_released_sizes_run_on_a_gpu_without_data(size, slots, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("size", "slots"), [("256M", 2), ("2.2B", 1)])
+def test_the_released_shapes_run_on_a_gpu_without_data(size, slots, monkeypatch, tmp_path):
     config = smollm2.released_config(size, tmp_path)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2  # all layers are alike
     assert counts_on_a_fake_gpu(config, monkeypatch, slots, ("cuda",), "speak+dst") == ([], 10, 10)
-
-
-# ---- memory --------------------------------------------------------------------------------------------
 
 
 def test_half_of_a_gpu_s_free_memory_is_for_keys_and_values(monkeypatch):

@@ -13,8 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.errors import InputError
-from trainer.live import sinks
-from trainer.live.sinks import HtmlRecorder, JsonLines, TerminalLog
+from trainer.live.sinks import Pictures, html_page, json_lines, terminal_log
 from trainer.live.stream import StreamFrame, StreamInfo
 
 HOSTILE = "</script><script>alert(1)</script><!-- {{DATA}} \x1b[2J \u202e"
@@ -51,14 +50,14 @@ SCRIPT = [
 
 
 def record(sink, frames=SCRIPT) -> None:
-    with sink:
+    with sink as show:
         for one in frames:
-            sink.show(one, PICTURE)
+            show(one, PICTURE)
 
 
 def log(frames=SCRIPT, **more) -> list[str]:
     file = StringIO()
-    record(TerminalLog(Console(file=file, width=40), info(**more)), frames)
+    record(terminal_log(Console(file=file, width=40), info(**more)), frames)
     return file.getvalue().splitlines()
 
 
@@ -87,7 +86,7 @@ def test_text_cannot_control_the_terminal():
 def test_json_lines_hold_every_field_and_are_flushed():
     file, seen = StringIO(), []
     file.flush = lambda: seen.append(file.getvalue().count("\n"))
-    record(JsonLines(file), [frame(0), frame(1, user_texts=("ü\n" + HOSTILE,), updates=(("S1", "start"),))])
+    record(json_lines(file), [frame(0), frame(1, user_texts=("ü\n" + HOSTILE,), updates=(("S1", "start"),))])
     assert seen == [1, 2]
     first, second = map(json.loads, file.getvalue().splitlines())
     assert first == json.loads(json.dumps(frame(0).__dict__))
@@ -116,7 +115,7 @@ def page_data(path: Path):
 
 
 def test_the_page_holds_every_frame_and_its_events(tmp_path):
-    record(HtmlRecorder(tmp_path / "new" / "x.html", info()))
+    record(html_page(tmp_path / "new" / "x.html", info()))
     data = page_data(tmp_path / "new" / "x.html")
     assert data["about"]["thresholds"] == [0.2, 0.2]
     assert data["about"]["steps"] == [["S1", "Attach the wheels"], ["S2", "Fix the roof"]]
@@ -134,7 +133,7 @@ def test_the_page_holds_every_frame_and_its_events(tmp_path):
 
 def test_text_stays_text_in_the_page(tmp_path):
     hostile = frame(0, user_texts=(HOSTILE,), updates=((HOSTILE, "start"),), state=(HOSTILE, HOSTILE))
-    record(HtmlRecorder(tmp_path / "x.html", info(video=HOSTILE, run=HOSTILE, goal=HOSTILE)), [hostile])
+    record(html_page(tmp_path / "x.html", info(video=HOSTILE, run=HOSTILE, goal=HOSTILE)), [hostile])
     assert Page(tmp_path / "x.html").tags.count("script") == 2
     shown = re.sub("[\x1b\u202e]", "\ufffd", HOSTILE)
     assert page_data(tmp_path / "x.html")["frames"][0][5]["events"][0] == ["user", shown, ""]
@@ -142,21 +141,22 @@ def test_text_stays_text_in_the_page(tmp_path):
 
 def test_a_stream_without_a_frame_leaves_what_was_there(tmp_path):
     (tmp_path / "x.html").write_text("old")
-    record(HtmlRecorder(tmp_path / "x.html", info()), [])
+    record(html_page(tmp_path / "x.html", info()), [])
     assert (tmp_path / "x.html").read_text() == "old"
 
 
 def test_a_path_that_cannot_be_a_file_is_refused_before_the_first_frame(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a folder; --html wants the name of a file"):
-        HtmlRecorder(tmp_path, info())
+        record(html_page(tmp_path, info()))
     with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
-        HtmlRecorder(tmp_path / "file" / "x", info())
+        record(html_page(tmp_path / "file" / "x", info()))
 
 
 def test_pictures_are_thinned_evenly_to_their_budget():
-    pictures, size = sinks._Pictures(20_000), len(sinks._jpeg(PICTURE))
+    pictures = Pictures(20_000)
     for number in range(0, 2000, 2):
         pictures.offer(number, PICTURE)
+    size = len(pictures.kept[0])
     assert 10_000 - size < size * len(pictures.kept) <= 20_000
     assert list(pictures.kept) == list(range(0, 2000, 2 * pictures.stride))

@@ -187,7 +187,7 @@ def test_a_camera_gives_its_newest_picture_at_each_tick_and_is_closed(monkeypatc
         found = [next(frames)]
         camera.show(40)
         for _ in range(2000):  # until the thread has it
-            if shades(video_input.fit(frames.gi_frame.f_locals["self"]._image(), 64)[None]) == [4]:
+            if shades(video_input.fit(frames.gi_frame.f_locals["self"].image(), 64)[None]) == [4]:
                 break
             time.sleep(0.005)
         found.append(next(frames))
