@@ -15,8 +15,7 @@ import re
 import struct
 import unicodedata
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -28,7 +27,7 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import InputError
 from pipeline.schema import is_inside
-from pipeline.video import Video, check_size, on_black, read_times
+from pipeline.video import Video, check_size, on_black
 
 VIDEOS: Final = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 IMAGES: Final = (".jpg", ".jpeg", ".png")
@@ -68,21 +67,18 @@ def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list
     The prefix is the dataset's name, with or without its number ('assembly101', 'assembly'), or all before 'nusar-':
     in Assembly101's public data 'disassembly_nusar-X' and 'nusar-X' are one video. So are Ego4D's 'grp-X' and 'X'.
     """
-    given = [video_uid]
-    if frames_file:
-        stem, ending = os.path.splitext(frames_file)
-        given.append(stem if ending.lower() in _FILES else frames_file)
+    stem, ending = os.path.splitext(frames_file or "")
+    given = [video_uid, *([stem if ending.lower() in _FILES else stem + ending] if frames_file else [])]
     given += [path.removeprefix("grp-") for path in given]
-    words = [dataset, dataset.rstrip("0123456789")] if dataset else []
-    prefixes = [word + sign for word in dict.fromkeys(words) if word for sign in "_-"]
-    names = []
+    words = dict.fromkeys(filter(None, [dataset, dataset.rstrip("0123456789")] if dataset else []))
+    prefixes = [word + sign for word in words for sign in "_-"]
     for path in given.copy():  # without leading folders that are generic or the dataset's
         parts = path.split("/")
-        while len(parts) > 1 and (parts[0] in _GENERIC or parts[0] == dataset):
+        while len(parts) > 1 and parts[0] in (*_GENERIC, dataset):
             del parts[0]
         given.append("/".join(parts))
-    for path in dict.fromkeys(given):
-        folder, name = os.path.split(path)
+    names = []
+    for folder, name in map(os.path.split, dict.fromkeys(given)):
         forms = [name, *(name.removeprefix(prefix) for prefix in prefixes), name[max(name.find("nusar-"), 0) :]]
         names += [os.path.join(folder, form) for form in [*forms, *(prefix + name for prefix in prefixes)] if form]
     names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]  # a Mac writes NFD
@@ -135,10 +131,8 @@ def count_frames(path: Path, fps: float = 2.0) -> int | None:
 def count_and_delay(path: Path, fps: float = 2.0) -> tuple[int | None, float]:
     """(`count_frames`, seconds from the start of a player's clock to the first picture)."""
     try:
-        if path.suffix.lower() in VIDEOS and not path.is_dir():
-            times = read_times(path)
-            return times.count(fps), times.late_s
-        return open_pictures(path).count(fps), 0.0
+        with closing(open_pictures(path)) as opened:
+            return opened.count(fps), getattr(opened, "late_s", 0.0)
     except (OSError, ValueError, OverflowError):
         return None, 0.0
 
@@ -168,15 +162,11 @@ class ArrowFrames:
     def count(self, fps: float = 2.0) -> int:
         return len(self._rows)
 
-    def row(self, number: int) -> memoryview:
-        """The row's bytes. ValueError where it is null."""
+    def image(self, number: int, fps: float) -> Image.Image:
         content = self._rows[number].as_buffer()
         if content is None:
             raise ValueError("null")
-        return memoryview(content)
-
-    def image(self, number: int, fps: float) -> Image.Image:
-        return read_base64(self.row(number))
+        return _read_image(base64.b64decode(memoryview(content), validate=True))
 
     def close(self) -> None:
         del self._rows
@@ -193,10 +183,8 @@ class ImageFolder:
         return len(self._files)
 
     def image(self, number: int, fps: float) -> Image.Image:
-        size = self._files[number].stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes, at most {MAX_BYTES:,} are read")
-        return _read_image(self._files[number].read_bytes())
+        with self._files[number].open("rb") as file:
+            return _read_image(file.read(MAX_BYTES + 1))
 
     def close(self) -> None:
         self._files = []
@@ -214,22 +202,9 @@ def open_pictures(path: Path) -> Opened:
         raise InputError(f"{path}: {error}") from None
 
 
-def read_frames(path: Path, frames: Iterable[int]) -> list[str]:
-    """Base64 JPEGs of some frames of an Arrow file; none of other files, which would have to be decoded."""
-    if path.is_dir() or path.suffix.lower() in VIDEOS:
-        return []
-    rows = ArrowFrames(path)
-    return [bytes(rows.row(number)).decode() for number in frames if number < rows.count()]
-
-
-def read_base64(text: str | memoryview) -> Image.Image:
-    """RGB of a base64 JPEG or PNG. Raises one of UNDECODABLE."""
-    if len(text) > 4 * MAX_BYTES // 3:
-        raise ValueError(f"{len(text):,} characters, at most {4 * MAX_BYTES // 3:,} are read")
-    return _read_image(base64.b64decode(text, validate=True))
-
-
 def _read_image(content: bytes) -> Image.Image:
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{len(content):,} bytes, at most {MAX_BYTES:,} are read")
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
         check_size(image.width, image.height)
         image.load()

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from PIL import Image
@@ -49,36 +49,6 @@ def on_black(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class VideoTimes(NamedTuple):
-    """When each picture is shown. Frame i is what a player shows i/fps seconds after its clock starts, or the first
-    picture where there is none yet."""
-
-    pts: np.ndarray  # int64 [P] in ticks, ascending
-    keys: np.ndarray  # int64: pictures at which decoding can start, ascending
-    tick: float  # seconds
-    end: int  # ticks: when the last picture is over
-    late: int = 0  # ticks from the start of the clock to the first picture
-
-    @property
-    def late_s(self) -> float:
-        return self.late * self.tick
-
-    @property
-    def rounding(self) -> float:
-        """Seconds by which a picture's time may be too late: half a tick (Matroska's are 1 ms), within reason."""
-        return min(max(0.51 * self.tick, 1e-4), 6e-4)
-
-    def count(self, fps: float) -> int:
-        """How many frames there are: those with i/fps before the end."""
-        length = (self.end - int(self.pts[0]) + self.late) * self.tick
-        return max(1, math.ceil((length - self.rounding) * fps))
-
-    def picture(self, frame: int, fps: float) -> int:
-        """Index of the frame's picture: the last one whose time is not after frame/fps, else the first."""
-        time = (frame / fps + self.rounding) / self.tick - self.late
-        return max(0, int(np.searchsorted(self.pts, int(self.pts[0]) + time, side="right")) - 1)
-
-
 def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
     """A video file and its track: the first of those marked as default, else the first; never a cover.
 
@@ -104,43 +74,12 @@ def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
     raise ValueError("no video in it, or not its end; get the file again")
 
 
-def read_times(path: Path) -> VideoTimes:
-    """From the file's packets: some 3 us and 50 bytes a picture. ValueError or OSError where it can't be read."""
-    import av
-
-    timeless = f"does not say when its pictures are shown; {_CONVERT}"
-    times, durations, starts = array("q"), array("q"), array("b")  # not packets: those hold the file's bytes
-    container, stream = open_video(path)
-    with container:
-        try:
-            for packet in container.demux(stream):
-                if not packet.size or packet.is_discard:
-                    continue
-                if packet.pts is None:
-                    raise ValueError(timeless)
-                times.append(packet.pts)
-                durations.append(packet.duration or 0)
-                starts.append(packet.is_keyframe)
-                if len(times) > MAX_PICTURES:
-                    raise ValueError(f"more than {MAX_PICTURES:,} pictures; cut it into parts")
-        except av.FFmpegError as error:
-            raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
-        made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
-        if not times or made_up or not stream.time_base:
-            raise ValueError(timeless)
-        clock, tick = container.start_time, float(stream.time_base)  # in microseconds, in seconds
-    pts, first = np.unique(np.array(times), return_index=True)
-    end = int(pts[-1]) + max(0, durations[first[-1]] or int(pts[-1]) - int(pts[-2:][0]))
-    late_s = 0.0 if clock is None else float(pts[0]) * tick - max(clock, 0) / 1e6  # negative: an audio decoder's delay
-    return VideoTimes(
-        pts, np.flatnonzero(np.array(starts)[first]), tick, end, round(late_s / tick) if late_s >= LATE_S else 0
-    )
-
-
 class Video:
-    """Frames of a video file. In order, the file is decoded once; a jump starts at the last keyframe before it.
+    """A video file. Frame i is what a player shows i/fps seconds after its clock starts, or the first picture where
+    there is none yet.
 
-    A picture that the decoder finds damaged is refused, and with it those built on it up to the next keyframe.
+    Pictures are decoded one after the other; a jump seeks to a keyframe. A picture that the decoder finds damaged is
+    refused, and with it those built on it up to the next keyframe.
     """
 
     wrong = "can't be decoded"
@@ -148,13 +87,47 @@ class Video:
     _next: tuple[float, VideoFrame | None]  # decoded, but not yet asked for
 
     def __init__(self, path: Path) -> None:
-        """ValueError or OSError where it can't be read."""
+        """Reads the packets: some 3 us and 50 bytes a picture. ValueError or OSError where it can't be read."""
+        import av
+
         self._path = path
-        self._times = read_times(path)
+        timeless = f"does not say when its pictures are shown; {_CONVERT}"
+        times, durations, starts = array("q"), array("q"), array("b")  # not packets: those hold the file's bytes
+        container, stream = open_video(path)
+        with container:
+            try:
+                for packet in container.demux(stream):
+                    if not packet.size or packet.is_discard:
+                        continue
+                    if packet.pts is None:
+                        raise ValueError(timeless)
+                    times.append(packet.pts)
+                    durations.append(packet.duration or 0)
+                    starts.append(packet.is_keyframe)
+                    if len(times) > MAX_PICTURES:
+                        raise ValueError(f"more than {MAX_PICTURES:,} pictures; cut it into parts")
+            except av.FFmpegError as error:
+                raise ValueError(f"damaged ({error.strerror or error}); get the file again") from None
+            made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
+            if not times or made_up or not stream.time_base:
+                raise ValueError(timeless)
+            clock, self._tick = container.start_time, float(stream.time_base)  # in microseconds, in seconds
+        self._pts, first = np.unique(np.array(times), return_index=True)  # int64 [P] in ticks, ascending
+        self._keys = np.flatnonzero(np.array(starts)[first])  # pictures at which decoding can start
+        length = durations[first[-1]] or int(self._pts[-1] - self._pts[-2:][0])  # of the last picture
+        self._end = int(self._pts[-1]) + max(0, length)
+        # negative: an audio decoder's delay
+        late_s = 0.0 if clock is None else float(self._pts[0]) * self._tick - max(clock, 0) / 1e6
+        self._late = round(late_s / self._tick) if late_s >= LATE_S else 0  # ticks up to the first picture
+        self.late_s = self._late * self._tick
+        # seconds by which a picture's time may be too late: half a tick (Matroska's are 1 ms), within reason
+        self._rounding = min(max(0.51 * self._tick, 1e-4), 6e-4)
         self._open()
 
     def count(self, fps: float) -> int:
-        return self._times.count(fps)
+        """How many frames there are: those with i/fps before the end."""
+        length = (self._end - int(self._pts[0]) + self._late) * self._tick
+        return max(1, math.ceil((length - self._rounding) * fps))
 
     @property
     def announced_s(self) -> float:
@@ -165,11 +138,20 @@ class Video:
         return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
 
     def image(self, number: int, fps: float) -> Image.Image:
-        """Frame `number`, RGB. ValueError where it can't be decoded."""
+        """Frame `number`, RGB: the last picture whose time is not after number/fps. ValueError: can't be decoded."""
         import av
 
+        time = int(self._pts[0]) + (number / fps + self._rounding) / self._tick - self._late
+        wanted = max(0, int(np.searchsorted(self._pts, time, side="right")) - 1)
         try:
-            return shown(self._picture(self._times.picture(number, fps)), self._stream.sample_aspect_ratio)
+            keys = self._keys[self._keys <= wanted]
+            if self._shown[0] > wanted or self._shown[0] + WORTH_A_JUMP < keys.max(initial=0):
+                self._seek(wanted, keys)
+            while self._next[0] <= wanted:
+                self._shown, self._next = self._next, next(self._pictures, (math.inf, None))
+            if self._shown[1] is None:
+                raise ValueError("there is no picture before it")
+            return shown(self._shown[1], self._stream.sample_aspect_ratio)
         except (av.FFmpegError, ValueError) as error:
             self._shown = math.inf, None  # so that the next call seeks
             raise ValueError(getattr(error, "strerror", None) or str(error)) from None
@@ -185,21 +167,10 @@ class Video:
         codec.thread_type, codec.thread_count = "AUTO", DECODERS
         self._pictures, self._shown, self._next = self._decode(0), (-1, None), (-1, None)
 
-    def _picture(self, wanted: int) -> VideoFrame:
-        """The last picture up to index `wanted`."""
-        keys = self._times.keys[self._times.keys <= wanted]
-        if self._shown[0] > wanted or self._shown[0] + WORTH_A_JUMP < keys.max(initial=0):
-            self._seek(wanted, keys)
-        while self._next[0] <= wanted:
-            self._shown, self._next = self._next, next(self._pictures, (math.inf, None))
-        if self._shown[1] is None:
-            raise ValueError("there is no picture before it")
-        return self._shown[1]
-
     def _seek(self, wanted: int, keys: np.ndarray) -> None:
         """Go on from a keyframe, an earlier one where the container overshoots (it seeks by decoding time)."""
         for key in keys[: -TRIED_KEYS - 1 : -1].tolist():
-            self._container.seek(int(self._times.pts[key]), stream=self._stream)
+            self._container.seek(int(self._pts[key]), stream=self._stream)
             self._pictures, self._shown = self._decode(key), (-1, None)
             self._next = next(self._pictures, (math.inf, None))
             if self._next[0] <= wanted:
@@ -212,7 +183,7 @@ class Video:
         for picture in self._container.decode(self._stream):
             if picture.pts is None:
                 raise ValueError("a picture without a time")
-            index = int(np.searchsorted(self._times.pts, picture.pts, side="right")) - 1
+            index = int(np.searchsorted(self._pts, picture.pts, side="right")) - 1
             if index >= key and picture.is_corrupt:
                 raise ValueError(f"picture {index} of the file is damaged")
             if index >= key:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.media import ArrowFrames, count_frames, find_frames, fit, images_in, open_pictures, read_frames
+from pipeline.media import count_frames, find_frames, fit, images_in, open_pictures
 
 CORNERS = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
 
@@ -203,17 +203,34 @@ def test_frames_are_cropped_to_the_centre_and_resized_with_channels_first():
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
 def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path, kind, options):
-    rows = [None, "b", *"cdefghijklmno", None, "p"]
-    table = pa.table({"frame": pa.array(rows, pa.string()).cast(kind), "x": list(range(17))})
+    grey = [base64.b64encode(saved(Image.new("L", (8, 8), 10 * i), "PNG")).decode() for i in range(16)]
+    table = pa.table({"frame": pa.array([None, *grey], pa.string()).cast(kind), "x": list(range(17))})
     for new in (pa.ipc.new_file, pa.ipc.new_stream):
         path = tmp_path / "v.arrow"
         with new(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
             writer.write_table(table, max_chunksize=5)
         assert count_frames(path) == 17
-        assert read_frames(path, [*range(1, 15), 99]) == list("bcdefghijklmno")
-        for null in (0, 15):
-            with pytest.raises(ValueError, match="null"):
-                ArrowFrames(path).row(null)
+        opened = open_pictures(path)
+        assert [opened.image(1 + i, 2.0).getpixel((0, 0))[0] for i in range(16)] == [10 * i for i in range(16)]
+        with pytest.raises(ValueError, match="null"):
+            opened.image(0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "why"),
+    [
+        ("pipeline.video.MAX_PIXELS", 100 * 100, "101 x 100 pixels, at most 10000"),
+        ("pipeline.media.MAX_BYTES", 60, "bytes, at most 60 are read"),
+    ],
+)
+def test_pictures_of_too_many_bytes_or_pixels_are_not_read(tmp_path, monkeypatch, limit, most, why):
+    png = saved(Image.new("RGB", (101, 100)), "PNG")
+    touch(tmp_path / "v" / "1.png").write_bytes(png)
+    arrow(tmp_path / "v.arrow", pa.array([base64.b64encode(png).decode()]))
+    monkeypatch.setattr(limit, most)
+    for path in (tmp_path / "v", tmp_path / "v.arrow"):
+        with pytest.raises(ValueError, match=why):
+            open_pictures(path).image(0, 2.0)
 
 
 @pytest.mark.parametrize("offsets", [(0, 2**31 - 1, 1, 2, 12), (0, -(2**30), 1, 2, 12), (0, 9, 4, 2, 12)])

@@ -7,9 +7,8 @@ Reads a scores Parquet and the shards. Scores are sigmoid(logit), not corrected 
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,12 +16,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
-from PIL import Image
 from rich.text import Text
 from scipy.special import expit
 
 from pipeline.errors import InputError
-from pipeline.media import find_frames, fit, read_frames
+from pipeline.media import find_frames, fit, open_pictures
 from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
@@ -90,10 +88,12 @@ def _make_figure(clip: HeldOutClip, frames_root: Path | None, captions: dict[str
     pictures.set_title(f"clip {printable(row['clip_id'], 60)}, {about}", size=13, weight="normal", color=MUTED)
     path = find_frames(frames_root, row["video_uid"], row["frames_file"], row["dataset"]) if frames_root else None
     which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
-    if path and (coded := read_frames(path, (row["start_frame"] + which).tolist())):
-        images = (Image.open(io.BytesIO(base64.b64decode(jpeg))).convert("RGB") for jpeg in coded)
-        strip = np.concatenate([fit(image, THUMBNAIL_SIDE).transpose(1, 2, 0) for image in images], axis=1)
-        pictures.imshow(strip, extent=(0, 1, 0, 1), aspect="auto")
+    if path:
+        with closing(open_pictures(path)) as opened:
+            numbers = [n for n in (row["start_frame"] + which).tolist() if n < opened.count(row["fps"])]
+            images = [fit(opened.image(number, row["fps"]), THUMBNAIL_SIDE).transpose(1, 2, 0) for number in numbers]
+        if images:
+            pictures.imshow(np.concatenate(images, axis=1), extent=(0, 1, 0, 1), aspect="auto")
     pictures.set_axis_off()
     edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
     for axes, (head, score) in zip(panels, clip.scores.items(), strict=True):
