@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +42,7 @@ def locked(out: Path) -> Iterator[None]:
         make_folder(out)
     except OSError as error:
         raise InputError(f"{out}: cannot write there: {error.strerror}; choose another --out") from None
-    taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
-    with lock(out / LOCK, taken):
+    with lock(out / LOCK, InputError(f"{out}: another run is writing there; wait for it, or choose another --out")):
         try:
             yield
         finally:
@@ -68,7 +67,7 @@ def staging(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder / "tried")
             yield folder
         finally:
-            _clear(out)  # of killed runs, too: a worker that outlived its run for a moment wrote there meanwhile
+            _clear(out)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             what = f"{out}: no space left on the disk; nothing was changed; make room and run again"
@@ -78,8 +77,9 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def _clear(out: Path) -> None:
-    for folder in out.glob(f"{STAGING}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove staging folders, those of killed runs too: a worker may outlive its run and write there for a moment."""
+    for left in out.glob(f"{STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
@@ -137,18 +137,16 @@ _FRAMES_OPTIONS: dict[str, Any] = {
 _REPEAT = ("dataset", "positive", "frame_convention", "goal", "knowledge", "role", "transition", "id", "name")
 
 
-def _leaves(type_: pa.DataType, path: str) -> Iterator[str]:
-    """Parquet paths of the leaf columns below a column, e.g. turns.list.element.role."""
-    if pa.types.is_list(type_):
-        yield from _leaves(type_.value_type, f"{path}.list.element")
-    elif pa.types.is_struct(type_):
-        for child in type_:
-            yield from _leaves(child.type, f"{path}.{child.name}")
-    else:
-        yield path
+def _leaves(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """Parquet paths of the leaf columns, e.g. turns.list.element.role."""
+    for field in fields:
+        if pa.types.is_list(field.type):
+            yield from _leaves(field.type.value_type, f"{above}{field.name}.list.element.")
+        else:
+            yield above + field.name
 
 
-_CLIPS_LEAVES = [leaf for column in CLIPS for leaf in _leaves(column.type, column.name)]
+_CLIPS_LEAVES = list(_leaves(CLIPS))
 _CLIPS_OPTIONS: dict[str, Any] = {
     "use_dictionary": [leaf for leaf in _CLIPS_LEAVES if leaf.rpartition(".")[2] in _REPEAT],
     "write_statistics": [leaf for leaf in _CLIPS_LEAVES if leaf not in ("turns.list.element.text", "knowledge")],

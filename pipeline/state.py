@@ -9,9 +9,8 @@ clip is therefore replayed over the earlier clips of its conversation; a given s
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,32 +48,25 @@ def replay_frames(
 
 def contradicts(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
-    for step, transition in _first(updates):
-        was = before.get(step, NOT_STARTED)
-        if TRANSITIONS[transition] == was or (transition == "start" and was == "completed"):
-            return True
-    return False
+    return any(
+        TRANSITIONS[transition] == was or (transition == "start" and was == "completed")
+        for was, transition in _first(before, updates)
+    )
 
 
 def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
-    return any(
-        transition in ("complete", "pause", "resume") and before.get(step, NOT_STARTED) == NOT_STARTED
-        for step, transition in _first(updates)
-    )
+    needs = ("complete", "pause", "resume")
+    return any(was == NOT_STARTED and transition in needs for was, transition in _first(before, updates))
 
 
-def _first(updates: Iterable[Update]) -> Iterator[Update]:
-    """The first update of each step, in order."""
-    seen: set[str] = set()
-    for step, transition in updates:
-        if step not in seen:
-            seen.add(step)
-            yield step, transition
+def _first(before: Mapping[str, str], updates: Iterable[Update]) -> list[Update]:
+    """(state before, transition) of each step's first update."""
+    first = dict(reversed(list(updates)))
+    return [(before.get(step, NOT_STARTED), transition) for step, transition in first.items()]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One clip of a conversation."""
 
     first_turn: int  # event frame of its first turn; no update of the clip is earlier
@@ -93,22 +85,21 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     state = dict(next((s.given for s in segments if s.first_turn == first and s.given), {}))
     updates: list[tuple[int, tuple[int, str, str]]] = []  # (first turn of the clip that it is from, update)
     known: set[tuple[int, str, str]] = set()
-    for i in order:
-        fresh = [update for update in segments[i].updates if update not in known]
-        known.update(fresh)
-        updates += [(segments[i].first_turn, update) for update in fresh]
+    for segment in (segments[i] for i in order):
+        updates += [(segment.first_turn, update) for update in segment.updates if update not in known]
+        known.update(segment.updates)
     updates.sort(key=lambda item: item[1][0])
     frames = [update[0] for _, update in updates]
     states: list[dict[str, str]] = [{}] * len(segments)
     done = 0
     for i in order:
-        start = segments[i].first_turn
+        start, given, own = segments[i].first_turn, segments[i].given, set(segments[i].updates)
         if start == first:
-            states[i] = dict(segments[i].given or state)
+            states[i] = dict(given or state)
             continue
         before = bisect_left(frames, start)
         state = replay(state, [update[1:] for _, update in updates[done:before]]) if before > done else state
-        now, own = updates[before : bisect_right(frames, start)], set(segments[i].updates)
+        now = updates[before : bisect_right(frames, start)]
         states[i] = replay(state, [update[1:] for source, update in now if source < start and update not in own])
         done = before
     return states

@@ -51,10 +51,9 @@ def naming(path: Path, new: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(new)):
-            what = error.strerror or " ".join(str(error).split())
-            raise OSError(error.errno, what, str(path)) from None
-        raise
+        if error.filename not in (None, str(new)):
+            raise
+        raise OSError(error.errno, error.strerror or " ".join(str(error).split()), str(path)) from None
 
 
 def make_folder(path: Path) -> None:
