@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from io import StringIO
 
@@ -25,11 +25,8 @@ def console() -> Console:
 
 def table(first: str, *others: str) -> Table:
     """An empty table with these column headings; all but the first column are right-aligned."""
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rows.add_column(Text(first))
-    for name in others:
-        rows.add_column(Text(name), justify="right")
-    return rows
+    columns = [Column(Text(first)), *(Column(Text(name), justify="right") for name in others)]
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
 @contextlib.contextmanager
@@ -49,24 +46,22 @@ def progress_bar() -> Iterator[Callable[..., None]]:
         yield report
 
 
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
 # ---- words ---------------------------------------------------------------------------------------------
 
 
 def plain(value: object) -> str:
     """Text on one line with nothing a terminal obeys: controls and direction overrides show as \ufffd."""
     text = " ".join(str(value).split())
-    if text.isprintable():
-        return text
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
+    return text if text.isprintable() else _OBEYED.sub("\ufffd", text)
 
 
 def command(*words: object) -> str:
     """A command of ours to paste into a shell."""
     shown = (str(word) if str(word).isprintable() else plain(word) for word in words)
     return shlex.join(["prospect-dst", *shown])
-
-
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def counted(number: int, thing: str) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import InputError
@@ -27,8 +28,7 @@ from pipeline.summary import HUES, split_order
 from pipeline.terminal import clock, plain
 
 
-@dataclass(frozen=True, slots=True)
-class ClipView:
+class ClipView(NamedTuple):
     """A row of the clips table with its labels, int8 [F] each."""
 
     split: str
@@ -39,24 +39,33 @@ class ClipView:
 
 def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterator[ClipView]:
     """The given clips of one part (a file name), in order."""
-    rows = pl.scan_parquet(folder / "clips" / f"split={split}" / part, hive_partitioning=False, glob=False)
-    frames = pl.scan_parquet(folder / "frames" / f"split={split}" / part, hive_partitioning=False, glob=False)
-    wanted = pl.col("clip").is_in(clips)
-    labels = frames.filter(wanted).select("clip", *LABEL_COLUMNS).collect()
-    by_clip = {int(key[0]): f for key, f in labels.partition_by("clip", as_dict=True).items()}
-    for row in rows.filter(wanted).collect().iter_rows(named=True):
-        speaking, dst = (by_clip[row["clip"]][column].to_numpy() for column in LABEL_COLUMNS)
-        yield ClipView(split, row, speaking, dst)
+    rows, frames = (
+        pl.scan_parquet(folder / table / f"split={split}" / part, hive_partitioning=False, glob=False)
+        .filter(pl.col("clip").is_in(clips))
+        .select(columns)
+        .collect()
+        for table, columns in (("clips", pl.all()), ("frames", pl.col("clip", *LABEL_COLUMNS)))
+    )
+    for row in rows.iter_rows(named=True):
+        own = frames.filter(pl.col("clip") == row["clip"])
+        yield ClipView(split, row, *(own[column].to_numpy() for column in LABEL_COLUMNS))
 
 
 def clip_index(folder: Path) -> pl.DataFrame:
     """clip, clip_id, split and part (a file name) of every clip, in order."""
-    found = []
-    paths = [(path.parent.name.removeprefix("split="), path) for path in folder.glob("clips/split=*/part-*.parquet")]
-    for split, path in sorted(paths, key=lambda item: (split_order(item[0]), item[1].name)):
-        ids = pl.scan_parquet(path, hive_partitioning=False, glob=False).select("clip", "clip_id")
-        found.append(ids.with_columns(split=pl.lit(split), part=pl.lit(path.name)))
-    return pl.concat(found).collect()
+    paths = sorted(
+        folder.glob("clips/split=*/part-*.parquet"), key=lambda path: (*split_order(_split(path)), path.name)
+    )
+    return pl.concat(
+        pl.scan_parquet(path, hive_partitioning=False, glob=False)
+        .select("clip", "clip_id")
+        .with_columns(split=pl.lit(_split(path)), part=pl.lit(path.name))
+        for path in paths
+    ).collect()
+
+
+def _split(path: Path) -> str:
+    return path.parent.name.removeprefix("split=")
 
 
 def find_clip(folder: Path, clip: str) -> ClipView:
@@ -129,9 +138,7 @@ def _header(row: Mapping[str, Any], split: str) -> Table:
         f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}",
         "goal": row["goal"],
     }
-    grid = Table.grid()
-    grid.add_column(min_width=_MARGIN + 1, style="dim")
-    grid.add_column(overflow="fold")
+    grid = Table.grid(Column(min_width=_MARGIN + 1, style="dim"), Column(overflow="fold"))
     for name, value in facts.items():
         if value:
             grid.add_row(name, Text(plain(value)))
@@ -142,7 +149,6 @@ def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column:
     """Wrapped rows of a ruler, the turns' numbers and both heads' labels, then an empty line."""
     start, fps = view.row["start_frame"], view.row["fps"]
     edges = np.arange(0, len(view.speaking), per_column)
-    labels = {"speaking": np.maximum.reduceat(view.speaking, edges), "DST": np.maximum.reduceat(view.dst, edges)}
     begins: dict[int, list[int]] = {}  # column -> numbers of the turns that begin there
     for number, turn in enumerate(view.row["turns"], 1):
         if turn["start_frame"] is not None:
@@ -153,9 +159,9 @@ def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column:
         ticks = {c: f"╷{(frame := start + c * per_column)} {clock(frame / fps)}" for c in range(left, right, 20)}
         yield Text(f"{'frame':<{_MARGIN}}{_place(ticks, left, columns)}", style="dim")
         yield Text(f"{'turn':<{_MARGIN}}{_place(numbers, left, right - left)}", style="dim")
-        for head, of_head in labels.items():
+        for head, labels in (("speaking", view.speaking), ("DST", view.dst)):
             track = Text.assemble((f"{head:<{_MARGIN}}", HUES[head]))
-            for label in of_head[left:right].tolist():
+            for label in np.maximum.reduceat(labels, edges)[left:right].tolist():
                 track.append(glyphs[label], style=f"bold {HUES[head]}" if label == 1 else "dim")
             yield track
         yield Text("")
@@ -172,12 +178,15 @@ def _place(labels: Mapping[int, str], left: int, width: int) -> str:
 
 
 def _turns(row: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
-    table.add_column("#", justify="right", style="dim", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    for name in ("frames", "role"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("text", overflow="fold", ratio=1)
+    right, left = (partial(Column, no_wrap=True, justify=justify) for justify in ("right", "left"))
+    columns = (
+        right("#", style="dim"),
+        right("time"),
+        left("frames"),
+        left("role"),
+        Column("text", overflow="fold", ratio=1),
+    )
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
     for number, (turn, state) in enumerate(zip(row["turns"], states_of(row)[1:], strict=True), 1):
         start, time = turn["start_frame"], turn_seconds(row, turn)
@@ -186,8 +195,7 @@ def _turns(row: Mapping[str, Any]) -> Table:
             text.append(f"\n{plain(note)}" if note else "", style="dim")
         seconds = "-" if time is None else clock(time, tenths=True)
         frames = "-" if start is None else f"{start}..{turn['end_frame']}"
-        role = Text(plain(turn["role"]), style=hues.get(turn["role"], ""))
-        table.add_row(str(number), seconds, frames, role, text)
+        table.add_row(str(number), seconds, frames, Text(turn["role"], style=hues.get(turn["role"], "")), text)
     return table
 
 

@@ -44,10 +44,12 @@ GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is 
 def page_around_data(title: str) -> tuple[str, str]:
     """What stands before and after the page's JSON, which may be long and is written by the caller (`coded`)."""
     template = files("pipeline").joinpath("viewer.html").read_text(encoding="utf-8")
-    hashes = {tag: _hash(template, tag) for tag in ("script", "style")}
-    policy = f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data:"
-    shell = jinja2.Template(template, autoescape=True).render(title=title, policy=Markup(policy), data="\0")
-    before, after = shell.split("\0")
+    policy = "default-src 'none'; img-src data:"
+    for tag in ("script", "style"):
+        body = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
+    page = jinja2.Template(template, autoescape=True).render(title=title, policy=Markup(policy), data="\0")
+    before, after = page.split("\0")
     return before, after
 
 
@@ -63,11 +65,6 @@ def short(text: str) -> str:
     """Text to show, at most MAX_TEXT characters of it."""
     text = plain(text)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-
-
-def _hash(template: str, tag: str) -> str:
-    body = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
 
 
 # ---- the page of an output folder --------------------------------------------------------------------
@@ -86,9 +83,15 @@ def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[
 def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict[str, Any]:
     """Everything the page shows, as JSON types."""
     splits = splits_of(manifest)
-    order = {split.name: i for i, split in enumerate(splits)}
+    order = [split.name for split in splits]
     recordings = pl.scan_parquet(folder / "clips" / "**" / "*.parquet").select(pl.col("recording_id").n_unique())
-    clips = list(_within(MAX_BYTES, _clips(folder, max_clips)))
+    clips: list[dict[str, Any]] = []
+    spent = 0
+    for clip in _clips(folder, max_clips):
+        spent += len(json.dumps(clip))
+        if clips and spent > MAX_BYTES:
+            break
+        clips.append(clip)
     kept = ("clips", "quarantined", "frame_convention", "sha256")
     return {
         "page": "labels",
@@ -101,43 +104,30 @@ def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
             for source in manifest.get("inputs") or []
         ],
-        "clips": sorted(clips, key=lambda clip: (order[clip["split"]], clip["clip"])),
+        "clips": sorted(clips, key=lambda clip: (order.index(clip["split"]), clip["clip"])),
     }
 
 
 def _split(split: Split, manifest: Mapping[str, Any]) -> dict[str, Any]:
     heads = {}
     for name, head in split.heads.items():
-        bins = np.searchsorted(GAP_EDGES, list(head.gaps), side="right") - 1
-        counts = np.bincount(bins, weights=list(head.gaps.values()), minlength=len(GAP_EDGES)).astype(int)
-        heads[name] = asdict(head) | {"median": head.median_gap, "gaps": counts.tolist()}
+        counts, _ = np.histogram(list(head.gaps), [*GAP_EDGES, np.inf], weights=list(head.gaps.values()))
+        heads[name] = asdict(head) | {"median": head.median_gap, "gaps": counts.astype(int).tolist()}
     drops = {reason: n for reason, (n,) in drops_by_reason([split], manifest).items()}
     return asdict(split) | {"heads": heads, "drops": drops}
 
 
-def _within(budget: int, clips: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Clips until their JSON has used up `budget` bytes; the first in any case."""
-    spent = 0
-    for clip in clips:
-        size = len(json.dumps(clip))
-        if spent and spent + size > budget:
-            return
-        spent += size
-        yield clip
-
-
 def _clips(folder: Path, max_clips: int) -> Iterator[dict[str, Any]]:
     """Clips of all splits in turn, so that a page cut short has lost from each."""
+
+    def views(rows: list[tuple[str, str, int]]) -> Iterator[ClipView]:
+        for (split, part), wanted in groupby(rows, key=lambda row: row[:2]):
+            yield from read_clips(folder, split, part, [clip for *_, clip in wanted])
+
     rows = clip_index(folder).select("split", "part", "clip").rows()
     by_split = [list(of_split) for _, of_split in groupby(rows, key=lambda row: row[0])]
-    streams = [_views(folder, picked) for picked in spread(by_split, max_clips)]
-    for clips in zip_longest(*streams):
+    for clips in zip_longest(*map(views, spread(by_split, max_clips))):
         yield from (clip_data(view) for view in clips if view)
-
-
-def _views(folder: Path, rows: list[tuple[str, str, int]]) -> Iterator[ClipView]:
-    for (split, part), wanted in groupby(rows, key=lambda row: row[:2]):
-        yield from read_clips(folder, split, part, [clip for *_, clip in wanted])
 
 
 def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
