@@ -25,21 +25,18 @@ def splits_in(name: str) -> list[str]:
     return list(dict.fromkeys(SPLITS[token.lower()] for token in _TOKEN.findall(name)))
 
 
-def told_split(path: Path) -> str | None:
-    """The split that a file's name tells, else its folder's. UsageError where it tells two."""
-    for name in (path.name, path.absolute().parent.name):
-        splits = splits_in(name)
-        if len(splits) > 1:
-            raise UsageError(f"{path}: the name {name!r} tells the splits {' and '.join(splits)}; give --split")
-        if splits:
-            return splits[0]
-    return None
-
-
 def split_of(path: Path, options: Options) -> str:
-    """The split of a file. UsageError where the name gives none, or --split contradicts the file's name."""
-    split = options.split or told_split(path)
-    if split is None:
+    """The split of a file: --split, else what its name tells, else its folder's.
+
+    UsageError where they tell none or two, or --split contradicts the file's name.
+    """
+    split = options.split
+    for name in (path.name, path.absolute().parent.name):
+        told = [] if split else splits_in(name)
+        if len(told) > 1:
+            raise UsageError(f"{path}: the name {name!r} tells the splits {' and '.join(told)}; give --split")
+        split = split or "".join(told)
+    if not split:
         raise UsageError(
             f"{path}: the file name tells no split (expected train, val or test between _ - . in it); give --split"
         )

@@ -17,7 +17,6 @@ TRANSITIONS = {
     "cancel": "cancelled", "reset": "not_started", "fail": "failed",
 }  # fmt: skip
 HEAD_OF = {"assistant": "speaking", "DST_UPDATE": "dst_update"}
-STATES = tuple(TRANSITIONS.values())
 OTHER = {"speaking": "dst_update", "dst_update": "speaking"}
 
 
@@ -28,17 +27,8 @@ class Undecided(Exception):
 # ---- types -------------------------------------------------------------------------------------------
 
 
-def get(mapping: dict, key: str):
-    """The value, or None where it is absent or null."""
-    return mapping.get(key)
-
-
-def is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
 def is_finite(x) -> bool:
-    if not is_number(x):
+    if not isinstance(x, (int, float)) or isinstance(x, bool):
         return False
     try:
         return math.isfinite(float(x))
@@ -50,27 +40,28 @@ def is_frame(x) -> bool:
     return is_finite(x) and float(x).is_integer() and 0 <= x <= MAX_FRAME
 
 
+def is_name(x) -> bool:
+    """Reading: a number will do for an id."""
+    return isinstance(x, (str, int)) and not isinstance(x, bool)
+
+
 def stays_inside(path: str) -> bool:
-    windows = PureWindowsPath(path)
-    climbs = ".." in PurePosixPath(path).parts or ".." in windows.parts
-    absolute = PurePosixPath(path).is_absolute() or bool(windows.drive) or bool(windows.root)
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    climbs = ".." in posix.parts or ".." in windows.parts
+    absolute = posix.is_absolute() or bool(windows.drive) or bool(windows.root)
     return not climbs and not absolute and "\0" not in path and path != ""
 
 
 def fps_of(clip: dict) -> float:
-    return 2 if get(clip, "fps") is None else clip["fps"]
+    return 2 if clip.get("fps") is None else clip["fps"]
 
 
 def schema_of(clip: dict) -> str:
     if "video_intervals" in clip:
         return "egoproactive"
-    turns = get(clip, "conversation")
-    frames = [t for t in turns if isinstance(t, dict) and get(t, "role") == "frames"] if isinstance(turns, list) else []
+    turns = clip.get("conversation")
+    frames = isinstance(turns, list) and any(isinstance(t, dict) and t.get("role") == "frames" for t in turns)
     return "proassist" if frames else "prospect"
-
-
-def is_proassist(clip: dict) -> bool:
-    return schema_of(clip) == "proassist"
 
 
 def text(value) -> str | None:
@@ -81,37 +72,39 @@ def text(value) -> str | None:
 
 
 def metadata_of(clip: dict) -> dict:
-    found = get(clip, "metadata")
-    return found if isinstance(found, dict) else {}
+    return clip["metadata"] if isinstance(clip.get("metadata"), dict) else {}
 
 
 def user_of(clip: dict) -> str | None:
-    user = get(metadata_of(clip), "user_id")
+    user = metadata_of(clip).get("user_id")
     return str(user) if isinstance(user, int) and not isinstance(user, bool) else text(user)
 
 
 def goal_of(clip: dict) -> str | None:
     if schema_of(clip) == "egoproactive":
-        return text(get(clip, "task"))
-    return text(get(clip, "inferred_goal")) or text(get(metadata_of(clip), "task_goal"))
+        return text(clip.get("task"))
+    return text(clip.get("inferred_goal")) or text(metadata_of(clip).get("task_goal"))
 
 
 def knowledge_of(clip: dict) -> str | None:
     if schema_of(clip) == "proassist" and metadata_of(clip).get("add_knowledge") is False:
         return None
-    return text(get(clip, "inferred_knowledge")) or text(get(metadata_of(clip), "knowledge"))
+    return text(clip.get("inferred_knowledge")) or text(metadata_of(clip).get("knowledge"))
+
+
+def raw_steps(clip: dict):
+    """`dst`, or what is nested under `dst.steps`."""
+    steps = clip.get("dst")
+    return steps.get("steps") if isinstance(steps, dict) else steps
 
 
 def steps_of(clip: dict) -> list[dict]:
-    """The task's steps, {id, name}, also nested under `dst.steps`."""
-    steps = get(clip, "dst")
-    steps = get(steps, "steps") if isinstance(steps, dict) else steps
-    return [{"id": str(s["id"]), "name": text(get(s, "name")) or ""} for s in steps or []]
+    return [{"id": str(s["id"]), "name": text(s.get("name")) or ""} for s in raw_steps(clip) or []]
 
 
 def summary_only(clip: dict) -> bool:
     """A ProAssist clip of a summary file: its assistant turns were taken out."""
-    told = metadata_of(clip).get("summary_only") is True or get(clip, "neg_frame_sampling_rate") == -1
+    told = metadata_of(clip).get("summary_only") is True or clip.get("neg_frame_sampling_rate") == -1
     return schema_of(clip) == "proassist" and told
 
 
@@ -123,68 +116,54 @@ def problems(clip) -> list[tuple[int | None, str]]:
     if not isinstance(clip, dict):
         return [(None, "")]
     if schema_of(clip) == "egoproactive":
-        return _session_problems(clip)
-    found = [*_clip_problems(clip), *_bounds_problems(clip)]
-    conversation = get(clip, "conversation")
+        return [(None, name) for name in _session_problems(clip)]
+    found = [(None, name) for name in [*_clip_problems(clip), *_bounds_problems(clip)]]
+    conversation = clip.get("conversation")
     if not isinstance(conversation, list):
         return [*found, (None, "conversation")]
     for i, turn in enumerate(conversation):
         found += [(i, name) for name in _turn_problems(turn)]
     if not found and by_time(clip):
-        found = [(None, "fps")] if get(clip, "fps") is None else []
-        times = [(i, get(turn, "time")) for i, turn in enumerate(conversation)]
+        found = [(None, "fps")] if clip.get("fps") is None else []
+        times = [(i, turn.get("time")) for i, turn in enumerate(conversation)]
         found += [(i, "time") for i, t in times if t is not None and not is_frame(floor_frame(t, fps_of(clip)))]
     return found
 
 
-def _clip_problems(clip: dict) -> list[tuple[int | None, str]]:
-    texts = ("video_uid", "frames_file")
-    bad = [name for name in texts if get(clip, name) is not None and not isinstance(clip[name], str)]
-    paths = [name for name in ("video_uid", "frames_file") if isinstance(get(clip, name), str)]
-    bad += [name for name in paths if not stays_inside(clip[name])]
-    if get(clip, "video_uid") is None:
-        bad.append("video_uid")
-    name = get(clip, "id")
-    if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool)):
-        bad.append("id")
-    if get(clip, "clip_idx") is not None and not is_frame(clip["clip_idx"]):
-        bad.append("clip_idx")
-    if not is_finite(fps_of(clip)) or fps_of(clip) <= 0:
-        bad.append("fps")
-    rate = get(clip, "neg_frame_sampling_rate")
-    if rate is not None and not (is_finite(rate) and 0 <= rate <= 1) and not (rate == -1 and summary_only(clip)):
-        bad.append("neg_frame_sampling_rate")
-    steps = get(clip, "dst")
-    steps = get(steps, "steps") if isinstance(steps, dict) else steps
-    if steps is not None and not (isinstance(steps, list) and all(isinstance(s, dict) and _is_id(s) for s in steps)):
-        bad.append("dst")
-    state = get(clip, "initial_dst_state")
-    if state is not None and not (isinstance(state, dict) and set(map(str, state.values())) <= set(STATES)):
-        bad.append("initial_dst_state")
-    return [(None, name) for name in bad]
+def _clip_problems(clip: dict) -> list[str]:
+    rate, state, steps = (clip.get("neg_frame_sampling_rate"), clip.get("initial_dst_state"), raw_steps(clip))
+    paths = {name: clip.get(name) for name in ("video_uid", "frames_file")}
+    bad = [name for name, path in paths.items() if path is not None and not isinstance(path, str)]
+    bad += [name for name, path in paths.items() if isinstance(path, str) and not stays_inside(path)]
+    wrong = {
+        "video_uid": paths["video_uid"] is None,
+        "id": clip.get("id") is not None and not is_name(clip["id"]),
+        "clip_idx": clip.get("clip_idx") is not None and not is_frame(clip["clip_idx"]),
+        "fps": not is_finite(fps_of(clip)) or fps_of(clip) <= 0,
+        "neg_frame_sampling_rate": rate is not None
+        and not (is_finite(rate) and 0 <= rate <= 1)
+        and not (rate == -1 and summary_only(clip)),
+        "dst": steps is not None
+        and not (isinstance(steps, list) and all(isinstance(s, dict) and is_name(s.get("id")) for s in steps)),
+        "initial_dst_state": state is not None
+        and not (isinstance(state, dict) and set(map(str, state.values())) <= set(TRANSITIONS.values())),
+    }
+    return bad + [name for name, is_wrong in wrong.items() if is_wrong]
 
 
-def _is_id(step: dict) -> bool:
-    """Reading: a number will do, as in nested steps."""
-    return isinstance(get(step, "id"), (str, int)) and not isinstance(step["id"], bool)
-
-
-def _bounds_problems(clip: dict) -> list[tuple[int | None, str]]:
-    given = [(name, get(clip, name)) for name in ("start_frame_idx", "end_frame_idx")]
-    bad = [(None, name) for name, value in given if value is not None and not is_frame(value)]
-    (_, start), (_, end) = given
+def _bounds_problems(clip: dict) -> list[str]:
+    start, end = (clip.get(name) for name in ("start_frame_idx", "end_frame_idx"))
+    bad = [f"{name}_frame_idx" for name, x in (("start", start), ("end", end)) if x is not None and not is_frame(x)]
     if not bad and start is not None and end is not None and not 0 <= end - start <= MAX_FRAMES:
-        bad = [(None, "end_frame_idx"), (None, "start_frame_idx")]
+        bad = ["end_frame_idx", "start_frame_idx"]
     return bad  # one frame, or none: that hangs on the convention
 
 
-def _session_problems(clip: dict) -> list[tuple[int | None, str]]:
+def _session_problems(clip: dict) -> list[str]:
     """Of an EgoProactive session."""
-    intervals, answers, path = (get(clip, name) for name in ("video_intervals", "answers", "video_path"))
-    bad = []
-    if not isinstance(path, str) or not stays_inside(path):
-        bad.append("video_path")
-    if get(clip, "fps") is not None and not (is_finite(clip["fps"]) and clip["fps"] > 0):
+    intervals, answers, path = (clip.get(name) for name in ("video_intervals", "answers", "video_path"))
+    bad = [] if isinstance(path, str) and stays_inside(path) else ["video_path"]
+    if clip.get("fps") is not None and not (is_finite(clip["fps"]) and clip["fps"] > 0):
         bad.append("fps")
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         bad.append("answers")
@@ -194,27 +173,26 @@ def _session_problems(clip: dict) -> list[tuple[int | None, str]]:
         bad.append("video_intervals")
     elif isinstance(answers, list) and len(answers) != len(intervals):
         bad += ["answers", "video_intervals"]
-    length = get(clip, "duration_in_sec")
-    if length is not None and not is_finite(length):
+    if clip.get("duration_in_sec") is not None and not is_finite(clip["duration_in_sec"]):
         bad.append("duration_in_sec")
-    return [(None, name) for name in bad]
+    return bad
 
 
 def _turn_problems(turn) -> list[str]:
     if not isinstance(turn, dict):
         return [""]
-    role, bad = get(turn, "role"), []
+    role, bad = turn.get("role"), []
     if role != "frames" and role not in ROLES:
         return ["role"]
-    if role != "frames" and not _content_ok(role, get(turn, "content")):
+    if role != "frames" and not _content_ok(role, turn.get("content")):
         bad.append("content")
-    if get(turn, "time") is not None and not is_finite(turn["time"]):
+    if turn.get("time") is not None and not is_finite(turn["time"]):
         bad.append("time")
-    start, end = ("start", "end") if role == "frames" else ("start_frame", "end_frame")
-    frames_bad = [name for name in (start, end) if get(turn, name) is not None and not is_frame(turn[name])]
-    both = get(turn, start) is not None and get(turn, end) is not None
-    if not frames_bad and both and turn[end] < turn[start]:
-        frames_bad = [end, start]
+    names = ("start", "end") if role == "frames" else ("start_frame", "end_frame")
+    start, end = (turn.get(name) for name in names)
+    frames_bad = [name for name in names if turn.get(name) is not None and not is_frame(turn[name])]
+    if not frames_bad and start is not None and end is not None and end < start:
+        frames_bad = list(names)
     return bad + frames_bad
 
 
@@ -224,15 +202,12 @@ def _content_ok(role: str, content) -> bool:
     if role != "DST_UPDATE":
         return isinstance(content, str)
     if isinstance(content, str):
-        pairs = [piece.split("->") for piece in content.split(",")]
-        return all(len(p) == 2 and p[0].strip() and p[1].strip() in TRANSITIONS for p in pairs)
+        split = [piece.split("->") for piece in content.split(",")]
+        return all(len(p) == 2 and p[0].strip() and p[1].strip() in TRANSITIONS for p in split)
     return isinstance(content, list) and all(
-        isinstance(u, dict) and isinstance(get(u, "id"), str) and _is_transition(get(u, "transition")) for u in content
+        isinstance(u, dict) and isinstance(u.get("id"), str) and u.get("transition") in list(TRANSITIONS)
+        for u in content
     )
-
-
-def _is_transition(x) -> bool:
-    return isinstance(x, str) and x in TRANSITIONS
 
 
 def pairs(content) -> list[tuple[str, str]]:
@@ -253,13 +228,13 @@ def spoken(clip: dict) -> list[dict]:
 
 def framed(clip: dict) -> list[dict]:
     """Non-system turns with both frame numbers (reading: one of the two is none)."""
-    return [t for t in spoken(clip) if get(t, "start_frame") is not None and get(t, "end_frame") is not None]
+    return [t for t in spoken(clip) if t.get("start_frame") is not None and t.get("end_frame") is not None]
 
 
 def by_time(clip: dict) -> bool:
     """Whether the turns have times but no frames, so that their frames are floor(time * fps)."""
-    turns = [] if schema_of(clip) != "prospect" else spoken(clip)
-    return not framed(clip) and any(get(t, "time") is not None for t in turns) if turns else False
+    prospect = schema_of(clip) == "prospect"
+    return prospect and not framed(clip) and any(t.get("time") is not None for t in spoken(clip))
 
 
 def placed(clip: dict) -> bool:
@@ -274,7 +249,7 @@ def floor_frame(time: float, fps: float) -> int | None:
 
 
 def given_bounds(clip: dict) -> tuple[int | None, int | None]:
-    start, end = get(clip, "start_frame_idx"), get(clip, "end_frame_idx")
+    start, end = clip.get("start_frame_idx"), clip.get("end_frame_idx")
     return (None if start is None else int(start)), (None if end is None else int(end))
 
 
@@ -306,7 +281,7 @@ def vote(clips: list[dict]) -> tuple[int, dict[str, int]]:
             start = min((t["start_frame"] for t in framed(clip)), default=None)
         previous = start
         for turn in framed(clip):
-            if get(turn, "time") is None:
+            if turn.get("time") is None:
                 continue
             start, end, at = turn["start_frame"], turn["end_frame"], floor_frame(turn["time"], fps_of(clip))
             voters += 1

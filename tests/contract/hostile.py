@@ -367,37 +367,6 @@ def file_of(rng: random.Random, kind: str, count: int, bad: float = 0.15, base: 
     return result
 
 
-def ballot(rng: random.Random) -> list[dict]:
-    """Plain clips whose timed turns obey one convention to about 90%, so that the vote is close."""
-    main, share = rng.choice(CONVENTIONS), rng.choice((0.8, 0.88, 0.9, 0.92, 0.95, 1))
-    found = []
-    for number in range(rng.randint(1, 4)):
-        fps, start = rng.choice((1, 2, 5, 29.97)), rng.choice((0, 100))
-        at, previous, turns = start, start, []
-        for _ in range(rng.randint(1, 12)):
-            at += rng.randint(0, 4)
-            spans = {
-                "event": (max(0, at - rng.randint(0, 2)), at + 1 + rng.randint(0, 2)),
-                "window": (max(0, at - 2), at),
-                "lead-in": (previous, max(previous, at + rng.randint(0, 1))),
-                "none": (at + 50, at + 60),
-            }
-            low, high = spans[main if _chance(rng, share) else rng.choice(sorted(spans))]
-            turn = {"role": rng.choice(("user", "assistant")), "content": "x", "start_frame": low, "end_frame": high}
-            turn["time"] = (at + rng.choice((0, 0.5))) / fps
-            odd = rng.choice(("system", "time", "end_frame")) if _chance(rng, 0.2) else None
-            if odd == "system":
-                turn["role"] = "system"
-            elif odd is not None:
-                del turn[odd]
-            else:
-                previous = high
-            turns.append(turn)
-        clip = {"video_uid": f"v{number}", "fps": fps, "conversation": turns}
-        found.append(clip | {"start_frame_idx": start, "end_frame_idx": start + 30})
-    return found
-
-
 def dump(rng: random.Random, found: list) -> bytes:
     """The file's bytes: an array (compact or indented), JSON Lines, or one object where there is one clip."""
     ascii_only = _chance(rng, 0.5)
@@ -412,125 +381,64 @@ def dump(rng: random.Random, found: list) -> bytes:
 
 # ---- malformed ---------------------------------------------------------------------------------------
 
-
-def _set(**values):
-    return lambda clip: clip.update(values)
-
-
-def _drop(name: str):
-    return lambda clip: clip.pop(name, None)
-
-
-def _say(**values):
-    """Append a turn that is well-formed but for what is said."""
-
-    def apply(clip: dict) -> None:
-        turn = {"role": "user", "content": "hi", "time": 3.0, "start_frame": 6, "end_frame": 7} | values
-        clip["conversation"].append({k: v for k, v in turn.items() if v is not ...})
-
-    return apply
-
-
-def _only(*turns: dict, **values):
-    return lambda clip: clip.update(values, conversation=list(turns))
-
-
-def _append(turn):
-    return lambda clip: clip["conversation"].append(turn)
-
-
-def _update(content):
-    return _say(role="DST_UPDATE", content=content)
-
-
-MUTATIONS = {
-    "uid missing": _drop("video_uid"),
-    "uid null": _set(video_uid=None),
-    "uid climbs": _set(video_uid="../up"),
-    "uid climbs the Windows way": _set(video_uid="a\\..\\..\\up"),
-    "uid absolute": _set(video_uid="/etc/passwd"),
-    "uid NUL": _set(video_uid="a\0b"),
-    "frames_file climbs": _set(frames_file="data/../../x.arrow"),
-    "frames_file number": _set(frames_file=1),
-    "conversation missing": _drop("conversation"),
-    "conversation null": _set(conversation=None),
-    "turn a string": _append("hi"),
-    "turn null": _append(None),
-    "role missing": _say(role=...),
-    "role unknown": _say(role="robot"),
-    "content missing": _say(content=...),
-    "content a list": _say(content=["hi"]),
-    "update garbage text": _update("what a day"),
-    "update a number": _update(3),
-    "update unknown transition": _update([{"id": "S1", "transition": "explode"}]),
-    "update without id": _update([{"transition": "start"}]),
-    "update with a number for id": _update([{"id": 1, "transition": "start"}]),
-    "update list of strings": _update(["S1->start"]),
-    "time NaN": _say(time=math.nan),
-    "time Infinity": _say(time=math.inf),
-    "time a string": _say(time="3.0"),
-    "bounds empty": _set(start_frame_idx=5, end_frame_idx=5),
-    "bounds reversed": _set(start_frame_idx=9, end_frame_idx=5),
-    "bounds fractional": _set(start_frame_idx=1.5, end_frame_idx=5),
-    "bounds a bool": _set(start_frame_idx=True, end_frame_idx=5),
-    "bounds over a million": _set(start_frame_idx=0, end_frame_idx=1_000_001),
-    "bounds 10^9": _set(start_frame_idx=0, end_frame_idx=10**9),
-    "bounds over int32": _set(start_frame_idx=2**31, end_frame_idx=2**31 + 5),
-    "fps 0": _set(fps=0),
-    "fps a string": _set(fps="2"),
-    "fps NaN": _set(fps=math.nan),
-    "rate 1.5": _set(neg_frame_sampling_rate=1.5),
-    "rate NaN": _set(neg_frame_sampling_rate=math.nan),
-    "dst a string": _set(dst="S1"),
-    "dst step without id": _set(dst=[{"name": "one"}]),
-    "initial state unknown": _set(initial_dst_state={"S1": "exploded"}),
-    "times without frames or fps": _only(
-        {"role": "user", "content": "hi", "time": 3.0}, fps=None, start_frame_idx=0, end_frame_idx=9
-    ),
-    "time before the video": _only({"role": "user", "content": "hi", "time": -3.0}, fps=2),
-    "id a list": _set(id=["x"]),
-    "clip_idx fractional": _set(clip_idx=0.5),
-}
-# only where turns carry start_frame/end_frame: a ProAssist turn has none to read
-TURN_MUTATIONS = {
-    "start negative": _say(start_frame=-1),
-    "end negative": _say(start_frame=-3, end_frame=-1),
-    "swapped": _say(start_frame=9, end_frame=8),
-    "fractional start": _say(start_frame=6.5),
-    "end a bool": _say(start_frame=0, end_frame=True),
-    "end Infinity": _say(end_frame=math.inf),
-    "end over int32": _say(end_frame=2**31),
-    "end over uint64": _say(end_frame=2**64 + 5),
-    "system turn negative": _say(role="system", start_frame=-1, end_frame=1),
-}
+GONE = object()  # the field is left out
+MUTATIONS = [  # fields of a clip
+    *({"video_uid": uid} for uid in (GONE, None, "../up", "a\\..\\..\\up", "/etc/passwd", "a\0b")),
+    *({"frames_file": path} for path in ("data/../../x.arrow", 1)),
+    *({"conversation": turns} for turns in (GONE, None)),
+    *({"start_frame_idx": 0, "end_frame_idx": end} for end in (1_000_001, 10**9)),
+    *({"start_frame_idx": start, "end_frame_idx": 5} for start in (5, 9, 1.5, True)),
+    {"start_frame_idx": 2**31, "end_frame_idx": 2**31 + 5},
+    *({"fps": fps} for fps in (0, "2", math.nan)),
+    *({"neg_frame_sampling_rate": rate} for rate in (1.5, math.nan)),
+    *({"dst": steps} for steps in ("S1", [{"name": "one"}])),
+    {"initial_dst_state": {"S1": "exploded"}},
+    {"id": ["x"]},
+    {"clip_idx": 0.5},
+    *({"conversation": [{"role": "user", "content": "hi", "time": time}], "fps": fps, "start_frame_idx": 0,
+       "end_frame_idx": 9} for time, fps in ((3.0, None), (-3.0, 2))),
+    *({"+": turn} for turn in ("hi", None)),
+    *({"+": {"role": role}} for role in (GONE, "robot")),
+    *({"+": {"content": content}} for content in (GONE, ["hi"])),
+    *({"+": {"role": "DST_UPDATE", "content": content}} for content in (
+        "what a day", 3, ["S1->start"], [{"transition": "start"}], [{"id": 1, "transition": "start"}],
+        [{"id": "S1", "transition": "explode"}],
+    )),
+    *({"+": {"time": time}} for time in (math.nan, math.inf, "3.0")),
+]  # fmt: skip
+TURN_MUTATIONS = [  # only where turns carry start_frame/end_frame: a ProAssist turn has none to read
+    *({"+": {"start_frame": start}} for start in (-1, 6.5, 9)),
+    *({"+": {"start_frame": 0, "end_frame": end}} for end in (True, math.inf, 2**31, 2**64 + 5)),
+    {"+": {"start_frame": -3, "end_frame": -1}},
+    {"+": {"role": "system", "start_frame": -1, "end_frame": 1}},
+]
+FRAMES_MUTATIONS = [
+    {"+": {"role": "frames", "start": start, "end": end}} for start, end in ((9, 8), (1.5, 8), (1, True), (1, 2**31))
+]
+SESSION_MUTATIONS = [
+    *({"video_path": path} for path in (GONE, "../x.mp4")),
+    *({"video_intervals": chunks, "answers": ["$silent$"] * len(chunks)} for chunks in (
+        [], [[8, 0]], [[8, 16], [0, 8]], [[0, 8], [7, 16]], [[0, math.nan]],
+    )),
+    *({"answers": answers} for answers in (GONE, [])),
+    {"fps": 0},
+]  # fmt: skip
 NOT_A_CLIP = (None, 3, "clip", [{"video_uid": "x", "conversation": []}])
-FRAMES_MUTATIONS = {
-    "frames swapped": _append({"role": "frames", "start": 9, "end": 8}),
-    "frames fractional": _append({"role": "frames", "start": 1.5, "end": 8}),
-    "frames a bool": _append({"role": "frames", "start": 1, "end": True}),
-    "frames over int32": _append({"role": "frames", "start": 1, "end": 2**31}),
-}
-SESSION_MUTATIONS = {
-    "path missing": _drop("video_path"),
-    "path climbs": _set(video_path="../x.mp4"),
-    "intervals none": _set(video_intervals=[], answers=[]),
-    "intervals reversed": _set(video_intervals=[[8, 0]], answers=["$silent$"]),
-    "intervals descending": _set(video_intervals=[[8, 16], [0, 8]], answers=["$silent$"] * 2),
-    "intervals that overlap": _set(video_intervals=[[0, 8], [7, 16]], answers=["$silent$"] * 2),
-    "intervals NaN": _set(video_intervals=[[0, math.nan]], answers=["$silent$"]),
-    "answers missing": _drop("answers"),
-    "answers too few": _set(answers=[]),
-    "session fps 0": _set(fps=0),
-}
-ALL_MUTATIONS = MUTATIONS | TURN_MUTATIONS | FRAMES_MUTATIONS
 
 
-def mutated(clip: dict, name: str) -> dict:
-    """A copy of a valid clip with one thing wrong, and an id of its own so that it is no duplicate."""
+def mutated(clip: dict, change: dict) -> dict:
+    """A copy of a valid clip with other fields, or ("+") with one more turn; its id is its own: it is no duplicate."""
     result = copy.deepcopy(clip)
-    result["id"] = f"bad {name} of {clip.get('id')} {clip.get('video_uid')} {clip.get('clip_idx')}"
-    (ALL_MUTATIONS | SESSION_MUTATIONS)[name](result)
-    return result
+    result["id"] = f"bad {change} of {clip.get('id')} {clip.get('video_uid')} {clip.get('clip_idx')}"
+    result |= {name: value for name, value in change.items() if name != "+"}
+    turn = change.get("+")
+    if isinstance(turn, dict) and turn.get("role") != "frames":
+        turn = {"role": "user", "content": "hi", "time": 3.0, "start_frame": 6, "end_frame": 7} | turn
+        turn = {name: value for name, value in turn.items() if value is not GONE}
+    result["conversation"] = (
+        [*clip.get("conversation", []), turn] if "+" in change else result.get("conversation", GONE)
+    )
+    return {name: value for name, value in result.items() if value is not GONE}
 
 
 def broken(rng: random.Random, clip: dict):
@@ -541,7 +449,6 @@ def broken(rng: random.Random, clip: dict):
     if kind == 1:
         return copy.deepcopy(clip)  # an exact duplicate: the first is kept
     if "video_intervals" in clip:
-        return mutated(clip, rng.choice(sorted(SESSION_MUTATIONS)))
+        return mutated(clip, rng.choice(SESSION_MUTATIONS))
     proassist = any(t["role"] == "frames" for t in clip["conversation"])
-    names = MUTATIONS | (FRAMES_MUTATIONS if proassist else TURN_MUTATIONS)
-    return mutated(clip, rng.choice(sorted(names)))
+    return mutated(clip, rng.choice(MUTATIONS + (FRAMES_MUTATIONS if proassist else TURN_MUTATIONS)))

@@ -16,35 +16,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+import fields
 import numpy as np
-from fields import (
-    HEAD_OF,
-    MAX_FRAME,
-    MAX_FRAMES,
-    OTHER,
-    TOLERANCE,
-    TRANSITIONS,
-    by_time,
-    decide,
-    floor_frame,
-    fps_of,
-    framed,
-    get,
-    given_bounds,
-    is_proassist,
-    pairs,
-    placed,
-    problems,
-    says_nothing,
-    schema_of,
-    spans_dst,
-    spoken,
-    steps_of,
-    summary_only,
-    text,
-    user_of,
-    vote,
-)
+from fields import HEAD_OF, MAX_FRAME, MAX_FRAMES, OTHER, TOLERANCE, TRANSITIONS, fps_of, framed, schema_of
 
 from pipeline.schema import draws, rate_threshold, sampling_seed
 
@@ -64,29 +38,20 @@ class Reading:
     index: int
     clip: dict
     convention: str
-    start: int = 0
-    end: int = 0
+    start: int
+    end: int
+    dst_speaks: bool
+    turns: list  # (role, canonical range or None) in order, `frames` left out
+    state: dict  # before the clip; steps that are not started are left out
     positives: dict = field(default_factory=dict)  # head -> set of frames
     rest: dict = field(default_factory=dict)  # head -> set of frames (onset only)
-    dst_speaks: bool = True
-    turns: list = field(default_factory=list)  # (role, canonical range or None) in order, `frames` left out
     unlabelled: list = field(default_factory=list)  # ranges that nobody annotated, cut to the clip
-    state: dict = field(default_factory=dict)  # before the clip; steps that are not started are left out
-    dropped: dict = field(default_factory=dict)  # reason -> turns that label nothing
-
-    @property
-    def fps(self) -> float:
-        return fps_of(self.clip)
-
-    @property
-    def schema(self) -> str:
-        return schema_of(self.clip)
 
     @property
     def changes(self) -> list[tuple[str, str]]:
         """(step, transition) of all DST_UPDATE turns, in order."""
         turns = [t for t in self.clip["conversation"] if t["role"] == "DST_UPDATE"]
-        return [pair for turn in turns for pair in pairs(turn["content"])]
+        return [pair for turn in turns for pair in fields.pairs(turn["content"])]
 
     @property
     def updates(self) -> list[tuple[int, str, str]]:
@@ -96,23 +61,20 @@ class Reading:
             (span[0], *pair)
             for turn, (role, span) in zip(said, self.turns, strict=False)
             if role == "DST_UPDATE" and span is not None
-            for pair in pairs(turn["content"])
+            for pair in fields.pairs(turn["content"])
         ]
-
-    def labels(self, drawn: list[int], rate: float) -> dict[str, list[int]]:
-        """Per head one label a frame of the clip, in order; `drawn` holds one uint32 a frame."""
-        threshold = rate_threshold(rate)
-        return {
-            head: [self._label(head, f, d < threshold) for f, d in zip(self._frames(), drawn, strict=True)]
-            for head in HEAD_OF.values()
-        }
 
     def expected(self, clip_id: str, seed: int, rate: float) -> dict[str, list[int]]:
         frames = np.arange(self.start, self.end, dtype=np.int64)
         return self.labels(draws(sampling_seed(seed, clip_id), 0, frames).tolist(), rate)
 
-    def _frames(self) -> range:
-        return range(self.start, self.end)
+    def labels(self, drawn: list[int], rate: float) -> dict[str, list[int]]:
+        """Per head one label a frame of the clip, in order; `drawn` holds one uint32 a frame."""
+        threshold, frames = rate_threshold(rate), range(self.start, self.end)
+        return {
+            head: [self._label(head, f, d < threshold) for f, d in zip(frames, drawn, strict=True)]
+            for head in HEAD_OF.values()
+        }
 
     def _label(self, head: str, frame: int, sampled: bool) -> int:
         if any(start <= frame < end for start, end in self.unlabelled):
@@ -131,8 +93,6 @@ class Reading:
 @dataclass
 class FileReading:
     convention: str
-    votes: dict[str, int]
-    voters: int
     widened: int = 0  # clips whose bounds were widened
     contradicted: int = 0  # clips whose given state the replay, or their own updates, contradict
 
@@ -142,15 +102,14 @@ class FileReading:
 
 def dst_alone(clips: list[dict]) -> bool:
     """The file's vote: 90% of the bounds are those of DST updates alone, and some other turn lies outside."""
-    bounded = [c for c in clips if not placed(c) and None not in given_bounds(c)]
-    alone = [c for c in bounded if spans_dst(c)]
-    outside = [
-        t
+    bounded = [c for c in clips if not fields.placed(c) and None not in fields.given_bounds(c)]
+    alone = [c for c in bounded if fields.spans_dst(c)]
+    outside = any(
+        fields.says_nothing(c) or t["start_frame"] < c["start_frame_idx"] or t["end_frame"] > c["end_frame_idx"]
         for c in alone
         for t in framed(c)
-        if says_nothing(c) or t["start_frame"] < c["start_frame_idx"] or t["end_frame"] > c["end_frame_idx"]
-    ]
-    return bool(outside) and 10 * len(alone) >= 9 * len(bounded)
+    )
+    return outside and 10 * len(alone) >= 9 * len(bounded)
 
 
 def turns_extent(clip: dict, convention: str) -> tuple[int, int] | None:
@@ -160,31 +119,30 @@ def turns_extent(clip: dict, convention: str) -> tuple[int, int] | None:
     """
     if schema_of(clip) == "egoproactive":
         last = max(chunk[1] for chunk in chunks(clip))
-        return 0, max(last, ceil_frame(get(clip, "duration_in_sec") or 0, fps_of(clip)))
-    if is_proassist(clip):
-        marks = [t for t in clip["conversation"] if t["role"] == "frames"]
-        marks = [t for t in marks if get(t, "start") is not None and get(t, "end") is not None]
-        ranges = [(int(t["start"]), int(t["end"])) for t in marks]
+        return 0, max(last, ceil_frame(clip.get("duration_in_sec") or 0, fps_of(clip)))
+    if schema_of(clip) == "proassist":
+        marks = [(t.get("start"), t.get("end")) for t in clip["conversation"] if t["role"] == "frames"]
+        ranges = [(int(start), int(end)) for start, end in marks if start is not None and end is not None]
     else:
-        ranges = [span for t in spoken(clip) if (span := canonical(t, convention, clip)) is not None]
+        ranges = [span for t in fields.spoken(clip) if (span := canonical(t, convention, clip)) is not None]
         ranges += [(int(t["start_frame"]), int(t["end_frame"])) for t in framed(clip)]
     return (min(s for s, _ in ranges), max(e for _, e in ranges)) if ranges else None
 
 
-def bounds(clip: dict, convention: str, widen: str = "given") -> tuple[int, int] | None:
+def bounds(clip: dict, convention: str, widen: str) -> tuple[int, int] | None:
     """[start, end) of a clip, inferred where not given; None where that can't be, is empty or too long.
 
     widen: `given` bounds stay, as far as they say something; `widened` to all turns; those of the `turns` alone.
     """
-    extent = turns_extent(clip, convention)
-    start, end = given_bounds(clip)
-    if schema_of(clip) == "egoproactive" or (not placed(clip) and says_nothing(clip)):
+    extent, placed = turns_extent(clip, convention), fields.placed(clip)
+    start, end = fields.given_bounds(clip)
+    if schema_of(clip) == "egoproactive" or (not placed and fields.says_nothing(clip)):
         start = end = None
-    elif convention == "window" and not placed(clip) and end is not None:
+    elif convention == "window" and not placed and end is not None:
         end += 1
-    if extent is not None and not placed(clip) and widen == "turns":
+    if extent is not None and not placed and widen == "turns":
         start, end = extent
-    if extent is not None and not placed(clip) and widen == "widened":
+    if extent is not None and not placed and widen == "widened":
         start = extent[0] if start is None else min(start, extent[0])
         end = extent[1] if end is None else max(end, extent[1])
     if extent is not None:
@@ -197,17 +155,18 @@ def bounds(clip: dict, convention: str, widen: str = "given") -> tuple[int, int]
 
 def other_bounds(clip: dict, convention: str, span: tuple[int, int]) -> bool:
     """Whether a clip that gives bounds has got others."""
-    start, end = given_bounds(clip)
-    given = (start, end + (convention == "window")) if end is not None else None
-    return not placed(clip) and given is not None and start is not None and span != given
+    start, end = fields.given_bounds(clip)
+    if fields.placed(clip) or start is None or end is None:
+        return False
+    return span != (start, end + (convention == "window"))
 
 
 def canonical(turn: dict, convention: str, clip: dict) -> tuple[int, int] | None:
     """The half-open range of the event a prospect turn stands for; None without both frame numbers."""
-    if by_time(clip):
-        at = None if get(turn, "time") is None else floor_frame(turn["time"], fps_of(clip))
+    if fields.by_time(clip):
+        at = None if turn.get("time") is None else fields.floor_frame(turn["time"], fps_of(clip))
         return None if at is None else (at, at + 1)
-    if get(turn, "start_frame") is None or get(turn, "end_frame") is None:
+    if turn.get("start_frame") is None or turn.get("end_frame") is None:
         return None
     start, end = int(turn["start_frame"]), int(turn["end_frame"])
     event = max(end - 1, 0)
@@ -226,7 +185,7 @@ def chunks(clip: dict) -> list[tuple[int, int]]:
 def session_turns(clip: dict) -> list[tuple[str, str, float, tuple[int, int]]]:
     """(role, text, time, range) of an EgoProactive session: the query, then what is said in interrupt chunks."""
     own, times = chunks(clip), [s for s, _ in clip["video_intervals"]]
-    query = text(get(clip, "query"))
+    query = fields.text(clip.get("query"))
     turns = [("user", query, times[0], (own[0][0], own[0][0] + 1))] if query else []
     for span, time, answer in zip(own, times, clip["answers"], strict=True):
         if answer.lstrip().startswith("$interrupt$"):
@@ -236,7 +195,7 @@ def session_turns(clip: dict) -> list[tuple[str, str, float, tuple[int, int]]]:
 
 def unlabelled(clip: dict, start: int, end: int) -> list[tuple[int, int]]:
     """The ranges of [start, end) that nobody annotated."""
-    if summary_only(clip):
+    if fields.summary_only(clip):
         return [(start, end)]
     if schema_of(clip) != "egoproactive":
         return []
@@ -252,43 +211,29 @@ def events(clip: dict, convention: str) -> list[tuple[str, tuple[int, int] | Non
     """(role, canonical range or None) of each turn but `frames`, in order; a summary's role is 'summary'."""
     if schema_of(clip) == "egoproactive":
         return [(role, span) for role, _, _, span in session_turns(clip)]
-    found, here, before = [], None, None
-    proassist = is_proassist(clip)
+    found, here, summarize = [], None, False
     for turn in clip["conversation"]:
         role = turn["role"]
         if role == "frames":
-            at = get(turn, "end") if get(turn, "start") is not None else None
+            at = turn.get("end") if turn.get("start") is not None else None
             here = None if at is None else (max(int(at) - 1, 0), max(int(at) - 1, 0) + 1)
-        elif proassist:
-            found.append(("summary" if role == "assistant" and _asks_for_summary(before) else role, here))
+        elif schema_of(clip) == "proassist":
+            found.append(("summary" if role == "assistant" and summarize else role, here))
         else:
             found.append((role, canonical(turn, convention, clip)))
-        before = turn
+        summarize = role == "system" and str(turn.get("content")).startswith("Please summarize")
     return found
 
 
-def _asks_for_summary(turn: dict | None) -> bool:
-    return turn is not None and turn["role"] == "system" and turn["content"].startswith("Please summarize")
-
-
 def apply_turns(reading: Reading, positive: str) -> None:
-    """Fill positives, rest and drop counts from the turns, one frame at a time."""
+    """Fill positives and rest from the turns, one frame at a time."""
     reading.positives = {"speaking": set(), "dst_update": set()}
     reading.rest = {"speaking": set(), "dst_update": set()}
-    reading.dropped = {"no frames": 0, "empty": 0, "outside": 0}
     for role, span in reading.turns:
-        if role not in HEAD_OF:
-            continue
-        if span is None:
-            reading.dropped["no frames"] += 1
+        if role not in HEAD_OF or span is None:
             continue
         start, end = span
-        if start == end:
-            reading.dropped["empty"] += 1
-            continue
-        inside = range(max(start, reading.start), min(end, reading.end))
-        reading.dropped["outside"] += len(inside) == 0
-        for frame in inside:
+        for frame in range(max(start, reading.start), min(end, reading.end)):
             kind = reading.positives if positive == "span" or frame == start else reading.rest
             kind[HEAD_OF[role]].add(frame)
 
@@ -307,12 +252,6 @@ def impossible(state: dict, updates: list[tuple[str, str]]) -> bool:
     return False
 
 
-def after(state: dict, updates: list[tuple[str, str]]) -> dict:
-    for step, transition in updates:
-        state = state | {step: TRANSITIONS[transition]}
-    return state
-
-
 def told(state: dict) -> dict:
     return {step: name for step, name in state.items() if name != "not_started"}
 
@@ -323,11 +262,11 @@ def conversations(readings: list[Reading]) -> list[list[Reading]]:
     by_name: dict = {}
     for reading in readings:
         clip = reading.clip
-        name = (clip.get("video_uid"), user_of(clip), text(get(clip, "dataset")))
+        name = (clip.get("video_uid"), fields.user_of(clip), fields.text(clip.get("dataset")))
         by_name.setdefault(name, []).append(reading)
     found = []
     for members in by_name.values():
-        numbers = [get(r.clip, "clip_idx") for r in members]
+        numbers = [r.clip.get("clip_idx") for r in members]
         if len(set(numbers)) == len(numbers) or set(numbers) == {None}:
             found.append(members)
             continue
@@ -344,18 +283,15 @@ def replay(members: list[Reading]) -> int:
     The updates of earlier clips up to the clip's first turn, but for those that the clip repeats (same moment, step and
     transition), in order of time, on top of the first clip's given state. Reading: time is the event's first frame.
     """
-    first_turn = {}
+    first_turn, given = {}, {}
     for reading in members:
         own = [span[0] for role, span in reading.turns if role != "system" and span is not None]
         first_turn[id(reading)] = min(own, default=reading.start)
-    given = {}
-    for r in members:
-        state = get(r.clip, "initial_dst_state") or {}
-        given[id(r)] = {} if impossible(state, r.changes) else state
+        state = reading.clip.get("initial_dst_state") or {}
+        given[id(reading)] = {} if impossible(state, reading.changes) else state
     ordered = sorted(members, key=lambda r: first_turn[id(r)])
     least = first_turn[id(ordered[0])]
-    openers = [r for r in ordered if first_turn[id(r)] == least]
-    base = next((given[id(r)] for r in openers if given[id(r)]), {})
+    base = next((given[id(r)] for r in ordered if first_turn[id(r)] == least and given[id(r)]), {})
     wrong = 0
     for reading in members:
         now = first_turn[id(reading)]
@@ -363,11 +299,11 @@ def replay(members: list[Reading]) -> int:
         for other in ordered:
             if first_turn[id(other)] < now:
                 past += [u for u in other.updates if u[0] <= now and u not in reading.updates and u not in past]
-        before = after(base, [u[1:] for u in sorted(past, key=lambda u: u[0])])
-        if now == least:
-            before = given[id(reading)] or base
-        reading.state = told(before)
-        own = get(reading.clip, "initial_dst_state")
+        before = dict(base)
+        for _, step, transition in sorted(past, key=lambda u: u[0]):
+            before[step] = TRANSITIONS[transition]
+        reading.state = told(given[id(reading)] or base if now == least else before)
+        own = reading.clip.get("initial_dst_state")
         wrong += own is not None and (told(own) != reading.state or (own != {} and impossible(own, reading.changes)))
     return wrong
 
@@ -376,12 +312,7 @@ def replay(members: list[Reading]) -> int:
 
 
 def read_files(
-    files: list[list],
-    *,
-    convention: str | None = None,
-    positive: str = "span",
-    pad_s: float = 0.0,
-    bounds_option: str = "auto",
+    files: list[list], *, convention: str | None = None, positive: str = "span", pad_s: float = 0.0, widen: str = "auto"
 ) -> tuple[list[Reading], list[Refused], list[FileReading]]:
     """Surviving clips in input order, refused clips, and what each file's vote said. All of one split.
 
@@ -391,7 +322,7 @@ def read_files(
     for number, clips in enumerate(files):
         valid = []
         for index, clip in enumerate(clips):
-            found = problems(clip)
+            found = fields.problems(clip)
             if not found and identity(clip) in taken:
                 found = [(None, "id"), (None, "clip_id")]
             if found:
@@ -399,13 +330,13 @@ def read_files(
             else:
                 taken.add(identity(clip))
                 valid.append((index, clip))
-        voters, counts = vote([clip for _, clip in valid])
-        file = FileReading(convention or decide(voters, counts), counts, voters)
+        every = [clip for _, clip in valid]
+        file = FileReading(convention or fields.decide(*fields.vote(every)))
         votes.append(file)
-        widen = {"auto": "widened" if dst_alone([c for _, c in valid]) else "given"}.get(bounds_option, bounds_option)
+        how = {"auto": "widened" if dst_alone(every) else "given"}.get(widen, widen)
         mine = []
         for index, clip in valid:
-            span = bounds(clip, file.convention, widen)
+            span = bounds(clip, file.convention, how)
             if span is None:
                 refused.append(Refused(number, index, [(None, "end_frame_idx"), (None, "start_frame_idx")]))
                 continue
@@ -423,29 +354,28 @@ def read_files(
 
 def identity(clip: dict):
     """What makes two clips the same one: their `id`, else video, clip number, user, bounds and what is said."""
-    if get(clip, "id") is not None:
+    if clip.get("id") is not None:
         return ("id", str(clip["id"]))
     if schema_of(clip) == "egoproactive":
         return ("built", json.dumps({k: v for k, v in clip.items() if k != "dialog"}, sort_keys=True))
     said = json.dumps(clip["conversation"], sort_keys=True)
-    return ("built", clip["video_uid"], get(clip, "clip_idx"), user_of(clip), given_bounds(clip), said)
+    return ("built", clip["video_uid"], clip.get("clip_idx"), fields.user_of(clip), fields.given_bounds(clip), said)
 
 
 def _reading(number: int, index: int, clip: dict, convention: str, span: tuple[int, int]) -> Reading:
-    turns = get(clip, "conversation") or []
-    steps = steps_of(clip) if schema_of(clip) != "egoproactive" else []
-    has_dst = bool(steps) or any(t["role"] == "DST_UPDATE" for t in turns)
-    convention = "event" if by_time(clip) else convention
-    state = told(get(clip, "initial_dst_state") or {}) if schema_of(clip) != "egoproactive" else {}
-    turns = events(clip, convention)
-    return Reading(number, index, clip, convention, *span, dst_speaks=has_dst, turns=turns, state=state)
+    session = schema_of(clip) == "egoproactive"
+    steps = [] if session else fields.steps_of(clip)
+    has_dst = bool(steps) or any(t["role"] == "DST_UPDATE" for t in clip.get("conversation") or [])
+    convention = "event" if fields.by_time(clip) else convention
+    state = {} if session else told(clip.get("initial_dst_state") or {})
+    return Reading(number, index, clip, convention, *span, has_dst, events(clip, convention), state)
 
 
 def _pad(kept: list[Reading], pad_s: float) -> None:
     """Widen by pad_s on both sides, not below frame 0 and not into a neighbour's own (unpadded) range."""
     own = [(uid_of(r.clip), r.start, r.end) for r in kept]
     for reading, (video, start, end) in zip(kept, own, strict=True):
-        extra = math.floor(pad_s * reading.fps + TOLERANCE)
+        extra = math.floor(pad_s * fps_of(reading.clip) + TOLERANCE)
         before = [e for v, _, e in own if v == video and e <= start]
         after = [s for v, s, _ in own if v == video and s >= end]
         reading.start = max([0, start - extra, *before])
@@ -454,9 +384,7 @@ def _pad(kept: list[Reading], pad_s: float) -> None:
 
 def uid_of(clip: dict) -> str:
     """The video's name; of EgoProactive's video_path the file name without its ending."""
-    if schema_of(clip) != "egoproactive":
-        return clip["video_uid"]
-    return PurePosixPath(clip["video_path"]).stem
+    return clip["video_uid"] if schema_of(clip) != "egoproactive" else PurePosixPath(clip["video_path"]).stem
 
 
 def rate_of(clip: dict, split: str, option: float | None) -> float:
@@ -464,5 +392,5 @@ def rate_of(clip: dict, split: str, option: float | None) -> float:
         return option
     if split != "train":
         return 1.0
-    own = get(clip, "neg_frame_sampling_rate")
+    own = clip.get("neg_frame_sampling_rate")
     return 0.5 if own is None or own == -1 else float(own)

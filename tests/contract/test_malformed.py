@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 from fields import problems
 from harness import Ran, Shards, differences, preprocess, quarantine, shards
-from hostile import ALL_MUTATIONS, FRAMES_MUTATIONS, NOT_A_CLIP, SESSION_MUTATIONS, egoproactive_clip, mutated
+from hostile import (
+    FRAMES_MUTATIONS,
+    MUTATIONS,
+    NOT_A_CLIP,
+    SESSION_MUTATIONS,
+    TURN_MUTATIONS,
+    egoproactive_clip,
+    mutated,
+)
 from reference import read_files
 
 
@@ -31,11 +39,12 @@ def good(name: str, **more) -> dict:
     return clip | {"dst": [{"id": "S1", "name": "one"}], "conversation": turns} | more
 
 
-def frames_clip(name: str) -> dict:
+def frames_clip(**more) -> dict:
     turns = [{"role": "frames", "start": 10, "end": 13}, {"role": "assistant", "content": "Attach it."}]
-    return {"id": name, "video_uid": "pro", "start_frame_idx": 10, "end_frame_idx": 20, "conversation": turns}
+    return {"video_uid": "pro", "start_frame_idx": 10, "end_frame_idx": 20, "conversation": turns} | more
 
 
+NO_ROLE = {"+": {"role": "robot"}}
 A, B, C = (good(name) for name in "abc")
 TA, TB, TC = (json.dumps(clip).encode() for clip in (A, B, C))
 
@@ -54,23 +63,15 @@ def with_field(value: bytes, name: bytes = b"quality") -> bytes:
     return TB[:-1] + b', "' + name + b'": ' + value + b"}"
 
 
-def sound(ran: Ran) -> Ran:
-    assert "Traceback" not in ran.err + ran.out, ran.err[-3000:]
-    assert "this is a bug" not in ran.err, ran.err[-3000:]
-    assert ran.status in (0, 1, 2, 3), (ran.status, ran.err[-3000:])
-    return ran
-
-
 def one_line(ran: Ran, *words: str) -> None:
     assert len(ran.lines) == 1, ran.err
     assert len(ran.err) < 2000, "a line, not a dump"
-    for word in words:
-        assert word in ran.err, (word, ran.err)
+    assert all(word in ran.err for word in words), (words, ran.err)
 
 
 def run(folder: Path, content: bytes, *options: object, name: str = "train_training.json") -> tuple[Ran, Path]:
     (folder / name).write_bytes(content)
-    return sound(preprocess(folder / name, "--out", folder / "out", "--workers", 1, *options)), folder / "out"
+    return preprocess(folder / name, "--out", folder / "out", *options), folder / "out"
 
 
 def kept_well(found: Shards, expected: list[dict]) -> None:
@@ -78,8 +79,7 @@ def kept_well(found: Shards, expected: list[dict]) -> None:
     assert [clip["clip_id"] for clip in found.clips] == [clip["id"] for clip in expected]
     readings, refused, _ = read_files([expected])
     assert not refused
-    wrong, _ = differences(found, readings, split="train", positive="span", seed=0, rate=None)
-    assert not wrong, wrong
+    assert not differences(found, readings, split="train", positive="span", seed=0, rate=None)
 
 
 def many(folder: Path, contents: dict[str, bytes], but: str = "") -> dict[str, tuple[str, list[dict], int]]:
@@ -95,13 +95,13 @@ def many(folder: Path, contents: dict[str, bytes], but: str = "") -> dict[str, t
             known[f"{one} {number}"] = clip | {"id": f"{one} {number}"}
         paths[name] = folder / f"train_{number}.json"
         paths[name].write_bytes(content)
-    ran = sound(preprocess(*paths.values(), "--out", folder / "out", "--workers", 1))
+    ran = preprocess(*paths.values(), "--out", folder / "out")
     assert ran.status in (0, 3), ran.err
     found, lines = shards(folder / "out"), quarantine(folder / "out")
     ids = [clip["clip_id"] for clip in found.clips]
     which = [i for i, name in enumerate(ids) if name[0] != but]
     renumbered = [found.clips[i] | {"clip": number} for number, i in enumerate(which)]
-    kept_well(Shards(renumbered, [found.frames[i] for i in which], 1), [known[ids[i]] for i in which])
+    kept_well(Shards(renumbered, [found.frames[i] for i in which]), [known[ids[i]] for i in which])
     return {
         name: (
             "".join(one[0] for one in ids if one.split()[1] == str(number)),
@@ -115,14 +115,13 @@ def many(folder: Path, contents: dict[str, bytes], but: str = "") -> dict[str, t
 # ---- clips that are valid JSON but malformed ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["array", "indented", "lines"])
+@pytest.mark.parametrize("layout", ["array", "lines"])
 def test_malformed_clips_are_quarantined_and_their_neighbours_kept(layout: str, tmp_path: Path):
     session = egoproactive_clip(random.Random("session"), 1)
-    bad = [mutated(frames_clip("p") if name in FRAMES_MUTATIONS else B, name) for name in sorted(ALL_MUTATIONS)]
-    bad += [mutated(session, name) for name in sorted(SESSION_MUTATIONS)] + list(NOT_A_CLIP)
+    tables = (B, MUTATIONS + TURN_MUTATIONS), (frames_clip(id="p"), FRAMES_MUTATIONS), (session, SESSION_MUTATIONS)
+    bad = [mutated(clip, change) for clip, changes in tables for change in changes] + list(NOT_A_CLIP)
     clips = [A, *bad, C]
-    lines = "\n".join(json.dumps(clip) for clip in clips)
-    content = lines if layout == "lines" else json.dumps(clips, indent=2 if layout == "indented" else None)
+    content = "\n".join(map(json.dumps, clips)) if layout == "lines" else json.dumps(clips, indent=2)
     ran, out = run(tmp_path, content.encode())
     assert ran.status == 3, ran.err
     kept_well(shards(out), [A, C])
@@ -133,27 +132,26 @@ def test_malformed_clips_are_quarantined_and_their_neighbours_kept(layout: str, 
         assert any(line["turn"] == turn and field in str(line["field"]) for turn, field in wrong), (line, wrong)
 
 
-@pytest.mark.parametrize("name", ["role unknown", "uid climbs"])
-def test_on_error_fail_stops_with_one_line_and_leaves_the_old_output(name: str, tmp_path: Path):
+def test_on_error_fail_stops_with_one_line_and_leaves_the_old_output(tmp_path: Path):
     run(tmp_path, array(TA, TB))
-    ran, out = run(tmp_path, json.dumps([A, mutated(B, name), C]).encode(), "--on-error", "fail")
-    assert ran.status == 1
-    turn, field = problems(mutated(B, name))[0]
-    one_line(ran, "train_training.json", "clip 1", field, *([] if turn is None else [f"turn {turn}"]))
-    kept_well(shards(out), [A, B])
-    assert run(tmp_path, json.dumps([mutated(B, name)]).encode())[0].status == 1
+    for bad, words in ((NO_ROLE, ("role", "turn 5")), ({"video_uid": "../up"}, ("video_uid",))):
+        ran, out = run(tmp_path, json.dumps([A, mutated(B, bad), C]).encode(), "--on-error", "fail")
+        assert ran.status == 1
+        one_line(ran, "train_training.json", "clip 1", *words)
+        kept_well(shards(out), [A, B])
+    assert run(tmp_path, json.dumps([mutated(B, NO_ROLE)]).encode())[0].status == 1  # none is left
     kept_well(shards(out), [A, B])
 
 
 BARE = {name: value for name, value in A.items() if name != "id"}
-TALK = {name: value for name, value in frames_clip("x").items() if name != "id"} | {"clip_idx": 0}
+TALK = frames_clip(clip_idx=0)
 
 
 @pytest.mark.parametrize(
     ("clips", "kept", "refused"),
     [
         ([A, good("a", end_frame_idx=25, video_uid="another"), C], 2, [1]),
-        ([mutated(A, "role unknown") | {"id": "a"}, A, C], 2, [0]),  # a refused clip does not take an id
+        ([mutated(A, NO_ROLE) | {"id": "a"}, A, C], 2, [0]),  # a refused clip does not take an id
         ([BARE, BARE], 1, [1]),
         ([TALK | {"metadata": {"user_id": f"talk_{i}"}} for i in range(3)], 3, []),  # over one video: no duplicates
     ],
@@ -166,10 +164,10 @@ def test_the_first_of_two_clips_with_one_id_is_kept(clips: list, kept: int, refu
 
 
 def test_duplicates_count_over_the_files_of_a_split_but_not_over_splits(tmp_path: Path):
-    for name, texts in (("train_y", (TB, TA)), ("train_x", (TC, TA)), ("val_x", (TA, TB))):
+    files = {"train_y": (TB, TA), "train_x": (TC, TA), "val_x": (TA, TB)}
+    for name, texts in files.items():
         (tmp_path / f"{name}.json").write_bytes(array(*texts))
-    paths = [tmp_path / f"{name}.json" for name in ("train_y", "train_x", "val_x")]
-    ran = sound(preprocess(*paths, "--out", tmp_path / "out", "--workers", 1))
+    ran = preprocess(*(tmp_path / f"{name}.json" for name in files), "--out", tmp_path / "out")
     assert ran.status == 3, ran.err
     kept_well(shards(tmp_path / "out"), [B, A, C])
     assert [c["clip_id"] for c in shards(tmp_path / "out", "val").clips] == ["a", "b"]
@@ -178,18 +176,15 @@ def test_duplicates_count_over_the_files_of_a_split_but_not_over_splits(tmp_path
 
 
 HARMLESS = {
-    "NaN in a field that is not read": array(TA, with_field(b"NaN"), TC),
-    "NaN nested in a field that is not read": array(TA, with_field(b'{"x": [1, NaN, "]}"]}'), TC),
+    "NaN in a field that is not read": array(TA, with_field(b'{"x": [1, NaN, "]}"]}'), TC),
     "NaN in a JSONL field that is not read": b"\n".join([TA, with_field(b"NaN"), TC]),
     "NaN and 5000 digits in fields that are not read": array(TA, with_field(b"7" * 5000 + b', "x": NaN'), TC),
     "lone surrogate in a field that is not read": array(TA, with_field(b'"\\ud800"'), TC),
     "byte-order mark and NaN": b"\xef\xbb\xbf" + array(TA, with_field(b"NaN"), TC),
-    "byte-order mark, lines": b"\xef\xbb\xbf" + b"\n".join([TA, TB, TC]),
+    "byte-order mark, lines, blank ones": b"\xef\xbb\xbf\n\n" + TA + b"\n\r\n" + TB + b"\n  \n" + TC + b"\n\n",
     "blanks around": b" \r\n\t" + array(TA, TB, TC) + b"\n\n  ",
-    "blank lines": b"\n\n" + TA + b"\n\r\n" + TB + b"\n  \n" + TC + b"\n\n",
     "line separators inside a text": array(TA, swap(b"Well done.", "x\u2028y\u2029z\x85".encode()), TC),
-    "brackets inside a text": array(TA, swap(b"Well done.", rb"]}, {\" [ // /* NaN */"), TC),
-    "NaN inside a text, and outside": array(TA, swap(b"Well done.", b"NaN, -Infinity", with_field(b"NaN")), TC),
+    "brackets inside a text": array(TA, swap(b"Well done.", rb"]}, {\" [ // /* NaN */", with_field(b"NaN")), TC),
     "a key twice": array(TA, with_field(b"2", b"fps"), TC),
     "frame as 15.0": array(TA, swap(b'"start_frame": 15', b'"start_frame": 15.0'), TC),
     "a time of 1e308": array(TA, swap(b'"time": 10.0', b'"time": 1e308'), TC),
@@ -222,10 +217,8 @@ HUGE = b"9" * 5000
 STEPPED_OVER = {  # quotes and brackets are right, so that an array's reading goes on behind the clip
     "invalid UTF-8 in a text": swap(b"Well done.", b"Well \xff\xfe done."),
     "half a UTF-8 character": swap(b"Well done.", b"Well \xe2\x82"),
-    "invalid UTF-8 in id": swap(b'"id": "b"', b'"id": "\xff"'),
     "invalid UTF-8 in an update": swap(b"S1->start", b"\xff->start"),
     "lone surrogate in video_uid": swap(b"video of b", b"\\udc00"),
-    "5000 digits in a frame": swap(b'"end_frame": 13', b'"end_frame": ' + HUGE),
     "5000 digits in fps": swap(b'"fps": 2', b'"fps": ' + HUGE),
     "5000 digits and NaN": swap(b'"end_frame": 13', b'"end_frame": ' + HUGE, with_field(b"NaN")),
     "1e400 in a time": swap(b'"time": 10.0', b'"time": 1e400'),
@@ -234,17 +227,12 @@ ENDS_AN_ARRAY = {
     "single quotes": TB.replace(b'"', b"'"),
     "python's None": swap(b'"fps": 2', b'"fps": None'),
     "missing comma": swap(b'"fps": 2,', b'"fps": 2'),
-    "missing value": swap(b'"fps": 2', b'"fps": '),
-    "leading zero": swap(b'"fps": 2', b'"fps": 02'),
     "bad escape": swap(b"Well done.", b"Well\\x done."),
     "NUL between tokens": swap(b'"fps": 2', b'"fps":\0 2'),
-    "deep nesting in a content": swap(b'"Well done."', b"[" * 100_000 + b"]" * 100_000),
     "no closing brace": TB[:-1],
-    "no end at all": TB[:-2],
     "cut in a turn": TB[: TB.index(b'"time"')],
     "an extra opening bracket": b"[" + TB,
     "a text without its end": swap(b'Well done."', b"Well done."),
-    "a quote too many": swap(b'Well done."', b'Well "done."'),
 }
 
 
@@ -268,32 +256,39 @@ def test_a_syntax_error_in_an_array_ends_the_reading_there(tmp_path: Path):
 
 AROUND = {  # name: (content, clips that are kept)
     "array without its end": (array(TA, TB)[:-1], "ab"),
-    "array cut in a clip": (array(TA, TB, TC)[:-60], "ab"),
     "array cut in a key": (b"[" + TA + b', {"vid', "a"),
     "indented array cut": (json.dumps([A, B, C], indent=1).encode()[:-60], "ab"),
-    "lines cut in UTF-8": (TA + b"\n" + TB + b'\n{"video_uid": "\xe2\x82', "ab"),
     "trailing comma": (b"[" + TA + b", " + TB + b",]", "ab"),
-    "two commas": (b"[" + TA + b",, " + TB + b"]", "a"),
     "no comma": (b"[" + TA + b" " + TB + b"]", "a"),
     "garbage after the array": (array(TA, TB) + b" xyz", "ab"),
     "garbage before the array": (b"xyz " + array(TA, TB), ""),
     "two arrays": (array(TA) + b"\n" + array(TB), "a"),
     "block comment between": (b"[" + TA + b", /* , [ */" + TB + b"]", "a"),
     "objects on one line": (TA + b" " + TB, "a"),
+    "lines cut in UTF-8": (TA + b"\n" + TB + b'\n{"video_uid": "\xe2\x82', "ab"),
     "lines with a null": (TA + b"\nnull\n" + TB, "ab"),
-    "lines with half a line": (TA + b'\n{"video_uid": "x", "conv\n' + TB, "ab"),
-    "lines with a NaN time": (TA + b"\n" + swap(b"10.0", b"NaN") + b"\n" + TC, "ac"),
     "a first line that begins like nothing": (b"},{" + TB.replace(b'"b"', b'"x"') + b"\n" + TA + b"\n" + TC, "ac"),
     "NaN between": (b"[" + TA + b", NaN, " + TB + b"]", "ab"),
 }
+RANGES = [{"role": "assistant", "content": "x", "start_frame": 0, "end_frame": 10**9}] * 1000
+BOMBS = {
+    "deep arrays": (array(TA, b"[" * 1_000_000, TC), "a"),
+    "deep nesting in a content": (array(TA, swap(b'"Well done."', b"[" * 100_000 + b"]" * 100_000), TC), "a"),
+    "a number of a million digits": (array(TA, swap(b'"end_frame": 13', b'"end_frame": ' + b"9" * 10**6), TC), "ac"),
+    "many empty objects": (array(TA, *[b"{}"] * 2000, TC), "ac"),
+    "many broken lines": (b"\n".join([TA, *[TB[:-1]] * 500, TC]), "ac"),
+    "many ranges of 10^9": (json.dumps([A, good("b", end_frame_idx=1_000_010, conversation=RANGES)]).encode(), "ab"),
+}
 
 
-def test_damage_around_clips_keeps_what_precedes_it(tmp_path: Path):
-    contents = {"whole": array(TA, TB, TC)} | {name: content for name, (content, _) in AROUND.items()}
-    for name, (ids, lines, _) in many(tmp_path, contents).items():
-        if name != "whole":
-            assert ids == AROUND[name][1], name
-            assert lines, name
+@pytest.mark.parametrize("cases", [AROUND, BOMBS], ids=["damage", "bombs"])
+def test_damage_and_json_bombs_cost_no_clip_that_precedes_them(cases: dict, tmp_path: Path):
+    contents = {"whole": array(TA, TB, TC)} | {name: content for name, (content, _) in cases.items()}
+    results = many(tmp_path, contents, but="b" if cases is BOMBS else "")
+    assert results.pop("whole")[:2] == ("abc", [])
+    for name, (ids, lines, _) in results.items():
+        assert ids == cases[name][1], name
+        assert lines or "ranges" in name, name
 
 
 NOTHING = {
@@ -304,39 +299,34 @@ NOTHING = {
     "array of an empty object": b"[{}]",
     "array in an array": b"[" + array(TA, TB) + b"]",
     "object of clips": b'{"clips": ' + array(TA, TB) + b"}",
-    "only a quote": b'"',
     "deep arrays": b"[" * 100_000,
     "UTF-16 with mark": array(TA, TB).decode().encode("utf-16"),
-    "UTF-32": array(TA, TB).decode().encode("utf-32"),
     "gzip": b"\x1f\x8b\x08\x00" + random.Random(1).randbytes(500),
     "noise": random.Random(3).randbytes(5000),
-    "csv": b"video_uid,start,end\nv,1,2\n",
     "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
 }
 
 
-@pytest.mark.parametrize("name", sorted(NOTHING))
-def test_a_file_without_a_clip_is_one_line_alone_and_named_beside_a_good_one(name: str, tmp_path: Path):
-    ran, out = run(tmp_path, NOTHING[name])
-    assert ran.status == 1, (ran.status, ran.err)
-    one_line(ran, "train_training.json")
-    assert not out.exists()
-    (tmp_path / "train_good.json").write_bytes(array(TA, TB))
-    paths = tmp_path / "train_good.json", tmp_path / "train_training.json"
-    ran = sound(preprocess(*paths, "--out", out, "--workers", 1))
-    kept_well(shards(out), [A, B])
-    named = {Path(line["file"]).name for line in quarantine(out)}
-    assert named == (set() if name == "empty array" else {"train_training.json"})
+def test_a_file_without_a_clip_is_one_line_alone_and_named_beside_good_ones(tmp_path: Path):
+    for name, content in NOTHING.items():
+        ran, out = run(tmp_path, content)
+        assert ran.status == 1, (name, ran.err)
+        one_line(ran, "train_training.json")
+        assert not out.exists(), name
+    results = many(tmp_path, {"good": array(TA, TB), **NOTHING})
+    assert results.pop("good")[:2] == ("ab", [])
+    for name, (ids, lines, _) in results.items():
+        assert (ids, bool(lines)) == ("", name != "empty array"), name
 
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
 def test_an_array_that_msgspec_refuses_is_read_to_its_broken_end(layout: str, tmp_path: Path):
-    """0.8 MB of characters of 1 to 4 bytes, walked by the standard library because of one NaN."""
+    """Characters of 1 to 4 bytes, walked by the standard library because of one NaN."""
     rng, texts, whole = random.Random(layout), [], []
-    for i in range(100):
+    for i in range(60):
         clip = good(f"c{i}", inferred_knowledge="é部✓😀x" * rng.randint(0, 900))
         texts.append(json.dumps(clip, ensure_ascii=False).encode())
-        if (i % 50 == 7 and layout == "lines") or i == 99:
+        if (i == 7 and layout == "lines") or i == 59:
             texts[-1] = texts[-1][: -rng.choice((1, 2, 9, 40, 300))]
         else:
             whole.append(clip)
@@ -344,40 +334,26 @@ def test_an_array_that_msgspec_refuses_is_read_to_its_broken_end(layout: str, tm
     ran, out = run(tmp_path, b"[" + b",\n".join(texts) + b"]" if layout == "array" else b"\n".join(texts))
     assert ran.status == 3, ran.err
     kept_well(shards(out), whole)
-    assert [line["clip"] for line in quarantine(out)] == ([99] if layout == "array" else [7, 57, 99])
+    assert [line["clip"] for line in quarantine(out)] == ([59] if layout == "array" else [7, 59])
 
 
 # ---- the command itself ------------------------------------------------------------------------------
 
 
-USAGE = [
-    ["--neg-rate", "1.5"],
-    ["--neg-rate", "nan"],
-    ["--neg-rate", "half"],
-    ["--neg-rate", "train=2"],
-    ["--neg-rate", "train=0.5,val"],
-    ["--neg-rate", "=0.5"],
-    ["--positive", "middle"],
-    ["--frame-convention", "naive"],
-    ["--on-error", "ignore"],
-    ["--pad-s", "-1"],
-    ["--pad-s", "inf"],
-    ["--workers", "-1"],
-    ["--split", "../up"],
-    ["--split", ""],
-    ["--recording-regex", "("],
-    ["--seed", "many"],
-    ["--nonsense"],
-]
-
-
-@pytest.mark.parametrize("options", USAGE, ids=" ".join)
-def test_bad_usage_is_status_two(options: list[str], tmp_path: Path):
-    ran, out = run(tmp_path, array(TA, TB), *options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--neg-rate 1.5", "--neg-rate nan", "--neg-rate half", "--neg-rate train=0.5,val", "--neg-rate =0.5"),
+        *("--neg-rate dev=0.5", "--positive middle", "--frame-convention naive", "--on-error ignore", "--bounds x"),
+        *("--pad-s -1", "--pad-s inf", "--fps 0", "--workers -1", "--split ../up", "--split=", "--recording-regex ("),
+        *("--seed many", "--nonsense"),
+    ],
+)
+def test_bad_usage_is_status_two(options: str, tmp_path: Path):
+    ran, out = run(tmp_path, array(TA, TB), *options.split())
     assert ran.status == 2, (ran.status, ran.err, ran.out)
     assert ran.lines
     assert not (out / "manifest.json").exists()
-    assert {p.name for p in tmp_path.iterdir()} <= {"train_training.json", "out"}
 
 
 def test_markup_and_control_characters_in_the_input_are_harmless(tmp_path: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, UsageError
-from pipeline.inputs import find_inputs, split_of, splits_in, told_split
+from pipeline.inputs import find_inputs, split_of, splits_in
 from pipeline.options import Options
 
 NAMES = {
@@ -19,42 +19,39 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("splits", "name"), [(s.split(), name) for s, names in NAMES.items() for name in names.split()]
-)
-def test_a_token_bounded_by_signs_or_the_names_ends_tells_the_split(splits, name):
-    assert splits_in(name) == splits
-
-
-def test_the_folder_tells_it_where_the_name_does_not():
-    assert told_split(Path("data/val/part-1.jsonl")) == "val"
-    assert told_split(Path("data/my_dev_set/part-1.jsonl")) == "val"
-    assert told_split(Path("data/val/test.jsonl")) == "test"
-    assert told_split(Path("val/data/part-1.jsonl")) is None
-    with pytest.raises(UsageError, match=r"tells the splits train and test; give --split"):
-        told_split(Path("train-and-test/x.json"))
+@pytest.mark.parametrize("splits", NAMES)
+def test_a_token_bounded_by_signs_or_the_names_ends_tells_the_split(splits):
+    assert {name: splits_in(name) for name in NAMES[splits].split()} == dict.fromkeys(
+        NAMES[splits].split(), splits.split()
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "force", "split"),
+    ("path", "given", "force", "split"),
     [
-        ("clips.json", "mine", False, "mine"),
-        ("val_x.json", "val", False, "val"),
-        ("val_x.json", "train", True, "train"),
-        ("train_val.json", "val", False, "val"),
-        ("val_x.json", "train", False, None),
-        ("train_x.json", "mine", False, None),
-        ("clips.json", None, False, None),
+        ("data/clips.json", "mine", False, "mine"),
+        ("data/val_x.json", "val", False, "val"),
+        ("data/val_x.json", "train", True, "train"),
+        ("data/train_val.json", "val", False, "val"),
+        ("data/val_x.json", "train", False, "--force-split"),
+        ("data/train_x.json", "mine", False, "--force-split"),
+        ("data/clips.json", None, False, "give --split"),
+        ("data/val/part-1.jsonl", None, False, "val"),  # its folder tells it
+        ("data/my_dev_set/part-1.jsonl", None, False, "val"),
+        ("data/val/test.jsonl", None, False, "test"),
+        ("val/data/part-1.jsonl", None, False, "give --split"),
+        ("train-and-test/x.json", None, False, "tells the splits train and test; give --split"),
     ],
 )
-def test_an_option_decides_unless_it_contradicts_the_name(name, given, force, split):
+def test_a_name_tells_the_split_and_an_option_decides_unless_it_contradicts(path, given, force, split):
+    """split: or what the UsageError says."""
     options = Options(split=given, force_split=force)
-    if split is not None:
-        assert split_of(Path("data") / name, options) == split
+    if "--" not in split:
+        assert split_of(Path(path), options) == split
         return
-    with pytest.raises(UsageError, match=name) as error:
-        split_of(Path("data") / name, options)
-    assert ("--force-split" if given else "--split") in str(error.value)
+    with pytest.raises(UsageError, match=path.split("/")[-1]) as error:
+        split_of(Path(path), options)
+    assert split in str(error.value)
 
 
 @pytest.fixture
@@ -78,9 +75,6 @@ def test_a_folder_is_searched_and_what_is_left_out_is_reported(folder):
         {"train_a.json", "validation_b.json", "my_test.jsonl", "sub/val/x.json"},
         {"clips.json": "its name tells no split", "train_val.json": "its name tells the splits train and val"},
     )
-
-
-def test_with_a_split_given_files_of_other_splits_are_left_out(folder):
     read, skipped = found(folder, split="val")
     assert read == {"validation_b.json", "sub/val/x.json", "clips.json"}
     assert skipped["train_a.json"] == "its name tells train"
@@ -92,7 +86,5 @@ def test_a_folder_without_inputs_says_what_was_left_out(folder):
     (folder / "clips.json").rename(folder / "new/clips.json")
     with pytest.raises(InputError, match=r"without a JSON file.*clips.json, its name tells no split"):
         find_inputs([folder / "new"], Options())
-
-
-def test_a_file_given_by_name_is_read_whatever_it_is_called(tmp_path):
-    assert find_inputs([tmp_path / "train_filtered.json"], Options()) == ([tmp_path / "train_filtered.json"], [])
+    named = folder / "train_filtered.json"
+    assert find_inputs([named], Options()) == ([named], [])  # a file that is named is read whatever it is called

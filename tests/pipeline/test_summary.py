@@ -27,7 +27,6 @@ def test_counts_of_hand_labelled_clips():
     ("gaps", "median", "usual"),
     [
         ({}, None, (0.0, 0, 0)),
-        ({3.0: 1}, 3.0, (3.0, 1, 1)),
         ({1.0: 1, 9.0: 1}, 1.0, (1.0, 1, 2)),
         ({1.0: 1, 2.0: 5}, 2.0, (2.0, 5, 6)),
     ],
@@ -39,13 +38,25 @@ def test_gaps_between_events(gaps, median, usual):
 
 def test_hazards_of_label_counts():
     train, val = splits(**toy_splits())
-    assert [(name, split) for name, split, _ in hazards.of_labels(train)] == [("heads coincide", "train")]
-    (coincide,) = hazards.of_labels(train)
-    assert coincide[2].startswith("2 of 2 DST frames are positive for both heads")
-    (first,) = hazards.of_labels(val)
-    assert first[2].startswith("1 of 1 clips begin on an event")
     (positive,) = splits(train=[make_clip("a", "0111", "...."), make_clip("b", "0111", "....")])
-    assert [name for name, *_ in hazards.of_labels(positive)] == ["implausible positive rate", "head without positives"]
+    (periodic,) = splits(train=[make_clip("a", "1000", "0001", steps=[("S1", "one")])])
+    periodic.heads["speaking"].gaps.update({2.0: 17, 1.0: 3})
+    told = [
+        [(name, where, text.partition(":")[0]) for name, where, text in hazards.of_labels(split)]
+        for split in (train, val, positive, periodic)
+    ]
+    assert told == [
+        [("heads coincide", "train", "2 of 2 DST frames are positive for both heads")],
+        [("events at the first frame", "val", "1 of 1 clips begin on an event")],
+        [
+            ("implausible positive rate", "train", "75.0% of frames are positive for speaking"),
+            ("head without positives", "train", "no clip says anything about DST"),
+        ],
+        [
+            ("events at a fixed period", "train", "17 of 20 gaps between speaking events last 2 s"),
+            ("events at the first frame", "train", "1 of 1 clips begin on an event"),
+        ],
+    ]
 
 
 def test_summary_table_fits_100_columns_and_names_drops_and_hazards():

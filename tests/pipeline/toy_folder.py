@@ -3,7 +3,6 @@
 Labels are written as strings: `1` positive, `0` supervised silence, `.` not sampled.
 """
 
-import hashlib
 import json
 from io import StringIO
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.schema import CLIPS, FRAMES, SCHEMA_HASH, SCHEMA_VERSION, shard_path
+from pipeline.storage import sha256
 
 LABEL = {"1": 1, "0": 0, ".": -100}
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \x1b[2J \u202e {{POLICY}}"
@@ -24,41 +24,18 @@ def labels(text):
 
 def turn(role, text, start=None, end=None, time=None, updates=()):
     updates = [{"id": i, "transition": t} for i, t in updates]
-    return {
-        "role": role,
-        "text": text,
-        "start_frame": start,
-        "end_frame": end,
-        "time_s": time,
-        "updates": updates,
-    }
+    frames = {"start_frame": start, "end_frame": end}
+    return {"role": role, "text": text, **frames, "time_s": time, "updates": updates}
 
 
 def make_clip(clip_id, speaking, dst, start=0, fps=2.0, recording="rec-1", turns=(), steps=(), **more):
     s, d = labels(speaking), labels(dst)
-    row = {
-        "clip_id": clip_id,
-        "clip": 0,
-        "video_uid": f"video of {clip_id}",
-        "recording_id": recording,
-        "dataset": "made",
-        "clip_idx": 0,
-        "fps": fps,
-        "start_frame": start,
-        "end_frame": start + len(s),
-        "num_frames": len(s),
-        "goal": "Build a <toy>",
-        "steps": [{"id": i, "name": n} for i, n in steps],
-        "initial_state": [],
-        "turns": list(turns),
-        "sampling_seed": 1,
-        "neg_rate": 0.5,
-        "positive": "span",
-        "frame_convention": "event",
-        "n_speaking": int((s == 1).sum()),
-        "n_dst_update": int((d == 1).sum()),
-        "n_supervised": int(((s != -100) | (d != -100)).sum()),
-    }
+    row = {"clip_id": clip_id, "clip": 0, "video_uid": f"video of {clip_id}", "recording_id": recording}
+    row |= {"dataset": "made", "clip_idx": 0, "fps": fps, "goal": "Build a <toy>", "initial_state": []}
+    row |= {"start_frame": start, "end_frame": start + len(s), "num_frames": len(s), "turns": list(turns)}
+    row |= {"steps": [{"id": i, "name": n} for i, n in steps], "sampling_seed": 1, "neg_rate": 0.5}
+    row |= {"positive": "span", "frame_convention": "event", "n_speaking": int((s == 1).sum())}
+    row |= {"n_dst_update": int((d == 1).sum()), "n_supervised": int(((s != -100) | (d != -100)).sum())}
     return row | more, s, d
 
 
@@ -70,9 +47,12 @@ def write_folder(folder, splits, parts=1, **manifest):
             row["clip"] = number
         for part, chosen in enumerate(np.array_split(np.arange(len(clips)), parts)):
             some = [clips[i] for i in chosen]
-            about = {"split": split, "part": part, "clips": len(some)}
             for table, rows in (("clips", clips_table(some)), ("frames", frames_table(some))):
-                shards.append(about | {"table": table} | write_shard(folder, shard_path(table, split, part), rows))
+                path = folder / (name := shard_path(table, split, part))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(rows, path)
+                entry = {"split": split, "part": part, "clips": len(some), "table": table, "path": name}
+                shards.append(entry | {"bytes": path.stat().st_size, "sha256": sha256(path)})
     schema = {"schema_version": SCHEMA_VERSION, "schema_hash": SCHEMA_HASH}
     counts = {split: counts_of(clips) for split, clips in splits.items()}
     manifest = {**schema, "shards": shards, "splits": counts, "hazards": []} | manifest
@@ -84,7 +64,7 @@ def counts_of(clips):
     """What the manifest says of a split; gaps are left to the caller."""
     s, d = (np.concatenate([clip[1 + head] for clip in clips]) for head in (0, 1))
     tracked = [clip for clip in clips if clip[0]["steps"]]
-    return {
+    counts = {
         "clips": len(clips),
         "recordings": len({row["recording_id"] for row, _, _ in clips}),
         "frames": len(s),
@@ -94,22 +74,12 @@ def counts_of(clips):
         "first_frame_positive": sum(1 in (s[0], d[0]) for _, s, d in clips),
         "neg_rates": sorted({row["neg_rate"] for row, _, _ in clips}),
         "drops": {},
-        **_counts_of_head("speaking", s, len(clips), len(s)),
-        **_counts_of_head("dst_update", d, len(tracked), sum(len(clip[1]) for clip in tracked)),
     }
-
-
-def _counts_of_head(name, labels, clips, frames):
-    counts = {"positive": (labels == 1).sum(), "supervised": (labels != -100).sum(), "clips": clips, "frames": frames}
-    return {f"{name}_{key}": int(value) for key, value in counts.items()} | {f"{name}_gaps": [[2.0, 1]]}
-
-
-def write_shard(folder, name, table):
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-    body = path.read_bytes()
-    return {"path": name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    for name, of_head, own in (("speaking", s, clips), ("dst_update", d, tracked)):
+        counts |= {f"{name}_positive": int((of_head == 1).sum()), f"{name}_supervised": int((of_head != -100).sum())}
+        counts |= {f"{name}_clips": len(own), f"{name}_frames": sum(len(clip[1]) for clip in own)}
+        counts[f"{name}_gaps"] = [[2.0, 1]]
+    return counts
 
 
 def clips_table(clips):

@@ -10,43 +10,24 @@ from pipeline.errors import InputError
 SPEAKING, UPDATES = [3, 9, 18, 27, 41], [9, 27, 35]
 
 
-# ---- fields ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "knowledge"),
-    [([], None), ("", None), ([""], None), ("boil, pour", "boil, pour"), (["1. boil", "2. pour"], "1. boil\n2. pour")],
-)
-def test_knowledge_may_be_a_list(given, knowledge, tmp_path):
-    out = run(tmp_path, [tea(TEA, 0, 42, metadata={"user_id": "no_talk_0", "knowledge": given})])
-    assert out.clips()[0]["knowledge"] == knowledge
-    assert out.ones() == (SPEAKING, UPDATES)
-    assert out.manifest["inputs"][0]["ignored_fields"] == {}
-
-
-def test_descriptive_fields_of_any_other_type_are_ignored_and_counted(tmp_path):
+def test_descriptive_fields_are_read_leniently_and_what_is_ignored_is_counted(tmp_path):
     steps = [{"id": "K1", "name": 5}, {"id": "K2", "name": ["pour", "it"]}]
     odd = {"inferred_knowledge": 7, "inferred_goal": {"a": 1}, "dataset": 5, "dst": steps}
-    clips = [
-        tea(TEA, 0, 42, **odd),
-        tea(TEA, 0, 42, id="t2", metadata="no_talk", inferred_goal=["make", "tea"]),
-        tea(TEA, 0, 42, id="t3", inferred_knowledge=[1], unheard_of={"x": [None]}, metadata={"task_goal": "tea"}),
+    more = [
+        odd,
+        {"metadata": "no_talk", "inferred_goal": ["make", "tea"]},
+        {"inferred_knowledge": [1], "unheard_of": {"x": [None]}, "metadata": {"task_goal": "tea"}},
+        *({"metadata": {"knowledge": given}} for given in ([], "", [""], "boil", ["1. boil", "2. pour"])),
     ]
-    out = run(tmp_path, clips)
-    assert out.manifest["inputs"][0]["ignored_fields"] == {
-        "dataset": 1,
-        "dst.name": 1,
-        "inferred_goal": 1,
-        "inferred_knowledge": 2,
-        "metadata": 1,
-    }
-    assert [row["goal"] for row in out.clips()] == [None, "make\ntea", "tea"]
-    row = out.clips()[0]
-    assert (row["knowledge"], row["dataset"]) == (None, "unknown")
-    assert row["steps"] == [{"id": "K1", "name": ""}, {"id": "K2", "name": "pour\nit"}]
-
-
-# ---- bounds ------------------------------------------------------------------------------------------
+    out = run(tmp_path, [tea(TEA, 0, 42, **{"id": f"t{i}"} | fields) for i, fields in enumerate(more)])
+    ignored = {"dataset": 1, "dst.name": 1, "inferred_goal": 1, "inferred_knowledge": 2, "metadata": 1}
+    assert out.manifest["inputs"][0]["ignored_fields"] == ignored
+    rows = out.clips()
+    assert [row["goal"] for row in rows] == [None, "make\ntea", "tea", *[None] * 5]
+    assert [row["knowledge"] for row in rows] == [*[None] * 6, "boil", "1. boil\n2. pour"]
+    assert rows[0]["dataset"] == "unknown"
+    assert rows[0]["steps"] == [{"id": "K1", "name": ""}, {"id": "K2", "name": "pour\nit"}]
+    assert out.ones() == (SPEAKING, UPDATES)
 
 
 @pytest.mark.parametrize(("option", "bounds"), [("auto", (0, 42)), ("given", (4, 36)), ("turns", (0, 42))])
@@ -54,9 +35,6 @@ def test_bounds_of_dst_turns_alone_are_widened_to_all_turns(option, bounds, tmp_
     out = run(tmp_path, [tea(TEA, 4, 36)], bounds=option)
     assert out.bounds() == [bounds]
     assert out.manifest["inputs"][0]["bounds_widened"] == (option != "given")
-
-
-# ---- times without frames ----------------------------------------------------------------------------
 
 
 def timed(**more):

@@ -12,19 +12,14 @@ import polars as pl
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 
-STEPS = [
-    {"type": "step", "id": "K1", "start_ts": 5.0, "end_ts": 14.0, "name": "boil the water"},
-    {"type": "step", "id": "K2", "start_ts": 14.0, "end_ts": 18.0, "name": "pour it"},
-]
+STEPS = [{"id": "K1", "start_ts": 5.0, "name": "boil the water"}, {"id": "K2", "start_ts": 14.0, "name": "pour it"}]
 SYSTEM = {"role": "system", "content": "You are a helpful assistant.", "start_frame": 0, "end_frame": 1}
 
 
-def turn(role: str, content: str, time: float | None, start: int, end: int) -> dict[str, Any]:
+def turn(role: str, content: str, time: float | None = None, start: int | None = None, end: int | None = None) -> dict:
     """`content` of an update: 'K1 start'."""
-    said: Any = content
-    if role == "DST_UPDATE":
-        step, transition = content.split()
-        said = [{"id": step, "transition": transition}]
+    step, _, transition = content.partition(" ")
+    said = [{"id": step, "transition": transition}] if role == "DST_UPDATE" else content
     made = {"role": role, "content": said, "time": time, "start_frame": start, "end_frame": end}
     return {name: value for name, value in made.items() if value is not None}
 
@@ -52,20 +47,15 @@ def tea(turns: list[dict[str, Any]], start: int | None = None, end: int | None =
     return clip | {"conversation": [SYSTEM, *turns]} | more
 
 
-def proassist(uid: str = "cup-1", summary: bool = False, **metadata: Any) -> dict[str, Any]:
-    """A prepared clip of 16 frames: it speaks at 8 and 15; a summary clip has had those turns taken out."""
-    user = {"role": "user", "time": 2.6, "content": "What now?"}
-    said = [{"role": "assistant", "time": 4.6, "content": "Wash it."}, {"role": "assistant", "content": "Done."}]
+def proassist(uid: str = "cup-1", **metadata: Any) -> dict[str, Any]:
+    """A prepared clip of 16 frames: it speaks at 8 and 15."""
     marks = [{"role": "frames", "start": a, "end": b} for a, b in ((0, 5), (5, 9), (9, 16))]
-    turns = [{"role": "system", "content": "Be proactive."}, marks[0], user, marks[1], said[0], marks[2], said[1]]
-    if summary:
-        turns = [turns[0], marks[0], user, {"role": "frames", "start": 5, "end": 16}]
-        turns += [{"role": "system", "content": "Please summarize the progress."}]
-        turns += [{"role": "frames", "start": 16, "end": 17}, {"role": "assistant", "content": "It is clean."}]
+    asked, told = turn("user", "What now?", 2.6), turn("assistant", "Wash it.", 4.6)
+    turns = [turn("system", "Be proactive."), marks[0], asked, marks[1], told, marks[2], turn("assistant", "Done.")]
     about = {"user_type": "no_talk", "user_id": "no_talk_0", "task_goal": "wash a cup", "knowledge": "soap first"}
     clip = {"dataset": "wtag", "video_uid": uid, "clip_idx": 0, "frames_file": f"frames/{uid}.arrow", "fps": 2}
-    clip |= {"start_frame_idx": 0, "end_frame_idx": 17 if summary else 16, "conversation": turns}
-    return clip | {"metadata": about | {"summary_only": summary, "add_knowledge": True} | metadata}
+    clip |= {"start_frame_idx": 0, "end_frame_idx": 16, "conversation": turns}
+    return clip | {"metadata": about | {"summary_only": False, "add_knowledge": True} | metadata}
 
 
 @dataclass
@@ -73,13 +63,15 @@ class Out:
     manifest: dict[str, Any]
     folder: Path
 
+    def frames(self, split: str = "train") -> pl.DataFrame:
+        return pl.read_parquet(self.folder / f"frames/split={split}/*.parquet", hive_partitioning=False)
+
     def clips(self, split: str = "train") -> list[dict[str, Any]]:
         return pl.read_parquet(self.folder / f"clips/split={split}/*.parquet", hive_partitioning=False).to_dicts()
 
     def labels(self, split: str = "train", clip: int = 0) -> dict[str, dict[int, int]]:
         """Per head frame -> label."""
-        rows = pl.read_parquet(self.folder / f"frames/split={split}/*.parquet", hive_partitioning=False)
-        rows = rows.filter(pl.col("clip") == clip)
+        rows = self.frames(split).filter(pl.col("clip") == clip)
         heads = ("speaking", "dst_update")
         return {h: dict(zip(rows["frame"].to_list(), rows[f"{h}_label"].to_list(), strict=True)) for h in heads}
 
