@@ -83,13 +83,13 @@ def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0)
 
 
 def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
-    """float64 [S, 1 + B]: each estimator's value on the recordings as they are, then on each draw.
+    """float64 [S, ..., 1 + B]: each estimator's value on the recordings as they are, then on each draw.
 
-    All estimators are given the same arrays, BLOCK draws in float64 at a time.
+    All estimators are given the same arrays, BLOCK draws in float64 at a time; one may give several values, [..., B].
     """
     blocks = [np.ones_like(draws[:1]), *(draws[first : first + BLOCK] for first in range(0, len(draws), BLOCK))]
     found = ([estimator(weights) for estimator in estimators] for weights in (b.astype(np.float64) for b in blocks))
-    return np.concatenate([np.array(values, np.float64) for values in found], axis=1)
+    return np.concatenate([np.array(values, np.float64) for values in found], axis=-1)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """Frame metrics of one head: ranking (AP, AUROC), F1 at a threshold, calibration.
 
 Computed over all supervised frames of all clips at once, never averaged over clips. Reported numbers are
-scikit-learn's; under the bootstrap's weights `Ranking` sorts once and multiplies counts per recording. Speaking and
+scikit-learn's; under the bootstrap's weights `ranking` sorts once and multiplies counts per recording. Speaking and
 DST events often coincide, so each head is also measured on the frames where the other has no event.
 
     N supervised frames    R recordings    B draws    K cells of scores
@@ -9,7 +9,7 @@ DST events often coincide, so each head is also measured on the frames where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.schema import HEADS
-from trainer.evaluation.bootstrap import Estimator, Floats, Weights
+from trainer.evaluation.bootstrap import Floats, Weights
 from trainer.evaluation.scores import Ints, ScoredClip, Singles, canonical
 
 Mask = npt.NDArray[np.bool_]
 
-FEWEST_CELLS, MOST_CELLS, MOST_COUNTS = 1024, 1 << 14, 1 << 23  # K, and R * K, of `Ranking`
+FEWEST_CELLS, MOST_CELLS, MOST_COUNTS = 1024, 1 << 14, 1 << 23  # K, and R * K, of `ranking`
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,20 +88,19 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
     }
 
 
-def frame_estimators(frames: HeadFrames, threshold: float | None, bins: int) -> dict[str, Estimator]:
-    """Some of `report_frames`, by dotted path, as functions of how often each recording is drawn."""
-    ranking, alone = Ranking(frames), Ranking(frames.only(frames.other == 0))
+def weighted_frames(frames: HeadFrames, threshold: float | None, bins: int) -> Callable[[Weights], dict[str, Any]]:
+    """Some of `report_frames` as a function of how often each recording is drawn, [B, R] -> [B] each."""
+    rank, rank_alone = ranking(frames), ranking(frames.only(frames.other == 0))
     counts, in_bins = confusion(frames, threshold), bin_sums(frames, bins)
-    found: dict[str, Estimator] = {
-        "ap": lambda weights: ranking(weights)[0],
-        "auroc": lambda weights: ranking(weights)[1],
-        "alone.ap": lambda weights: alone(weights)[0],
-        "f1": lambda weights: confusion_rates(weights @ counts)["f1"],
-        "balanced_accuracy": lambda weights: confusion_rates(weights @ counts)["balanced_accuracy"],
-    }
-    if in_bins is not None:
-        found["calibration.ece"] = lambda weights: calibration_error(np.tensordot(weights.astype(float), in_bins, 1))
-    return found
+
+    def rates(weights: Weights) -> dict[str, Any]:
+        (ap, auroc), (ap_alone, _) = rank(weights), rank_alone(weights)
+        found = {"ap": ap, "auroc": auroc, "alone": {"ap": ap_alone}} | confusion_rates(weights @ counts)
+        if in_bins is not None:
+            found["calibration"] = {"ece": calibration_error(np.tensordot(weights.astype(float), in_bins, 1))}
+        return found
+
+    return rates
 
 
 def _ranking(frames: HeadFrames) -> dict[str, Any]:
@@ -115,8 +114,9 @@ def _ranking(frames: HeadFrames) -> dict[str, Any]:
     }
 
 
-class Ranking:
-    """Average precision and AUROC under any weights of the recordings; tied scores as in scikit-learn.
+def ranking(frames: HeadFrames) -> Callable[[Weights], Floats]:
+    """Average precision and AUROC, [2, B] for weights [B, R] of the recordings; tied scores as in scikit-learn. NaN
+    where a class that it needs is not drawn.
 
     Frames are counted by recording and cell, the highest scores first: each score of a positive frame is a cell, and
     each run of other scores between. Up to K cells this is exact. Beyond, K cells hold equal shares of the positives,
@@ -124,35 +124,25 @@ class Ranking:
     unweighted one, which is exact (largest error found: benchmarks/evaluate). A draw costs two dense rows of R x K
     products, whatever N is.
     """
+    _, place = np.unique(-frames.scores, return_inverse=True)
+    begins = np.bincount(place, frames.positive) > 0
+    begins[1:] |= begins[:-1].copy()
+    cell: Ints = (np.cumsum(begins) - begins[:1])[place]
+    fine = _count(frames.positive, np.zeros_like(cell), cell, 1)  # [2, 1, cells]
+    most = max(FEWEST_CELLS, min(MOST_CELLS, MOST_COUNTS // max(1, frames.num_recordings)))
+    coarse = fine.shape[2] > most
+    if coarse:
+        above = np.cumsum(fine[:, 0], axis=1) - fine[:, 0] / 2  # frames of each class above the cell's middle
+        share = (above * (most // 2) // np.maximum(1, fine[:, 0].sum(1, keepdims=True))).sum(0)
+        cell = (np.cumsum(np.diff(share, prepend=share[0]) > 0))[cell]
+    negatives, positives = _count(frames.positive, frames.recording, cell, frames.num_recordings).astype(np.float32)
 
-    def __init__(self, frames: HeadFrames) -> None:
-        _, rank = np.unique(-frames.scores, return_inverse=True)
-        begins = np.bincount(rank, frames.positive) > 0
-        begins[1:] |= begins[:-1].copy()
-        cell: Ints = (np.cumsum(begins) - begins[:1])[rank]
-        fine = _count(frames.positive, np.zeros_like(cell), cell, 1)  # [2, 1, cells]
-        most = max(FEWEST_CELLS, min(MOST_CELLS, MOST_COUNTS // max(1, frames.num_recordings)))
-        self._spread, self._shift = 0.0, np.zeros((2, 1))
-        if fine.shape[2] > most:
-            above = np.cumsum(fine[:, 0], axis=1) - fine[:, 0] / 2  # frames of each class above the cell's middle
-            share = (above * (most // 2) // np.maximum(1, fine[:, 0].sum(1, keepdims=True))).sum(0)
-            cell = (np.cumsum(np.diff(share, prepend=share[0]) > 0))[cell]
-            self._spread = 0.5
-        self._counts = _count(frames.positive, frames.recording, cell, frames.num_recordings).astype(np.float32)
-        self._last: tuple[Any, Floats] = None, np.zeros(0)
-        if self._spread:
-            self._shift = _rates(fine[1], fine[0], 0.0) - self(np.ones((1, frames.num_recordings)))
+    def rates(weights: Weights) -> Floats:
+        single = weights.astype(np.float32)
+        return _rates(single @ positives, single @ negatives, 0.5 if coarse else 0.0)
 
-    def __call__(self, weights: Weights) -> Floats:
-        """float64 [2, B] for weights [B, R]: average precision and AUROC, NaN where a class that it needs is not drawn.
-
-        The result for the last array is kept, as the two are asked for in turn.
-        """
-        if self._last[0] is not weights:
-            single = weights.astype(np.float32)
-            negatives, positives = single @ self._counts[0], single @ self._counts[1]
-            self._last = weights, _rates(positives, negatives, self._spread) + self._shift
-        return self._last[1]
+    shift = _rates(fine[1], fine[0], 0.0) - rates(np.ones((1, frames.num_recordings))) if coarse else 0.0
+    return lambda weights: rates(weights) + shift
 
 
 def _count(positive: Mask, recording: Ints, cell: Ints, num_recordings: int) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
-"""All metrics of one model in one mode: `measure` gives the metrics JSON, `estimators` its scalars under other weights.
+"""All metrics of one model in one mode: `measure` gives the metrics JSON, `weighted` its scalars by recording's weight.
 
-Thresholds are chosen on `val` and handed in; nothing here looks for one on the clips that it measures. Each estimator
-reads sums per recording, or ranks sorted once; with all weights 1 it equals the number in the JSON.
+Thresholds are chosen on `val` and handed in; nothing here looks for one on the clips that it measures. `weighted` reads
+sums per recording, or ranks sorted once; with all weights 1 it equals the numbers in the JSON.
 
     B draws    R recordings    M matches
 """
@@ -134,28 +134,40 @@ def value_at(nested: Any, path: str) -> Any:
     return nested
 
 
-def estimators(
+def weighted(
     clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, recordings: Sequence[str]
-) -> dict[str, Estimator]:
-    """Each of METRICS as a function of how often each recording is drawn.
+) -> Callable[[Weights], dict[str, Floats]]:
+    """METRICS as a function of how often each recording is drawn.
 
-    recordings: sorted and unique, at least those of the clips. An estimator takes int64 [B, R] and gives float64 [B],
-    NaN where a draw leaves it undefined; throughout, where `measure` gives None.
+    recordings: sorted and unique, at least those of the clips. The function takes int64 [B, R] and gives float64 [B]
+    each, NaN where a draw leaves it undefined; throughout, where `measure` gives None.
     """
     clips, given = canonical(clips), thresholds or Thresholds({}, {})
-    found: dict[str, Estimator] = {}  # by dotted path
+    parts: dict[str, dict[str, Any]] = {}
+    latency: Estimator = _undefined
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)
-        if frames is not None:
-            of_frames = frame_metrics.frame_estimators(frames, given.frame.get(head), settings.bins)
-            found |= {f"{head}.frames.{path}": estimator for path, estimator in of_frames.items()}
         events = event_metrics.find_events(clips, head, given.event.get(head), settings)
-        if events is not None:
-            found |= _of_counts(f"{head}.events.", events, recordings, event_metrics.event_rates)
+        parts[head] = {
+            "frames": frames and frame_metrics.weighted_frames(frames, given.frame.get(head), settings.bins),
+            "events": events and _weighted_counts(events, recordings, event_metrics.event_rates),
+        }
+        if events is not None and head == "speaking":
+            of_matches = [s.clip.recording_id for s, found in zip(*events[::2], strict=True) for _ in found]
+            latency = weighted_median(np.concatenate(events.latencies), np.searchsorted(recordings, of_matches))
     states = state_metrics.find_states(clips, settings)
-    if states is not None:
-        found |= _of_counts("state.", states, recordings, state_metrics.state_rates)
-    return {name: found.get(metric.path, _undefined) for name, metric in METRICS.items()}
+    of_states = states and _weighted_counts(states, recordings, state_metrics.state_rates)
+
+    def rates(weights: Weights) -> dict[str, Floats]:
+        report: dict[str, Any] = {
+            head: {kind: part and part(weights) for kind, part in own.items()} for head, own in parts.items()
+        }
+        report["state"] = of_states and of_states(weights)
+        found = {name: value_at(report, metric.path) for name, metric in METRICS.items()}
+        found["median_latency_s"] = latency(weights)
+        return {name: _undefined(weights) if value is None else value for name, value in found.items()}
+
+    return rates
 
 
 def replicates(
@@ -163,9 +175,10 @@ def replicates(
 ) -> dict[str, Floats]:
     """Each of METRICS: float64 [1, 1 + B], as `replicate` gives it for one run, over draws of the clips' recordings."""
     recordings = recordings_of(clips)
-    found = estimators(clips, thresholds, settings, recordings)
+    rates = weighted(clips, thresholds, settings, recordings)
     draws = draw_recordings(len(recordings), num_draws)
-    return dict(zip(found, replicate(list(found.values()), draws)[:, None], strict=True))
+    (values,) = replicate([lambda weights: np.stack([*rates(weights).values()])], draws)
+    return dict(zip(METRICS, values[:, None], strict=True))
 
 
 def intervals(
@@ -179,22 +192,11 @@ def intervals(
     return limits
 
 
-def _of_counts(prefix: str, counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> dict[str, Any]:
-    """The METRICS below `prefix` from counts that are summed per recording once."""
-    recording, names = (
-        np.searchsorted(recordings, [s.clip.recording_id for s in counted.clips]),
-        list(counted.counts[0]),
-    )
-    sums = np.zeros((len(recordings), len(names)))
-    np.add.at(sums, recording, counted.table())
-
-    def estimator(path: str) -> Estimator:
-        return lambda weights: value_at(rates(dict(zip(names, (weights @ sums).T, strict=True))), path)
-
-    paths = [metric.path for metric in METRICS.values() if metric.path.startswith(prefix)]
-    of_latencies = np.repeat(recording, [len(late) for late in counted.latencies])
-    median = weighted_median(np.concatenate(counted.latencies), of_latencies)
-    return {path: median if "latency" in path else estimator(path.removeprefix(prefix)) for path in paths}
+def _weighted_counts(counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`rates` of counts as a function of weights [B, R]: the counts are summed per recording once."""
+    sums = np.zeros((len(recordings), len(counted.counts[0])))
+    np.add.at(sums, np.searchsorted(recordings, [s.clip.recording_id for s in counted.clips]), counted.table())
+    return lambda weights: rates(dict(zip(counted.counts[0], (weights @ sums).T, strict=True)))
 
 
 def _undefined(weights: Weights) -> Floats:

@@ -17,11 +17,11 @@ from sklearn.metrics import (
 from trainer.evaluation import frame_metrics
 from trainer.evaluation.frame_metrics import (
     HeadFrames,
-    Ranking,
     best_threshold,
     between,
     fires,
     head_frames,
+    ranking,
     report_frames,
 )
 from trainer.evaluation.metrics import Settings, measure
@@ -155,7 +155,7 @@ def test_weighted_ranking_is_that_of_repeated_frames():
     frames = head_frames(noisy_clips(6), "speaking", RECORDINGS)
     weights = np.random.default_rng(1).multinomial(5, [0.2] * 5, size=9)
     expected = np.transpose([repeated(frames, drawn) for drawn in weights])
-    np.testing.assert_allclose(Ranking(frames)(weights), expected, rtol=1e-12)
+    np.testing.assert_allclose(ranking(frames)(weights), expected, rtol=1e-12)
 
 
 def test_with_more_scores_than_cells_the_ranking_is_close_and_exact_without_weights(monkeypatch):
@@ -166,16 +166,16 @@ def test_with_more_scores_than_cells_the_ranking_is_close_and_exact_without_weig
     expected = np.transpose([repeated(frames, drawn) for drawn in weights])
     monkeypatch.setattr(frame_metrics, "FEWEST_CELLS", 200)
     monkeypatch.setattr(frame_metrics, "MOST_CELLS", 200)
-    ranking = Ranking(frames)
-    np.testing.assert_allclose(ranking(weights), expected, atol=1e-3)  # the draws differ by 0.01
-    assert np.abs(ranking(weights) - expected).max() > 0
-    np.testing.assert_allclose(ranking(np.ones((1, 30)))[:, 0], repeated(frames, np.ones(30, int)), rtol=1e-12)
+    rank = ranking(frames)
+    np.testing.assert_allclose(rank(weights), expected, atol=1e-3)  # the draws differ by 0.01
+    assert np.abs(rank(weights) - expected).max() > 0
+    np.testing.assert_allclose(rank(np.ones((1, 30)))[:, 0], repeated(frames, np.ones(30, int)), rtol=1e-12)
 
 
 def test_a_draw_without_positives_has_no_ranking():
-    ranking = Ranking(frames_of([3, 2, 1], [1, 0, 0], recording=[0, 0, 1]))
-    (ap, _), (undefined, auroc) = ranking(np.array([[1, 1], [0, 2]])).T
+    rank = ranking(frames_of([3, 2, 1], [1, 0, 0], recording=[0, 0, 1]))
+    (ap, _), (undefined, auroc) = rank(np.array([[1, 1], [0, 2]])).T
     assert ap == 1
     assert np.isnan([undefined, auroc]).all()
-    assert np.isnan(Ranking(frames_of([3, 2], [0, 0]))(np.ones((1, 1)))).all()
-    assert np.isnan(Ranking(frames_of([], []))(np.ones((1, 1)))).all()
+    assert np.isnan(ranking(frames_of([3, 2], [0, 0]))(np.ones((1, 1)))).all()
+    assert np.isnan(ranking(frames_of([], []))(np.ones((1, 1)))).all()

@@ -18,10 +18,10 @@ from trainer.evaluation.metrics import (
     Settings,
     Thresholds,
     choose_thresholds,
-    estimators,
     intervals,
     look_up,
     measure,
+    weighted,
     weighted_median,
 )
 from trainer.evaluation.scores import read_scores, write_scores
@@ -109,9 +109,9 @@ def test_permuting_clips_changes_no_digit(live):
     assert choose_thresholds(mixed, S) == choose_thresholds(clips, S)
     assert json.dumps(measure(mixed, HALF, S)) == json.dumps(measure(clips, HALF, S))
     weights = np.random.default_rng(1).multinomial(5, [0.2] * 5, size=20)
-    ours, theirs = estimators(clips, HALF, S, RECORDINGS), estimators(mixed, HALF, S, RECORDINGS)
+    ours, theirs = (weighted(order, HALF, S, RECORDINGS)(weights) for order in (clips, mixed))
     for name in METRICS:
-        assert np.array_equal(ours[name](weights), theirs[name](weights), equal_nan=True), name
+        assert np.array_equal(ours[name], theirs[name], equal_nan=True), name
 
 
 def test_writing_and_reading_changes_no_digit(tmp_path):
@@ -129,7 +129,7 @@ def test_writing_and_reading_changes_no_digit(tmp_path):
 @pytest.mark.parametrize("drawn", [[1, 1, 1, 1, 1], [2, 0, 1, 0, 2], [0, 5, 0, 0, 0]])
 def test_weights_count_as_recordings_repeated(drawn, live):
     clips = noisy_clips(9, live=live)
-    found = estimators(clips, HALF, S, [*RECORDINGS, "without clips"])
+    found = weighted(clips, HALF, S, [*RECORDINGS, "without clips"])(np.array([[*drawn, 4]]))
     repeated = [
         replace(s, clip=replace(s.clip, clip_id=f"{s.clip.clip_id}-{copy}"))
         for s in clips
@@ -137,18 +137,19 @@ def test_weights_count_as_recordings_repeated(drawn, live):
     ]
     report = measure(repeated, HALF, S)
     for name, metric in METRICS.items():
-        got, value = found[name](np.array([[*drawn, 4]])), look_up(report, metric)
+        got, value = found[name], look_up(report, metric)
         assert got.dtype == np.float64
         assert got[0] == pytest.approx(np.nan if value is None else value, rel=1e-12, nan_ok=True), name
-    assert live or np.isnan(found["transition_f1"](np.ones((1, 6), int))).all()
+    assert live or np.isnan(found["transition_f1"]).all()
 
 
-def test_intervals_are_those_of_the_estimators_over_the_clips_own_recordings():
+def test_intervals_are_those_of_each_metric_over_the_clips_own_recordings():
     clips = noisy_clips(9, live=True)
     found = intervals(clips, HALF, S, 300)
     draws = draw_recordings(5, 300)
-    for name, estimator in estimators(clips, HALF, S, RECORDINGS).items():
-        expected = interval_of(replicate([estimator], draws), 5, METRICS[name].bounds)
+    rates = weighted(clips, HALF, S, RECORDINGS)
+    for name, metric in METRICS.items():
+        expected = interval_of(replicate([lambda weights, name=name: rates(weights)[name]], draws), 5, metric.bounds)
         assert found[name] == [expected.low, expected.high], name
     assert set(intervals(clips[:1], HALF, S, 300).values()) == {None}  # one recording has none
 
@@ -156,9 +157,9 @@ def test_intervals_are_those_of_the_estimators_over_the_clips_own_recordings():
 def test_a_draw_that_leaves_nothing_is_undefined():
     clips = [clip_of([turn("assistant", "x", 4, 5)], 0, 40, name="a", recording="a", speaking=np.eye(40)[4]),
              clip_of([], 0, 40, name="b", recording="b", speaking=np.zeros(40))]  # fmt: skip
-    found = estimators(clips, HALF, S, ["a", "b"])
+    found = weighted(clips, HALF, S, ["a", "b"])(np.array([[0, 2], [1, 1]]))
     for name in ("event_f1", "event_recall", "median_latency_s", "speaking_ap", "speaking_auroc", "dst_ap"):
-        assert np.isnan(found[name](np.array([[0, 2], [1, 1]]))[0]), name
+        assert np.isnan(found[name][0]), name
 
 
 def test_the_weighted_median_is_that_of_repeated_values():
@@ -196,11 +197,11 @@ def test_frames_and_events_have_a_threshold_each_that_was_chosen_elsewhere():
     scores = np.zeros(40)
     scores[[4, 20]] = 1, 2
     clips = [clip_of([turn("assistant", "x", 4, 5)], 0, 40, speaking=scores)]
-    given, ones = Thresholds({"speaking": 0.5}, {"speaking": 1.5}), np.ones((1, 1), int)
-    report, found = measure(clips, given, S)["speaking"], estimators(clips, given, S, ["r-c0"])
+    given = Thresholds({"speaking": 0.5}, {"speaking": 1.5})
+    report, found = measure(clips, given, S)["speaking"], weighted(clips, given, S, ["r-c0"])(np.ones((1, 1), int))
     assert (report["frames"]["threshold"], report["frames"]["recall"]) == (0.5, 1)
     assert (report["events"]["threshold"], report["events"]["recall"]) == (1.5, 0)
-    assert (found["speaking_f1"](ones)[0], found["event_recall"](ones)[0]) == (2 / 3, 0)
+    assert (found["speaking_f1"][0], found["event_recall"][0]) == (2 / 3, 0)
 
 
 def test_metrics_need_no_torch():
