@@ -134,7 +134,8 @@ def recordings(sources: list[Source]) -> dict[str, set[str]]:
     """The recordings of each split."""
     found: dict[str, set[str]] = defaultdict(set)
     for source in sources:
-        found[source.split].update(clip.recording_id for clip in source.kept())
+        for clip in source.kept():
+            found[source.split].add(clip.recording_id)
     return found
 
 

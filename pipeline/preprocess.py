@@ -113,11 +113,9 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     spool = staged / "spool"
     spool.mkdir()
     alone = len(sources) == 1 or options.on_error == "fail"
-    owners = [
-        (source, task)
-        for number, source in enumerate(sources)
-        for task in _tasks(source, f"{spool}/{number}", options.fps, alone)
-    ]
+    owners = []
+    for number, source in enumerate(sources):
+        owners += [(source, task) for task in _tasks(source, f"{spool}/{number}", options.fps, alone)]
     calls = [(task, options.recording_regex) for _, task in owners]
     for (source, _), part in zip(owners, _map(mapper, extract, calls, "reading", progress), strict=True):
         source.parts.append(part)
@@ -127,14 +125,19 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
         if (stat := source.path.stat()) and (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
             raise InputError(f"{source.path}: changed while it was read; run again once it is complete")
     resolve(sources, options)
-    plans = list(_plans(sources, options, staged))
-    refused = _refused(sources, options, any_left=bool(plans))
-    written = _map(mapper, write_part, [(plan,) for plan in plans], "writing", progress)
+    plans = _plans(sources, options, staged)
+    refused = [r for s in sources for r in sorted(s.refused, key=lambda r: (r.byte_start, r.clip or 0))]
+    if refused and options.on_error == "fail":
+        raise InputError(f"{refused[0]}; fix the source and run again, or drop --on-error fail")
+    if not plans:
+        names = ", ".join(str(source.path) for source in sources)
+        first = f"; the first of {len(refused)} quarantined: {refused[0]}" if refused else ""
+        raise InputError(f"{names}: found no usable clip, expected at least one{first}")
+    written = list(_map(mapper, write_part, [(plan,) for plan in plans], "writing", progress))
     shutil.rmtree(spool, ignore_errors=True)
     splits = counts_by_split(written)
-    for split, names in recordings(sources).items():
-        if split in splits:
-            splits[split]["recordings"] = len(names)
+    for split, own in recordings(sources).items():
+        splits[split]["recordings"] = len(own)
     hazards = find_hazards(sources, splits_of({"splits": splits}), options.frames_root)
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -175,51 +178,29 @@ def _tasks(source: Source, spool: str, fps: float | None, alone: bool) -> Iterat
 
 def _map(
     mapper: Mapper, function: Callable[..., Any], calls: list[tuple[Any, ...]], what: str, progress: Progress
-) -> list[Any]:
+) -> Iterator[Any]:
     """The mapper's results, in order."""
-    results: list[Any] = []
     progress(what, 0, len(calls))
     with contextlib.closing(mapper(function, calls)) as coming:
-        for result in coming:
-            results.append(result)
-            progress(what, len(results), len(calls))
-    return results
+        for done, result in enumerate(coming, 1):
+            progress(what, done, len(calls))
+            yield result
 
 
-def _plans(sources: list[Source], options: Options, staged: Path) -> Iterator[Plan]:
+def _plans(sources: list[Source], options: Options, staged: Path) -> list[Plan]:
     """A plan for each part with clips left; parts and clips numbered from 0 in each split."""
+    plans = []
     clips: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for source, part in [(owner, part) for owner in sources for part in owner.parts]:
-        rows = [row for row, clip in enumerate(part.clips) if clip.keep]
+        rows, split = [row for row, clip in enumerate(part.clips) if clip.keep], source.split
         if not rows:
             continue
-        split = source.split
-        if not numbers[split]:
-            for table in ("frames", "clips"):
-                (staged / shard_path(table, split, 0)).parent.mkdir(parents=True)
-        yield Plan(
-            spool=part.spool,
-            staging=str(staged),
-            split=split,
-            part=numbers[split],
-            first_clip=clips[split],
-            convention=source.convention,
-            options=options,
-            rows=np.array(rows),
-            clips=[part.clips[row] for row in rows],
-        )
+        for table in ("frames", "clips"):
+            (staged / shard_path(table, split, 0)).parent.mkdir(parents=True, exist_ok=True)
+        kept = [part.clips[row] for row in rows]
+        place = (part.spool, str(staged), split, numbers[split], clips[split])
+        plans.append(Plan(*place, source.convention, options, np.array(rows), kept))
         numbers[split] += 1
         clips[split] += len(rows)
-
-
-def _refused(sources: list[Source], options: Options, any_left: bool) -> list[Refusal]:
-    """All refusals in input order. Raises InputError where they must stop the run."""
-    refused = [r for s in sources for r in sorted(s.refused, key=lambda r: (r.byte_start, r.clip or 0))]
-    if refused and options.on_error == "fail":
-        raise InputError(f"{refused[0]}; fix the source and run again, or drop --on-error fail")
-    if not any_left:
-        names = ", ".join(str(source.path) for source in sources)
-        first = f"; the first of {len(refused)} quarantined: {refused[0]}" if refused else ""
-        raise InputError(f"{names}: found no usable clip, expected at least one{first}")
-    return refused
+    return plans

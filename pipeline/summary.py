@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.schema import HEAD_TITLES, HEADS
@@ -70,29 +69,29 @@ class Split:
 
 def splits_of(manifest: Mapping[str, Any]) -> list[Split]:
     """The splits of an output folder, from its manifest: train, val, test first."""
-    splits = [_split(name, counts) for name, counts in manifest["splits"].items()]
-    return sorted(splits, key=lambda split: split_order(split.name))
-
-
-def _split(name: str, counts: Mapping[str, Any]) -> Split:
-    heads = {}
-    for head in HEADS:
-        numbers = {key: counts[f"{head}_{key}"] for key in ("frames", "supervised", "clips")}
-        heads[head] = Head(positives=counts[f"{head}_positive"], gaps=dict(counts.get(f"{head}_gaps", [])), **numbers)
-    both = counts["both_positive"]
-    speak_only, dst_only = (head.positives - both for head in heads.values())
-    return Split(
-        name=name,
-        **{key: counts[key] for key in ("clips", "recordings", "frames", "hours")},
-        speak_only=speak_only,
-        dst_only=dst_only,
-        both=both,
-        silence=counts["supervised"] - both - speak_only - dst_only,
-        not_sampled=counts["frames"] - counts["supervised"],
-        first=counts["first_frame_positive"],
-        heads=heads,
-        rates=counts.get("neg_rates", []),
-    )
+    splits = []
+    for name in sorted(manifest["splits"], key=split_order):
+        counts, heads = manifest["splits"][name], {}
+        for head in HEADS:
+            numbers = {key: counts[f"{head}_{key}"] for key in ("frames", "supervised", "clips")}
+            gaps = dict(counts.get(f"{head}_gaps", []))
+            heads[head] = Head(positives=counts[f"{head}_positive"], gaps=gaps, **numbers)
+        both = counts["both_positive"]
+        speak_only, dst_only = (head.positives - both for head in heads.values())
+        split = Split(
+            name=name,
+            **{key: counts[key] for key in ("clips", "recordings", "frames", "hours")},
+            speak_only=speak_only,
+            dst_only=dst_only,
+            both=both,
+            silence=counts["supervised"] - both - speak_only - dst_only,
+            not_sampled=counts["frames"] - counts["supervised"],
+            first=counts["first_frame_positive"],
+            heads=heads,
+            rates=counts.get("neg_rates", []),
+        )
+        splits.append(split)
+    return splits
 
 
 def split_order(name: str) -> tuple[int, str]:
@@ -106,22 +105,20 @@ def split_order(name: str) -> tuple[int, str]:
 def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
     """A table (one column per split), then the inputs and hazards; 100 columns wide."""
     splits = splits_of(manifest)
-    groups = [splits[i : i + ONE_TABLE] for i in range(0, len(splits), ONE_TABLE)]
+    tables = []
+    for some in (splits[i : i + ONE_TABLE] for i in range(0, len(splits), ONE_TABLE)):
+        rows = table("", *(plain(split.name) for split in some))
+        for row in zip(*map(_cells, some), strict=True):
+            label, _, ends_section, style = row[0]
+            rows.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
+        for reason, counts in drops_by_reason(some, manifest).items():
+            rows.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
+        tables.append(rows)
     lines = [Text(line, style="dim") for line in _input_lines(manifest)]
     for hazard in manifest["hazards"]:
         where = f" [{plain(hazard['split'])}] "
         lines.append(Text.assemble(("hazard", "bold red"), where, plain(hazard["text"])))
-    return Group(*(_table(group, manifest) for group in groups), *([Text(""), *lines] if lines else []))
-
-
-def _table(splits: list[Split], manifest: Mapping[str, Any]) -> Table:
-    rows = table("", *(plain(split.name) for split in splits))
-    for row in zip(*map(_cells, splits), strict=True):
-        label, _, ends_section, style = row[0]
-        rows.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
-    for reason, counts in drops_by_reason(splits, manifest).items():
-        rows.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
-    return rows
+    return Group(*tables, *([Text(""), *lines] if lines else []))
 
 
 def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
@@ -145,8 +142,7 @@ def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
 
 def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     """Reason -> count per split, for reasons that occur."""
-    counts = manifest.get("splits") or {}
-    drops = [counts.get(split.name, {}).get("drops", {}) for split in splits]
+    drops = [manifest["splits"][split.name].get("drops", {}) for split in splits]
     reasons = dict.fromkeys(reason for d in drops for reason, n in d.items() if n)
     return {reason: [d.get(reason, 0) for d in drops] for reason in reasons}
 
@@ -154,27 +150,23 @@ def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[st
 def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Per input file: what was found, and what was assumed; then what was left out."""
     for source in manifest.get("inputs") or []:
-        yield f"{plain(Path(source['path']).name)}: {plain(', '.join(_facts(source)))}"
+        schemas = f" of {' and '.join(source['schemas'])}" if source.get("schemas") else ""
+        facts = [counted(source["clips"], f"{source['split']} clip") + schemas]
+        facts.append(f"{source['frame_convention']} convention")
+        remarks = {
+            "turns_not_fitting": f"of {source.get('votes', {}).get('turns', 0):,} turns do not fit it",
+            "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
+            "renamed": "ids extended by data set and video (another data set has the same)",
+            "fps_assumed": "clips without fps, 2 assumed",
+        }
+        facts += [f"{source[key]:,} {what}" for key, what in remarks.items() if source.get(key)]
+        ignored = (source.get("ignored_fields") or {}).items()
+        facts += [f"{name} ignored in {count:,} clips (not text)" for name, count in ignored]
+        facts += [f"{source['quarantined']:,} quarantined"] * bool(source.get("quarantined"))
+        yield f"{plain(Path(source['path']).name)}: {plain(', '.join(facts))}"
     skipped: dict[str, list[str]] = {}
     for one in manifest.get("skipped") or []:
         skipped.setdefault(one["why"], []).append("/".join(Path(one["path"]).parts[-2:]))
     for why, names in skipped.items():
         more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
         yield f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}"
-
-
-def _facts(source: Mapping[str, Any]) -> Iterator[str]:
-    schemas = f" of {' and '.join(source['schemas'])}" if source.get("schemas") else ""
-    yield counted(source["clips"], f"{source['split']} clip") + schemas
-    yield f"{source['frame_convention']} convention"
-    remarks = {
-        "turns_not_fitting": f"of {source.get('votes', {}).get('turns', 0):,} turns do not fit it",
-        "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
-        "renamed": "ids extended by data set and video (another data set has the same)",
-        "fps_assumed": "clips without fps, 2 assumed",
-    }
-    yield from (f"{source[key]:,} {what}" for key, what in remarks.items() if source.get(key))
-    for name, count in (source.get("ignored_fields") or {}).items():
-        yield f"{name} ignored in {count:,} clips (not text)"
-    if source.get("quarantined"):
-        yield f"{source['quarantined']:,} quarantined"
