@@ -106,22 +106,6 @@ def test_two_tries_of_one_part_at_a_time_do_not_meet(source: Path, tmp_path: Pat
     assert snapshot(tmp_path / "twice") == snapshot(tmp_path / "once")
 
 
-def test_a_late_try_finds_its_folder_gone_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    late = []
-
-    def mapper(function: Callable[..., Any], calls: cluster.Calls) -> Iterator[Any]:
-        late.extend((function, call) for call in calls)
-        return cluster.here(function, calls)
-
-    out = tmp_path / "out"
-    preprocess([source], out, mapper=mapper)
-    before = snapshot(out)
-    for function, call in late:
-        with pytest.raises(OSError, match=re.escape(".staging-")):
-            function(*call)
-    assert snapshot(out) == before
-
-
 # ---- Ray ---------------------------------------------------------------------------------------------
 
 

@@ -39,8 +39,7 @@ def test_numpy_and_polars_draw_the_same(seed, epoch, frames):
     expected = [scalar_draw(seed, epoch, frame) for frame in frames]
     assert draws(seed, epoch, np.array(frames, np.int32)).tolist() == expected
     table = pl.DataFrame(
-        {"sampling_seed": [seed] * len(frames), "frame": frames},
-        schema={"sampling_seed": pl.UInt64, "frame": pl.Int32},
+        {"sampling_seed": [seed] * len(frames), "frame": frames}, schema={"sampling_seed": pl.UInt64, "frame": pl.Int32}
     )
     assert table.select(draw_expr(epoch))["draw"].to_list() == expected
 
@@ -48,11 +47,6 @@ def test_numpy_and_polars_draw_the_same(seed, epoch, frames):
 def test_draws_of_several_clips_at_once():
     expected = [scalar_draw(5, 2, 3), scalar_draw(5, 2, 4), scalar_draw(9, 2, 3)]
     assert draws(np.array([5, 5, 9], np.uint64), 2, np.array([3, 4, 3])).tolist() == expected
-
-
-def test_draws_look_uniform():
-    share = (draws(sampling_seed(0, "clip"), 0, np.arange(200_000)) < np.uint64(rate_threshold(0.3))).mean()
-    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 200_000) ** 0.5
 
 
 @pytest.mark.parametrize(("rate", "threshold"), [(0.0, 0), (1.0, 2**32), (0.5, 2**31), (0.7, 3006477107), (1e-12, 0)])
@@ -68,17 +62,5 @@ def test_every_column_says_what_it_means():
 def test_paths_from_a_file_never_climb_out():
     for path in ("frames/a.arrow", "a..b", "take:2", "a\\b", "a/..b/c"):
         assert is_inside(path), path
-    for path in (
-        "C:b",
-        "../a",
-        "a/../../b",
-        "/etc/passwd",
-        "C:\\x",
-        "\\\\host\\x",
-        "a\\..\\b",
-        "a/..",
-        "..",
-        "a\0b",
-        "",
-    ):
+    for path in ("C:b", "../a", "a/../../b", "/etc", "C:\\x", "\\\\host\\x", "a\\..\\b", "a/..", "..", "a\0b", ""):
         assert not is_inside(path), path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -111,14 +110,11 @@ def test_dst_state_is_the_state_before_the_turn_and_goes_from_clip_to_clip(clips
 
 
 def test_views_of_a_recording_share_events_and_differ_in_pictures(out, clips):
-    def without_names(clip: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in clip.items() if key not in ("id", "video_uid", "frames_file")}
-
-    recordings = {re.search(r"nusar-.*?(?=__)", clip["video_uid"])[0] for clip in clips}
-    assert len(recordings) == 5  # no two splits share one
-    for name in recordings:
-        views = [[clip for clip in clips if clip["video_uid"] == f"synth_{name}__view{view}"] for view in (0, 1)]
-        assert [without_names(clip) for clip in views[0]] == [without_names(clip) for clip in views[1]]
+    names = ("id", "video_uid", "frames_file")
+    for split in SMALL.recordings:
+        views = [[c for c in clips if c["video_uid"] == f"synth_nusar-{split}-0000__view{view}"] for view in (0, 1)]
+        same = [[{k: v for k, v in clip.items() if k not in names} for clip in view] for view in views]
+        assert same[0] == same[1] != []
         first, second = (read_frames(out, view[0]) for view in views)
         assert np.abs(first.astype(int) - second).mean() > 5
 
@@ -143,18 +139,6 @@ def test_each_completed_step_is_announced_by_its_name_or_by_the_lamp_never_by_bo
                 assert name.endswith(" aloud") == (event.speaks and named[-1])
         assert abs(np.mean(named) - state_tells) < 0.05
         assert 0.4 < np.mean(speaks) < 0.6
-
-
-def test_at_1_each_toy_has_one_plan_with_as_many_loud_steps_as_quiet_ones():
-    plans_of: dict[str, set[str]] = {}
-    for plan in plans(1):
-        letters = "".join("a" if name.endswith("aloud") else "q" for name in plan.step_names)
-        plans_of.setdefault(plan.goal, set()).add(letters)
-    assert len(plans_of) == 3
-    for found in plans_of.values():
-        longest = max(found, key=len)
-        assert longest.count("a") == longest.count("q") == 6
-        assert all(longest.startswith(letters) for letters in found)
 
 
 def test_clips_hold_4_to_8_whole_events_and_begin_2_to_6_frames_before_the_first():
@@ -230,14 +214,12 @@ def test_worlds_mix_by_the_share_of_steps():
 # ---- the same bytes, and refusals ----------------------------------------------------------------------
 
 
-def test_the_seed_matters_and_more_training_recordings_leave_val_alone(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_more_training_recordings_leave_val_alone(tmp_path):
     def val(name: str, seed: int, train: int) -> dict[str, str]:
         synth(tmp_path / name, SynthConfig(recordings={"train": train, "val": 1}, steps=(3, 4), seed=seed))
         return {file: sha for file, sha in digests(tmp_path / name).items() if "val" in file}
 
-    first = val("a", 0, 1)
-    assert first == val("b", 0, 2)  # also: the same bytes again
-    assert first != val("c", 1, 1)
+    assert val("a", 0, 1) == val("b", 0, 2) != val("c", 1, 1)
 
 
 def test_a_folder_with_files_is_refused_and_left_alone_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -261,12 +243,10 @@ def test_a_folder_with_files_is_refused_and_left_alone_and_a_failure_leaves_noth
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"recordings": {"train": 0}}, "recordings: found {'train': 0}; expected 1 or more"),
-        ({"recordings": {"dev": 3}}, "recordings: found {'dev': 3}"),
+        ({"recordings": {"dev": 3}}, "recordings: found {'dev': 3}; expected 1 or more"),
         ({"steps": (9, 4)}, r"steps: found \(9, 4\); expected 3 <= fewest <= most <= 16"),
         ({"difficulty": 1.2}, "difficulty: found 1.2; expected a number from 0 to 1"),
         ({"tells": {"vision": float("nan")}}, "tells: found {'vision': nan}; expected shares of state, vision, user"),
-        ({"tells": {"sound": 1.0}}, "tells: found"),
     ],
 )
 def test_a_setting_out_of_range_is_said(wrong, said):

@@ -56,10 +56,7 @@ def test_timeline_obeys_nothing_in_the_data(toy):
 
 
 def test_long_clips_wrap_and_very_long_ones_are_condensed(tmp_path):
-    clips = [
-        make_clip("c1200", "0" * 1199 + "1", "." * 1200),
-        make_clip("c9000", "0" * 8999 + "1", "." * 9000),
-    ]
+    clips = [make_clip("c1200", "0" * 1199 + "1", "." * 1200), make_clip("c9000", "0" * 8999 + "1", "." * 9000)]
     folder = write_folder(tmp_path, {"train": clips})
     long, longer = (text_of(timeline.Timeline(timeline.find_clip(folder, name))) for name in ("c1200", "c9000"))
     assert long.count("speaking ") == 15  # wrapped rows of 80
@@ -70,8 +67,7 @@ def test_long_clips_wrap_and_very_long_ones_are_condensed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (96.5, "1:36.5"), (59.96, "1:00"), (3600, "1:00:00"), (3723.4, "1:02:03.4")],
+    ("seconds", "text"), [(0, "0:00"), (96.5, "1:36.5"), (59.96, "1:00"), (3600, "1:00:00"), (3723.4, "1:02:03.4")]
 )
 def test_clock(seconds, text):
     assert terminal.clock(seconds) == text

