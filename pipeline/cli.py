@@ -141,8 +141,8 @@ def preprocess(
     given: Given,
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
-    from pipeline.card import CARD, is_ours
     from pipeline.cluster import available_cores, ray_cluster
+    from pipeline.output import CARD, is_our_card
     from pipeline.preprocess import preprocess as run
     from pipeline.summary import render_summary
     from pipeline.terminal import console, plain, progress_bar
@@ -155,7 +155,7 @@ def preprocess(
         typer.echo(f"{plain(out)}: nothing changed since the last run (same inputs, options and version); skipped")
     else:
         console().print(render_summary(manifest))
-    if not is_ours(out / CARD):
+    if not is_our_card(out / CARD):
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} quarantined: each has a line in {plain(out)}/quarantine.jsonl", err=True)

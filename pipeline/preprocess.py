@@ -25,7 +25,6 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from pipeline.card import CARD
 from pipeline.cluster import Mapper, pool
 from pipeline.dataset import read_manifest
 from pipeline.errors import InputError, UsageError
@@ -34,7 +33,7 @@ from pipeline.hazards import find_hazards, recordings
 from pipeline.inputs import find_inputs, split_of
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options
-from pipeline.output import commit, locked, staging, verify
+from pipeline.output import CARD, commit, locked, staging, verify
 from pipeline.readers.clip import Refusal, refuse
 from pipeline.readers.index import index
 from pipeline.resolve import Source, resolve

@@ -1,4 +1,4 @@
-"""Replay of the dialog state: after transitions, at every frame, and before each clip of a conversation.
+"""The dialog state: its replay (after transitions, by frame, before each clip of a conversation), and updates as text.
 
 Generated files give split conversations a wrong initial state (the segment's end state, or none). The state before a
 clip is therefore replayed over the earlier clips of its conversation; a given state counts only where there are none.
@@ -8,8 +8,11 @@ clip is therefore replayed over the earlier clips of its conversation; a given s
 
 from __future__ import annotations
 
+import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,6 +22,9 @@ from pipeline.schema import STATES, TRANSITIONS
 
 NOT_STARTED: Final = "not_started"
 Update = tuple[str, str]  # (step id, transition)
+Updates = tuple[Update, ...]  # in order
+_AMBIGUOUS: Final = re.compile(r'^["\s]|,|\s$|^$')
+_PIECE: Final = re.compile(r'(?:\s*"(?:[^"\\]|\\.)*"(?=\s*->)|[^,])[^,]*')  # a quoted id may hold commas
 
 
 def initial_state(steps: Iterable[str], given: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -103,3 +109,27 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
         states[i] = replay(state, [update[1:] for source, update in now if source < start and update not in own])
         done = before
     return states
+
+
+# ---- updates as text: 'S1->complete, S2->start', what a model reads and writes -----------------------
+
+
+def write_updates(updates: Iterable[Update]) -> str:
+    """The text of the updates, in order. A step id that would not read back as it is (a comma, outer white space, a
+    leading quote, nothing at all) is written as a JSON string: '"step 1, toy"->start'."""
+    return ", ".join(
+        f"{json.dumps(step, ensure_ascii=False) if _AMBIGUOUS.search(step) else step}->{transition}"
+        for step, transition in updates
+    )
+
+
+def parse_updates(text: str) -> Updates:
+    """The updates that `write_updates` wrote; what reads as no update is left out, as models write what they like."""
+    updates = []
+    for piece in _PIECE.findall(text):
+        step, _, transition = (part.strip() for part in piece.rpartition("->"))
+        if step and transition in TRANSITIONS:
+            with suppress(ValueError):  # a quote that is part of the name
+                step = str(json.loads(step)) if step.startswith('"') else step
+            updates.append((step, transition))
+    return tuple(updates)

@@ -178,10 +178,6 @@ def run_lengths(speaking: np.ndarray, dst_update: np.ndarray) -> str:
 
     The letter is abc def ghi[3 * rank(speaking) + rank(dst_update)], ranks 0 positive, 1 supervised, 2 not sampled.
     """
-    if not len(speaking):
-        return ""
-    ranks = [np.where(labels == 1, 0, np.where(labels == NOT_SAMPLED, 2, 1)) for labels in (speaking, dst_update)]
-    code = 3 * ranks[0] + ranks[1]
-    starts = np.flatnonzero(np.r_[True, code[1:] != code[:-1]])
-    runs = zip(code[starts].tolist(), np.diff(np.r_[starts, len(code)]).tolist(), strict=True)
-    return "".join("abcdefghi"[c] + (str(n) if n > 1 else "") for c, n in runs)
+    ranks = [np.select([labels == 1, labels == NOT_SAMPLED], [0, 2], 1) for labels in (speaking, dst_update)]
+    letters = (ord("a") + 3 * ranks[0] + ranks[1]).astype(np.uint8).tobytes().decode()
+    return re.sub(r"(.)\1+", lambda run: f"{run[1]}{len(run[0])}", letters)

@@ -29,8 +29,7 @@ import numpy.typing as npt
 from pipeline.dataset import ClipExample, Turn
 from pipeline.errors import InputError
 from pipeline.schema import NOT_SAMPLED
-from pipeline.state import initial_state, replay
-from pipeline.updates import write_updates
+from pipeline.state import initial_state, replay, write_updates
 from trainer.arms import ARMS, Arm
 from trainer.tokenizer import Tokens
 

@@ -17,8 +17,7 @@ from transformers import DynamicCache
 
 from pipeline.dataset import ClipExample
 from pipeline.schema import HEADS
-from pipeline.state import replay
-from pipeline.updates import parse_updates
+from pipeline.state import parse_updates, replay
 from trainer.config import TrainConfig
 from trainer.evaluation.scores import ScoredClip, Updates
 from trainer.frame_source import FrameSource

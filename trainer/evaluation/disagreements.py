@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
-from pipeline.updates import write_updates
+from pipeline.state import write_updates
 from trainer.config import Settings
 from trainer.evaluation.benchmark_folder import Benchmark, why_missing
 from trainer.evaluation.event_metrics import instant, is_event, match, predicted_frames, references

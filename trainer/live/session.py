@@ -23,8 +23,7 @@ from torch import Tensor
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from pipeline.schema import HEAD_OF, HEADS
-from pipeline.state import replay
-from pipeline.updates import Updates, parse_updates
+from pipeline.state import Updates, parse_updates, replay
 from trainer.config import TrainConfig
 from trainer.live.engine import Part, ReadRequest, Steps
 from trainer.model import ProspectModel

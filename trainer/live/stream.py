@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError, NotFiniteError
 from pipeline.schema import HEADS
+from pipeline.state import Updates
 from pipeline.terminal import command
-from pipeline.updates import Updates
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
