@@ -72,64 +72,42 @@ def _turn(rng: random.Random, role: str, time: float | None, start: int, end: in
     return turn
 
 
-def _roles(rng: random.Random) -> list[str]:
-    """The roles of the turns that share one moment; often DST, DST, assistant, as in the real clip."""
-    common = (["DST_UPDATE", "DST_UPDATE", "assistant"], ["assistant"], ["user", "assistant"], ["DST_UPDATE"])
-    if _chance(rng, 0.7):
-        return rng.choice(common)
-    return rng.choices(("user", "assistant", "DST_UPDATE"), k=2)
-
-
-def _range(rng: random.Random, convention: str, frame: int, clip_end: int) -> tuple[int, int]:
-    """An `event` or `window` range about a frame, that often ends exactly at the clip's end."""
-    if convention == "window":
-        return max(0, frame - rng.randint(0, 3)), frame
-    end = frame + 1 + rng.choice((0, 0, 1, 2, 7))
-    if frame < clip_end and _chance(rng, 0.2):
-        end = clip_end + rng.choice((0, 0, 1, -1))
-    return max(0, frame - rng.choice((0, 0, 1, 2, 7))), max(end, frame + 1)
-
-
 def _noise(rng: random.Random, turn: dict, start: int, end: int) -> dict:
-    """Make a turn's frames odd without making the clip malformed; mostly untimed, so that it has no vote."""
-    if _chance(rng, 0.85):
-        turn.pop("time", None)
-    turn.pop("start_frame", None)
-    turn.pop("end_frame", None)
-    odd = rng.randint(0, 8)
-    at = rng.randint(start, end)
-    spans = [
-        (), (at, at), (end, end), (max(0, start - 5), start), (end, end + 4), (0, 2**31 - 2),
-        (max(0, start - 3), end + 3), (start, end), (end - 1, end),
+    """A turn with odd frames that do not make the clip malformed; mostly untimed, so that it has no vote."""
+    at, most = rng.randint(start, end), 2**31 - 2
+    odd = [
+        {}, {"start_frame": at}, {"end_frame": at}, {"start_frame": None, "end_frame": None},
+        *({"start_frame": min(a, most), "end_frame": min(b, most)} for a, b in (
+            (at, at), (end, end), (max(0, start - 5), start), (end, end + 4), (0, most), (max(0, start - 3), end + 3),
+            (start, end), (end - 1, end),
+        )),
     ]  # fmt: skip
-    if odd == 0 and _chance(rng, 0.5):
-        turn[rng.choice(("start_frame", "end_frame"))] = at
-    for name, value in zip(("start_frame", "end_frame"), spans[odd], strict=False):
-        turn[name] = min(value, 2**31 - 2)
-    if odd == 0 and _chance(rng, 0.3):
-        turn.setdefault("start_frame", None)
-        turn.setdefault("end_frame", None)
-    return turn
+    gone = ("start_frame", "end_frame", "time") if _chance(rng, 0.85) else ("start_frame", "end_frame")
+    return {name: value for name, value in turn.items() if name not in gone} | rng.choice(odd)
 
 
 def _turns(rng: random.Random, convention: str, start: int, end: int, fps: float) -> list[dict]:
+    """Moments of one to three turns (often DST, DST, assistant); ranges often end with the clip."""
     reach = rng.choice((0, 0, 0, 6))  # some clips have turns before and after their bounds
-    low, high = max(0, start - reach), end + reach
-    if convention == "lead-in":
-        low = start
+    low, high = start if convention == "lead-in" else max(0, start - reach), end + reach
     moments = sorted(_moment(rng, low, high, fps) for _ in range(rng.choice((0, 1, 2, 3, 5, 8))))
+    common = (["DST_UPDATE", "DST_UPDATE", "assistant"], ["assistant"], ["user", "assistant"], ["DST_UPDATE"])
     turns, previous = [], start
     for time, frame in moments:
         step = rng.randint(0, 1)
-        for role in _roles(rng):
-            if convention == "lead-in":
-                span = (previous, max(previous, frame + step))
-            else:
-                span = _range(rng, convention, frame, end)
+        for role in rng.choice((*common, rng.choices(("user", "assistant", "DST_UPDATE"), k=2))):
+            stop = frame + 1 + rng.choice((0, 0, 1, 2, 7))
+            if frame < end and _chance(rng, 0.2):
+                stop = max(end + rng.choice((0, 0, 1, -1)), frame + 1)
+            span = {
+                "lead-in": (previous, max(previous, frame + step)),
+                "window": (max(0, frame - rng.randint(0, 3)), frame),
+                "event": (max(0, frame - rng.choice((0, 0, 1, 2, 7))), stop),
+            }[convention]
             turn = _turn(rng, role, None if _chance(rng, 0.1) else time, *span)
             if _chance(rng, 0.08):
                 turn = _noise(rng, turn, start, end)
-            elif "time" in turn and turn["time"] is not None and "end_frame" in turn:
+            elif turn.get("time") is not None and "end_frame" in turn:
                 previous = span[1]
             turns.append(turn)
     return turns
@@ -138,25 +116,14 @@ def _turns(rng: random.Random, convention: str, start: int, end: int, fps: float
 # ---- clips -------------------------------------------------------------------------------------------
 
 
-def _identify(rng: random.Random, clip: dict, serial: int) -> dict:
-    kind = rng.randint(0, 2)
-    name = rng.choice(("nusar-2021_{}__HMC_1_mono", "a..b {}", "dir/sub {}", "vid_{}"))
-    clip["video_uid"] = name.format(serial // 3)
-    if kind == 0:
-        clip["id"] = f"clip/{serial}"
-    elif kind == 1:
-        clip["id"] = serial
-    if kind == 2 or _chance(rng, 0.5):
-        clip["clip_idx"] = serial % 3
-    return clip
-
-
 def prospect_clip(rng: random.Random, convention: str, serial: int) -> dict:
     """A valid clip of the prospect schema whose turns mostly obey the convention."""
     fps, start = rng.choice(FPS), rng.choice(OFFSETS) + rng.randint(0, 3)
     end = start + rng.choice(LENGTHS)
     turns = _turns(rng, convention, start, end, 2 if fps is None else fps)
-    clip = _identify(rng, {"conversation": turns}, serial)
+    name = rng.choice(("nusar-2021_{}__HMC_1_mono", "a..b {}", "dir/sub {}", "vid_{}"))
+    clip = {"conversation": turns, "video_uid": name.format(serial // 3)}
+    clip |= rng.choice(({"id": f"clip/{serial}"}, {"id": serial, "clip_idx": serial % 3}, {"clip_idx": serial % 3}))
     if _chance(rng, 0.7):
         system = {"role": "system", "content": "You help.", "start_frame": 0, "end_frame": 1}
         if _chance(rng, 0.2):
@@ -181,29 +148,17 @@ def prospect_clip(rng: random.Random, convention: str, serial: int) -> dict:
     if _chance(rng, 0.2):
         about = {"user_id": rng.choice(("a_0", "a_0", 3)), "knowledge": rng.choice(KNOWLEDGE), "task_goal": "t"}
         clip["metadata"] = rng.choice((about, about, None, [], "text"))
-    _place(rng, clip, start, end)
-    items = list(clip.items())
+    # bounds, or one or both left out where they can be inferred without emptiness
+    frames = [(t.get("start_frame"), t.get("end_frame")) for t in turns if t["role"] != "system"]
+    spans = [span for span in frames if None not in span]
+    low, high = (min(s for s, _ in spans), max(e for _, e in spans)) if spans else (0, 0)
+    both = {"start_frame_idx": _number(rng, start), "end_frame_idx": _number(rng, end)}
+    if 0 < high - low < 20_000 and high < 2**31 - 1 and low < end and _chance(rng, 0.25):
+        first = {"start_frame_idx": start} if high > start else both
+        both = rng.choice((first, {"end_frame_idx": end}, {}, dict.fromkeys(both)))
+    items = list((clip | both).items())
     rng.shuffle(items)
     return dict(items)
-
-
-def _place(rng: random.Random, clip: dict, start: int, end: int) -> None:
-    """Give the clip its bounds, or leave one or both out where they can be inferred without emptiness."""
-    spans = [
-        (t["start_frame"], t["end_frame"])
-        for t in clip["conversation"]
-        if t["role"] != "system" and t.get("start_frame") is not None and t.get("end_frame") is not None
-    ]
-    low, high = (min(s for s, _ in spans), max(e for _, e in spans)) if spans else (0, 0)
-    inferable = spans and 0 < high - low < 20_000 and high < 2**31 - 1
-    if not inferable or _chance(rng, 0.75) or low >= end:
-        clip |= {"start_frame_idx": _number(rng, start), "end_frame_idx": _number(rng, end)}
-    elif _chance(rng, 0.4) and high > start:
-        clip["start_frame_idx"] = start
-    elif _chance(rng, 0.4):
-        clip["end_frame_idx"] = end
-    elif _chance(rng, 0.5):
-        clip |= {"start_frame_idx": None, "end_frame_idx": None}
 
 
 def proassist_clip(rng: random.Random, serial: int) -> dict:

@@ -118,7 +118,7 @@ def test_random_hostile_files_have_no_wrong_label(kind: str, tmp_path: Path):
     for number, options in enumerate(OPTIONS):
         rng = random.Random(f"{kind} {number}")
         (tmp_path / str(number)).mkdir()
-        check(tmp_path / str(number), rng, [file_of(rng, kind, 40)], *options)
+        check(tmp_path / str(number), rng, [file_of(rng, kind, 25)], *options)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
