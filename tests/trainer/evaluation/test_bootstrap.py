@@ -165,14 +165,9 @@ LATENCY = {"label": "median latency", "unit": "s"}
         ((-0.042, -0.071, -0.011), {}, f"speak beats speak+dst by +0.042 event F1 [0.011, 0.071] {ON}"),
         ((-0.31, -0.52, -0.1), LATENCY | {"higher": False},
          f"speak+dst beats speak by -0.310 s median latency [-0.520, -0.100] (less is better) {ON}"),
-        ((0.31, 0.1, 0.52), {"higher": False},
-         f"speak beats speak+dst by -0.310 event F1 [-0.520, -0.100] (less is better) {ON}"),
         ((0.012, -0.020, 0.044), {"detectable": 0.0457},
          f"No difference between speak+dst and speak could be shown: +0.012 event F1 [-0.020, 0.044] {ON}; "
          "a true difference under 0.046 could well have been missed"),
-        ((-0.1, -0.4, 0.2), LATENCY | {"detectable": 0.43},
-         f"No difference between speak+dst and speak could be shown: -0.100 s median latency [-0.400, 0.200] {ON}; "
-         "a true difference under 0.430 s could well have been missed"),
         ((0.02, 0.0, 0.044), {"detectable": 0.03},  # touches zero
          f"No difference between speak+dst and speak could be shown: +0.020 event F1 [0.000, 0.044] {ON}; "
          "a true difference under 0.030 could well have been missed"),
@@ -185,7 +180,6 @@ LATENCY = {"label": "median latency", "unit": "s"}
          "speak+dst beats speak by +0.200 event F1 [0.100, 0.300] on 4 recordings, 3 seeds (self-fed); "
          "too few recordings for an interval to be trusted"),
         ((0.0, 0.0, 0.0), {}, f"speak+dst and speak came out equal in event F1, to 6 decimals, {ON}"),
-        ((1e-9, 1e-10, 2e-9), {}, f"speak+dst and speak came out equal in event F1, to 6 decimals, {ON}"),
         ((None, None, None), {}, f"No answer: event F1 is undefined for speak+dst, speak or both, {ON}"),
         ((0.1, None, None), {"undefined": 900},
          f"No answer: speak+dst minus speak is +0.100 event F1 {ON}, but without an interval; "
