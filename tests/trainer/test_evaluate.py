@@ -59,10 +59,7 @@ def metrics_alone(metrics):
 
 def test_it_writes_val_and_test_teacher_forced_and_test_self_fed(found, run):
     assert found.folder == run / "evaluation-test"
-    assert sorted(p.name for p in found.folder.iterdir()) == [
-        "metrics.json",
-        *(f"{m}.parquet" for m in reversed(MODES)),
-    ]
+    assert {p.name for p in found.folder.iterdir()} == {"metrics.json", *(f"{m}.parquet" for m in MODES)}
     forced, live = (pq.read_table(found.folder / f"{mode}.parquet") for mode in MODES)
     frames = {split: sum(clip(i, split).num_frames for i in range(n)) for split, n in (("val", 4), ("test", 6))}
     assert {v["values"]: v["counts"] for v in forced["split"].value_counts().to_pylist()} == frames
@@ -79,7 +76,7 @@ def test_all_metrics_follow_from_the_parquet_alone(found, mode):
     assert again.metrics["thresholds"] == found.metrics["thresholds"]
 
 
-@pytest.mark.parametrize("layout", [{"group": 1, "part": 2}, {"group": 3}, {"group": 2, "part": 5}])
+@pytest.mark.parametrize("layout", [{"group": 1, "part": 2}, {"group": 2, "part": 5}])
 def test_order_and_shards_change_no_digit(found, run, tmp_path, layout):
     shuffled = write_splits(tmp_path / "data", lambda clips: random.Random(1).sample(clips, len(clips)), **layout)
     again = evaluate(run, shuffled, out=tmp_path / "out")

@@ -45,8 +45,8 @@ def clip(video: str = "v", fps: float = 2.0):
 def test_a_window_gets_its_own_rows(tmp_path, stored):
     write(tmp_path, [*range(5, 12), *range(20, 30)], stored=stored)
     source = CachedFeatures(tmp_path, TOWER)
-    assert source.load(clip(), 21, 24).dtype == stored
     for start, end in ((21, 24), (5, 12)):
+        assert source.load(clip(), start, end).dtype == stored
         assert np.array_equal(source.load(clip(), start, end), numbered(range(start, end), stored=stored))
 
 
@@ -54,9 +54,7 @@ def test_a_file_says_where_it_comes_from_and_has_the_same_bytes_each_time(tmp_pa
     path = write(tmp_path, [3, 4], k=4)
     content = path.read_bytes()
     assert write(tmp_path, [3, 4], k=4).read_bytes() == content
-    found = load_file(path)
-    assert set(found) == {"features", "frames", "checksums"}
-    assert found["features"].shape == (2, 4, 3)
+    assert {name: tuple(t.shape) for name, t in load_file(path).items()}["features"] == (2, 4, 3)
     assert FeatureFile(path).header == provenance(k=4).header()
     assert FeatureFile(path).frames.tolist() == [3, 4]
 
@@ -99,15 +97,15 @@ def test_what_is_missing_or_of_another_kind_is_named(tmp_path):
         source.load(clip("a/../../v"), 0, 1)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other format"])
-def test_damaged_files_are_named(tmp_path, damage):
+def test_damaged_files_are_named(tmp_path):
     path = write(tmp_path, range(4))
     content = path.read_bytes()
     other = content.replace(b'format\\": \\"2', b'format\\": \\"9')
     assert other != content
-    path.write_bytes({"cut": content[:-2], "empty": b"", "text": b"hello", "other format": other}[damage])
-    with pytest.raises(InputError, match=r"v\.2fps\.safetensors: no features .*run prospect-dst encode"):
-        CachedFeatures(tmp_path, TOWER).load(clip(), 0, 1)
+    for damaged in (content[:-2], b"", b"hello", other):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"v\.2fps\.safetensors: no features .*run prospect-dst encode"):
+            CachedFeatures(tmp_path, TOWER).load(clip(), 0, 1)
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
@@ -128,20 +126,16 @@ def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path, m
 
 def test_a_video_at_two_rates_has_two_files_and_a_long_name_is_cut(tmp_path):
     rates = [2.0, float(np.float32(29.97)), float(np.float32(30000 / 1001))]
-    assert len({write(tmp_path, range(i + 1), fps=rate) for i, rate in enumerate(rates)}) == 3
-    for i, rate in enumerate(rates):
-        assert len(CachedFeatures(tmp_path, TOWER).load(clip(fps=rate), 0, i + 1)) == i + 1
+    assert len({feature_path(tmp_path, "v", rate) for rate in rates}) == 3
     long = [feature_path(tmp_path, "n" * 250 + end, 2.0) for end in "ab"]
     assert long[0] != long[1]
     assert max(len(path.name) for path in long) < 200
 
 
 def test_a_source_goes_to_a_worker_and_open_files_take_no_descriptors(tmp_path):
+    source, before = CachedFeatures(tmp_path, TOWER), len(os.listdir("/proc/self/fd"))
     for i in range(4):
         write(tmp_path, range(i, i + 4), video=f"v{i}")
-    source = CachedFeatures(tmp_path, TOWER)
-    before = len(os.listdir("/proc/self/fd"))
-    for i in range(4):
         source.load(clip(f"v{i}"), i, i + 4)
     assert len(os.listdir("/proc/self/fd")) == before
     sent = pickle.loads(pickle.dumps(source))

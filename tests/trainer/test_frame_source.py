@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import pickle
 
@@ -10,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from by_hand import clip_example, jpeg, write_frames
-from PIL import Image
 
 from pipeline.errors import InputError
 from trainer.frame_source import PixelFrames, open_frames
@@ -39,8 +37,7 @@ def root(tmp_path):
 def test_row_i_is_frame_i_of_the_video(tmp_path, file_format):
     write_frames(tmp_path / "cam_nusar-1.arrow", [grey(10 * i) for i in range(20)], file_format)
     found = PixelFrames(tmp_path, 64).load(clip(), 3, 7)
-    assert (found.shape, found.dtype) == ((4, 3, 64, 64), np.uint8)
-    assert shades(found) == [3, 4, 5, 6]
+    assert (found.shape, found.dtype, shades(found)) == ((4, 3, 64, 64), np.uint8, [3, 4, 5, 6])
 
 
 def test_missing_files_and_frames_say_where_and_how_many(root):
@@ -54,9 +51,7 @@ def test_missing_files_and_frames_say_where_and_how_many(root):
         source.load(clip(), 18, 21)
 
 
-@pytest.mark.parametrize(
-    "content", ["no base64!", base64.b64encode(b"no JPEG").decode(), jpeg(grey(1))[:-200], "", None]
-)
+@pytest.mark.parametrize("content", ["no base64!", jpeg(grey(1))[:-200], "", None])
 def test_a_broken_frame_is_named(tmp_path, content):
     table = pa.table({"frame": pa.array([jpeg(grey(10)), content], pa.string())})
     with pa.ipc.new_stream(str(tmp_path / "v.arrow"), table.schema) as writer:
@@ -65,15 +60,6 @@ def test_a_broken_frame_is_named(tmp_path, content):
     assert shades(source.load(clip("v"), 0, 1)) == [1]
     with pytest.raises(InputError, match=r"v.arrow frame 1: no base64 JPEG \(.*\); get the file again"):
         source.load(clip("v"), 0, 2)
-
-
-@pytest.mark.parametrize("content", [b"GIF89a: not what its name says", b"\x89PNG\r\n\x1a\n cut"])
-def test_a_broken_image_is_named(tmp_path, content):
-    (tmp_path / "v").mkdir()
-    Image.fromarray(grey(10)).save(tmp_path / "v" / "1.png")
-    (tmp_path / "v" / "2.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"v frame 1: no JPEG or PNG"):
-        PixelFrames(tmp_path, 64).load(clip("v"), 0, 2)
 
 
 def test_the_root_comes_from_the_manifest_unless_given(tmp_path):

@@ -1,9 +1,12 @@
-"""A tiny model with a clip for the tests of live decoding, and what its sessions read."""
+"""A tiny model with a clip for the tests of live decoding, what its sessions read, and videos."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import cache
+from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
@@ -124,3 +127,22 @@ class Writes(torch.nn.Module):
         logits[torch.tensor(self.likelier, dtype=torch.int64)] = 9
         logits[wanted[min(len(ids) - at - 1, len(wanted) - 1)]] = 5
         return logits
+
+
+# ---- videos ------------------------------------------------------------------------------------------
+
+
+def grey(value: int) -> np.ndarray:
+    return np.full((64, 64, 3), value, np.uint8)
+
+
+def write_video(path: Path, count: int, rate: Fraction | int = 30, step: int = 1, **options: str) -> Path:
+    """Picture i is `step` * i bright."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.options = "yuv420p", {"qp": "1", **options}
+        for i in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(step * i), "rgb24")))
+        container.mux(stream.encode())
+    return path

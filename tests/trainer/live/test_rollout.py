@@ -46,10 +46,8 @@ def writer(reads: Reads, arm: str, texts: dict[str, str], likelier=(), **more):
 
 def reference(clip: ClipExample, frame: int) -> dict[str, str]:
     """The annotated texts after a frame, which is what training puts there."""
-    texts: dict[str, list[str]] = {}
-    for t in clip.turns:
-        if t.role in ("DST_UPDATE", "assistant") and t.start_frame == frame:
-            texts.setdefault(t.role, []).append(t.text)
+    roles = {t.role for t in clip.turns if t.start_frame == frame} - {"user"}
+    texts = {role: [t.text for t in clip.turns if (t.role, t.start_frame) == (role, frame)] for role in roles}
     return {role: (", " if role == "DST_UPDATE" else " ").join(parts) for role, parts in texts.items()}
 
 
@@ -136,9 +134,6 @@ def test_frames_read_ahead_change_nothing(reads, monkeypatch):
         assert [ids[: len(same)] for ids, same in zip(read, read_one, strict=True)] == read_one
 
 
-# ---- what is in the context, and when ------------------------------------------------------------------
-
-
 def test_user_texts_stand_before_their_frame_and_no_other_turn_of_the_reference_is_read(reads):
     run(tiny(), example([dst(99, 100, ("S1", "start")), *TURNS], 14))
     assert reads.texts == [
@@ -179,7 +174,6 @@ def test_a_text_changes_the_decisions_after_it_alone(role, changed_from):
 @pytest.mark.parametrize(
     ("arm", "expected", "updates"),
     [
-        ("silence", "F[assistant]well done.F", None),
         ("lm-eos", "F[assistant]well done.F", None),
         ("speak", "F[assistant]well done.F", None),
         ("speak+dst-head", "F[assistant]well done.F", [(), ()]),
@@ -192,9 +186,6 @@ def test_an_arm_reads_its_own_texts_the_update_first(arm, expected, updates, rea
     [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
     assert reads.texts[0].split(".", 2)[2].startswith(expected)
     assert (scored.said, scored.updates) == (["well done"] * 2, updates)
-
-
-# ---- when a head fires ---------------------------------------------------------------------------------
 
 
 def fired(events: list) -> list[int]:
@@ -236,24 +227,12 @@ def test_each_head_has_its_own_refractory_time(monkeypatch):
     assert (fired(scored.said), fired(scored.updates)) == ([0, 4, 8], [2, 6])
 
 
-# ---- what is written -----------------------------------------------------------------------------------
-
-
-def test_a_text_without_an_end_gets_one(reads):
-    model = writer(reads, "speak", {"assistant": "well done and now"})
+def test_a_text_without_an_end_gets_one_and_images_markers_and_rows_without_a_token_are_never_written(reads):
+    unwanted = [tokens().image, *tokens().marker.values(), *range(len(tokens()), len(tokens()) + 5)]
+    model = writer(reads, "speak", {"assistant": "well done and now"}, unwanted)
     [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0, max_text=2))
     assert tokens().encode(scored.said[0]) == tokens().encode("well done and now")[:2]
     assert reads.texts[0].split(".", 2)[2].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
-
-
-def test_images_markers_and_rows_without_a_token_are_never_written(reads):
-    unwanted = [tokens().image, *tokens().marker.values(), *range(len(tokens()), len(tokens()) + 5)]
-    model = writer(reads, "speak", {"assistant": "well done"}, unwanted)
-    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
-    assert scored.said == ["well done", "well done"]
-
-
-# ---- the token budget ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arm", "state"), [("speak+dst", "[completed]"), ("speak+markers", "[not_started]")])
@@ -283,13 +262,12 @@ def test_an_update_among_the_repeated_frames_is_not_in_the_prompt_as_well(reads)
     assert "S1->complete" not in third
 
 
-@pytest.mark.parametrize("budget", [84, 86])
-def test_every_decision_is_made_within_the_budget(budget, reads):
-    model = writer(reads, "speak", {"assistant": "done"}, max_tokens=budget)
+def test_every_decision_is_made_within_the_budget(reads):
+    model = writer(reads, "speak", {"assistant": "done"}, max_tokens=86)
     run(model, example([], 20), decoding=DecodingConfig({"speaking": -np.inf}, refractory_s=0))
     lengths = [max(j for j, i in enumerate(ids) if i == tokens().image) + 1 for ids in reads.ids]
     assert len(lengths) > 2
-    assert all(budget - 5 < length <= budget for length in lengths[:-1])  # a frame with its text has 5 tokens at most
+    assert all(81 < length <= 86 for length in lengths[:-1])  # a frame with its text has 5 tokens at most
 
 
 def test_a_prompt_that_leaves_no_room_for_a_frame_is_an_error_with_the_budget_that_it_needs():
@@ -298,9 +276,6 @@ def test_a_prompt_that_leaves_no_room_for_a_frame_is_an_error_with_the_budget_th
     run(tiny("speak", max_tokens=size), clip)
     with pytest.raises(InputError, match=f"clip c0: .* take {size} tokens, but .* {size - 1}; raise --max-tokens"):
         run(tiny("speak", max_tokens=size - 1), clip)
-
-
-# ---- the model afterwards ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [2048, 5])

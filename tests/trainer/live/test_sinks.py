@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
@@ -78,40 +77,24 @@ def test_the_log_has_a_line_per_event_in_order_and_no_line_per_frame():
 
 
 def test_text_cannot_control_the_terminal():
-    lines = log([frame(0, user_texts=("a\x1b[2Jb\nc",), assistant_text="\u202edrow")], video="x\x1b]0;t\x07")
-    assert lines[0].startswith("x\ufffd]0;t\ufffd: ")
-    assert lines[1:3] == ["   0:00.0  user     a\ufffd[2Jb c", "   0:00.0  says     \ufffddrow"]
+    assert log([frame(0, user_texts=("a\x1b[2Jb\nc\u202e",))])[1] == "   0:00.0  user     a\ufffd[2Jb c\ufffd"
 
 
 def test_json_lines_hold_every_field_and_are_flushed():
     file, seen = StringIO(), []
     file.flush = lambda: seen.append(file.getvalue().count("\n"))
     record(json_lines(file), [frame(0), frame(1, user_texts=("ü\n" + HOSTILE,), updates=(("S1", "start"),))])
-    assert seen == [1, 2]
+    assert (seen, file.getvalue().isascii()) == ([1, 2], True)
     first, second = map(json.loads, file.getvalue().splitlines())
     assert first == json.loads(json.dumps(frame(0).__dict__))
     assert (second["user_texts"], second["updates"]) == (["ü\n" + HOSTILE], [["S1", "start"]])
-    assert file.getvalue().isascii()
-
-
-class Page(HTMLParser):
-    """The tags of a page and the text of each element with an id."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags, self.texts, self.open = [], {}, ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.open = dict(attributes).get("id", tag)
-
-    def handle_data(self, text):
-        self.texts[self.open] = self.texts.get(self.open, "") + text
 
 
 def page_data(path: Path):
-    return json.loads(Page(path).texts["data"], parse_constant=pytest.fail)
+    """What the page's JSON holds; text of the data opens no tag of its own."""
+    scripts = re.findall("<script.*?>(.*?)</script>", path.read_text(), re.DOTALL)
+    assert len(scripts) == 2
+    return json.loads(next(text for text in scripts if text.startswith("{")), parse_constant=pytest.fail)
 
 
 def test_the_page_holds_every_frame_and_its_events(tmp_path):
@@ -134,23 +117,18 @@ def test_the_page_holds_every_frame_and_its_events(tmp_path):
 def test_text_stays_text_in_the_page(tmp_path):
     hostile = frame(0, user_texts=(HOSTILE,), updates=((HOSTILE, "start"),), state=(HOSTILE, HOSTILE))
     record(html_page(tmp_path / "x.html", info(video=HOSTILE, run=HOSTILE, goal=HOSTILE)), [hostile])
-    assert Page(tmp_path / "x.html").tags.count("script") == 2
     shown = re.sub("[\x1b\u202e]", "\ufffd", HOSTILE)
     assert page_data(tmp_path / "x.html")["frames"][0][5]["events"][0] == ["user", shown, ""]
 
 
-def test_a_stream_without_a_frame_leaves_what_was_there(tmp_path):
-    (tmp_path / "x.html").write_text("old")
-    record(html_page(tmp_path / "x.html", info()), [])
-    assert (tmp_path / "x.html").read_text() == "old"
-
-
-def test_a_path_that_cannot_be_a_file_is_refused_before_the_first_frame(tmp_path):
-    (tmp_path / "file").touch()
+def test_a_path_that_cannot_be_a_file_is_refused_before_the_first_frame_and_without_one_nothing_is_written(tmp_path):
+    (tmp_path / "file").write_text("old")
+    record(html_page(tmp_path / "file", info()), [])
+    assert (tmp_path / "file").read_text() == "old"
     with pytest.raises(InputError, match="is a folder; --html wants the name of a file"):
-        record(html_page(tmp_path, info()))
+        record(html_page(tmp_path, info()), [])
     with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
-        record(html_page(tmp_path / "file" / "x", info()))
+        record(html_page(tmp_path / "file" / "x", info()), [])
 
 
 def test_pictures_are_thinned_evenly_to_their_budget():
