@@ -43,6 +43,20 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 clips of train, 4 of val, 6 of test; nobody may change them."""
+    return write_data(tmp_path_factory.mktemp("splits"), val=4, test=6)
+
+
+@pytest.fixture(scope="session")
+def splits_run(splits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on `splits`; evaluations are written into it."""
+    run = tmp_path_factory.mktemp("splits_run") / "run"
+    go(splits, run)
+    return run
+
+
+@pytest.fixture(scope="session")
 def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that died after step 7; its last checkpoint is of step 6. Nobody may change it."""
     run = tmp_path_factory.mktemp("killed") / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,15 @@ def clip(i: int, split: str = "train", **more):
     return clip_example(turns, 0, 12 + i % 3, clip_id=f"{split}{i}", clip=i, video=f"{split}-v{i}", **more)
 
 
-def write_data(out: Path, clips: int = 7, val: int = 3) -> Path:
-    """Shards and frames of `clips` train and `val` val clips; an event's frame is white."""
-    splits = {split: [clip(i, split) for i in range(n)] for split, n in (("train", clips), ("val", val))}
-    for chosen in splits.values():
-        for c in chosen:
-            frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
-            write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", frames)
-    return write_shards(out, splits, frames_root=out / "frames-on-disk", group=2)
+def write_data(out: Path, clips: int = 7, val: int = 3, test: int = 0, order=list, **layout: int) -> Path:
+    """Shards and frames of that many clips; an event's frame is white. layout: clips per row group and shard."""
+    counts = {"train": clips, "val": val, "test": test}
+    splits = {split: order([clip(i, split) for i in range(n)]) for split, n in counts.items() if n}
+    for c in (c for chosen in splits.values() for c in chosen):
+        frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
+        write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", frames)
+    placed = {split: [replace(c, clip=i) for i, c in enumerate(chosen)] for split, chosen in splits.items()}
+    return write_shards(out, placed, frames_root=out / "frames-on-disk", **{"group": 2, **layout})
 
 
 def go(data: Path, run: Path, resume=False, workers=0, save_every=2, fsdp=False, **changed) -> TrainReport:

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_shards
-from small_run import CONFIG
-from test_evaluate import write_splits
+from small_run import CONFIG, write_data
 
 import trainer.benchmark
 import trainer.plan
@@ -35,7 +34,7 @@ SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_splits(tmp_path_factory.mktemp("benchmark") / "data")
+    return write_data(tmp_path_factory.mktemp("benchmark") / "data", 7, 4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +198,7 @@ def test_a_run_is_done_only_with_its_own_files_data_options_and_settings(told, p
     assert not is_done(replace(plan, settings=Settings(late_s=3.0)), job, splits, trained_on)
     with pytest.raises(InputError, match=r"lr is 0\.1, the run has 0\.002; resume with the same, or train into a new"):
         is_done(replace(plan, config=replace(SMALL, lr=0.1)), job, splits, trained_on)
-    other = write_splits(tmp_path / "data", lambda clips: clips[:-1])  # one clip less in val, too
+    other = write_data(tmp_path / "data", 7, 4, 6, lambda clips: clips[:-1])  # one clip less in val, too
     with pytest.raises(InputError, match=r"train data: \w+, the run has \w+; evaluation data: "):
         is_done(replace(plan, data=other), job, hold(other, "test"), Split(other, "train"))
     path = run_of(plan, job) / "scores/self-fed.parquet"

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from by_hand import write_frames, write_shards
 from small_run import clip, go, write_data
 
 from pipeline.errors import InputError
@@ -23,28 +22,14 @@ from trainer.evaluation.evaluate_scores import evaluate_scores, evaluate_submiss
 MODES = ("teacher-forced", "self-fed")
 
 
-def write_splits(out, order=lambda clips: clips, **layout):
-    """train, val and test of the small run's clips; `layout`: clips per row group and shard."""
-    made = {split: [clip(i, split) for i in range(n)] for split, n in (("train", 7), ("val", 4), ("test", 6))}
-    for c in (c for clips in made.values() for c in clips):
-        frames = [np.full((64, 64, 3), 255 * v, np.uint8) for v in (c.labels == 1).any(0)]
-        write_frames(out / "frames-on-disk" / f"{c.video_uid}.arrow", frames)
-    chosen = {split: order(clips) for split, clips in made.items()}
-    placed = {
-        split: [type(c)(**{**c.__dict__, "clip": i}) for i, c in enumerate(clips)] for split, clips in chosen.items()
-    }
-    return write_shards(out, placed, frames_root=out / "frames-on-disk", **layout)
+@pytest.fixture(scope="module")
+def data(splits):
+    return splits
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_splits(tmp_path_factory.mktemp("evaluate") / "data")
-
-
-@pytest.fixture(scope="module")
-def run(data):
-    go(data, data.parent / "run")
-    return data.parent / "run"
+def run(splits_run):
+    return splits_run
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +63,9 @@ def test_all_metrics_follow_from_the_parquet_alone(found, mode):
 
 @pytest.mark.parametrize("layout", [{"group": 1, "part": 2}, {"group": 2, "part": 5}])
 def test_order_and_shards_change_no_digit(found, run, tmp_path, layout):
-    shuffled = write_splits(tmp_path / "data", lambda clips: random.Random(1).sample(clips, len(clips)), **layout)
+    shuffled = write_data(
+        tmp_path / "data", 7, 4, 6, lambda clips: random.Random(1).sample(clips, len(clips)), **layout
+    )
     again = evaluate(run, shuffled, out=tmp_path / "out")
     assert again.metrics["data_key"] != found.metrics["data_key"]
     assert metrics_alone(again.metrics) == metrics_alone(found.metrics)

@@ -17,8 +17,7 @@ import torch
 from by_hand import NoisyFrames, clip_example, turn
 from live_model import NEVER, write_video
 from PIL import Image
-from small_run import clip, go
-from test_evaluate import write_splits
+from small_run import clip
 
 from pipeline.errors import InputError, NotFiniteError
 from trainer.checkpoint import load_run
@@ -36,14 +35,13 @@ THRESHOLDS = ["--threshold", "speaking=-1,dst_update=-1"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_splits(tmp_path_factory.mktemp("stream") / "data")
+def data(splits):
+    return splits
 
 
 @pytest.fixture(scope="module")
-def run(data):
-    go(data, data.parent / "run")
-    return data.parent / "run"
+def run(splits_run):
+    return splits_run
 
 
 @pytest.fixture(autouse=True)
