@@ -26,7 +26,6 @@ from pipeline import cluster
 from pipeline import preprocess as module
 from pipeline.errors import InputError
 from pipeline.extract import extract
-from pipeline.preprocess import preprocess
 from pipeline.shards import write_part
 from trainer.cli import app, main
 
@@ -74,36 +73,6 @@ def snapshot(out: Path) -> dict[str, str]:
 def test_a_mapper_gives_results_in_the_order_of_the_calls(mapper: cluster.Mapper) -> None:
     assert list(mapper(math.isqrt, [(81,), (1,), (16,)])) == [9, 1, 4]
     assert list(mapper(math.isqrt, [])) == []
-
-
-def in_the_middle_of_itself(function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
-    """function(*call), and once more from start to end while it has its files open."""
-    where, name = sys.modules[function.__module__], "_decode" if function is extract else "_labelled"
-    original, second = getattr(where, name), []
-
-    def then(*args: Any) -> Any:
-        found = original(*args)
-        if not second:
-            second.append(True)
-            second.append(function(*call))
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where, name, then)
-        found = function(*call)
-    assert len(second) == 2
-    return found
-
-
-def test_two_tries_of_one_part_at_a_time_do_not_meet(source: Path, tmp_path: Path) -> None:
-    """A cluster that lost sight of a worker starts another: each part is done by two, interleaved."""
-    preprocess([source], tmp_path / "once")
-
-    def twice(function: Callable[..., Any], calls: cluster.Calls) -> Iterator[Any]:
-        return (in_the_middle_of_itself(function, call) for call in calls)
-
-    preprocess([source], tmp_path / "twice", mapper=twice)
-    assert snapshot(tmp_path / "twice") == snapshot(tmp_path / "once")
 
 
 # ---- Ray ---------------------------------------------------------------------------------------------

@@ -54,19 +54,19 @@ def test_the_state_before_each_clip_is_that_of_a_plain_replay(made, rng):
         assert found[i] == replay(base, before), i
 
 
-def test_an_update_at_a_clips_first_moment_that_it_does_not_repeat_was_before_it():
-    clips = [Segment(0, [(5, "S1", "start"), (9, "S1", "complete")], None), Segment(9, [(9, "S2", "start")], None)]
-    assert states_before(clips) == [{}, {"S1": "completed"}]
-
-
-def test_what_an_earlier_clip_holds_of_a_later_time_was_not_before():
-    clips = [Segment(0, [(5, "S1", "start"), (30, "S1", "complete")], None), Segment(9, [(12, "S2", "start")], None)]
-    assert states_before(clips)[1] == {"S1": "in_progress"}
-
-
-def test_equal_updates_at_one_moment_of_one_clip_all_count():
-    updates = [(0, "S1", "pause"), (0, "S1", "complete"), (0, "S1", "pause")]
-    assert states_before([Segment(0, updates, None), Segment(4, [], None)])[1] == {"S1": "paused"}
+@pytest.mark.parametrize(
+    ("clips", "last"),
+    [
+        # an update at a clip's first moment that it does not repeat was before it
+        ([(0, [(5, "S1", "start"), (9, "S1", "complete")]), (9, [(9, "S2", "start")])], {"S1": "completed"}),
+        # what an earlier clip holds of a later time was not before
+        ([(0, [(5, "S1", "start"), (30, "S1", "complete")]), (9, [(12, "S2", "start")])], {"S1": "in_progress"}),
+        # equal updates at one moment of one clip all count
+        ([(0, [(0, "S1", "pause"), (0, "S1", "complete"), (0, "S1", "pause")]), (4, [])], {"S1": "paused"}),
+    ],
+)
+def test_which_updates_of_earlier_clips_were_before(clips, last):
+    assert states_before([Segment(*clip, None) for clip in clips])[-1] == last
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,19 +13,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from trainer.cli import main
 
 SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
 refuse = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(refuse)
-
-
-def preprocess(out: Path, *more) -> int:
-    source = out.parent / "train_a.json"
-    turns = [{"role": "assistant", "content": "Well done.", "start_frame": 4, "end_frame": 6, "time": 2.0}]
-    bounds = {"start_frame_idx": 0, "end_frame_idx": 24, "fps": 2}
-    source.write_text(json.dumps([{"id": "a", "video_uid": "v0", "conversation": turns, "dst": [], **bounds}]))
-    return main(["preprocess", str(source), "--out", str(out), "--workers", "1", *map(str, more)])
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -36,15 +26,13 @@ def files(folder: Path) -> dict[str, str]:
 # ---- writes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [["flock"], ["chmod"], ["fsync"], ["over"], ["flock", "chmod", "fsync", "over"]])
-def test_a_file_is_replaced_where_niceties_are_refused(tmp_path, monkeypatch, what):
-    refuse.refuse(monkeypatch.setattr, tmp_path, *what)
-    for text in ("one", "two"):
-        storage.write_text(tmp_path / "file", text)
+def test_a_file_is_replaced_where_niceties_are_refused_and_a_disk_without_renames_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        refuse.refuse(patch.setattr, tmp_path, "flock", "chmod", "fsync", "over")
+        for text in ("one", "two"):
+            storage.write_text(tmp_path / "file", text)
     assert files(tmp_path) == {"file": "two"}
-
-
-def test_a_disk_without_renames_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").unlink()
     refuse.refuse(monkeypatch.setattr, tmp_path, "rename")
     with pytest.raises(OSError, match="renaming is refused there \\(Function not implemented\\)") as caught:
         storage.write_text(tmp_path / "file", "text")
