@@ -29,8 +29,7 @@ from pipeline.errors import InputError, UsageError
 Calls = Sequence[tuple[Any, ...]]
 Mapper = Callable[[Callable[..., Any], Calls], Generator[Any]]  # (function, calls) -> results; close it to stop
 
-RETRIES: Final = 3  # of a task whose worker or machine died
-AHEAD: Final = 4096  # tasks that wait at the cluster
+RETRIES, AHEAD = 3, 4096  # of a task whose worker or machine died; tasks that wait at the cluster
 REACH_S, STOP_S, LOOK_S = 10, 10, 5  # until an address answers, tasks stop, a new file is seen on other machines
 SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_task_oom_retries": "3"}
 
@@ -123,11 +122,11 @@ def ray_cluster(
 
 @contextlib.contextmanager
 def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
+    """A connection to the cluster, closed at the end."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as empty:  # short: sockets
         if address == "local":  # what the object store can't hold goes to its folder
-            options |= {"num_cpus": workers or None, "include_dashboard": False, "_temp_dir": empty}
-            options |= {"object_store_memory": 256 << 20}
+            options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20, "_temp_dir": empty}
         elif workers:
             raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
         elif not re.fullmatch(r"auto|(ray://)?[^/]+:\d+", address):
@@ -168,8 +167,8 @@ def _result(ray: Any, task: Any) -> Any:
     except ray.exceptions.RayError as error:
         if isinstance(getattr(error, "cause", None), Exception):
             raise error.cause from error
-        hint = "give Ray fewer CPUs if memory ran out, or see the cluster's logs"
-        raise InputError(f"--ray: {_line(error)}; {hint}") from None
+        what = f"{_line(error)}; give Ray fewer CPUs if memory ran out, or see the cluster's logs"
+        raise InputError(f"--ray: {what}") from None
 
 
 def _line(error: BaseException) -> str:

@@ -132,10 +132,8 @@ class Split:
         shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
         if not any(shard["clips"] for shard in shards):
             found = ", ".join(sorted(self.manifest["splits"])) or "none"
-            raise InputError(
-                f"{data / MANIFEST}: no split {split!r}, found: {found}; name the input file "
-                f"{split}_<anything>.json, or run preprocess with --split {split}"
-            )
+            then = f"name the input file {split}_<anything>.json, or run preprocess with --split {split}"
+            raise InputError(f"{data / MANIFEST}: no split {split!r}, found: {found}; {then}")
         content = "".join(sorted(f"{shard['path']} {shard['sha256']}\n" for shard in shards))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._groups: list[tuple[Path, int]] = []  # shard of clips, number of the row group in it
@@ -174,10 +172,8 @@ class Split:
     def statistics(self) -> Statistics:
         """Label counts and mean rate, from one pass over the split."""
         counts, rates = np.zeros((2, 3), np.int64), 0.0
-        for start in self._starts[:-1]:
-            group, _ = self.find(start)
-            stored = group.labels(0)
-            counts += np.stack([(stored == value).sum(1) for value in (0, 1, NOT_SAMPLED)], 1)
+        for group in (self.find(start)[0] for start in self._starts[:-1]):
+            counts += np.stack([(group.labels(0) == value).sum(1) for value in (0, 1, NOT_SAMPLED)], 1)
             rates += float(group.rule.rates.sum())
         return Statistics(counts, rates / len(self))
 
@@ -253,14 +249,11 @@ class _RowGroup:
         table = self._read()
         *columns, updates = (flat_lists(table["turns"])[1].field(name) for name in Turn._fields)
         turns = list(map(Turn, *(column.to_pylist() for column in columns), _pairs(updates)))
-        lists = zip(*(_pairs(table[name]) for name in _PAIRS), strict=True)
         copied = [field.name for field in fields(ClipExample) if field.name not in (*_PAIRS, "turns", "labels")]
-        return [
-            row | dict(zip(_PAIRS, own, strict=True)) | {"turns": tuple(turns[a:b])}
-            for row, own, (a, b) in zip(
-                table.select(copied).to_pylist(), lists, pairwise(self.turn_at.tolist()), strict=True
-            )
-        ]
+        rows: list[dict[str, Any]] = table.select(copied).to_pylist()
+        for row, *own, (a, b) in zip(rows, *(_pairs(table[n]) for n in _PAIRS), pairwise(self.turn_at), strict=True):
+            row |= dict(zip(_PAIRS, own, strict=True)) | {"turns": tuple(turns[a:b])}
+        return rows
 
 
 _row_group = lru_cache(HELD_GROUPS)(_RowGroup)
