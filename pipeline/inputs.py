@@ -51,8 +51,8 @@ def split_of(path: Path, options: Options) -> str:
 def _contradicts(path: Path, options: Options) -> bool:
     """Whether --split is another than the file's name tells."""
     named = splits_in(path.name)
-    wanted = SPLITS.get(options.split or "", options.split)
-    return bool(options.split and named and wanted not in named and not options.force_split)
+    split = options.split or ""
+    return bool(split and named and SPLITS.get(split, split) not in named and not options.force_split)
 
 
 def find_inputs(inputs: list[Path], options: Options) -> tuple[list[Path], list[Skipped]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,11 +44,12 @@ class Options:
     on_error: Annotated[str, _input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine"
 
     def __post_init__(self) -> None:
-        _one_of("--positive", self.positive, POSITIVES)
-        _one_of("--on-error", self.on_error, ("quarantine", "fail"))
-        if self.frame_convention is not None:
-            _one_of("--frame-convention", self.frame_convention, CONVENTIONS)
-        _one_of("--bounds", self.bounds, ("auto", "given", "turns"))
+        choices = {"positive": POSITIVES, "on_error": ("quarantine", "fail"), "frame_convention": CONVENTIONS}
+        for name, allowed in (choices | {"bounds": ("auto", "given", "turns")}).items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {value!r}: expected one of {', '.join(allowed)}")
         if self.fps is not None and not 1e-6 <= self.fps <= 1e6:
             raise UsageError(f"--fps {self.fps}: expected a positive number of frames a second")
         for split, rate in self.neg_rate.items():
@@ -74,8 +74,3 @@ class Options:
         if split != "train":
             return 1.0
         return 0.5 if own is None else own
-
-
-def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
