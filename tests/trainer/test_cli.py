@@ -15,61 +15,51 @@ def train(data, run, *more) -> int:
     return main(["train", str(data), "--run", str(run), *map(str, more)])
 
 
-FEW = ("--steps", 4, "--clips-per-step", 2, "--max-tokens", 200, "--save-every", 2)
+FEW = ("--steps", 2, "--clips-per-step", 2, "--max-tokens", 200, "--model", "nano")
 
 
 def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
     assert train(data, tmp_path / "run", *FEW) == 0
-    assert "4 steps in" in capsys.readouterr().out
+    assert "2 steps in" in capsys.readouterr().out
     encode = ["encode", str(data), "--model", str(tmp_path / "run" / "last"), "--out", str(tmp_path / "features")]
     assert main([*encode, "--store", "float32"]) == 0
     assert "10 videos, 129 frames" in capsys.readouterr().out
     assert main([*encode, "--store", "float32"]) == 0
     assert "10 videos were there already; skipped" in capsys.readouterr().out
 
-    again = ("--model", tmp_path / "run" / "last", "--freeze", "vision", *FEW)
+    again = (*FEW, "--model", tmp_path / "run" / "last", "--freeze", "vision")
     assert train(data, tmp_path / "live", *again) == 0
     assert train(data, tmp_path / "cached", *again, "--features", tmp_path / "features") == 0
     live, cached = ([line["loss"] for line in curve(tmp_path / r) if "loss" in line] for r in ("live", "cached"))
     assert cached == pytest.approx(live, rel=1e-4)
-    scores = [
-        "evaluate",
-        str(tmp_path / "cached"),
-        str(data),
-        "--split",
-        "val",
-        "--features",
-        str(tmp_path / "features"),
-    ]
-    assert main(scores) == 0
+    where = [str(tmp_path / "cached"), str(data), "--features", str(tmp_path / "features")]
+    assert main(["evaluate", *where, "--split", "val", "--no-self-fed", "--draws", "0"]) == 0
 
 
-def test_features_of_a_tower_that_learns_are_refused(data, tmp_path, capsys):
-    assert train(data, tmp_path / "run", *FEW, "--features", tmp_path) == 1
-    assert "these features are for frozen parts; add --freeze vision" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_keeps_the_run_s_options_and_refuses_others_by_name(data, tmp_path, capsys):
+def test_resume_keeps_the_run_s_options_refuses_others_by_name_and_a_second_process(data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(data, run, *FEW, "--lr", "0.01", "--freeze", "vision,connector", "--lr-by-part", "heads=0.1") == 0
-    assert train(data, run, "--resume") == 0
-    assert "all 4 steps had been done before" in capsys.readouterr().out
     assert train(data, run, "--resume", "--lr", "0.01", "--freeze", "vision", "--freeze", "connector") == 0
+    assert "all 2 steps had been done before" in capsys.readouterr().out
     assert train(data, run, "--resume", "--steps", "9", "--freeze", "vision") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "steps is 9, the run has 4" in error
+    assert "steps is 9, the run has 2" in error
     assert "freeze is ('vision',), the run has ('vision', 'connector')" in error
+    handle = os.open(run / ".lock", os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert train(data, run, "--resume") == 1
+    os.close(handle)
+    assert "another process is at work there" in capsys.readouterr().err
+    assert train(data, run, "--resume") == 0
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (("--freeze", "eyes"), "freeze names eyes; expected some of vision, connector, text, heads"),
-        (("--freeze", "heads"), "freeze names heads, which start at nothing"),
         (("--lr-by-part", "heads=-1"), "lr_by_part heads is -1.0, expected above 0"),
-        (("--lora-rank", "4", "--freeze", "text"), "lora_rank is 4 and text is in freeze"),
         (("--log", "tensorbored"), "tensorbored"),
+        (("--features", "."), "these features are for frozen parts; add --freeze vision"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_path, capsys, option, message):
@@ -80,7 +70,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_a_loss_or_a_score_that_is_not_finite_is_one_line_and_leaves_a_checkpoint(data, tmp_path, capsys, steps):
     """One step: it shows in the evaluation alone."""
     status = train(data, tmp_path / "run", *FEW, "--steps", steps, "--lr", "1e30", "--warmup-steps", 0)
@@ -97,14 +87,3 @@ def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, 
     assert train(data, tmp_path / "run", *FEW) == 0
     assert train(data, tmp_path / "run", *FEW) == 1
     assert "exists and is not empty" in capsys.readouterr().err
-
-
-def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert train(data, run, *FEW) == 0
-    handle = os.open(run / ".lock", os.O_RDWR)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert train(data, run, "--resume") == 1
-    os.close(handle)
-    assert "another process is at work there" in capsys.readouterr().err
-    assert train(data, run, "--resume") == 0

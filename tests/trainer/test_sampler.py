@@ -10,7 +10,6 @@ import pytest
 from by_hand import clip_example, turn, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from pipeline import dataset
 from pipeline.dataset import HELD_GROUPS, Split
@@ -83,27 +82,6 @@ def test_ranks_together_read_the_one_stream(data, sampler, ranks):
         alone = [(c.clip_id, c.labels.tolist()) for c in sampler.step(step, STEP)]
         parts = [Sampler(Split(data, "train"), SEED).step(step, STEP, rank, ranks) for rank in range(ranks)]
         assert sorted((c.clip_id, c.labels.tolist()) for part in parts for c in part) == sorted(alone)
-
-
-class Steps:
-    """What a DataLoader's worker reads: any step, by its number."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, step):
-        return self.sampler.step(step, STEP)
-
-
-@pytest.mark.slow
-def test_spawned_dataloader_workers_read_the_one_stream(sampler):
-    loader = DataLoader(Steps(sampler), batch_size=None, num_workers=2, multiprocessing_context="spawn")
-    for found, alone in zip(loader, (sampler.step(i, STEP) for i in range(9)), strict=True):
-        assert [c.clip_id for c in found] == [c.clip_id for c in alone]
-        assert all(np.array_equal(a.labels, b.labels) and a.turns == b.turns for a, b in zip(found, alone, strict=True))
 
 
 def test_the_middle_of_an_epoch_is_reached_without_reading_what_was_skipped(sampler, read):

@@ -1,41 +1,27 @@
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, write_shards
-from small_run import clip, curve, write_data
+from small_run import CONFIG, clip, curve, go
 
 import trainer
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.checkpoint import load_run
-from trainer.config import RunOptions, TrainConfig
+from trainer.config import TrainConfig
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
 from trainer.teacher_forced import report
 from trainer.tokenizer import train_tiny_tokens
-from trainer.train import make_optimizer, schedule, train, train_step
+from trainer.train import make_optimizer, schedule, train_step
 
 FRAMES = NoisyFrames()
-QUIET = RunOptions(progress=False)
 TINY = TrainConfig(steps=2, clips_per_step=3, warmup_steps=1, max_tokens=200, micro_batch_tokens=200)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), clips=6, val=4)
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    train(data, folder, TINY, options=QUIET)
-    return folder
 
 
 def parts(n: int = 5):
@@ -131,63 +117,44 @@ def test_parts_have_their_own_peak_rates_and_biases_and_norms_do_not_decay():
 # ---- a run -------------------------------------------------------------------------------------------
 
 
-def test_two_steps_end_to_end(run, data):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 2]
+def test_a_run_logs_each_step_and_each_evaluation_and_says_what_it_is(whole, data):
+    lines = curve(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 10]
     assert lines[0]["n_speaking"] > 0
-    assert lines[2]["evaluation"]["clips"] == 4
-    assert lines[2]["evaluation"]["speaking_only"] == 8
-    assert lines[2]["evaluation"]["dst_update_only"] == 4
     written = {"metrics.jsonl", "curves.svg", "tensorboard", "options.json", "last", "best"}
-    assert {p.name for p in run.iterdir()} - {".lock"} == written
-    loaded = load_run(run)
-    assert loaded.config == TINY.on("cpu")  # bf16 is decided
-    assert loaded.info["step"] == 2
+    assert {p.name for p in whole.iterdir()} - {".lock"} == written
+    loaded = load_run(whole)
+    assert loaded.config == CONFIG.on("cpu")  # bf16 is decided
+    assert (loaded.info["step"], loaded.info["neg_rate"]) == (10, 0.5)
     assert loaded.info["data_key"] == Split(data, "train").key
-    assert loaded.info["neg_rate"] == 0.5
 
-
-def test_the_same_seed_and_data_give_the_same_weights(run, data, tmp_path):
-    train(data, tmp_path / "again", TINY, options=QUIET)
-    assert torch.equal(weights(load_run(tmp_path / "again").model), weights(load_run(run).model))
-    assert curve(tmp_path / "again") == curve(run)
-    names = ("last/model.safetensors", "last/heads.safetensors", "last/tokenizer.json")
-    for name in names:
-        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+    scored = list(trainer.load(whole).score(data, "val"))
+    labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(3)], 1)
+    assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
+    found = report("val", scored, loaded.model.arm)
+    assert (found.clips, found.speaking.frames) == (3, labels.shape[1])
+    assert found.speaking.chance == pytest.approx(6 / labels.shape[1])
+    assert (found.speaking_only, found.dst_update_only, found.both) == (6, 3, 0)
+    assert lines[-1]["evaluation"] == found.to_json()
 
 
 def test_training_learns_white_frames(data, tmp_path):
-    config = TrainConfig(steps=60, clips_per_step=6, warmup_steps=10, max_tokens=200, micro_batch_tokens=1000)
-    report = train(data, tmp_path / "run", config, options=QUIET)
-    first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
-    assert report.loss < 0.3 * first["loss"]
+    more = {"steps": 40, "clips_per_step": 6, "warmup_steps": 5, "micro_batch_tokens": 1000, "eval_every": 0}
+    report = go(data, tmp_path / "run", save_every=0, **more)
+    assert report.loss < 0.3 * curve(tmp_path / "run")[0]["loss"]
     assert report.evaluation.speaking.ap > 0.9
-    assert last["evaluation"]["dst_update"]["ap"] > 0.9
+    assert report.evaluation.dst_update.ap > 0.9
 
 
 def test_shards_without_train_say_which_splits_there_are(tmp_path):
     out = write_shards(tmp_path, {"test": [clip(0, "test")]})
     with pytest.raises(InputError, match="no split 'train', found: test"):
-        train(out, tmp_path / "run", TINY, options=QUIET)
+        go(out, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, tmp_path):
-    config = TrainConfig(steps=1, warmup_steps=0, clips_per_step=2, eval_split="dev")
-    report = train(data, tmp_path / "run", config, options=QUIET)
+    report = go(data, tmp_path / "run", steps=1, warmup_steps=0, eval_split="dev")
     assert report.evaluation is None
     assert report.note == "no split 'dev' to evaluate on, found: train, val; preprocess one, or set --eval-split"
     assert not (tmp_path / "run" / "best").exists()
-
-
-def test_a_run_logs_the_average_precision_of_every_frame(run, data):
-    loaded = load_run(run)
-    scored = list(trainer.load(run).score(data, "val"))
-    labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(4)], 1)
-    assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
-    found = report("val", scored, loaded.model.arm)
-    assert found.speaking.frames == labels.shape[1]
-    assert found.speaking.chance == pytest.approx(8 / labels.shape[1])
-    assert (found.speaking_only, found.dst_update_only, found.both) == (8, 4, 0)
-    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]
-    assert found.to_json() == logged
