@@ -48,7 +48,7 @@ def test_a_killed_command_leaves_nothing_half_done_and_the_next_finishes(bench, 
     if name == "labels":  # over an older output
         assert bench.command([*PREPROCESS, "--seed", "7"]).status == 0
         old = bench.result(name)
-    for _ in range(2):
+    for _ in range(1 + TIMES):
         ran = bench.command(COMMANDS[name], kill_after=rng.uniform(0, bench.seconds[name]))
         assert ran.status in (0, -signal.SIGKILL), ran.err
         left = bench.result(name)
@@ -106,20 +106,8 @@ def test_damaged_input_is_named_or_changes_nothing(bench, pattern, seed):
 def test_damaged_features_are_named_or_change_nothing(bench, seed):
     rng = random.Random(f"features {seed}")
     train = [
-        "train",
-        "labels",
-        "--run",
-        "other",
-        "--model",
-        "run/last",
-        "--features",
-        "features",
-        "--freeze",
-        "vision",
-        "--steps",
-        "2",
-        "--workers",
-        "0",
+        *("train", "labels", "--run", "other", "--model", "run/last", "--features", "features"),
+        *("--freeze", "vision", "--steps", "1", "--workers", "0"),
     ]
     bench.restore("raw", "labels", "run", "features")
     assert bench.command(train).status == 0

@@ -23,18 +23,8 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 TINY = [
-    "--model",
-    "nano",
-    "--steps",
-    "4",
-    "--clips-per-step",
-    "2",
-    "--max-tokens",
-    "400",
-    "--workers",
-    "0",
-    "--eval-every",
-    "2",
+    *("--model", "nano", "--steps", "3", "--clips-per-step", "2"),
+    *("--max-tokens", "400", "--workers", "0", "--eval-every", "2"),
 ]
 PREPROCESS = ["preprocess", "raw", "--out", "labels", "--frames-root", "raw"]
 COMMANDS = {  # name -> what it runs; its output is the folder of the same name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from by_hand import STEPS, Words, clip_example, dst, turn
+from by_hand import Words, clip_example, dst, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,12 +119,6 @@ def test_prompt_of_a_clip_without_steps_tells_the_recipe():
     assert one(clip)[0] == "[system] You are a helpful assistant. Tea Boil water . F F [assistant] hi ."
 
 
-def test_no_system_turn_is_in_the_prompt():
-    clip = toy(turn("user", "hi", 0, 1), turn("system", "The wheel falls off", 4, 5))
-    assert "falls" not in one(clip)[0]
-    assert "Current step states" not in one(clip)[0]
-
-
 # ---- windows -----------------------------------------------------------------------------------------
 
 
@@ -223,7 +217,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(events=EVENTS, positive=st.sampled_from(["span", "onset"]), room=st.integers(30, 90))
 def test_no_text_precedes_a_frame_that_is_positive_for_its_event(events, positive, room):
     turns = [turn(role, f"text{i}", start, start + n) for i, (role, start, n) in enumerate(events)]
@@ -232,32 +226,17 @@ def test_no_text_precedes_a_frame_that_is_positive_for_its_event(events, positiv
     prompt = len(build_windows(clip, words, 1, 10_000)[0].input_ids)
     for window in build_windows(clip, words, 1, prompt + room):
         shown = [words.words[i].strip(",") for i in window.input_ids]
+        frames = range(window.first_frame, window.end_frame)
         for i, t in enumerate(turns):
-            if t.role != "user" and f"text{i}" in shown:
-                at = shown.index(f"text{i}")
-                last = t.start_frame if positive == "onset" else t.end_frame - 1
-                later = [
-                    f
-                    for f, position in zip(
-                        range(window.first_frame, window.end_frame), window.decision_positions, strict=True
-                    )
-                    if position > at
-                ]
-                assert not [f for f in later if t.start_frame <= f <= last]
-            if t.role == "user" and f"text{i}" in shown:
-                at = shown.index(f"text{i}")
-                heard = max(t.start_frame, 100) - window.first_frame
-                assert window.decision_positions[heard] > at
-
-
-def test_supervised_text_counts_once_over_windows():
-    clip = toy(*[turn("assistant", f"say{i}", i, i + 1) for i in range(0, 90, 7)], frames=90, steps=STEPS)
-    words = Words()
-    whole = build_windows(clip, words, 1, 10_000)[0]
-    cut = build_windows(clip, words, 1, 60)
-    assert len(cut) > 3
-    said = [words.show(w.input_ids[w.lm_positions + 1]) for w in cut]
-    assert " ".join(filter(None, said)) == words.show(whole.input_ids[whole.lm_positions + 1])
+            if f"text{i}" not in shown:
+                continue
+            at = shown.index(f"text{i}")
+            if t.role == "user":
+                assert window.decision_positions[max(t.start_frame, 100) - window.first_frame] > at
+                continue
+            last = t.start_frame if positive == "onset" else t.end_frame - 1
+            later = [f for f, position in zip(frames, window.decision_positions, strict=True) if position > at]
+            assert not [f for f in later if t.start_frame <= f <= last]
 
 
 # ---- before the first step ---------------------------------------------------------------------------
