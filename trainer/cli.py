@@ -68,12 +68,13 @@ def encode(
     from pipeline.cluster import ray_cluster
     from pipeline.dataset import read_manifest
     from pipeline.terminal import command, plain
-    from trainer.encode import encode as run
 
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal()):
         raise UsageError(f"--part {part!r}: expected something like 3/16")
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
+    from trainer.encode import encode as run  # torch: a wrong path is told before
+
     needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
     share = int(number), int(parts)
     with ray_cluster(ray, out, needed, gpu=True) as mapper:
@@ -115,7 +116,10 @@ def train(
     given: Given,
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
+    from pipeline.dataset import read_manifest
     from pipeline.terminal import command, console, counted, plain
+
+    read_manifest(data)  # a wrong path is told before torch is imported
     from trainer.run_folder import resolve_config
     from trainer.train import train as fit
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 
 import pytest
@@ -81,12 +80,6 @@ def test_a_decision_sees_its_own_frame_and_nothing_that_comes_later(tokens):
     assert moved[3] > 1e-3
 
 
-def test_heads_start_at_the_prior():
-    logits = DecisionHeads(8, (0.1, 0.02))(torch.randn(5, 8))
-    assert torch.allclose(logits[0], torch.tensor(math.log(0.1 / 0.9)))
-    assert torch.allclose(logits[1].sigmoid(), torch.tensor(0.02))
-
-
 # ---- precision and memory ----------------------------------------------------------------------------
 
 
@@ -155,18 +148,6 @@ def test_features_are_pooled_to_k_tokens_before_the_connector_as_after_it(tokens
     normalised = (pixels().float() / 255 - 0.5) / 0.5
     after = vision.pool(vlm.model.connector(vlm.model.vision_model(pixel_values=normalised).last_hidden_state), 4)
     assert torch.allclose(quarter, after, atol=1e-6)
-
-
-def test_more_tokens_per_frame_than_there_are_is_the_users_error(tokens):
-    with pytest.raises(InputError, match="tokens_per_frame is 4, but this model has 1 per frame"):
-        tiny(tokens, tokens_per_frame=4)
-
-
-def test_cached_features_stand_in_for_frames(tokens):
-    model = tiny(tokens, freeze=("vision",))
-    features = vision.look(model.vlm, pixels(), 1)
-    assert features.shape == (3, 1, vision.width(model.vlm)) == (3, 1, 64 * 16)
-    assert torch.equal(model.frame_features(features), model.frame_features(pixels()))
 
 
 def test_a_fingerprint_is_of_the_tower_alone(tokens):

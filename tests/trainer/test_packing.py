@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -64,13 +62,6 @@ def test_a_pack_equals_the_library_s_attention_on_each_window(tokens):
     model.vlm.set_attn_implementation({"text_config": "sdpa"})
     alone = torch.cat([model(make_pack([w], FRAMES)).decisions for w in chosen], 1)
     assert torch.allclose(packed, alone, atol=1e-5)
-
-
-def test_a_pack_goes_to_a_worker_and_back(tokens):
-    pack = make_pack(windows(tokens), FRAMES)
-    again = pickle.loads(pickle.dumps(pack.loaded()))
-    assert torch.equal(again.frames(), pack.frames())
-    assert torch.equal(again.input_ids, pack.input_ids)
 
 
 def test_a_blank_pack_gives_every_parameter_a_gradient_of_zero(tokens):
