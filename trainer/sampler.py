@@ -23,11 +23,14 @@ def order(seed: int, epoch: int, sizes: Sequence[int], window: int = HELD_GROUPS
 
     The keys are the schema's hash, not a generator's stream, so the order outlives numpy versions.
     """
-    group_of = np.repeat(np.arange(len(sizes)), sizes)
-    place = np.empty(len(sizes), np.int64)  # of each row group among all
-    place[np.argsort(draws(seed, 2 * epoch, np.arange(len(sizes))), kind="stable")] = np.arange(len(sizes))
-    key = draws(seed, 2 * epoch + 1, np.arange(len(group_of)))
-    return np.lexsort((place[group_of], key, place[group_of] // window))
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    groups = np.argsort(draws(seed, 2 * epoch, np.arange(len(sizes))), kind="stable")
+    key = draws(seed, 2 * epoch + 1, np.arange(starts[-1]))
+    out = []
+    for i in range(0, len(groups), window):
+        clips = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups[i : i + window]])
+        out.append(clips[np.argsort(key[clips], kind="stable")])
+    return np.concatenate(out) if out else np.zeros(0, np.int64)
 
 
 def share(frames: Sequence[int], rank: int, size: int) -> list[int]:
