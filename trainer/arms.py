@@ -84,7 +84,7 @@ def find_arm(name: str) -> Arm:
 
 def find_rung(name: str) -> Rung:
     """The rung of that name; InputError, naming those there are."""
-    for rung in RUNGS:
-        if rung.name == name:
-            return rung
-    raise InputError(f"rung {name!r}: not known, expected one of {', '.join(rung.name for rung in RUNGS)}")
+    by_name = {rung.name: rung for rung in RUNGS}
+    if name not in by_name:
+        raise InputError(f"rung {name!r}: not known, expected one of {', '.join(by_name)}")
+    return by_name[name]

@@ -1,10 +1,7 @@
 """`prospect-dst benchmark`: run the ladder's rungs on the same data; say, with its uncertainty, what differs.
 
     OUT/runs/RUNG/seed-S/           a run of train, where the rung has one; scores/ holds what evaluate wrote of it
-    OUT/results.parquet             rung, seed, mode, metric, value
-    OUT/arms.parquet                the same over seeds, with 95% intervals
-    OUT/comparisons.parquet         each pair, metric and mode: difference, interval, p, Holm's p, power
-    OUT/benchmark.json              what was asked, data, versions, hashes
+    OUT/*.parquet, benchmark.json   tables (trainer.evaluation.comparison)
     OUT/report.html, figures/       the answer so far
     OUT/seconds.json                what each run took, to predict others
 
@@ -22,11 +19,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Final
@@ -40,23 +38,23 @@ from pipeline.storage import make_folder, naming, write_json
 from pipeline.terminal import clock
 from trainer.arms import find_rung
 from trainer.checkpoint import run_hash
-from trainer.config import MODES, SELF_FED, TEACHER_FORCED, RunOptions
+from trainer.config import MODES, RunOptions
 from trainer.controls import control_key, score_control
 from trainer.distributed import best_device
 from trainer.evaluate import evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
 from trainer.evaluation.conclusions import headline
-from trainer.evaluation.evaluate_scores import METRICS_FILE, EvalSplits, hold
+from trainer.evaluation.evaluate_scores import EvalSplits, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, look_up
 from trainer.evaluation.report import PAGE, write_report
 from trainer.frame_source import keep_frames
 from trainer.loader import end_with
-from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, jobs_with, run_of
 from trainer.run_folder import check_resume, lock_folder, run_options
 from trainer.run_log import read_metrics
-from trainer.schedule import FIRST_STEPS, Schedule, in_order, kind_of, run_seconds, what_narrows
+from trainer.schedule import FIRST_STEPS, Schedule, in_order, run_seconds, what_narrows
 from trainer.train import train
 
 POLL_S: Final = 1.0  # between looks at the clock and at a first run's steps
@@ -80,44 +78,38 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         lock_folder(plan.out, held)
         settle(plan)
         schedule = _schedule(plan, splits, trained_on, until)
-        jobs, there = [job for unit in schedule.units for job in unit], len(schedule.done)
+        jobs, there = {job for unit in schedule.units for job in unit}, len(schedule.done)
         of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
         if there:
             report_line(f"{there}{of} runs are there already")
-        if others := _left_out(plan, jobs):
+        if others := [f"{rung}/seed-{seed}" for rung, seed in jobs_with(plan) if (rung, seed) not in jobs]:
             report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
-        if there < len(jobs):
-            report_line(power_line(plan, splits.test))
+        update = partial(_update, plan, schedule, splits.test, report_line)
         try:
-            if 0 < there < len(jobs):  # a kill may have come between the end of a run and its report
-                _update(plan, schedule, splits.test, report_line, in_progress=True)
+            if there < len(jobs):
+                report_line(power_line(plan, splits.test))
+                if there:  # a kill may have come between the end of a run and its report
+                    update(in_progress=True)
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, seconds, notes in results:
                     report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:
                         report_line(f"{job[0]} seed {job[1]}: {note}")
                     if schedule.ends_unit(job) and len(schedule.done) < len(jobs):
-                        _update(plan, schedule, splits.test, report_line, in_progress=True)
+                        update(in_progress=True)
         except TooSlow:  # with fewer steps, they could not go on
             for job in schedule.begun.keys() - schedule.left.keys():
                 shutil.rmtree(run_of(plan, job), ignore_errors=True)
             raise
         finally:
             if schedule.done:
-                _update(plan, schedule, splits.test, report_line)
+                update()
         return plan.out / PAGE
 
 
 def answer_of(out: Path) -> str:
     """The answer in one sentence, as it opens the report."""
     return headline(read_benchmark(out))
-
-
-def _left_out(plan: Plan, jobs: Collection[Job]) -> list[str]:
-    """The finished runs of an earlier call, with other rungs or seeds, that are none of `jobs`: 'speak/seed-2'."""
-    runs, asked = plan.out / "runs", {run_of(plan, job) for job in jobs}
-    found = sorted(path.parents[1] for path in runs.glob(f"*/seed-*/scores/{METRICS_FILE}"))
-    return [str(run.relative_to(runs)) for run in found if run not in asked]
 
 
 def _line(plan: Plan, job: Job) -> str:
@@ -148,19 +140,19 @@ def _update(
 
 
 def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -> Schedule:
-    """With what is in the folder already."""
-    arms = [rung for rung in plan.arms if kind_of(rung) == "arm"]
-    pair = [arm for arm in arms if arm in question_of(plan.arms)] or arms[:1]
-    units = in_order(plan.arms, pair, plan.seeds)
-    done = {job for unit in units for job in unit if is_done(plan, job, splits, trained_on)}
-    workers = plan.jobs or len(_gpus()) or available_cores()
-    schedule = Schedule(units, pair, done, workers, until)
+    """With what is in the folder already; a clock's plan has a thousand seeds, so only runs that are there are read."""
+    arms = [rung for rung in plan.rungs if find_rung(rung).kind == "arm"]
+    pair = [arm for arm in arms if arm in question_of(plan.rungs)] or arms[:1]
+    units = in_order(plan.rungs, pair, plan.seeds)
+    asked = {job for unit in units for job in unit}
+    done = {job for job in jobs_with(plan) if job in asked and is_done(plan, job, splits, trained_on)}
+    schedule = Schedule(units, pair, done, plan.jobs or len(_gpus()) or available_cores(), until)
     names = {f"{rung}/seed-{seed}": (rung, seed) for rung, seed in done}
     with suppress(OSError, ValueError):  # without it the first run is measured anew
         kept = json.loads((plan.out / SECONDS).read_bytes())
         schedule.seconds = {names[name]: float(seconds) for name, seconds in kept.items() if name in names}
-    for job in (job for unit in units for job in unit if job not in done and (run_of(plan, job) / "last").is_dir()):
-        schedule.left[job] = 1 - len(_step_seconds(plan, job)) / plan.config.steps
+    begun = [job for job in jobs_with(plan, "last") if job in asked - done]
+    schedule.left = {job: 1 - len(_step_seconds(plan, job)) / plan.config.steps for job in begun}
     return schedule
 
 
@@ -184,7 +176,7 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
             held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
             check_resume(run, run_options(config, trained_on, held_out, plan.features))
         model = run_hash(trained)
-    modes = [TEACHER_FORCED, *([SELF_FED] if plan.live and "speaking" in metrics["thresholds"]["event"] else [])]
+    modes = MODES if plan.live and "speaking" in metrics["thresholds"]["event"] else MODES[:1]
     return bool(
         metrics.get("model") == model
         and metrics["data_key"] == {name: split.key for name, split in splits.all.items()}
@@ -220,24 +212,34 @@ def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tu
 
     The share depends on `plan.jobs` alone, not on how many jobs are left: another number of threads rounds otherwise.
     """
-    clocked, running = schedule.until < math.inf, dict[Future[tuple[float, tuple[str, ...]]], Job]()
-    in_process, ended = schedule.workers == 1 and not clocked, list[tuple[Job, float, tuple[str, ...]]]()
-    with _workers(schedule.workers, in_process) as pool:
+
+    def finish(job: Job, seconds: float) -> None:
+        schedule.finish(job, seconds)
+        write_json(plan.out / SECONDS, {f"{rung}/seed-{s}": t for (rung, s), t in schedule.seconds.items()})
+
+    if schedule.workers == 1 and schedule.until == math.inf:  # in this process
+        keep_frames()
+        try:
+            while job := schedule.next(time.monotonic()):
+                seconds, notes = carry_out(plan, job)
+                finish(job, seconds)
+                yield job, seconds, notes
+        finally:
+            keep_frames(False)
+        return
+    running, ended = dict[Future[tuple[float, tuple[str, ...]]], Job](), list[tuple[Job, float, tuple[str, ...]]]()
+    with _workers(schedule.workers) as pool:
         while True:
-            if in_process:  # its next run would begin, and end, before the last one is told
-                yield from ended
             while len(running) < schedule.workers and (job := schedule.next(time.monotonic())):
                 running[pool.submit(carry_out, plan, job)] = job
-            if not in_process:
-                yield from ended
+            yield from ended
             if not running or time.monotonic() > schedule.until:
                 return  # what still runs is resumed from its checkpoint next time
             ended = []
-            for future in wait(running, POLL_S if clocked else None, FIRST_COMPLETED).done:
+            for future in wait(running, POLL_S if schedule.until < math.inf else None, FIRST_COMPLETED).done:
                 ended.append((running.pop(future), *future.result()))
-                schedule.finish(*ended[-1][:2])
-                write_json(plan.out / SECONDS, {f"{rung}/seed-{s}": t for (rung, s), t in schedule.seconds.items()})
-            if clocked:
+                finish(*ended[-1][:2])
+            if schedule.until < math.inf:
                 _predict(plan, schedule, splits)
 
 
@@ -250,12 +252,12 @@ def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
 
     First steps may take twice what later ones do, as frames are decoded: until a fifth of them is done, half counts.
     """
-    if any(kind_of(rung) == "arm" for rung, _ in schedule.seconds):
+    if any(find_rung(rung).kind == "arm" for rung, _ in schedule.seconds):
         return
     steps, test = plan.config.steps, len(splits.test)
     clips = sum(map(len, splits.all.values())) + len(splits.val or ()) * (steps // (plan.config.eval_every or steps))
     evaluation = (clips + 3 * test * plan.live) / plan.config.clips_per_step  # free-running goes frame by frame
-    for job in [job for job in schedule.begun if kind_of(job[0]) == "arm"]:
+    for job in [job for job in schedule.begun if find_rung(job[0]).kind == "arm"]:
         first, now = _step_seconds(plan, job), time.monotonic()
         if len(first) < min(FIRST_STEPS, steps):
             continue
@@ -268,28 +270,9 @@ def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
             raise TooSlow(f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time")
 
 
-class _Here(Executor):
-    """Runs what it gets at once, in this process."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
 @contextmanager
-def _workers(count: int, in_process: bool) -> Iterator[Executor]:
-    """Processes that do runs one after the other, frames decoded once in each; `in_process`: this one.
-
-    At the end they are stopped, whatever they do.
-    """
-    if in_process:
-        keep_frames()
-        try:
-            yield _Here()
-        finally:
-            keep_frames(False)
-        return
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that do runs one after the other, frames decoded once in each; at the end they are stopped."""
     gpus, context = _gpus(), get_context("spawn")
     places = context.Queue()
     for worker in range(count):

@@ -42,6 +42,7 @@ class Curves(NamedTuple):
     evaluations: list[Line]  # of the last one's split, ascending
 
     def end(self, name: str) -> float:
+        """The mean's last value that is known; NaN where none is."""
         return _last(self.means[name])
 
 
@@ -63,12 +64,11 @@ def read_curves(run: Path) -> Curves:
     values, means = {}, {}
     for name in COLOURS:
         weights = np.array([_float(steps[n].get(f"n_{name}", 1.0)) for n in numbers])
-        logged = np.array([_float(steps[n].get(name)) for n in numbers])
-        values[name] = np.where(weights > 0, logged, np.nan)  # 0 where nothing was supervised is no measurement
+        known = np.array([_float(steps[n].get(name)) for n in numbers])
+        values[name] = np.where(weights > 0, known, np.nan)  # 0 where nothing was supervised is no measurement
         means[name] = values[name] if name == "lr" else running_mean(values[name], weights, half_life)
-    logged_evaluations = [line for line in lines if "evaluation" in line]
-    splits = [line["evaluation"]["split"] for line in logged_evaluations]
-    kept = {line["step"]: line for line, split in zip(logged_evaluations, splits, strict=True) if split == splits[-1]}
+    logged = [line for line in lines if "evaluation" in line]
+    kept = {line["step"]: line for line in logged if line["evaluation"]["split"] == logged[-1]["evaluation"]["split"]}
     evaluations = [kept[step] for step in sorted(kept)]
     return Curves(run.resolve().name, np.array(numbers, float), values, means, half_life, evaluations)
 
@@ -78,9 +78,7 @@ def _float(value: Any) -> float:
 
 
 def _last(values: Values) -> float:
-    """The last that is known; NaN where none is."""
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else math.nan
+    return float(next(iter(values[np.isfinite(values)][::-1]), math.nan))
 
 
 def running_mean(values: Values, weights: Values, half_life: float) -> Values:
@@ -99,9 +97,6 @@ def running_mean(values: Values, weights: Values, half_life: float) -> Values:
     return np.divide(total, weight, out=np.full(len(values), np.nan), where=known)
 
 
-# ---- the figure --------------------------------------------------------------------------------------
-
-
 def make_figure(curves: Curves) -> Figure:
     headings = {"loss": "Loss", "norm": "Gradient norm", "rate": "Learning rate"}
     rows, heights = [["loss", "loss"], ["norm", "rate"]], [220, 120]
@@ -114,9 +109,13 @@ def make_figure(curves: Curves) -> Figure:
     count = int(curves.steps[-1])
     title = f"{printable(curves.run)}: {count:,} step{'s' * (count != 1)}, loss {short(curves.end('loss'))}"
     figure.suptitle(title, x=0.012, ha="left", size=17, weight="bold")
-    how = f"Thin: each step. Thick, and numbers: running mean (half-life {curves.half_life:,})."
-    if not several:
-        how = f"{_one_evaluation(curves.evaluations)}\n{how}"
+    how = "Not evaluated.\n"
+    for line in curves.evaluations:
+        found = line["evaluation"]
+        aps = [f"{name} {short(found[head]['ap'])}" for head, name in HEAD_TITLES.items() if head in found]
+        how = f"Evaluated once, at step {line['step']:,}: average precision {' and '.join(aps)}.\n"
+    how = "" if several else how
+    how += f"Thin: each step. Thick, and numbers: running mean (half-life {curves.half_life:,})."
     figure.supxlabel(how, x=0.012, ha="left", size=11.5, color=MUTED)
     for name, axes in panels.items():
         axes.set_title(headings[name])
@@ -129,14 +128,6 @@ def make_figure(curves: Curves) -> Figure:
     if several:
         _draw_precision(panels["ap"], curves.evaluations)
     return figure
-
-
-def _one_evaluation(evaluations: Sequence[Line]) -> str:
-    if not evaluations:
-        return "Not evaluated."
-    found = evaluations[0]["evaluation"]
-    aps = " and ".join(f"{name} {short(found[head]['ap'])}" for head, name in HEAD_TITLES.items() if head in found)
-    return f"Evaluated once, at step {evaluations[0]['step']:,}: average precision {aps}."
 
 
 def _draw_lines(axes: Axes, curves: Curves, names: Sequence[str], log: bool = True) -> None:

@@ -24,7 +24,7 @@ class Plan:
 
     data: Path
     out: Path
-    arms: tuple[str, ...] = DEFAULT_RUNGS  # rungs of all kinds, in the ladder's order
+    rungs: tuple[str, ...] = DEFAULT_RUNGS  # of all kinds, in the ladder's order
     seeds: tuple[int, ...] = (0, 1, 2)
     config: TrainConfig = field(default_factory=TrainConfig)  # of all arms; its arm and seed are not used
     settings: Settings = field(default_factory=Settings)
@@ -49,11 +49,11 @@ def ladder(names: Collection[str]) -> tuple[str, ...]:
 
 def check_plan(plan: Plan) -> None:
     """InputError where the plan makes no sense, or the data can't answer, whatever is trained on it."""
-    for name, chosen in (("rungs", plan.arms), ("seeds", plan.seeds)):
+    for name, chosen in (("rungs", plan.rungs), ("seeds", plan.seeds)):
         if not chosen or len(set(chosen)) < len(chosen):
             raise InputError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
-    for rung in map(find_rung, plan.arms):
-        if rung.kind == "scripted" and rung.below not in plan.arms:
+    for rung in map(find_rung, plan.rungs):
+        if rung.kind == "scripted" and rung.below not in plan.rungs:
             raise InputError(
                 f"rungs: {rung.name} is made of {rung.below}'s checkpoint, which is not among them; add it"
             )
@@ -65,7 +65,7 @@ def check_plan(plan: Plan) -> None:
         if not split.statistics().counts[SPEAKING, 1]:
             what = f"the assistant never speaks in {split.name}: nothing to measure; choose other data"
             raise InputError(f"{plan.data}: {what}")
-    updating = [name for name in plan.arms if name in ARMS and ARMS[name].dst_head]
+    updating = [name for name in plan.rungs if name in ARMS and ARMS[name].dst_head]
     if updating and not train.statistics().counts[DST_UPDATE, 1]:
         others = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
         raise InputError(
@@ -77,6 +77,12 @@ def check_plan(plan: Plan) -> None:
 def run_of(plan: Plan, job: Job) -> Path:
     """OUT/runs/RUNG/seed-S."""
     return plan.out / "runs" / job[0] / f"seed-{job[1]}"
+
+
+def jobs_with(plan: Plan, file: str = "scores/metrics.json") -> list[Job]:
+    """The runs in OUT, asked for or not, that have such a file or folder, by rung and seed: one look at the disk."""
+    found = [path.relative_to(plan.out / "runs").parts for path in (plan.out / "runs").glob(f"*/seed-*/{file}")]
+    return sorted((rung, int(seed.removeprefix("seed-"))) for rung, seed, *_ in found)
 
 
 def config_of(plan: Plan, job: Job) -> TrainConfig:
@@ -99,11 +105,12 @@ def _options(config: Any, defaults: Any) -> list[str]:
     words: list[str] = []
     for name, value in asdict(config).items():
         option = name.replace("_", "-")
-        if value == getattr(defaults, name):
+        if isinstance(value, dict):
+            value = tuple(f"{key}={number}" for key, number in value.items())
+        if getattr(config, name) == getattr(defaults, name):
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
-            continue
-        items = [f"{key}={number}" for key, number in value.items()] if isinstance(value, dict) else value
-        words += [f"--{option}", ",".join(items) if isinstance(items, (list, tuple)) else str(items)]
+        else:
+            words += [f"--{option}", ",".join(value) if isinstance(value, (list, tuple)) else str(value)]
     return words

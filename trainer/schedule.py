@@ -27,7 +27,7 @@ FIRST_STEPS: Final = 10  # of a run, that its duration is predicted from
 
 def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
     """All runs of the rungs, which are in the ladder's order; `pair`: the question's arms among them."""
-    controls, arms, scripted = ([name for name in rungs if kind_of(name) == kind] for kind in KINDS)
+    controls, arms, scripted = ([name for name in rungs if find_rung(name).kind == kind] for kind in KINDS)
     others = [name for name in arms if name not in pair]
     units: list[Unit] = [((name, seeds[0]),) for name in controls]  # other seeds would come out alike
     for place, seed in enumerate(seeds):
@@ -35,10 +35,6 @@ def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) ->
         units += [((name, seed),) for name in scripted]
         units += [((name, seeds[place // 2]),) for name in others if place % 2]
     return units + [((name, seed),) for seed in seeds[len(seeds) // 2 :] for name in others]
-
-
-def kind_of(rung: str) -> str:
-    return find_rung(rung).kind
 
 
 def ends_in(seconds: Sequence[float], busy: Sequence[float]) -> float:
@@ -91,9 +87,9 @@ class Schedule:
 
     def cost(self, job: Job) -> float | None:
         """Predicted seconds: the mean of the rung's runs, else of its kind's longest rung; None: not known."""
-        kind, known = kind_of(job[0]), dict[str, list[float]]()
+        kind, known = find_rung(job[0]).kind, dict[str, list[float]]()
         for (rung, _), seconds in self.seconds.items():
-            if kind_of(rung) == kind:
+            if find_rung(rung).kind == kind:
                 known.setdefault(rung, []).append(seconds)
         means = {rung: fmean(seconds) for rung, seconds in known.items()}
         cost = means.get(job[0], max(means.values(), default=self.guess if kind == "arm" else 0.0))

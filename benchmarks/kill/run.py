@@ -36,7 +36,7 @@ from trainer.config import TrainConfig
 from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.plan import Plan
 
-TABLES = ("results", "arms", "comparisons", "windows", "groups")
+TABLES = ("results", "rungs", "comparisons", "windows", "groups")
 
 
 def begin(plan: Plan) -> int:

@@ -95,7 +95,7 @@ def false_claims(bench: Benchmark, right: str) -> list[str]:
 
 def about_world(world: str, folders: list[Path]) -> Iterator[str]:
     benches, right = [read_benchmark(folder / "answer") for folder in folders], TRUTH[world]
-    rungs = [rung for rung in benches[0].rungs if all(bench.arm(rung, SELF_FED, PRIMARY) for bench in benches)]
+    rungs = [rung for rung in benches[0].rungs if all(bench.score(rung, SELF_FED, PRIMARY) for bench in benches)]
     yield f"## {world}: the right answer is {right}"
     yield ""
     yield f"| data set | seeds | {' | '.join(rungs)} | named | false claims |"
@@ -105,7 +105,7 @@ def about_world(world: str, folders: list[Path]) -> Iterator[str]:
         top, false = top_rung(bench), false_claims(bench, right)
         rung = top.rung if top else "none"
         named, wrong = named + (rung == right), wrong + bool(false)
-        values = " | ".join(f"{bench.arm(name, SELF_FED, PRIMARY)['value']:.3f}" for name in rungs)
+        values = " | ".join(f"{bench.score(name, SELF_FED, PRIMARY)['value']:.3f}" for name in rungs)
         yield f"| {folder.name} | {len(bench.info['seeds'])} | {values} | {rung} | {'; '.join(false) or '-'} |"
     yield ""
     yield f"- right rung named: {named} of {len(benches)}; data sets with a false claim: {wrong} of {len(benches)}"
@@ -154,7 +154,7 @@ def report(work: Path) -> str:
         *about_controls(work),
     ]
     for world in TRUTH:
-        folders = [path.parents[1] for path in sorted((work / world).glob("*/answer/arms.parquet"))]
+        folders = [path.parents[1] for path in sorted((work / world).glob("*/answer/rungs.parquet"))]
         lines += about_world(world, folders) if folders else ()
     return "\n".join(lines).rstrip() + "\n"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
@@ -37,19 +37,19 @@ MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is
 
 @dataclass(frozen=True)
 class Benchmark:
-    """OUT's tables as rows, NaN as None."""
+    """OUT's tables, NaN as None."""
 
     out: Path
     info: Row  # benchmark.json
-    arms: list[Row]  # arm, mode, metric, value, low, high, seeds, recordings
-    comparisons: list[Row]  # a, b, mode, metric, difference, low, high, p_*, detectable, seed_share, seeds, recordings
+    scores: dict[tuple[str, str, str], Row]  # (rung, mode, metric) -> value, low, high, seeds, recordings
+    comparisons: dict[tuple[str, str, str, str], Row]  # (rung, rung, mode, metric) -> difference, low, high, p_*, ...
     windows: pl.DataFrame  # rung, seed, mode, width_s, early_s, late_s, f1, metronome_f1
     groups: list[Row]  # by, group, rung, mode, value, low, high, seeds, recordings, events
-    metrics: dict[tuple[str, int], Row]  # (arm, seed) -> its metrics.json; a run that has none is absent
+    metrics: dict[tuple[str, int], Row]  # (rung, seed) -> its metrics.json; a run that has none is absent
 
     @property
     def primary(self) -> tuple[str, str, str]:
-        """(metric, arm, arm) of the question that was fixed beforehand."""
+        """(metric, rung, rung) of the question that was fixed beforehand."""
         return (self.info["primary"]["metric"], *self.info["primary"]["pair"])
 
     @property
@@ -70,8 +70,7 @@ class Benchmark:
     @property
     def modes(self) -> list[str]:
         """The modes that were measured."""
-        measured = {row["mode"] for row in self.arms}
-        return [mode for mode in MODES if mode in measured]
+        return [mode for mode in MODES if any(mode == measured for _, measured, _ in self.scores)]
 
     @property
     def mode(self) -> str:
@@ -79,93 +78,77 @@ class Benchmark:
         wanted = str(self.info["primary"]["mode"])
         return wanted if wanted in self.modes or not self.modes else self.modes[-1]
 
-    def run(self, arm: str, seed: int) -> Path:
-        return self.out / "runs" / arm / f"seed-{seed}"
+    def run(self, rung: str, seed: int) -> Path:
+        return self.out / "runs" / rung / f"seed-{seed}"
 
-    def arm(self, arm: str, mode: str, metric: str) -> Row:
-        """Its row of arms.parquet; {} where there is none."""
-        key = (arm, mode, metric)
-        return next((row for row in self.arms if (row["arm"], row["mode"], row["metric"]) == key), {})
+    def score(self, rung: str, mode: str, metric: str) -> Row:
+        """The rung's row of rungs.parquet; {} where there is none."""
+        return self.scores.get((rung, mode, metric), {})
 
     def comparison(self, a: str, b: str, mode: str, metric: str) -> Row:
         """a minus b; {} where the pair was not compared that way round."""
-        key = (a, b, mode, metric)
-        rows = self.comparisons
-        return next((row for row in rows if (row["a"], row["b"], row["mode"], row["metric"]) == key), {})
+        return self.comparisons.get((a, b, mode, metric), {})
 
-    def threshold(self, arm: str, seed: int) -> float | None:
+    def threshold(self, rung: str, seed: int) -> float | None:
         """The logit at which the run speaks; None where none could be chosen, or nothing was measured."""
-        return value_at(self.metrics.get((arm, seed)), "thresholds.event.speaking")
+        return value_at(self.metrics.get((rung, seed)), "thresholds.event.speaking")
 
-    def of_seeds(self, arm: str, mode: str, path: str) -> list[Any]:
-        """What the arm's metrics.json hold at `path` in `mode`, one per seed that has it."""
-        values = [value_at(self.metrics.get((arm, seed)), f"{mode}.{path}") for seed in self.info["seeds"]]
+    def of_seeds(self, rung: str, mode: str, path: str) -> list[Any]:
+        """What the rung's metrics.json hold at `path` in `mode`, one per seed that has it."""
+        values = [value_at(self.metrics.get((rung, seed)), f"{mode}.{path}") for seed in self.info["seeds"]]
         return [value for value in values if value is not None]
 
     def of_reference(self, mode: str, path: str) -> Any:
         """The same of any run: for what depends on the reference alone."""
-        return next((value for arm in self.rungs for value in self.of_seeds(arm, mode, path)), None)
+        return next((value for rung in self.rungs for value in self.of_seeds(rung, mode, path)), None)
 
 
 def read_benchmark(out: Path) -> Benchmark:
     """What is in OUT. InputError where it is no benchmark's folder."""
     try:
         info = json.loads((out / "benchmark.json").read_bytes())
-        names = ("arms", "comparisons", "groups", "windows")
+        names = ("rungs", "comparisons", "windows", "groups")
         tables = [pl.read_parquet(out / f"{name}.parquet", glob=False).fill_nan(None) for name in names]
-        arms, comparisons, groups = (table.to_dicts() for table in tables[:3])
-        bench = Benchmark(out, info, arms, comparisons, tables[3], groups, {})
-        for arm, seed in product(info["rungs"], info["seeds"]):
-            path = bench.run(arm, seed) / "scores" / "metrics.json"
+        scores = {(row["rung"], row["mode"], row["metric"]): row for row in tables[0].to_dicts()}
+        comparisons = {(row["a"], row["b"], row["mode"], row["metric"]): row for row in tables[1].to_dicts()}
+        bench = Benchmark(out, info, scores, comparisons, tables[2], tables[3].to_dicts(), {})
+        for rung, seed in product(info["rungs"], info["seeds"]):
+            path = bench.run(rung, seed) / "scores" / "metrics.json"
             if path.is_file():
-                bench.metrics[arm, seed] = json.loads(path.read_bytes())
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+                bench.metrics[rung, seed] = json.loads(path.read_bytes())
+    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         what, again = str(error).splitlines()[0], command("benchmark", "DATA", "--out", out)
         raise InputError(f"{out}: not what benchmark leaves ({what}); run {again}") from None
     return bench
 
 
-# ---- levels without a model --------------------------------------------------------------------------
-
-
-class Baseline(NamedTuple):
-    """What a metric is without a model, and who gets it: 'a metronome every 6 s'."""
-
-    value: float
-    name: str
-
-
-def baseline(bench: Benchmark, mode: str, metric: str) -> Baseline | None:
-    """None where it was not measured, or the metric has no such level. The metronome was chosen on val."""
+def baseline(bench: Benchmark, mode: str, metric: str) -> tuple[float, str] | None:
+    """(value, 'a metronome every 6 s'): what a metric is without a model. None where it was not measured, or the
+    metric has no such level. The metronome was chosen on val."""
     if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
-        return Baseline(0.5, "chance") if bench.of_reference(mode, "speaking.frames") else None
+        return (0.5, "chance") if bench.of_reference(mode, "speaking.frames") else None
     path, name = BASELINES.get(METRICS[metric].path, ("", ""))
     value = bench.of_reference(mode, path)
-    if value is None:
-        return None
-    if "metronome" in path:
+    if value is not None and "metronome" in path:
         name += f" every {bench.of_reference(mode, path.replace('f1', 'period_s')):g} s"
-    return Baseline(value, name)
+    return None if value is None else (value, name)
 
 
-def why_missing(bench: Benchmark, arm: str, mode: str) -> str | None:
-    """What follows 'ARM was' where the arm has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
-    lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((arm, seed), {})]
-    if find_rung(arm).kind == "control":  # one run serves for all seeds
-        lacking = [seed for seed in lacking if (arm, seed) in bench.metrics]
+def why_missing(bench: Benchmark, rung: str, mode: str) -> str | None:
+    """What follows 'RUNG was' where it has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
+    lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((rung, seed), {})]
+    if find_rung(rung).kind == "control":  # one run serves for all seeds
+        lacking = [seed for seed in lacking if (rung, seed) in bench.metrics]
     if not lacking:
         return None
-    unmeasured = [seed for seed in lacking if (arm, seed) not in bench.metrics]
-    unfired = [seed for seed in lacking if mode == SELF_FED and bench.threshold(arm, seed) is None]
+    unmeasured = [seed for seed in lacking if (rung, seed) not in bench.metrics]
+    unfired = [seed for seed in lacking if mode == SELF_FED and bench.threshold(rung, seed) is None]
     seeds = unmeasured or unfired or lacking
     named = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
     where = f"(seed{'s' if len(seeds) > 1 else ''} {named})"
     if unfired and not unmeasured:
         return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
     return f"not {'evaluated' if unmeasured else f'scored {mode}'} {where}; run the benchmark again"
-
-
-# ---- curves over seeds -------------------------------------------------------------------------------
 
 
 def speaking_scores(bench: Benchmark, arm: str, mode: str) -> Iterator[pl.DataFrame]:
@@ -208,7 +191,7 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
                 lines.append((recalls, precision[reaching]))
         if lines:
             mean = np.mean([precision for _, precision in lines], axis=0)
-            note = format_number(bench.arm(arm, mode, "speaking_ap").get("value"))
+            note = format_number(bench.score(arm, mode, "speaking_ap").get("value"))
             curves.append(Curve(arm, lines, (recalls, mean), note))
     return curves, chance
 
@@ -216,24 +199,23 @@ def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | 
 def reliability(bench: Benchmark, mode: str) -> list[Curve]:
     """Per arm the share of positives over the mean probability, in bins; thick: the frames of all seeds together."""
     curves, count = [], bench.info["settings"]["bins"]
+
+    def shares(bins: Any) -> Line:  # [3, B]: frames, sum of their probabilities, positives
+        frames, probability, positive = bins[:, bins[0] >= MIN_FRAMES_PER_BIN]
+        return probability / frames, positive / frames
+
     for arm in bench.trained:
         bins = []
         for scores in speaking_scores(bench, arm, mode):
             known = scores.filter(pl.col("speaking_label") >= 0)
-            p, label = (known[f"speaking_{name}"] for name in ("probability", "label"))
+            p, label = known["speaking_probability"], known["speaking_label"]
             if not p.has_nulls():
                 at = np.minimum((p.to_numpy() * count).astype(int), count - 1)
                 bins.append(np.stack([np.bincount(at, weights, count) for weights in (None, p, label)]))
         if bins:
-            note = format_number(bench.arm(arm, mode, "speaking_ece").get("value"))
-            curves.append(Curve(arm, [_shares(seed) for seed in bins], _shares(sum(bins)), note))
+            note = format_number(bench.score(arm, mode, "speaking_ece").get("value"))
+            curves.append(Curve(arm, [*map(shares, bins)], shares(sum(bins)), note))
     return curves
-
-
-def _shares(bins: Any) -> Line:
-    """(mean probability, share positive), from [3, B] frames, sum of probabilities, positives; small bins left out."""
-    frames, probability, positive = bins[:, bins[0] >= MIN_FRAMES_PER_BIN]
-    return probability / frames, positive / frames
 
 
 def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
@@ -241,21 +223,19 @@ def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
 
     Empty where no arm writes updates that tell the state.
     """
-    metric = "joint_state_accuracy"
-    curves = [
-        _over_parts(arm, shares, bench.arm(arm, mode, metric).get("value"))
-        for arm in bench.rungs
-        if (shares := bench.of_seeds(arm, mode, "state.over_time"))
-    ]
-    never, level = bench.of_reference(mode, "state.over_time_never_updating"), baseline(bench, mode, metric)
-    return [*curves, _over_parts(NEVER, [never], level.value)] if curves and never and level else curves
-
-
-def _over_parts(name: str, shares: Sequence[Sequence[float | None]], whole: float | None) -> Curve:
-    """shares: [S][P], None in a part without frames."""
-    by_seed = np.array(shares, np.float64)
-    middles = (np.arange(by_seed.shape[1]) + 0.5) * 100 / by_seed.shape[1]
-    return Curve(name, [(middles, line) for line in by_seed], (middles, by_seed.mean(axis=0)), format_number(whole))
+    level = baseline(bench, mode, "joint_state_accuracy")
+    parts = [(rung, bench.of_seeds(rung, mode, "state.over_time"),
+              bench.score(rung, mode, "joint_state_accuracy").get("value")) for rung in bench.rungs]  # fmt: skip
+    parts = [part for part in parts if part[1]]
+    if parts and level and (never := bench.of_reference(mode, "state.over_time_never_updating")):
+        parts.append((NEVER, [never], level[0]))
+    curves = []
+    for rung, shares, whole in parts:
+        by_seed = np.array(shares, np.float64)  # [S, P], NaN in a part without frames
+        middles = (np.arange(by_seed.shape[1]) + 0.5) * 100 / by_seed.shape[1]
+        mean = (middles, by_seed.mean(axis=0))
+        curves.append(Curve(rung, [(middles, line) for line in by_seed], mean, format_number(whole)))
+    return curves
 
 
 def convergence(bench: Benchmark) -> dict[str, str]:
@@ -263,7 +243,7 @@ def convergence(bench: Benchmark) -> dict[str, str]:
 
     A straight line by least squares, with an intercept per seed; its rise over that third is judged as an effect is.
     """
-    return {curve.arm: _converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
+    return {curve.rung: _converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
 
 
 def _converged(seeds: Sequence[Line], margin: float) -> str:

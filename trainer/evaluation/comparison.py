@@ -1,7 +1,7 @@
 """Compares the runs of a benchmark that are finished, and writes its tables.
 
-    results.parquet        arm, seed, mode, metric, value
-    arms.parquet           the same over seeds, with 95% intervals
+    results.parquet        rung, seed, mode, metric, value
+    rungs.parquet          the same over seeds, with 95% intervals
     comparisons.parquet    each pair, metric and mode: difference, interval, p, Holm's p, power, verdict
     windows.parquet        event F1 over the width of the matching window; groups.parquet by data set and task
     benchmark.json         what was asked, data, versions, hashes, cost
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -43,16 +43,30 @@ from trainer.evaluation.event_metrics import references
 from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
 from trainer.evaluation.scores import read_scores
-from trainer.plan import MOST_SEEDS, Job, Plan, commands_of, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, commands_of, jobs_with, run_of
 from trainer.run_log import read_metrics
 
 PACKAGES: Final = ("prospect-dst", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow")
+TABLES: Final = {  # columns of OUT's tables
+    "results": "rung seed mode metric value recordings",
+    "rungs": "rung mode metric value low high seeds recordings",
+    "comparisons": "a b mode metric difference low high p_direction p_value p_holm detectable seeds recordings "
+    "undefined seed_share always_low always_high primary verdict",
+    "windows": "rung seed mode width_s early_s late_s f1 metronome_f1",
+    "groups": "by group rung mode value low high seeds recordings events",
+}
+TYPES: Final = {  # of columns; the others are float64
+    **dict.fromkeys(("rung", "a", "b", "mode", "metric", "verdict", "by", "group"), pa.string()),
+    **dict.fromkeys(("seed", "seeds", "recordings", "undefined", "events"), pa.int32()),
+    "primary": pa.bool_(),
+}
 
+Row = dict[str, Any]
 Runs = dict[int, dict[str, Floats]]  # seed -> each metric's `replicate`, [1, 1 + B]
 Measured = dict[tuple[str, str], Runs]  # by (rung, mode)
 
 
-def metrics_of(plan: Plan, job: Job) -> dict[str, Any]:
+def metrics_of(plan: Plan, job: Job) -> Row:
     """What evaluate wrote of the run; {} where it is missing or damaged: then the run is evaluated again."""
     try:
         return dict(json.loads((run_of(plan, job) / "scores" / METRICS_FILE).read_bytes()))
@@ -73,18 +87,19 @@ def settle(plan: Plan) -> None:
         raise InputError(f"{what}; a margin is settled before any run: keep it, or choose another --out")
 
 
-def _question(plan: Plan) -> dict[str, Any]:
-    return {"metric": PRIMARY, "mode": primary_mode(plan), "pair": list(question_of(plan.arms))}
+def _question(plan: Plan) -> Row:
+    mode = SELF_FED if plan.live else TEACHER_FORCED
+    return {"metric": PRIMARY, "mode": mode, "pair": list(question_of(plan.rungs))}
 
 
 def power_line(plan: Plan, split: Split) -> str:
     """What the question's runs could show, from the data and from what pairs of them are there already (a pilot)."""
-    clips, (a, b) = list(split.in_order()), question_of(plan.arms)
+    clips, mode, (a, b) = list(split.in_order()), _question(plan)["mode"], question_of(plan.rungs)
     events = sum(len(references(clip, "assistant")) for clip in clips)
     recordings = len({clip.recording_id for clip in clips})
-    reports = [[metrics_of(plan, (arm, seed)).get(primary_mode(plan), {}) for arm in (a, b)] for seed in plan.seeds]
-    values = [[look_up(report, METRICS[PRIMARY]) for report in of_seed] for of_seed in reports]
-    pilot = [first - second for first, second in values if first is not None and second is not None]
+    values = {job: look_up(metrics_of(plan, job).get(mode, {}), METRICS[PRIMARY]) for job in jobs_with(plan)}
+    pairs = [(values.get((a, seed)), values.get((b, seed))) for seed in plan.seeds]
+    pilot = [first - second for first, second in pairs if first is not None and second is not None]
     on = f"On {counted(recordings, 'recording')} with {counted(events, 'event')}"
     if len(pilot) < 2:
         least = f"{power_before(recordings, events, len(plan.seeds)):.2f}"
@@ -98,25 +113,40 @@ def power_line(plan: Plan, split: Split) -> str:
 def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     """Write OUT's tables and benchmark.json from those of the jobs that are finished."""
     metrics = {job: found for job in jobs if (found := metrics_of(plan, job))}
-    count = len({clip.recording_id for clip in split.in_order()})
+    recordings = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
     matches: dict[tuple[str, str], dict[int, Matches]] = {}
     for rung, mode in product([rung.name for rung in RUNGS], MODES):
         for seed in sorted(seed for name, seed in metrics if name == rung and mode in metrics[name, seed]):
             chosen, path = metrics[rung, seed]["thresholds"], run_of(plan, (rung, seed)) / "scores" / f"{mode}.parquet"
             stamp = (path, path.stat().st_mtime_ns)
-            run = _read_run(stamp, json.dumps(chosen), split, plan.settings, plan.draws)
-            measured.setdefault((rung, mode), {})[seed] = run[0]
-            if run[1] is not None:
-                matches.setdefault((rung, mode), {})[seed] = run[1]
+            values, events = _read_run(stamp, json.dumps(chosen), split, plan.settings, plan.draws)
+            measured.setdefault((rung, mode), {})[seed] = values
+            if events is not None:
+                matches.setdefault((rung, mode), {})[seed] = events
     val = Split(plan.data, "val") if "val" in split.manifest["splits"] else None
-    of_widths = window_rows(matches, plan.settings, metronomes(split, val, plan.settings))
-    _write_table(plan.out / "results.parquet", _RESULTS, _result_rows(metrics, count))
-    _write_table(plan.out / "arms.parquet", _INTERVALS, _interval_rows(measured, count))
-    _write_table(plan.out / "comparisons.parquet", _COMPARISONS, _comparison_rows(plan, measured, count))
-    _write_table(plan.out / "windows.parquet", _WINDOWS, of_widths)
-    _write_table(plan.out / "groups.parquet", _GROUPS, group_rows(matches, split, plan.settings, plan.draws))
-    write_json(plan.out / "benchmark.json", _summary(plan, metrics, split, count))
+    results = (
+        {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "value": look_up(found[mode], metric)}
+        for ((rung, seed), found), mode in product(metrics.items(), MODES)
+        for metric in (METRICS.values() if mode in found else ())
+    )
+    intervals = (
+        {"rung": rung, "mode": mode, "metric": name, "seeds": len(runs)}
+        | asdict(interval_of(np.concatenate([run[name] for run in runs.values()]), recordings, metric.bounds))
+        for ((rung, mode), runs), (name, metric) in product(measured.items(), METRICS.items())
+    )
+    rows: dict[str, Iterable[Row]] = {
+        "results": (row | {"recordings": recordings} for row in results),
+        "rungs": (row | {"recordings": recordings} for row in intervals),
+        "comparisons": _comparison_rows(plan, measured, recordings),
+        "windows": window_rows(matches, plan.settings, metronomes(split, val, plan.settings)),
+        "groups": group_rows(matches, split, plan.settings, plan.draws),
+    }
+    for table, columns in TABLES.items():
+        schema = pa.schema([(name, TYPES.get(name, pa.float64())) for name in columns.split()])
+        with replacing(plan.out / f"{table}.parquet") as new:
+            pq.write_table(pa.Table.from_pylist(list(rows[table]), schema=schema), new, compression="zstd")
+    write_json(plan.out / "benchmark.json", _summary(plan, metrics, split, recordings))
 
 
 @cache
@@ -129,89 +159,46 @@ def _read_run(
     return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get(HEAD), settings)
 
 
-def _result_rows(metrics: dict[Job, dict[str, Any]], recordings: int) -> Iterator[dict[str, Any]]:
-    for ((arm, seed), of_run), mode in product(metrics.items(), MODES):
-        for metric in METRICS.values() if mode in of_run else ():
-            row = {"arm": arm, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
-            yield row | {"value": look_up(of_run[mode], metric)}
-
-
-def _interval_rows(measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
-    for ((arm, mode), runs), metric in product(measured.items(), METRICS):
-        row = {"arm": arm, "mode": mode, "metric": metric, "seeds": len(runs), "recordings": recordings}
-        values = np.concatenate([run[metric] for run in runs.values()])
-        yield row | asdict(interval_of(values, recordings, METRICS[metric].bounds))
-
-
-def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[dict[str, Any]]:
+def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[Row]:
+    """Each pair on the seeds that both have. A control without a model has no seeds: where it lacks one, any run of it
+    serves, as each comes out the same."""
+    question = _question(plan)
     for mode, metric in product(MODES, METRICS):
-        rungs = [rung for rung, known in measured if known == mode]
-        found = [
-            row for a, b in pairs_of(rungs) if (row := _compared(plan, measured, (a, b), mode, metric, recordings))
-        ]
-        for row, p_holm in zip(found, holm([row["p_value"] for row in found]), strict=True):
-            yield row | {"p_holm": p_holm}
-        for pair in ladder_pairs(rungs) if metric == PRIMARY else ():
-            yield from filter(None, [_compared(plan, measured, pair, mode, metric, recordings)])
+        rungs, bounds, rows = [rung for rung, known in measured if known == mode], METRICS[metric].bounds, []
+        for pair in [*pairs_of(rungs), *(ladder_pairs(rungs) if metric == PRIMARY else ())]:
+            runs = [measured[rung, mode] for rung in pair]
+            having = [set(of) for rung, of in zip(pair, runs, strict=True) if find_rung(rung).kind != "control"]
+            if not (seeds := sorted(set.intersection(*having or map(set, runs)))):
+                continue
+            a, b = (np.concatenate([of.get(seed, next(iter(of.values())))[metric] for seed in seeds]) for of in runs)
+            one, (low, high) = compare_of(a, b, recordings, bounds), always_valid(a - b, recordings, bounds)
+            row = {"a": pair[0], "b": pair[1], "mode": mode, "metric": metric, "always_low": low, "always_high": high}
+            row["primary"] = {"metric": metric, "mode": mode, "pair": list(pair)} == question
+            row["verdict"] = verdict_of(one.low, one.high, plan.margin) if metric == PRIMARY else None
+            rows.append(row | asdict(one))
+        tested = [row for row in rows if (row["a"], row["b"]) in pairs_of(rungs)]
+        for row, p_holm in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+            row["p_holm"] = p_holm
+        yield from rows
 
 
-def _compared(
-    plan: Plan, measured: Measured, pair: tuple[str, str], mode: str, metric: str, recordings: int
-) -> dict[str, Any]:
-    """A row of comparisons.parquet; {} where the two have no seed in common.
-
-    A control without a model has no seeds: where it lacks one, any run of it serves, as each comes out the same.
-    """
-    (a, b), runs = pair, [measured[rung, mode] for rung in pair]
-    having = [set(of) for rung, of in zip(pair, runs, strict=True) if find_rung(rung).kind != "control"]
-    if not (seeds := sorted(set.intersection(*having or [set(of) for of in runs]))):
-        return {}
-    first, second = (np.concatenate([of.get(seed, next(iter(of.values())))[metric] for seed in seeds]) for of in runs)
-    bounds = METRICS[metric].bounds
-    one = compare_of(first, second, recordings, bounds)
-    always = dict(zip(("always_low", "always_high"), always_valid(first - second, recordings, bounds), strict=True))
-    primary = pair == question_of(plan.arms) and mode == primary_mode(plan) and metric == PRIMARY
-    verdict = verdict_of(one.low, one.high, plan.margin) if metric == PRIMARY else None
-    row = {"a": a, "b": b, "mode": mode, "metric": metric, "primary": primary, "verdict": verdict}
-    return row | always | asdict(one)
-
-
-def primary_mode(plan: Plan) -> str:
-    """The mode that the answer is about."""
-    return SELF_FED if plan.live else TEACHER_FORCED
-
-
-_RESULTS = "arm seed mode metric value recordings"
-_INTERVALS = "arm mode metric value low high seeds recordings"
-_COMPARISONS = (
-    "a b mode metric difference low high p_direction p_value p_holm detectable seeds recordings undefined seed_share "
-    "always_low always_high primary verdict"
-)
-_WINDOWS = "rung seed mode width_s early_s late_s f1 metronome_f1"
-_GROUPS = "by group rung mode value low high seeds recordings events"
-_TYPES: Final = {  # of columns; the others are float64
-    **dict.fromkeys(("arm", "rung", "a", "b", "mode", "metric", "verdict", "by", "group"), pa.string()),
-    **dict.fromkeys(("seed", "seeds", "recordings", "undefined", "events"), pa.int32()),
-    "primary": pa.bool_(),
-}
-
-
-def _write_table(path: Path, columns: str, rows: Iterator[dict[str, Any]]) -> None:
-    schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in columns.split()])
-    with replacing(path) as new:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
-
-
-def _summary(plan: Plan, metrics: dict[Job, dict[str, Any]], split: Split, recordings: int) -> dict[str, Any]:
+def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int) -> Row:
     """The content of benchmark.json."""
     config = {name: value for name, value in plan.config.to_json().items() if name not in ("arm", "seed")}
     shards = [shard for shard in split.manifest["shards"] if shard["split"] == split.name]
     trained = [job for job in metrics if find_rung(job[0]).kind == "arm"]
-    cost = {job: _cost_of(plan, job) for job in trained}
+    cost: dict[str, dict[str, float]] = {}  # of training, as the runs logged it
+    for rung, seed in trained:
+        lines = [line for line in read_metrics(run_of(plan, (rung, seed))) if "evaluation" not in line]
+        total = cost.setdefault(rung, {"runs": 0, "steps": 0, "tokens": 0, "seconds": 0})
+        total["runs"] += 1
+        total["steps"] += max((line["step"] for line in lines), default=0)
+        total["tokens"] += sum(line["tokens"] for line in lines)
+        total["seconds"] += sum(line["clock"]["seconds"] for line in lines)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "rungs": [rung.name for rung in RUNGS if rung.name in {name for name, _ in metrics}],
-        "planned": list(plan.arms),
+        "planned": list(plan.rungs),
         "seeds": list(plan.seeds) if len(plan.seeds) < MOST_SEEDS else sorted({seed for _, seed in metrics}),
         "margin": plan.margin,
         "primary": _question(plan),
@@ -228,23 +215,8 @@ def _summary(plan: Plan, metrics: dict[Job, dict[str, Any]], split: Split, recor
         "commands": [*filter(None, [plan.command]), *(line for job in trained for line in commands_of(plan, job))],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hazards": list(plan.hazards),
-        "hashes": {f"{rung}/seed-{seed}": of_run["model"] for (rung, seed), of_run in metrics.items()},
+        "hashes": {f"{rung}/seed-{seed}": found["model"] for (rung, seed), found in metrics.items()},
         "machine": ", ".join([platform.platform(), f"{os.cpu_count()} cores", *gpus]),
-        "cost": {
-            rung: {"runs": len(runs)}
-            | {name: sum(run[name] for run in runs) for name in ("steps", "tokens", "seconds")}
-            for rung in dict.fromkeys(rung for rung, _ in trained)
-            if (runs := [of for (name, _), of in cost.items() if name == rung])
-        },
-        "seconds": round(sum(of["seconds"] for of in cost.values())),
+        "cost": cost,
+        "seconds": round(sum(total["seconds"] for total in cost.values())),
     }
-
-
-def _cost_of(plan: Plan, job: Job) -> dict[str, float]:
-    """What training the run took, as it logged it."""
-    lines = [line for line in read_metrics(run_of(plan, job)) if "evaluation" not in line]
-    totals = {
-        "tokens": sum(line["tokens"] for line in lines),
-        "steps": max((line["step"] for line in lines), default=0),
-    }
-    return totals | {"seconds": sum(line["clock"]["seconds"] for line in lines)}

@@ -51,33 +51,44 @@ def headline(bench: Benchmark) -> str:
 
 def opening(bench: Benchmark) -> list[str]:
     """What tells when to speak, then the ladder's steps in numbers; where there is no ladder, the question's answer."""
-    top, told = top_rung(bench), tells(bench)
+    top, margin = top_rung(bench), f"{bench.margin:g}"
     if top is None:
         return [question(bench)]
     steps = {step.rung: step for step in ladder_steps(bench)}
     lowest, *others = top.chain
-    of_clock = lowest == "metronome"
-    if told:
-        sources = _listed([name for rung in told for name in _sources(steps[rung])])
-        first = f"On these data, when to speak is told by {sources}{'' if of_clock else f', beyond what {lowest} has'}"
-    elif of_clock:
-        first = "On these data nothing is shown to tell when to speak better than a metronome"
+    beyond = "" if lowest == "metronome" else f"beyond what {lowest} has"
+    if told := [source for rung in tells(bench) for source in _sources(steps[rung])]:
+        first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
     else:
-        first = f"On these data nothing is shown to tell when to speak beyond what {lowest} has"
+        first = f"On these data nothing is shown to tell when to speak {beyond or 'better than a metronome'}"
     if top.decided:
         first += f"; {top.rung} is the lowest rung that reaches the top"
-        first += "" if top.rung == top.chain[-1] else f": those above add {bench.margin:g} event F1 at most"
+        first += "" if top.rung == top.chain[-1] else f": those above add {margin} event F1 at most"
     else:
-        first += (
-            f"; no rung is shown to beat {top.rung.replace('metronome', 'a metronome')}, but whether one does, by over "
-        )
-        first += f"{bench.margin:g}, is undecided"
+        name = top.rung.replace("metronome", "a metronome")
+        first += f"; no rung is shown to beat {name}, but whether one does, by over {margin}, is undecided"
+    seeds = [bench.score(r, bench.mode, PRIMARY)["seeds"] for r in top.chain if find_rung(r).kind == "arm"] or [1]
+    size = f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
+    size = f"{counted(bench.info['recordings'], 'recording')}, {size}{counted(max(seeds), 'seed')}"
     numbers = [f"{lowest} {format_number(steps[lowest].value)}"]
     numbers += [f"{_listed(_sources(steps[rung]))} {_step(bench, steps[rung])}" for rung in others]
-    text = f"Event F1 ({bench.mode}, {_size(bench, top.chain)}): {', '.join(numbers)}"
-    scripted = steps.get("true-state")
-    text += f"; the true state would add {_step(bench, scripted)}" if scripted and scripted.below == QUESTION[0] else ""
+    text = f"Event F1 ({bench.mode}, {size}): {', '.join(numbers)}"
+    if "true-state" in steps and steps["true-state"].below == QUESTION[0]:
+        text += f"; the true state would add {_step(bench, steps['true-state'])}"
     return [f"{first}.", f"{text}."]
+
+
+def _sources(step: Step) -> list[str]:
+    """What the rung has more than the one below it, which need not be the next."""
+    lower = CHAIN.index(step.below) if step.below else -1
+    return [SOURCES[rung] for rung in CHAIN[lower + 1 : CHAIN.index(step.rung) + 1]]
+
+
+def _step(bench: Benchmark, step: Step) -> str:
+    """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
+    small, least = f" (under {bench.margin:g})", f" (no more than {bench.margin:g})"
+    words = {BEATS: "", WORSE: " (worse)", UNDECIDED: " (undecided)", SMALL: small, NO_LARGER: least}
+    return format_interval(step.difference, step.low, step.high, signed=True) + words[step.verdict]
 
 
 def leaks(bench: Benchmark) -> Iterator[str]:
@@ -98,12 +109,12 @@ def leaks(bench: Benchmark) -> Iterator[str]:
 
 def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
     """That a rung without pictures is much better on the reference's context than on its own."""
-    forced, free = (bench.arm(blind, mode, PRIMARY) for mode in MODES)
+    forced, free = (bench.score(blind, mode, PRIMARY) for mode in MODES)
     if forced.get("low") is None or free.get("high") is None or forced["low"] <= free["high"] + bench.margin:
         return
-    values = [format_interval(row["value"], row["low"], row["high"]) for row in (forced, free)]
+    on_reference, on_own = (format_interval(row["value"], row["low"], row["high"]) for row in (forced, free))
     text = (
-        f"The reference's context gives away when to speak: on it {blind} reaches {values[0]}, on its own {values[1]}."
+        f"The reference's context gives away when to speak: on it {blind} reaches {on_reference}, on its own {on_own}."
     )
     row = bench.comparison("texts", "history", TEACHER_FORCED, PRIMARY)
     if blind == "texts" and (row.get("low") or 0.0) > bench.margin:
@@ -119,31 +130,18 @@ def question(bench: Benchmark) -> str:
         comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
         return answer(comparison, a, b, metric.label, metric.unit, bench.mode, metric.higher_is_better) + "."
     reached = []
-    for arm in bench.rungs:
-        if row := bench.arm(arm, bench.mode, name):
+    for rung in bench.rungs:
+        if row := bench.score(rung, bench.mode, name):
             number, _, interval = format_interval(row["value"], row["low"], row["high"]).partition(" ")
-            reached.append(f"{arm} reaches {number} {_named(metric)} {interval}".rstrip())
+            reached.append(f"{rung} reaches {number} {_named(metric)} {interval}".rstrip())
     return f"No answer: {a} and {b} were not compared. {'; '.join(reached) or 'Nothing was measured'} ({bench.mode})."
-
-
-def limits(bench: Benchmark) -> list[str]:
-    """What limits the answer, most important first."""
-    return [
-        *_missing(bench),
-        *_no_skill(bench),
-        *_exposure(bench),
-        *_announcement(bench),
-        *_precision(bench),
-        *_unfinished(bench),
-        *_stopping(bench),
-    ]
 
 
 def one_seed(bench: Benchmark) -> str:
     """A warning that nothing on the page says what other seeds would give; empty with more than one."""
     if len(bench.info["seeds"]) > 1:
         return ""
-    if any(row["low"] is not None for row in (*bench.arms, *bench.comparisons)):
+    if any(row["low"] is not None for row in (*bench.scores.values(), *bench.comparisons.values())):
         return "One seed: the intervals are about other recordings, not other seeds, and are too narrow for those."
     return "One seed: nothing here says what other seeds would give."
 
@@ -166,50 +164,43 @@ def data_size(info: Row) -> str:
     """What was evaluated, how long training took, and where."""
     counts = [(len(info["rungs"]), "rung"), (len(info["seeds"]), "seed")]
     counts += [(info[f"{what}s"], what) for what in ("recording", "clip", "frame")]
-    size = ", ".join(counted(number, what) for number, what in counts)
-    minutes = float(info["seconds"]) / 60
-    return (
-        f"Split {info['split']}: {size}; {minutes:,.1f} minutes of training, all runs together, on {info['machine']}."
-    )
+    size, minutes = ", ".join(counted(number, what) for number, what in counts), float(info["seconds"]) / 60
+    where = f"{minutes:,.1f} minutes of training, all runs together, on {info['machine']}"
+    return f"Split {info['split']}: {size}; {where}."
 
 
 # ---- what limits the answer --------------------------------------------------------------------------
 
 
+def limits(bench: Benchmark) -> list[str]:
+    """What limits the answer, most important first."""
+    return [*_missing(bench), *_exposure(bench), *_announcement(bench), *_precision(bench), *_stopping(bench)]
+
+
 def _missing(bench: Benchmark) -> Iterator[str]:
-    """Which arms lack the mode that was asked for, and why."""
-    arms: dict[str, list[str]] = {}
-    for arm in bench.rungs:
-        if why := why_missing(bench, arm, str(bench.info["primary"]["mode"])):
-            arms.setdefault(why, []).append(arm)
-    for why, names in arms.items():
-        yield f"{_listed(names)} {'was' if len(names) == 1 else 'were'} {why}."
-
-
-def _no_skill(bench: Benchmark) -> Iterator[str]:
-    """That event F1 shows no skill, where nothing is shown to beat a metronome."""
+    """Which arms lack the mode that was asked for, and why; and that event F1 shows no skill where nothing is shown to
+    beat a metronome."""
+    reasons: dict[str, list[str]] = {}
+    for rung in bench.rungs:
+        if why := why_missing(bench, rung, str(bench.info["primary"]["mode"])):
+            reasons.setdefault(why, []).append(rung)
+    for why, rungs in reasons.items():
+        yield f"{_listed(rungs)} {'was' if len(rungs) == 1 else 'were'} {why}."
     top = top_rung(bench)
     if top and top.rung == "metronome":
         window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
         yield f"At this window ({window}) event F1 does not show skill; narrow it with --early-s and --late-s."
 
 
-def _unfinished(bench: Benchmark) -> Iterator[str]:
-    """Which arms of the question still improved when training ended."""
-    for rung, text in convergence(bench).items():
-        if rung in bench.primary[1:] and text.startswith(IMPROVING):
-            yield f"{rung} {text} when training ended: more --steps may change the answer."
-
-
 def _exposure(bench: Benchmark) -> Iterator[str]:
     """What the winner, or else the first arm, loses when it reads its own text; or that this was not measured."""
     name, a, b = bench.primary
-    metric, free_running = METRICS[name], SELF_FED
-    if free_running not in bench.modes:
+    metric = METRICS[name]
+    if SELF_FED not in bench.modes:
         yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
         return
-    winner = b if _shown_sign(metric, bench.comparison(a, b, free_running, name)) < 0 else a
-    forced, free = (bench.arm(winner, mode, name).get("value") for mode in MODES)
+    winner = b if _shown_sign(metric, bench.comparison(a, b, SELF_FED, name)) < 0 else a
+    forced, free = (bench.score(winner, mode, name).get("value") for mode in MODES)
     if forced is None or free is None:
         return
     loss = forced - free if metric.higher_is_better else free - forced
@@ -218,14 +209,15 @@ def _exposure(bench: Benchmark) -> Iterator[str]:
         f"its own, {format_number(free)}: exposure bias costs {format_number(loss) if loss > 0 else 'nothing here'}."
     )
     row = bench.comparison(a, b, TEACHER_FORCED, name)
-    yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if _is_known(row) else "")
+    known = row.get("difference") is not None
+    yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if known else "")
 
 
 def _announcement(bench: Benchmark) -> Iterator[str]:
     """How much of a gain that was shown is also had from updates without content."""
     name, a, b = bench.primary
     metric, control = METRICS[name], WITHOUT_CONTENT
-    values = [bench.arm(arm, bench.mode, name).get("value") for arm in (a, control, b)]
+    values = [bench.score(rung, bench.mode, name).get("value") for rung in (a, control, b)]
     shown = _shown_sign(metric, bench.comparison(a, b, bench.mode, name)) > 0
     if not shown or None in values or control in (a, b):
         return
@@ -237,11 +229,12 @@ def _announcement(bench: Benchmark) -> Iterator[str]:
         f"{share} of the gain is announcement (an update says that speech is near), not content."
     )
     row = bench.comparison(a, control, bench.mode, name)
-    yield text + (f" {a} minus {control}: {_difference(row)}." if _is_known(row) else "")
+    yield text + (f" {a} minus {control}: {_difference(row)}." if row.get("difference") is not None else "")
 
 
 def _precision(bench: Benchmark) -> Iterator[str]:
-    """What size would have been missed (`answer` says it where none was shown), and what more data would help."""
+    """What size would have been missed (`answer` says it where none was shown), what more data would help, and which
+    arms of the question still improved when training ended."""
     name, a, b = bench.primary
     metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
     if _shown_sign(metric, row) and row["detectable"] is not None:
@@ -260,6 +253,9 @@ def _precision(bench: Benchmark) -> Iterator[str]:
     if few:
         verb = "is" if few == ["1 recording"] else "are"
         yield f"{' and '.join(few)} {verb} few: what holds here may not hold for others."
+    for rung, text in convergence(bench).items():
+        if rung in (a, b) and text.startswith(IMPROVING):
+            yield f"{rung} {text} when training ended: more --steps may change the answer."
 
 
 def _stopping(bench: Benchmark) -> Iterator[str]:
@@ -279,26 +275,6 @@ def _stopping(bench: Benchmark) -> Iterator[str]:
 # ---- words -------------------------------------------------------------------------------------------
 
 
-def _sources(step: Step) -> list[str]:
-    """What the rung has more than the one below it, which need not be the next."""
-    lower = CHAIN.index(step.below) if step.below else -1
-    return [SOURCES[rung] for rung in CHAIN[lower + 1 : CHAIN.index(step.rung) + 1]]
-
-
-def _step(bench: Benchmark, step: Step) -> str:
-    """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
-    words = {BEATS: "", WORSE: "worse", UNDECIDED: "undecided", SMALL: f"under {bench.margin:g}"}
-    words[NO_LARGER] = f"no more than {bench.margin:g}"
-    numbers = format_interval(step.difference, step.low, step.high, signed=True)
-    return f"{numbers} ({words[step.verdict]})" if words[step.verdict] else numbers
-
-
-def _size(bench: Benchmark, rungs: Sequence[str]) -> str:
-    seeds = sorted({bench.arm(rung, bench.mode, PRIMARY)["seeds"] for rung in rungs if find_rung(rung).kind == "arm"})
-    few = f"{seeds[0]} to " if len(seeds) > 1 else ""
-    return f"{counted(bench.info['recordings'], 'recording')}, {few}{counted(seeds[-1] if seeds else 1, 'seed')}"
-
-
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
@@ -312,10 +288,6 @@ def _shown_sign(metric: Metric, row: Row) -> int:
     if row.get("low") is None:
         return 0
     return (int(row["low"] > 0) - int(row["high"] < 0)) * (1 if metric.higher_is_better else -1)
-
-
-def _is_known(row: Row) -> bool:
-    return row.get("difference") is not None
 
 
 def _difference(row: Row) -> str:

@@ -8,14 +8,13 @@ One seed; free-running scores if there are any. Needs the shards that the benchm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
 from scipy.special import expit
 
-from pipeline.dataset import ClipExample, Split
+from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.state import write_updates
 from trainer.config import Settings
@@ -69,8 +68,9 @@ def find_disagreements(bench: Benchmark, a: str, b: str) -> tuple[list[Disagreem
         pairs = list(zip(*(_outcomes(bench, arm, seed, split) for arm in (a, b)), strict=True))
     except (OSError, InputError) as error:
         return [], f"No timelines: {str(error).splitlines()[0]}."
-    ranked = sorted(pairs, key=lambda pair: (-abs(_gain(pair)), pair[0].scored.clip.clip_id))
-    better, worse = ([pair for pair in ranked if sign * _gain(pair) > 0] for sign in (1, -1))
+    gains = [(len(second.errors) - len(first.errors), (first, second)) for first, second in pairs]
+    gains.sort(key=lambda gained: (-abs(gained[0]), gained[1][0].scored.clip.clip_id))
+    better, worse = ([pair for gain, pair in gains if sign * gain > 0] for sign in (1, -1))
     about = (
         f"Seed {seed}, {bench.mode}. Errors are reference events missed and speech that matches none. Of "
         f"{len(pairs):,} clips {a} makes fewer in {len(better):,}, {b} in {len(worse):,}; the rest are even."
@@ -80,13 +80,8 @@ def find_disagreements(bench: Benchmark, a: str, b: str) -> tuple[list[Disagreem
     return [_disagreement(pair) for pair in (*better[:CLIPS_EACH_WAY], *worse[:CLIPS_EACH_WAY])], about
 
 
-def _gain(pair: Pair) -> int:
-    return len(pair[1].errors) - len(pair[0].errors)
-
-
 def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[_Outcome]:
-    logit = bench.threshold(arm, seed)
-    settings = Settings(**{field.name: bench.info["settings"][field.name] for field in fields(Settings)})
+    logit, settings = bench.threshold(arm, seed), Settings(**bench.info["settings"])
     path = bench.run(arm, seed) / "scores" / f"{bench.mode}.parquet"
     for scored in read_scores(path, {split.name: split})[split.name]:
         clip = scored.clip
@@ -104,20 +99,17 @@ def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[_
         yield _Outcome(scored, track, {*false_alarms, *misses})
 
 
-# ---- one clip ----------------------------------------------------------------------------------------
-
-
 def _disagreement(pair: Pair) -> Disagreement:
     clip = pair[0].scored.clip
     start, end = clip.start_frame / clip.fps, clip.end_frame / clip.fps
     subtitle = f"Recording {clip.recording_id}. Errors: "
-    subtitle += ", ".join(f"{outcome.track.arm} {len(outcome.errors)}" for outcome in pair) + "."
+    subtitle += ", ".join(f"{outcome.track.rung} {len(outcome.errors)}" for outcome in pair) + "."
     if end - start > MAX_SECONDS:  # a stretch from shortly before what only one arm got wrong
         first = min(pair[0].errors ^ pair[1].errors, default=start)
         start = max(start, min(first - LEAD_SECONDS, end - MAX_SECONDS))
         end = start + MAX_SECONDS
         subtitle += f" {MAX_SECONDS:.0f} s of it are shown."
-    turns = [*_reference_lines(clip), *_model_lines(pair[0]), *_model_lines(pair[1])]
+    turns = list(_transcript(pair))
     lines = sorted((line for line in turns if start <= line.seconds <= end), key=lambda line: line.seconds)
     timeline = Timeline(
         title=f"clip {clip.clip_id}",
@@ -131,23 +123,20 @@ def _disagreement(pair: Pair) -> Disagreement:
     return Disagreement(timeline, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
 
 
-def _reference_lines(clip: ClipExample) -> Iterator[TranscriptLine]:
-    names = {"assistant": "reference", "DST_UPDATE": "reference update"}
+def _transcript(pair: Pair) -> Iterator[TranscriptLine]:
+    """The reference's lines, then what each free-running arm wrote, an update before the speech of its frame."""
+    clip, names = pair[0].scored.clip, {"assistant": "reference", "DST_UPDATE": "reference update"}
     for turn in clip.turns:
         if turn.role == "user" and turn.start_frame is not None:
             yield TranscriptLine(turn.start_frame / clip.fps, "user", printable(turn.text, MAX_CHARACTERS))
         elif turn.role in names and is_event(turn, clip):
             yield TranscriptLine(instant(turn, clip), names[turn.role], printable(turn.text, MAX_CHARACTERS))
-
-
-def _model_lines(outcome: _Outcome) -> Iterator[TranscriptLine]:
-    """What a free-running arm wrote, an update before the speech of its frame."""
-    scored, arm = outcome.scored, outcome.track.arm
-    nothing = [None] * scored.clip.num_frames
-    for time, text, update in zip(
-        outcome.track.times.tolist(), scored.said or nothing, scored.updates or nothing, strict=True
-    ):
-        if update is not None:
-            yield TranscriptLine(time, f"{arm} update", printable(write_updates(update) or "(empty)", MAX_CHARACTERS))
-        if text is not None:
-            yield TranscriptLine(time, arm, printable(text, MAX_CHARACTERS) or "(no words)")
+    for scored, track, _ in pair:
+        nothing = [None] * clip.num_frames
+        written = zip(track.times.tolist(), scored.said or nothing, scored.updates or nothing, strict=True)
+        for time, said, update in written:
+            if update is not None:
+                text = write_updates(update) or "(empty)"
+                yield TranscriptLine(time, f"{track.rung} update", printable(text, MAX_CHARACTERS))
+            if said is not None:
+                yield TranscriptLine(time, track.rung, printable(said, MAX_CHARACTERS) or "(no words)")

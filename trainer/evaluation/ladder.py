@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from trainer.arms import RUNGS, find_rung
 
@@ -39,16 +39,18 @@ def below_of(rung: str, measured: Sequence[str]) -> str | None:
     return below if below is None or below in measured else below_of(below, measured)
 
 
+def _steps(rungs: Sequence[str]) -> list[tuple[str, str]]:
+    return [(rung.name, below) for rung in RUNGS if rung.name in rungs and (below := below_of(rung.name, rungs))]
+
+
 def question_of(rungs: Sequence[str]) -> tuple[str, str]:
     """The pair that is to be answered: speak+dst against speak, else the highest rung against the one below it."""
-    steps = [(rung.name, below) for rung in RUNGS if rung.name in rungs and (below := below_of(rung.name, rungs))]
-    return steps[-1] if steps and not set(QUESTION) <= set(rungs) else QUESTION
+    return QUESTION if set(QUESTION) <= set(rungs) else [QUESTION, *_steps(rungs)][-1]
 
 
 def pairs_of(rungs: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of interest: the question, each rung against the one below it, and the controls of the question."""
-    steps = [(rung.name, below) for rung in RUNGS if rung.name in rungs and (below := below_of(rung.name, rungs))]
-    pairs = dict.fromkeys([question_of(rungs), *steps, *CONTROL_PAIRS])
+    pairs = dict.fromkeys([question_of(rungs), *_steps(rungs), *CONTROL_PAIRS])
     return [pair for pair in pairs if set(pair) <= set(rungs)]
 
 
@@ -70,7 +72,7 @@ def verdict_of(low: float | None, high: float | None, margin: float) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """A rung, and what it has more than the one below it; no numbers of a step for the lowest."""
+    """A rung, and what it adds to the one below it; the lowest has no numbers of a step."""
 
     rung: str
     below: str | None
@@ -80,73 +82,62 @@ class Step:
     difference: float | None = None  # to `below`
     verdict: str = ""
 
-    @property
-    def adds(self) -> bool:
-        """Whether it is shown to be better than the rung below it."""
-        return (self.low or 0.0) > 0
-
 
 def ladder_steps(bench: Benchmark, mode: str | None = None) -> list[Step]:
     """Every rung measured in `mode` (None: that of the answer), from the lowest up."""
     mode = mode or bench.mode
-    measured = [rung for rung in bench.rungs if bench.arm(rung, mode, PRIMARY)]
-    steps = []
+    steps, measured = [], [rung for rung in bench.rungs if bench.score(rung, mode, PRIMARY)]
     for rung in measured:
-        value, below = bench.arm(rung, mode, PRIMARY)["value"], below_of(rung, measured)
+        value, below = bench.score(rung, mode, PRIMARY)["value"], below_of(rung, measured)
         row = bench.comparison(rung, below, mode, PRIMARY) if below else {}
-        ends, verdict = (row.get("low"), row.get("high")), ""
-        if below:
-            verdict = verdict_of(*ends, bench.margin)
-        steps.append(Step(rung, below, value, *ends, row.get("difference"), verdict))
+        low, high = row.get("low"), row.get("high")
+        verdict = verdict_of(low, high, bench.margin) if below else ""
+        steps.append(Step(rung, below, value, low, high, row.get("difference"), verdict))
     return steps
 
 
-@dataclass(frozen=True)
-class Top:
-    """How far up the ladder one has to climb; rungs of CHAIN, scripted ones and variants left out."""
+class Top(NamedTuple):
+    """How far up the ladder one has to climb; scripted rungs and variants of a rung are left out."""
 
     rung: str  # the lowest that no higher rung is shown to beat
-    within: str  # the lowest that no higher rung beats by more than the margin, and shown so; at worst the highest
     decided: bool  # whether the rungs above `rung` are shown to add no more than the margin to it
-    chain: tuple[str, ...]  # the rungs measured, from the lowest
+    chain: list[str]  # the rungs of CHAIN that were measured
+
+
+def _measured_chain(bench: Benchmark, mode: str) -> list[str]:
+    return [rung for rung in CHAIN if bench.score(rung, mode, PRIMARY).get("value") is not None]
 
 
 def _beats(bench: Benchmark, high: str, low: str, mode: str) -> bool:
-    """Whether `high` is shown to be better than `low`, or than another of CHAIN below `high` whose value is no less.
+    """Whether `high` is shown to be better than `low`, or than another rung below `high` whose value is no less.
 
     So a rung with few seeds, against which little can be shown, does not hide what is shown against a better one.
     """
-    value = bench.arm(low, mode, PRIMARY).get("value")
-    for rung in CHAIN[: CHAIN.index(high)]:
-        other = bench.arm(rung, mode, PRIMARY).get("value")
-        as_good = rung == low or (value is not None and other is not None and other >= value)
-        if as_good and (bench.comparison(high, rung, mode, PRIMARY).get("low") or 0.0) > 0:
-            return True
-    return False
+    values = {rung: bench.score(rung, mode, PRIMARY)["value"] for rung in _measured_chain(bench, mode)}
+    return any(
+        values[rung] >= values[low] and (bench.comparison(high, rung, mode, PRIMARY).get("low") or 0.0) > 0
+        for rung in CHAIN[: CHAIN.index(high)]
+        if rung in values
+    )
 
 
 def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
     """The lowest rung that reaches the top; None where fewer than two rungs of CHAIN were measured."""
     mode = mode or bench.mode
-    chain = tuple(rung for rung in CHAIN if bench.arm(rung, mode, PRIMARY).get("value") is not None)
-    if len(chain) < 2:
-        return None
-    unbeaten, within = [], []
-    for place, rung in enumerate(chain):
-        rows = [bench.comparison(higher, rung, mode, PRIMARY) for higher in chain[place + 1 :]]
-        if not any(_beats(bench, higher, rung, mode) for higher in chain[place + 1 :]):
-            unbeaten.append(rung)
-        if all(row.get("high") is not None and row["high"] <= bench.margin + _ROUNDING for row in rows):
-            within.append(rung)
-    return Top(unbeaten[0], within[0], unbeaten[0] in within, chain)
+    chain = _measured_chain(bench, mode)
+    for place, rung in enumerate(chain if len(chain) > 1 else ()):
+        above = chain[place + 1 :]
+        if not any(_beats(bench, higher, rung, mode) for higher in above):
+            ends = [bench.comparison(higher, rung, mode, PRIMARY).get("high") for higher in above]
+            return Top(rung, all(end is not None and end <= bench.margin + _ROUNDING for end in ends), chain)
+    return None
 
 
-def tells(bench: Benchmark, mode: str | None = None) -> list[str]:
+def tells(bench: Benchmark) -> list[str]:
     """The rungs of CHAIN whose source of information is shown to tell: better than every rung below them."""
-    mode = mode or bench.mode
-    chain = [rung for rung in CHAIN if bench.arm(rung, mode, PRIMARY).get("value") is not None]
+    chain = _measured_chain(bench, bench.mode)
     return [
         rung
         for place, rung in enumerate(chain)
-        if place and all(_beats(bench, rung, low, mode) for low in chain[:place])
+        if place and all(_beats(bench, rung, low, bench.mode) for low in chain[:place])
     ]

@@ -38,8 +38,8 @@ NEVER: Final = "never updating"
 DASHED: Final = (0, (4, 3))
 INK, MUTED, GRID, WHITE = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
 FALSE_ALARM, SPEAKING, DST = "#cf222e", "#2563eb", "#d97706"
-# arm -> (colour, on a dark page, line style); after Okabe and Ito's palette, with more contrast to white
-ARM_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
+# rung -> (colour, on a dark page, line style); after Okabe and Ito's palette, with more contrast to white
+RUNG_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
     "metronome": ("#3d4650", "#c3cad3", (0, (1, 3))),
     "history": ("#6639ba", "#b794f6", (0, (3, 1, 1, 1))),
     "true-state": ("#a40e26", "#ff8f9c", ":"),
@@ -55,14 +55,11 @@ ARM_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
 }
 OTHER: Final[tuple[str, str, Any]] = ("#8250df", "#b48cf2", "-")
 DARK: Final = dict([(INK, "#e4e7eb"), (MUTED, "#98a1ad"), (GRID, "#353c45"), (WHITE, "#1b1f25"), (DST, "#f0a04b"),
-                    (FALSE_ALARM, "#ff7b72"), *(arm[:2] for arm in (*ARM_STYLES.values(), OTHER))])  # fmt: skip
+                    (FALSE_ALARM, "#ff7b72"), *(style[:2] for style in (*RUNG_STYLES.values(), OTHER))])  # fmt: skip
 
 
-def arm_colour(arm: str) -> str:
-    return ARM_STYLES.get(arm, OTHER)[0]
-
-
-# ---- words and numbers -------------------------------------------------------------------------------
+def rung_colour(rung: str) -> str:
+    return RUNG_STYLES.get(rung, OTHER)[0]
 
 
 def printable(text: str, most: int = 36) -> str:
@@ -95,9 +92,6 @@ def thin(x: Values, y: Values, buckets: int = 400) -> Line:
     parts = np.array_split(known, buckets)
     chosen = np.array([sorted((p[y[p].argmin()], p[y[p].argmax()])) for p in parts]).ravel()
     return x[chosen], y[chosen]
-
-
-# ---- output ------------------------------------------------------------------------------------------
 
 
 def new_figure(height: float, width: float = 800) -> Figure:
@@ -147,9 +141,6 @@ def css_colours(dark: bool = False) -> str:
     return " ".join(f"--x{light[1:]}: {there if dark else light};" for light, there in DARK.items())
 
 
-# ---- the ladder --------------------------------------------------------------------------------------
-
-
 class Mark(NamedTuple):
     """One value with its interval, None where undefined."""
 
@@ -167,7 +158,8 @@ class RungRow(NamedTuple):
 
 
 def ladder(rows: Sequence[RungRow], panels: Sequence[str], measure: str) -> Figure:
-    """Panels side by side, the lowest rung at the bottom; the broad bar is the step from the rung below."""
+    """Panels side by side, the lowest rung at the bottom; the broad bar is the step from the rung below, the numbers at
+    the right are the value and that step."""
     figure = new_figure(38 * len(rows) + 74)
     all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for place, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
@@ -176,43 +168,37 @@ def ladder(rows: Sequence[RungRow], panels: Sequence[str], measure: str) -> Figu
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.margins(x=0.08)
-        for y, row in enumerate(rows):
-            _draw_mark(axes, row.marks[place], row.colour, y, hollow=panel == TEACHER_FORCED)
+        right = axes.get_yaxis_transform()
+        for y, (_, colour, marks) in enumerate(rows):
+            value, low, high, below, step = marks[place]
+            if value is not None:
+                if below is not None:
+                    axes.plot([below, value], [y, y], color=GRID, linewidth=9, solid_capstyle="butt", zorder=2)
+                if low is not None and high is not None:
+                    axes.plot([low, high], [y, y], color=colour, linewidth=1.8, zorder=3)
+                inside = WHITE if panel == TEACHER_FORCED else colour
+                axes.plot([value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
+            numbers = format_interval(value, low, high)
+            axes.text(1.03, y + (0.2 if step else 0), numbers, transform=right, va="center", size=11)
+            axes.text(1.03, y - 0.2, step, transform=right, va="center", size=10.5, color=MUTED)
     all_axes[0].set_yticks(range(len(rows)), [printable(row.name, 30) for row in rows], size=12, weight="bold")
     for label, row in zip(all_axes[0].get_yticklabels(), rows, strict=True):
         label.set_color(row.colour)
     return figure
 
 
-def _draw_mark(axes: Axes, mark: Mark, colour: str, y: float, hollow: bool) -> None:
-    """Step, interval and point; at the right the value and the step as numbers."""
-    if mark.value is not None:
-        if mark.below is not None:
-            axes.plot([mark.below, mark.value], [y, y], color=GRID, linewidth=9, solid_capstyle="butt", zorder=2)
-        if mark.low is not None and mark.high is not None:
-            axes.plot([mark.low, mark.high], [y, y], color=colour, linewidth=1.8, zorder=3)
-        inside = WHITE if hollow else colour
-        axes.plot([mark.value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
-    right, numbers = axes.get_yaxis_transform(), format_interval(mark.value, mark.low, mark.high)
-    axes.text(1.03, y + (0.2 if mark.step else 0), numbers, transform=right, va="center", size=11)
-    axes.text(1.03, y - 0.2, mark.step, transform=right, va="center", size=10.5, color=MUTED)
-
-
-def _point(marker: str, colour: str, label: str, **style: Any) -> Line2D:
-    """A legend's entry."""
-    return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6.5, label=label, **style)
-
-
-# ---- curves over seeds -------------------------------------------------------------------------------
-
-
 class Curve(NamedTuple):
-    """One arm: a thin line per seed, and their mean as a thick one."""
+    """One rung: a thin line per seed, and their mean as a thick one."""
 
-    arm: str
+    rung: str
     seeds: Sequence[Line]
     mean: Line
     note: str = ""  # a number for the legend
+
+    @property
+    def style(self) -> dict[str, Any]:
+        colour, _, style = (MUTED, "", DASHED) if self.rung == NEVER else RUNG_STYLES.get(self.rung, OTHER)
+        return {"color": colour, "linestyle": style}
 
 
 class Panel(NamedTuple):
@@ -227,27 +213,23 @@ class Panel(NamedTuple):
 
 
 def curve_panels(panels: Sequence[Panel], note: str) -> Figure:
-    """Panels side by side, and a legend of all arms with their numbers, named `note`."""
+    """Panels side by side, and a legend of all rungs with their numbers, named `note`."""
     figure = new_figure(350)
     notes: dict[str, list[str]] = {}
+    styles = {curve.rung: curve.style for panel in panels for curve in panel.curves}
     for i, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(1, len(panels), i + 1), panel)
         for curve in panel.curves:
-            notes.setdefault(curve.arm, ["-"] * len(panels))[i] = curve.note or "-"
+            notes.setdefault(curve.rung, ["-"] * len(panels))[i] = curve.note or "-"
     handles = [
-        Line2D([], [], linewidth=2.2, label=f"{printable(arm, 20)}  {', '.join(numbers)}", **_line_style(arm))
-        for arm, numbers in notes.items()
+        Line2D([], [], linewidth=2.2, label=f"{printable(rung, 20)}  {', '.join(numbers)}", **styles[rung])
+        for rung, numbers in notes.items()
     ]
     title = note if len(panels) == 1 else f"{note}: left, right"
     legend = figure.legend(handles=handles, loc="outside right upper", labelcolor="linecolor", title=title,
                            alignment="left", title_fontproperties={"size": 11.5})  # fmt: skip
     legend.get_title().set_color(MUTED)
     return figure
-
-
-def _line_style(arm: str) -> dict[str, Any]:
-    colour, _, style = (MUTED, "", DASHED) if arm == NEVER else ARM_STYLES.get(arm, OTHER)
-    return {"color": colour, "linestyle": style}
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -263,23 +245,19 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=DASHED)
         axes.annotate(name, (xs[0], ys[0]), (4, 4), textcoords="offset points", size=11, color=MUTED)
     for curve in panel.curves:
-        style = _line_style(curve.arm)
         for line in curve.seeds:
-            axes.plot(*line, color=style["color"], linewidth=0.8, alpha=0.4)
+            axes.plot(*line, color=curve.style["color"], linewidth=0.8, alpha=0.4)
         marker = "o" if panel.dots or len(curve.mean[0]) < 3 else ""
-        axes.plot(*curve.mean, linewidth=2.2, marker=marker, markersize=4.5, clip_on=False, zorder=3, **style)
+        axes.plot(*curve.mean, linewidth=2.2, marker=marker, markersize=4.5, clip_on=False, zorder=3, **curve.style)
     if panel.x_end is not None:
         axes.set_xlim(0, panel.x_end)
 
 
-# ---- timelines ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Track:
-    """One arm on one clip; instants in seconds of the video."""
+    """One rung on one clip; instants in seconds of the video."""
 
-    arm: str
+    rung: str
     times: Values  # [F]
     scores: Values  # [F], 0..1
     threshold: float | None  # as a score
@@ -299,7 +277,7 @@ class Timeline(NamedTuple):
 
 
 def timeline(clip: Timeline) -> Figure:
-    """The reference in three lanes; below it each arm's score, where it spoke, and where it wrote an update."""
+    """The reference in three lanes; below it each rung's score, where it spoke, and where it wrote an update."""
     figure = new_figure(150 + 126 * len(clip.tracks))
     lanes, *tracks = figure.subplots(1 + len(clip.tracks), sharex=True, height_ratios=[55] + [84] * len(clip.tracks))
     lanes.set_title(f"{printable(clip.title, 70)}\n", pad=4)
@@ -319,18 +297,19 @@ def timeline(clip: Timeline) -> Figure:
         for instant in clip.speech:
             axes.axvline(instant, color=GRID, linewidth=1.2, zorder=0)
     tracks[-1].set_xlabel("seconds of the video")
-    handles = [_point("o", INK, "hit"), _point("x", FALSE_ALARM, "false alarm"), _point("d", DST, "its update")]
-    styles: dict[str, Any] = {"score": "-", "threshold": DASHED}
-    handles += [Line2D([], [], color=MUTED, linestyle=style, label=name) for name, style in styles.items()]
+    points = (("o", INK, "hit"), ("x", FALSE_ALARM, "false alarm"), ("d", DST, "its update"))
+    lines: tuple[tuple[Any, str], ...] = (("-", "score"), (DASHED, "threshold"))
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=6.5, label=name) for m, c, name in points]
+    handles += [Line2D([], [], color=MUTED, linestyle=style, label=name) for style, name in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, labelcolor=MUTED, handlelength=1)
     return figure
 
 
 def _draw_track(axes: Axes, track: Track, span: tuple[float, float]) -> None:
-    colour = arm_colour(track.arm)
+    colour = rung_colour(track.rung)
     axes.set_title(" ", size=12)  # room for the marks above the axes
     axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
-    axes.set_ylabel(printable(track.arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
+    axes.set_ylabel(printable(track.rung, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
     axes.plot(*thin(track.times, track.scores), color=colour, linewidth=1.3)
     if track.threshold is not None:
         axes.axhline(track.threshold, color=colour, linewidth=0.9, linestyle=DASHED, alpha=0.8)

@@ -34,17 +34,17 @@ from trainer.evaluation.benchmark_folder import (
     training_curves,
 )
 from trainer.evaluation.disagreements import find_disagreements
-from trainer.evaluation.ladder import PRIMARY, Step, ladder_steps, pairs_of
+from trainer.evaluation.ladder import PRIMARY, ladder_steps, pairs_of
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.plots import (
     Curve,
     Mark,
     Panel,
-    arm_colour,
     css_colour,
     format_interval,
     format_number,
     printable,
+    rung_colour,
 )
 
 MOST_GROUPS: Final = 12  # of a kind, on the page
@@ -73,11 +73,23 @@ def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> P
 
 def page_data(bench: Benchmark) -> dict[str, Any]:
     """All that the template shows; draws the figures into OUT/figures on the way."""
-    info, (metric, a, b) = bench.info, bench.primary
+    info, mode, (metric, a, b) = bench.info, bench.mode, bench.primary
     interest = pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
-    rows = [row | {"heading": _heading(row["metric"])} for row in bench.comparisons if (row["a"], row["b"]) in interest]
+    rows = [
+        row | {"heading": _heading(row["metric"])}
+        for (*pair, _, _), row in bench.comparisons.items()
+        if tuple(pair) in interest
+    ]
     rows.sort(key=lambda row: (not row["primary"], [*METRICS].index(row["metric"])))
+    groups: dict[str, dict[str, dict[str, Row]]] = {"dataset": {}, "task": {}}  # group -> rung -> its row
+    for row in bench.groups:
+        if row["mode"] == mode:
+            groups[row["by"]].setdefault(printable(row["group"], 40), {})[row["rung"]] = row
     clips, about = find_disagreements(bench, a, b)
+
+    def draw(name: str, make: Callable[[], Figure], label: str) -> Markup:
+        return Markup(plots.write_figure(bench.out / FIGURES / name, make, label))
+
     return {
         "opening": conclusions.opening(bench),
         "leaks": [*conclusions.leaks(bench)],
@@ -87,16 +99,16 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "limits": conclusions.limits(bench),
         "size": conclusions.data_size(info),
         "colours": {"light": plots.css_colours(), "dark": plots.css_colours(dark=True)},
-        "arms": {rung: {"about": find_rung(rung), "colour": css_colour(arm_colour(rung))} for rung in bench.rungs},
+        "rungs": {rung: {"about": find_rung(rung), "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
         "steps": ladder_steps(bench),
-        "groups": {by: found for by in ("dataset", "task") if len(found := _groups(bench, by)) > 1},
+        "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
         "convergence": convergence(bench),
-        "figures": {name: _draw(bench, name, make, label) for name, (make, label) in _figures(bench).items()},
+        "figures": {name: draw(name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
-        "primary": {"metric": metric, "a": a, "b": b, "arm": a if a in bench.rungs else bench.rungs[0]},
+        "primary": {"metric": metric, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
         "disagreements": about,
         "clips": [
-            {"svg": _draw(bench, f"timeline-{i}", partial(plots.timeline, clip.timeline), clip.timeline.title),
+            {"svg": draw(f"timeline-{i}", partial(plots.timeline, clip.timeline), clip.timeline.title),
              "lines": clip.lines, "omitted": clip.omitted}
             for i, clip in enumerate(clips, 1)
         ],
@@ -104,18 +116,9 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "comparisons": [row for row in rows if row["metric"] == metric],
         "other_comparisons": [row for row in rows if row["metric"] != metric],
         "info": info,
-        "mode": bench.mode,
+        "mode": mode,
         "thresholds_from": sorted({run["thresholds_from"] for run in bench.metrics.values()} - {None}),
     }  # fmt: skip
-
-
-def _groups(bench: Benchmark, by: str) -> dict[str, dict[str, Row]]:
-    """Group -> rung -> its row in the mode of the answer; those with most speech first."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in bench.groups:
-        if row["by"] == by and row["mode"] == bench.mode:
-            found.setdefault(printable(row["group"], 40), {})[row["rung"]] = row
-    return dict([*found.items()][:MOST_GROUPS])
 
 
 def _heading(name: str) -> str:
@@ -123,16 +126,16 @@ def _heading(name: str) -> str:
 
 
 def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
-    """Per metric and mode: each arm's value and interval, and the baseline."""
-    arms, rows = bench.rungs, []
+    """Per metric and mode: each rung's value and interval, and (value, name) of the baseline."""
+    rows = []
     for name in METRICS:
-        cells = {mode: [bench.arm(arm, mode, name) for arm in arms] for mode in bench.modes}
+        cells = {mode: [bench.score(rung, mode, name) for rung in bench.rungs] for mode in bench.modes}
         if any(map(any, cells.values())):
             baselines = {mode: baseline(bench, mode, name) for mode in bench.modes}
             rows.append({"name": name, "heading": _heading(name), "modes": cells, "baselines": baselines})
     cells = {}
     for mode in bench.modes:
-        seeds = [bench.of_seeds(arm, mode, "state.transitions.median_latency_s") for arm in arms]
+        seeds = [bench.of_seeds(rung, mode, "state.transitions.median_latency_s") for rung in bench.rungs]
         if any(seeds):  # means without an interval: not compared
             cells[mode] = [{"value": np.mean(latencies) if latencies else None, "low": None} for latencies in seeds]
     if cells:
@@ -143,19 +146,28 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
 # ---- figures -----------------------------------------------------------------------------------------
 
 
-def _draw(bench: Benchmark, name: str, make: Callable[[], Figure], label: str) -> Markup:
-    return Markup(plots.write_figure(bench.out / FIGURES / name, make, label))
-
-
 def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
-    """Name of its files -> (what draws it, accessible name); `state` only where some arm tells the state."""
-    training = [
-        _training_panel(bench, head, name) for head, name in (("speaking", "Speaking"), ("dst_update", "DST update"))
-    ]
+    """Name of its files -> (what draws it, accessible name); `state` only where some rung tells the state."""
+    precision = []
+    for mode in MODES:
+        curves, chance = precision_recall(bench, mode)
+        guessing = None if chance is None else (_DIAGONAL[0], np.full(2, chance), f"guessing {chance:.3f}")
+        precision.append(Panel(f"Speaking, {mode}", curves, "recall", "precision", guessing, 1.0, empty="no scores"))
+    probabilities = [
+        Panel(f"Speaking, {mode}", reliability(bench, mode), "probability", "share", _DIAGONAL, 1.0, dots=True,
+              empty="no corrected probabilities")
+        for mode in MODES
+    ]  # fmt: skip
+    training = []
+    for head, name in (("speaking", "Speaking"), ("dst_update", "DST update")):
+        curves, split = training_curves(bench, head)
+        last = max((float(steps[-1]) for curve in curves for steps, _ in curve.seeds), default=None)
+        axes = ("optimizer steps", "average precision")
+        training.append(Panel(f"{name}, {split}", curves, *axes, None, last, empty="not measured"))
     panels = {
         "windows": ([_window_panel(bench, mode) for mode in bench.modes], "F1 at the widest"),
-        "precision-recall": ([_pr_panel(bench, mode) for mode in MODES], "AP"),
-        "reliability": ([_reliability_panel(bench, mode) for mode in MODES], "ECE"),
+        "precision-recall": (precision, "AP"),
+        "reliability": (probabilities, "ECE"),
         "training": (training, "last AP"),
     }
     states = {mode: curves for mode in (bench.mode, *bench.modes) if (curves := state_over_time(bench, mode))}
@@ -170,32 +182,26 @@ def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
 
 
 def _ladder_rows(bench: Benchmark) -> list[plots.RungRow]:
-    by_mode = [{step.rung: step for step in ladder_steps(bench, mode)} for mode in bench.modes]
-    return [
-        plots.RungRow(find_rung(rung).label, arm_colour(rung), [_mark(bench, steps, rung, mode) for mode, steps in
-                                                               zip(bench.modes, by_mode, strict=True)])
-        for rung in bench.rungs
-    ]  # fmt: skip
-
-
-def _mark(bench: Benchmark, steps: dict[str, Step], rung: str, mode: str) -> Mark:
-    row, step = bench.arm(rung, mode, PRIMARY), steps.get(rung)
-    ends = (row.get("value"), row.get("low"), row.get("high"))
-    if step is None or step.below is None:
-        return Mark(*ends)
-    told = format_interval(step.difference, step.low, step.high, signed=True)
-    return Mark(*ends, steps[step.below].value, told)
+    """Of each rung, from the lowest, one mark per mode."""
+    marks: dict[str, list[Mark]] = {rung: [] for rung in bench.rungs}
+    for mode in bench.modes:
+        steps = {step.rung: step for step in ladder_steps(bench, mode)}
+        for rung in bench.rungs:
+            row, step = bench.score(rung, mode, PRIMARY), steps.get(rung)
+            mark = Mark(row.get("value"), row.get("low"), row.get("high"))
+            if step and step.below:
+                told = format_interval(step.difference, step.low, step.high, signed=True)
+                mark = mark._replace(below=steps[step.below].value, step=told)
+            marks[rung].append(mark)
+    return [plots.RungRow(find_rung(rung).label, rung_colour(rung), marks[rung]) for rung in bench.rungs]
 
 
 def _window_panel(bench: Benchmark, mode: str) -> Panel:
     """Event F1 over the width of the window; dashed: the metronome."""
     rows, curves = bench.windows.filter(mode=mode).sort("width_s"), []
     for rung in (name for name in bench.rungs if name != "metronome"):
-        of_rung = rows.filter(rung=rung)
-        lines = [
-            (of_seed["width_s"].to_numpy(), of_seed["f1"].to_numpy())
-            for _, of_seed in of_rung.group_by("seed", maintain_order=True)
-        ]
+        seeds = rows.filter(rung=rung).partition_by("seed", maintain_order=True)
+        lines = [(of_seed["width_s"].to_numpy(), of_seed["f1"].to_numpy()) for of_seed in seeds]
         if lines:
             mean = np.mean([f1 for _, f1 in lines], axis=0)
             curves.append(Curve(rung, lines, (lines[0][0], mean), format_number(float(mean[-1]))))
@@ -203,20 +209,3 @@ def _window_panel(bench: Benchmark, mode: str) -> Panel:
     line = (beside["width_s"].to_numpy(), beside["metronome_f1"].to_numpy(), "") if len(beside) else None
     widest = float(rows["width_s"].max() or 0)
     return Panel(f"Event F1, {mode}", curves, "width of the window (s)", "event F1", line, widest, dots=True)
-
-
-def _pr_panel(bench: Benchmark, mode: str) -> Panel:
-    curves, chance = precision_recall(bench, mode)
-    line = None if chance is None else (np.array([0.0, 1.0]), np.array([chance, chance]), f"guessing {chance:.3f}")
-    return Panel(f"Speaking, {mode}", curves, "recall", "precision", line, 1.0, empty="no scores")
-
-
-def _reliability_panel(bench: Benchmark, mode: str) -> Panel:
-    curves, empty = reliability(bench, mode), "no corrected probabilities"
-    return Panel(f"Speaking, {mode}", curves, "probability", "share", _DIAGONAL, 1.0, dots=True, empty=empty)
-
-
-def _training_panel(bench: Benchmark, head: str, name: str) -> Panel:
-    curves, split = training_curves(bench, head)
-    last = max((float(steps[-1]) for curve in curves for steps, _ in curve.seeds), default=None)
-    return Panel(f"{name}, {split}", curves, "optimizer steps", "average precision", None, last, empty="not measured")
