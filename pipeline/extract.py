@@ -239,13 +239,13 @@ def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
 def _describe(info: ClipInfo) -> None:
     """What a clip says about the dialog state; its texts, steps and turns go."""
     clip = info.clip
-    roles, contents, *_ = clip.turns
-    info.updates = [(a, b, us) for role, us, _, a, b in zip(*clip.turns, strict=True) if role == "DST_UPDATE"]
+    roles, contents, _, starts, ends = clip.turns
+    info.updates = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
     info.tracked = bool(clip.steps or info.updates)
     told: dict[str, str] = {}  # the states that its system turns name
-    for role, text in zip(roles, contents, strict=True):
-        if role == "system" and _ANY_STATE.search(text):
-            told.update(_STEP_STATE.findall(text))
+    for i, role in enumerate(roles):
+        if role == "system" and _ANY_STATE.search(contents[i]):
+            told.update(_STEP_STATE.findall(contents[i]))
     if clip.initial_state or told:
         changes = [(update.id, update.transition) for _, _, updates in info.updates for update in updates]
         info.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
@@ -311,6 +311,7 @@ def _echoes(turns: pa.StructArray, owner: np.ndarray) -> int:
     np.maximum.at(longest, owner[heard], size[heard])
     found = 0
     for turn in np.flatnonzero((role == _ASSISTANT) & (size >= ECHO_BYTES) & (size <= longest[owner])).tolist():
-        earlier = np.flatnonzero(heard[:turn] & (owner[:turn] == owner[turn]))
+        first = int(np.searchsorted(owner, owner[turn]))
+        earlier = first + np.flatnonzero(heard[first:turn])
         found += any(text[turn].as_py() in one for one in text.take(pa.array(earlier)).to_pylist())
     return found
