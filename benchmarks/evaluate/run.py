@@ -111,7 +111,7 @@ def against_plain(work: Path, draws: int) -> dict[str, float]:
 
     from pipeline.dataset import Split
     from trainer.evaluation.bootstrap import draw_recordings, replicate
-    from trainer.evaluation.frame_metrics import head_frames, weighted_frames
+    from trainer.evaluation.frame_metrics import head_frames, ranking
     from trainer.evaluation.scores import read_scores
 
     clips = read_scores(work / "self-fed.parquet", {"test": Split(work / "data", "test")})["test"]
@@ -120,9 +120,9 @@ def against_plain(work: Path, draws: int) -> dict[str, float]:
     assert frames is not None
     weights = draw_recordings(len(recordings), draws)
     started = time.process_time()
-    rates = weighted_frames(frames, None, 10)
+    rates = ranking(frames)
     prepared = time.process_time()
-    ours = replicate([lambda drawn: np.stack([(found := rates(drawn))["ap"], found["auroc"]])], weights)[0, :, 1:]
+    ours = replicate([rates], weights)[0, :, 1:]
     between = time.process_time()
     plain = [
         [score(frames.positive, frames.scores, sample_weight=drawn[frames.recording]) for drawn in weights]

@@ -86,7 +86,7 @@ def look(out: Path) -> str:
     page = (out / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
     read_benchmark(out)
-    return f"{finished} runs, a report of {len({(r['arm'], r['seed']) for r in rows(out, 'results')})}"
+    return f"{finished} runs, a report of {len({(r['rung'], r['seed']) for r in rows(out, 'results')})}"
 
 
 def rows(out: Path, table: str) -> list[dict[str, object]]:

@@ -5,8 +5,8 @@ with R - 1 degrees of freedom: with 8 recordings 89 to 96 of 100 intervals hold 
 a t deviate of S - 1 degrees of freedom times the standard error of the seeds' mean: with 3 seeds that matter twice as
 much as recordings 97 of 100 hold the truth, not 85 as with redrawn seeds (`benchmarks/coverage`).
 
-A 95% interval is right for a number of seeds that was settled, or that the clock decided. Who looks after each pair of
-runs and stops at the first interval without 0 claims in up to 21 of 100 cases what is not there (2 to 12 seeds).
+A 95% interval is right for a number of seeds that was settled, or that the clock decided. Looking after each pair of
+runs and stopping at the first interval that excludes 0 claims a false effect in up to 21 of 100 cases (2 to 12 seeds).
 `always_valid` may be looked at after every pair, at the price of 1.3 to 2.8 times the width.
 
     B draws    R recordings    S seeds
@@ -41,7 +41,7 @@ ANY: Final = (-math.inf, math.inf)
 ALPHA_SEEDS: Final = 0.04  # of `always_valid`, over all looks together
 ALPHA_RECORDINGS: Final = 0.01  # once: every look is at the same recordings
 SPREAD: Final = 20.0  # variance of the prior over effects in a seed's standard deviations: narrow at 3 to 12 seeds
-DISCORDANT: Final = 0.1  # of events, that arms decide differently in all seeds, and again in one seed each: as in synth
+DISCORDANT: Final = 0.1  # share of events on which two arms differ: in all seeds, and again in each; measured on synth
 
 
 @dataclass(frozen=True)

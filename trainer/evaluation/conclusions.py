@@ -18,6 +18,7 @@ from trainer.evaluation.bootstrap import Comparison, answer
 from trainer.evaluation.ladder import (
     BEATS,
     CHAIN,
+    CONTROL_PAIRS,
     NO_LARGER,
     PRIMARY,
     QUESTION,
@@ -59,6 +60,9 @@ def opening(bench: Benchmark) -> list[str]:
     beyond = "" if lowest == "metronome" else f"beyond what {lowest} has"
     if told := [source for rung in tells(bench) for source in _sources(steps[rung])]:
         first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
+        if alike := _as_good_without_content(bench) if SOURCES[QUESTION[0]] in told else []:
+            verb = "lacks the state's content, is" if len(alike) == 1 else "lack the state's content, are"
+            first += f", or by what comes with it: {_listed(alike)}, which {verb} not shown to be worse"
     else:
         first = f"On these data nothing is shown to tell when to speak {beyond or 'better than a metronome'}"
     if top.decided:
@@ -76,6 +80,12 @@ def opening(bench: Benchmark) -> list[str]:
     if "true-state" in steps and steps["true-state"].below == QUESTION[0]:
         text += f"; the true state would add {_step(bench, steps['true-state'])}"
     return [f"{first}.", f"{text}."]
+
+
+def _as_good_without_content(bench: Benchmark) -> list[str]:
+    """The controls of the question, without what the updates say, that speak+dst is not shown to beat."""
+    rows = {control: bench.comparison(rung, control, bench.mode, PRIMARY) for rung, control in CONTROL_PAIRS}
+    return [control for control, row in rows.items() if row and (row["low"] or 0.0) <= 0]
 
 
 def _sources(step: Step) -> list[str]:
@@ -269,7 +279,7 @@ def _stopping(bench: Benchmark) -> Iterator[str]:
         yield f"{told}; to stop because of what was seen takes 3 seeds or more."
         return
     always = format_interval(row["difference"], row["always_low"], row["always_high"], signed=True)
-    yield f"{told}; who stopped because of what was seen reads {always}, which holds at every number of seeds at once."
+    yield f"{told}; if you stopped because of what you saw, use {always}, valid at any number of seeds."
 
 
 # ---- words -------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def evaluate_scores(
             raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
     notes: list[str] = []
     thresholds = Thresholds(dict(given or {}), dict(given or {}))
-    source = "given" if given else held.val and held.val.name
+    source = "given" if given else held.val.name if held.val else None
     if not given and "thresholds" in info and scored[split][0].said is not None:
         was = info["thresholds"]
         beats = {head: Beat(**beat) for head, beat in was.get("metronome", {}).items()}
@@ -141,7 +141,7 @@ def write_evaluation(
 def pick_thresholds(
     scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings
 ) -> tuple[Thresholds, str | None, list[str]]:
-    """(thresholds, the split on which they were chosen: val, no notes); without val, (none, None, the reason)."""
+    """(thresholds, the split they were chosen on, notes). Without scores of val: no thresholds, None, the reason."""
     if held.val is not None and held.val.name in scored:
         return choose_thresholds(scored[held.val.name], settings), held.val.name, []
     why = "val itself is measured" if held.test.name == "val" else "there is no val split"

@@ -111,7 +111,7 @@ def _measured_chain(bench: Benchmark, mode: str) -> list[str]:
 def _beats(bench: Benchmark, high: str, low: str, mode: str) -> bool:
     """Whether `high` is shown to be better than `low`, or than another rung below `high` whose value is no less.
 
-    So a rung with few seeds, against which little can be shown, does not hide what is shown against a better one.
+    Else a rung with few seeds, whose intervals are wide, would hide a gain that is shown over a better rung.
     """
     values = {rung: bench.score(rung, mode, PRIMARY)["value"] for rung in _measured_chain(bench, mode)}
     return any(

@@ -99,6 +99,18 @@ def write_run(run: Path, clips: Sequence[ClipExample], ways: dict[str, Speaks], 
 SEEING = {"metronome": metronome, "history": metronome, "texts": metronome, "speak": oracle, "speak+dst": oracle}
 
 
+def test_the_opening_says_where_a_control_without_the_states_content_does_as_well(tmp_path):
+    blind = {"metronome": metronome, "speak": metronome, "speak+dst": oracle}
+    controls = {"speak+markers": oracle, "speak+dst-head": metronome}  # one does as well, one does not
+    told = headline(folder(tmp_path / "one", blind | controls)).split("; ")[0]
+    assert told.endswith(
+        "told by own state, or by what comes with it: speak+markers, which lacks the state's content, "
+        "is not shown to be worse"
+    )
+    told = headline(folder(tmp_path / "none", blind | {"speak+markers": metronome})).split("; ")[0]
+    assert told.endswith("own state")
+
+
 def test_the_opening_names_what_tells_and_what_adds_nothing(tmp_path):
     bench = folder(tmp_path, SEEING | {"true-state": oracle})
     steps = {step.rung: step for step in ladder_steps(bench)}
