@@ -111,7 +111,7 @@ def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Cal
 def numbers(option: str, given: list[str] | None) -> dict[str, float]:
     """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
     found: dict[str, float] = {}
-    for item in names(given):
+    for item in names(given) or given or []:
         name, _, number = (part.strip() for part in (item if "=" in item else f"*={item}").rpartition("="))
         try:
             found[name] = float(number if name else "")

@@ -29,9 +29,14 @@ from pipeline.errors import InputError, UsageError
 Calls = Sequence[tuple[Any, ...]]
 Mapper = Callable[[Callable[..., Any], Calls], Generator[Any]]  # (function, calls) -> results; close it to stop
 
-RETRIES, AHEAD = 3, 4096  # of a task whose worker or machine died; tasks that wait at the cluster
+RETRIES: Final = 3  # of a task whose worker or machine died
+AHEAD: Final = 4096  # tasks that wait at the cluster
 REACH_S, STOP_S, LOOK_S = 10, 10, 5  # until an address answers, tasks stop, a new file is seen on other machines
-SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_task_oom_retries": "3"}
+SETTINGS: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_task_oom_retries": str(RETRIES),
+}
 
 
 def available_cores() -> int:
@@ -79,9 +84,11 @@ def ray_cluster(
     address: str | None, out: Path, inputs: Sequence[Path], workers: int = 0, gpu: bool = False
 ) -> Iterator[Mapper | None]:
     """The Mapper of a Ray cluster: "local" (started here, with `workers` processes; 0: one per core), "auto",
-    "host:port" or "ray://host:port"; None for None. `gpu`: a task has a GPU of its own, where the cluster has any.
+    "host:port" or "ray://host:port". Yields None where `address` is None. `gpu`: a task has a GPU of its own, where the
+    cluster has any.
 
-    Raises UsageError without ray, InputError where the cluster can't be reached or doesn't see `out` and `inputs`.
+    Raises UsageError without ray, InputError where the cluster can't be reached; a task
+    raises it on a machine that does not see `out` and `inputs`.
     """
     if address is None:
         yield None
@@ -97,7 +104,7 @@ def ray_cluster(
     with connected(ray, address, workers), tempfile.NamedTemporaryFile(prefix=".prospect-dst-", dir=beside) as token:
         if not (there := ray.cluster_resources()).get("CPU"):
             raise InputError(f"--ray {address}: no machine with a CPU there; `ray start --address ...` on some")
-        needed = {str(beside): token.name} | {str(path): str(path.absolute()) for path in inputs}
+        needed = {str(path): str(path.absolute()) for path in inputs} | {str(beside): token.name}
         # max_calls: a GPU task's process would otherwise end with it, and what it has loaded would be lost
         resources = {"num_cpus": 1, "num_gpus": 1 if gpu and there.get("GPU") else 0}
         task = ray.remote(**resources, max_retries=RETRIES, max_calls=0)(_run)
@@ -126,7 +133,8 @@ def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as empty:  # short: sockets
         if address == "local":  # what the object store can't hold goes to its folder
-            options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20, "_temp_dir": empty}
+            options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20}
+            options |= {"include_dashboard": False, "_temp_dir": empty}
         elif workers:
             raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
         elif not re.fullmatch(r"auto|(ray://)?[^/]+:\d+", address):

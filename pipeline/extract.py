@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from pipeline import labels
 from pipeline.dataset import flat_lists
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, Update, refuse
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, refuse
 from pipeline.readers.index import MAX_CLIP_BYTES, NOT_STRICT
 from pipeline.schema import CLIPS, ROLES, STATES
 from pipeline.state import contradicts
@@ -85,12 +85,12 @@ class ClipInfo:
     clip_id: str = ""
     tracked: bool = False  # whether it says anything about the dialog state
     contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
-    system_contradicted: bool = False  # the same of the states that its system turns name
+    system_contradicted: bool = False  # whether a state that its system turns name does
     extent: Range = (NONE, NONE)  # of the non-system turns
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: Sequence[tuple[int | None, int | None, list[Update]]] = ()  # DST_UPDATE turns: start, end, content
+    updates: bytes = b""  # those of placed turns, as msgpack of (start, end, step id, transition): 20 bytes each
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # replayed; None: as given
@@ -240,14 +240,15 @@ def _describe(info: ClipInfo) -> None:
     """What a clip says about the dialog state; its texts, steps and turns go."""
     clip = info.clip
     roles, contents, _, starts, ends = clip.turns
-    info.updates = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
-    info.tracked = bool(clip.steps or info.updates)
+    own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
+    flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
+    info.updates, info.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
     told: dict[str, str] = {}  # the states that its system turns name
     for i, role in enumerate(roles):
         if role == "system" and _ANY_STATE.search(contents[i]):
             told.update(_STEP_STATE.findall(contents[i]))
     if clip.initial_state or told:
-        changes = [(update.id, update.transition) for _, _, updates in info.updates for update in updates]
+        changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
         info.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
         info.system_contradicted = bool(told) and contradicts(told, changes)
     clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
@@ -312,6 +313,7 @@ def _echoes(turns: pa.StructArray, owner: np.ndarray) -> int:
     found = 0
     for turn in np.flatnonzero((role == _ASSISTANT) & (size >= ECHO_BYTES) & (size <= longest[owner])).tolist():
         first = int(np.searchsorted(owner, owner[turn]))
-        earlier = first + np.flatnonzero(heard[first:turn])
-        found += any(text[turn].as_py() in one for one in text.take(pa.array(earlier)).to_pylist())
+        earlier = first + np.flatnonzero(heard[first:turn] & (size[first:turn] >= size[turn]))
+        said = text[turn].as_py()
+        found += any(said in one for one in text.take(pa.array(earlier)).to_pylist())
     return found

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pipeline import labels
@@ -178,10 +179,8 @@ def _replay_states(source: Source) -> None:
             lead_in = source.convention == "lead-in" and not clip.placed
             first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
             updates = [
-                (max(end - 1, 0) if lead_in else start, update.id, update.transition)
-                for start, end, content in clip.updates
-                if start is not None and end is not None
-                for update in content
+                (max(end - 1, 0) if lead_in else start, step, transition)
+                for start, end, step, transition in msgspec.msgpack.decode(clip.updates)
             ]
             given = None if clip.contradicted else clip.clip.initial_state
             segments.append(Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given))

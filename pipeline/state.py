@@ -124,7 +124,7 @@ def write_updates(updates: Iterable[Update]) -> str:
 
 
 def parse_updates(text: str) -> Updates:
-    """The updates that `write_updates` wrote; what reads as no update is left out, as models write what they like."""
+    """The updates that `write_updates` wrote; other pieces are skipped: a model's output may be malformed."""
     updates = []
     for piece in _PIECE.findall(text):
         step, _, transition = (part.strip() for part in piece.rpartition("->"))

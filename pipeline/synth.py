@@ -347,6 +347,7 @@ def synth(out: Path, config: SynthConfig | None = None) -> dict[str, int]:
     config = config or SynthConfig()
     if not is_vacant(out):
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
+    is_new = not out.exists()
     make_folder(out)
     for left in out.glob(".*.new"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
@@ -357,8 +358,9 @@ def synth(out: Path, config: SynthConfig | None = None) -> dict[str, int]:
             for path in sorted(Path(building).iterdir()):
                 path.rename(out / path.name)
     finally:
-        with suppress(OSError):
-            out.rmdir()  # of a run that failed
+        if is_new:
+            with suppress(OSError):
+                out.rmdir()  # of a run that failed
     return counts
 
 

@@ -45,7 +45,7 @@ def read(raw: bytes, fps: float | None) -> Clip:
     chunks = chunk_frames(record.video_intervals, fps)
     if len(record.answers) != len(chunks):
         raise ClipError("answers", str(len(record.answers)), f"one for each of the {len(chunks)} video_intervals")
-    # what each answer says; None: silence. The tag may follow white space, and white space the tag
+    # what each answer says; None: silence. White space around the tag is ignored
     answers = [answer.lstrip() for answer in record.answers]
     said = [a.removeprefix(INTERRUPT).strip() if a.startswith(INTERRUPT) else None for a in answers]
     turns: list[tuple[Any, ...]] = []

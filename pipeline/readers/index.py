@@ -60,19 +60,22 @@ def index(path: Path) -> Index:
 
     Raises InputError where the file cannot be read, is empty, or begins like none of them.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
-    if not path.stat().st_size:
-        raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
-        if data[start : start + 1] == b"[":
-            return _array(data, start)
-        if _looks_like_lines(data):
-            return Index("lines", np.array(list(_lines(data)), np.int64).reshape(-1, 2))
-        if data[start : start + 1] == b"{":
-            return _walk(data, start, "object")
-        head = data[start : start + 20]
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
+        if not path.stat().st_size:
+            raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
+            if data[start : start + 1] == b"[":
+                return _array(data, start)
+            if _looks_like_lines(data):
+                return Index("lines", np.array(list(_lines(data)), np.int64).reshape(-1, 2))
+            if data[start : start + 1] == b"{":
+                return _walk(data, start, "object")
+            head = data[start : start + 20]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     kinds = {b"": "only white space", b"\x1f\x8b": "a gzip file (decompress it first)"}
     kinds |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text (save it as UTF-8 first)")
     raise InputError(
