@@ -50,7 +50,8 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A model that is ready to score, and where it comes from (`info`: step, label statistics, the data's key)."""
+    """A model and where it comes from (`info`: steps done, best AP, label statistics, the data's key), which training
+    updates. `load_run` gives it ready to score."""
 
     model: ProspectModel
     tokens: Tokens
@@ -244,7 +245,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         info = dict(json.loads(path.read_bytes()))
         version = info.pop("format")
-        _ = version == FORMAT and (info["config"], [file["sha256"] for file in info["files"].values()])
+        if version == FORMAT:  # KeyError, TypeError: damaged
+            _ = info["config"], [file["sha256"] for file in info["files"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); train again") from None
     if version != FORMAT:

@@ -317,7 +317,7 @@ def stream(
     from trainer.live.task import find_task
     from trainer.live.video_input import UserInput, open_video_input
 
-    if html is not None and html.suffix not in (".html", ".htm") and html.exists() and not html.is_dir():
+    if html is not None and html.suffix.lower() not in (".html", ".htm") and html.exists() and not html.is_dir():
         raise UsageError(f"--html {html}: is there, and its name is no page's; expected a new name, or one in .html")
     if json and sys.stdout is None:
         raise UsageError("--json: stdout is closed")

@@ -176,8 +176,7 @@ def _blocks(clip: ClipExample, tokens: Tokens | _ByteTokens, arm: Arm) -> list[B
 
 
 def texts_at(clip: ClipExample, role: str) -> dict[int, list[str]]:
-    """A role's texts, in order, by the (absolute) frame of the clip that they stand at: before it the user's, after it
-    the others'."""
+    """A role's texts by absolute frame, in order. User texts stand before that frame, others after it."""
     texts: dict[int, list[str]] = {}
     for turn in clip.turns:
         frame = _text_frame(turn, clip) if turn.role == role else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -112,14 +113,17 @@ def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[P
         yield from steps
         return
     waiting: deque[Pack] = deque()
-    started: deque[Callable[[], Pack]] = deque()
+    started: deque[tuple[Pack, Callable[[], Pack]]] = deque()
 
     def start() -> None:
         if waiting:
-            started.append(upload(waiting.popleft(), transfer))
+            pack = waiting.popleft()
+            started.append((pack, upload(pack, transfer)))
 
-    def take() -> Pack:
-        moved = started.popleft()()
+    def take(pack: Pack) -> Pack:
+        first, copied = started.popleft()
+        assert first is pack, "packs are used in order"
+        moved = copied()
         start()
         return moved
 
@@ -131,4 +135,4 @@ def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[P
         waiting.extend(ahead or [])
         if not started:
             start()
-        yield [Prefetched(**pack.__dict__, take=take) for pack in step]
+        yield [Prefetched(**pack.__dict__, take=partial(take, pack)) for pack in step]

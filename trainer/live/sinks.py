@@ -1,8 +1,8 @@
 """Outputs of a stream: JSON lines, a log of events for the terminal, and the page of `stream --html`.
 
-A sink is a context that gives a function, called with one StreamFrame and its picture at a time. What it has written is
-whole and valid up to the last frame when it is left, also by an error or Ctrl-C. A stream without a frame leaves no
-file.
+A sink is a context manager that yields a function, called with one StreamFrame and its picture at a time. What it has
+written is whole and valid up to the last frame when it is left, also by an error or Ctrl-C. A stream without a frame
+leaves no file.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ class Stream:
         self._open.close()
 
     def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
-        """What the model makes of a frame after `user_texts`: where they and a frame exceed an empty context, one text
-        of their beginning, with an ellipsis.
+        """One frame's result. User texts that do not fit an empty context with the frame are cut to their beginning,
+        with an ellipsis.
 
         NotFiniteError where a logit is not finite.
         """
