@@ -214,7 +214,7 @@ def test_a_recipe_is_bash_and_its_commands_have_their_options(recipe: Path) -> N
     subprocess.run(["bash", "-n", recipe], check=True)
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     lines = recipe.read_text().replace("\\\n", " ").splitlines()
-    used = [match for line in lines if (match := re.search(r"(?:prospect-dst|pipeline\.cli) (\w+) (.*)", line))]
+    used = [match for line in lines if (match := re.search(r"(?:prospect-dst|trainer\.cli) (\w+) (.*)", line))]
     assert used
     for match in used:
         known = {option for parameter in commands[match[1]].params for option in parameter.opts}
