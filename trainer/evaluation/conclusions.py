@@ -184,7 +184,7 @@ def data_size(info: Row) -> str:
 
 def limits(bench: Benchmark) -> list[str]:
     """What limits the answer, most important first."""
-    return [*_missing(bench), *_exposure(bench), *_announcement(bench), *_precision(bench), *_stopping(bench)]
+    return [*_missing(bench), *_exposure(bench), *_without_content(bench), *_precision(bench), *_stopping(bench)]
 
 
 def _missing(bench: Benchmark) -> Iterator[str]:
@@ -223,7 +223,7 @@ def _exposure(bench: Benchmark) -> Iterator[str]:
     yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if known else "")
 
 
-def _announcement(bench: Benchmark) -> Iterator[str]:
+def _without_content(bench: Benchmark) -> Iterator[str]:
     """How much of a gain that was shown is also had from updates without content."""
     name, a, b = bench.primary
     metric, control = METRICS[name], WITHOUT_CONTENT
@@ -236,7 +236,7 @@ def _announcement(bench: Benchmark) -> Iterator[str]:
     share = f"{announced / gain:.0%}" if 0 < announced < gain else "none" if announced <= 0 else "all"
     text = (
         f"{control}, whose state updates carry no content, gains {format_number(announced, signed=True)} over {b}: "
-        f"{share} of the gain is announcement (an update says that speech is near), not content."
+        f"{share} of the gain comes with the updates (their presence, a second head's labels), not from their content."
     )
     row = bench.comparison(a, control, bench.mode, name)
     yield text + (f" {a} minus {control}: {_difference(row)}." if row.get("difference") is not None else "")

@@ -111,8 +111,9 @@ def test_page_opens_with_the_answer_and_what_limits_it(page):
     assert page.text("li")[:4] == [
         "Given the reference's texts speak+dst reaches 0.820 event F1; free-running, given its own, 0.600: exposure "
         "bias costs 0.220. Teacher-forced, speak+dst minus speak would read +0.300 [+0.260, +0.340].",
-        "speak+markers, whose state updates carry no content, gains +0.025 over speak: 25% of the gain is announcement "
-        "(an update says that speech is near), not content. speak+dst minus speak+markers: +0.075 [+0.035, +0.115].",
+        "speak+markers, whose state updates carry no content, gains +0.025 over speak: 25% of the gain comes with the "
+        "updates (their presence, a second head's labels), not from their "
+        "content. speak+dst minus speak+markers: +0.075 [+0.035, +0.115].",
         "With these 5 recordings and 2 seeds a true difference under 0.057 event F1 could well be missed.",
         "2 seeds and 5 recordings are few: what holds here may not hold for others.",
     ]
@@ -133,7 +134,7 @@ SEEDS = (
 @pytest.mark.parametrize(
     ("changes", "said", "unsaid"),
     [
-        ({"half_width": 0.2}, "exposure bias costs 0.220", "announcement"),
+        ({"half_width": 0.2}, "exposure bias costs 0.220", "not from their content"),
         ({"half_width": 0.2}, "", "could well be missed."),  # the headline says it
         ({"values": LOSS}, "speak reaches 0.520 event F1; free-running, given its own, 0.500: exposure", "announc"),
         ({"values": {**VALUES, ("speak+markers", "self-fed"): 0.7}}, "all of the gain", "none of"),
