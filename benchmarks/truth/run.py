@@ -169,7 +169,8 @@ def report(work: Path) -> str:
         f"- date: {datetime.date.today()}; machine: {platform.platform()}, no GPU",
         "- command: `uv run python benchmarks/truth/run.py --work WORK`; " + window,
         f"- {RECORDINGS['train']} recordings to train on, {RECORDINGS['test']} to test on; model {NANO.model}, "
-        f"{NANO.steps} steps ({', '.join(f'{world}: {steps}' for world, steps in STEPS.items())}; {MORE}); event F1, self-fed",
+        f"{NANO.steps} steps ({', '.join(f'{world}: {steps}' for world, steps in STEPS.items())}; {MORE}); "
+        "event F1, self-fed",
         "",
         *about_controls(work),
     ]
