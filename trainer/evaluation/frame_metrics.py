@@ -88,14 +88,22 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
     }
 
 
-def weighted_frames(frames: HeadFrames, threshold: float | None, bins: int) -> Callable[[Weights], dict[str, Any]]:
-    """Some of `report_frames` as a function of how often each recording is drawn, [B, R] -> [B] each."""
-    rank, rank_alone = ranking(frames), ranking(frames.only(frames.other == 0))
+def weighted_frames(
+    frames: HeadFrames, threshold: float | None, bins: int, alone: bool
+) -> Callable[[Weights], dict[str, Any]]:
+    """Some of `report_frames` as a function of how often each recording is drawn, [B, R] -> [B] each.
+
+    alone: also on the frames without the other head's events, which takes as long again.
+    """
+    rank = ranking(frames)
+    rank_alone = ranking(frames.only(frames.other == 0)) if alone else None
     counts, in_bins = confusion(frames, threshold), bin_sums(frames, bins)
 
     def rates(weights: Weights) -> dict[str, Any]:
-        (ap, auroc), (ap_alone, _) = rank(weights), rank_alone(weights)
-        found = {"ap": ap, "auroc": auroc, "alone": {"ap": ap_alone}} | confusion_rates(weights @ counts)
+        ap, auroc = rank(weights)
+        found: dict[str, Any] = {"ap": ap, "auroc": auroc} | confusion_rates(weights @ counts)
+        if rank_alone is not None:
+            found["alone"] = {"ap": rank_alone(weights)[0]}
         if in_bins is not None:
             found["calibration"] = {"ece": calibration_error(np.tensordot(weights.astype(float), in_bins, 1))}
         return found

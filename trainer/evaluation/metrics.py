@@ -146,13 +146,14 @@ def weighted(
     parts: dict[str, dict[str, Any]] = {}
     latency: Estimator = _undefined
     for head in HEADS:
-        frames = frame_metrics.head_frames(clips, head, recordings)
+        frames, threshold = frame_metrics.head_frames(clips, head, recordings), given.frame.get(head)
         events = event_metrics.find_events(clips, head, given.event.get(head), settings)
+        speaking = head == "speaking"  # some metrics are of this head alone
         parts[head] = {
-            "frames": frames and frame_metrics.weighted_frames(frames, given.frame.get(head), settings.bins),
+            "frames": frames and frame_metrics.weighted_frames(frames, threshold, settings.bins, alone=speaking),
             "events": events and _weighted_counts(events, recordings, event_metrics.event_rates),
         }
-        if events is not None and head == "speaking":
+        if events is not None and speaking:
             of_matches = [s.clip.recording_id for s, found in zip(*events[::2], strict=True) for _ in found]
             latency = weighted_median(np.concatenate(events.latencies), np.searchsorted(recordings, of_matches))
     states = state_metrics.find_states(clips, settings)
