@@ -73,7 +73,7 @@ def encode(
     if not (number.isdecimal() and parts.isdecimal()):
         raise UsageError(f"--part {part!r}: expected something like 3/16")
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
-    from trainer.encode import encode as run  # torch: a wrong path is told before
+    from trainer.encode import encode as run  # after the paths are checked: it imports torch
 
     needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
     share = int(number), int(parts)
@@ -119,7 +119,7 @@ def train(
     from pipeline.dataset import read_manifest
     from pipeline.terminal import command, console, counted, plain
 
-    read_manifest(data)  # a wrong path is told before torch is imported
+    read_manifest(data)  # reports a wrong path before torch is imported
     from trainer.run_folder import resolve_config
     from trainer.train import train as fit
 
