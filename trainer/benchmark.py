@@ -48,7 +48,7 @@ from trainer.evaluation.conclusions import headline
 from trainer.evaluation.evaluate_scores import EvalSplits, hold
 from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, look_up
-from trainer.evaluation.report import PAGE, write_report
+from trainer.evaluation.report import PAGE, write_first_page, write_report
 from trainer.frame_source import keep_frames
 from trainer.loader import end_with
 from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, jobs_with, run_of
@@ -85,6 +85,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         if others := [f"{rung}/seed-{seed}" for rung, seed in jobs_with(plan) if (rung, seed) not in jobs]:
             report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
         update = partial(_update, plan, schedule, splits.test, report_line)
+        write_first_page(plan.out)
         try:
             if there < len(jobs):
                 report_line(power_line(plan, splits.test))

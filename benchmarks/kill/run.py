@@ -82,9 +82,11 @@ def look(out: Path) -> str:
     """What is there after a kill; an AssertionError where it can't be opened."""
     finished = len(list(out.glob("runs/*/seed-*/scores/metrics.json")))
     if not (out / "report.html").exists():
-        return f"{finished} runs, no report yet"
+        return f"{finished} runs, no page yet"
     page = (out / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
+    if not (out / "results.parquet").exists():
+        return f"{finished} runs, a page that says none has ended"
     read_benchmark(out)
     return f"{finished} runs, a report of {len({(r['rung'], r['seed']) for r in rows(out, 'results')})}"
 

@@ -342,3 +342,16 @@ def test_options_become_words_that_the_command_line_reads():
     assert words == [
         *("--arm", "speak", "--lr", "1e-05", "--lr-by-part", "heads=0.1", "--freeze", "vision,text", "--bf16")
     ]
+
+
+def test_a_benchmark_stopped_before_its_first_run_ended_leaves_a_page_that_says_so(plan, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(trainer.benchmark, "_run_all", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(replace(plan, out=tmp_path / "out"))
+    page = (tmp_path / "out/report.html").read_text()
+    assert "No run of this benchmark has ended yet" in page
+    assert 'http-equiv="refresh"' in page  # the first report replaces it

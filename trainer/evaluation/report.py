@@ -50,6 +50,15 @@ from trainer.evaluation.plots import (
 MOST_GROUPS: Final = 12  # of a kind, on the page
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
+_FIRST_PAGE: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="20">
+<meta name="color-scheme" content="light dark">
+<title>No run has ended yet</title>
+<p>No run of this benchmark has ended yet. The report replaces this page after the first; the same command goes on.</p>
+</html>
+"""
 _DIAGONAL: Final = (np.array([0.0, 1.0]), np.array([0.0, 1.0]), "")
 
 
@@ -69,6 +78,12 @@ def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> P
     more = {"narrowing": narrowing, "in_progress": in_progress}
     write_text(out / PAGE, page.get_template(PAGE).render(page_data(bench) | more))
     return out / PAGE
+
+
+def write_first_page(out: Path) -> None:
+    """Where OUT has no report yet: a page that says so, and reloads itself until there is one."""
+    if not (out / PAGE).exists():
+        write_text(out / PAGE, _FIRST_PAGE)
 
 
 def page_data(bench: Benchmark) -> dict[str, Any]:
