@@ -84,7 +84,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
             report_line(f"{there}{of} runs are there already")
         if others := [f"{rung}/seed-{seed}" for rung, seed in jobs_with(plan) if (rung, seed) not in jobs]:
             report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
-        update = partial(_update, plan, schedule, splits.test, report_line)
+        update, updated = partial(_update, plan, schedule, splits.test, report_line), -math.inf
         write_first_page(plan.out)
         try:
             if there < len(jobs):
@@ -96,8 +96,11 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
                     report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:
                         report_line(f"{job[0]} seed {job[1]}: {note}")
-                    if schedule.ends_unit(job) and len(schedule.done) < len(jobs):
+                    since = time.monotonic() - updated  # after each pair; else at most a twentieth of the time
+                    due = job[0] in schedule.pair or since > 20 * schedule.update_s
+                    if due and schedule.ends_unit(job) and len(schedule.done) < len(jobs):
                         update(in_progress=True)
+                        updated = time.monotonic()
         except TooSlow:  # with fewer steps, they could not go on
             for job in schedule.begun.keys() - schedule.left.keys():
                 shutil.rmtree(run_of(plan, job), ignore_errors=True)

@@ -211,10 +211,14 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
 
     def median(weights: Weights) -> Floats:
         found = _undefined(weights)
-        for i, drawn in enumerate(weights) if len(values) else ():
-            up_to = np.cumsum(drawn[recording])  # [M]
-            if total := up_to[-1]:
-                found[i] = values[np.searchsorted(up_to, ((total + 1) // 2, total // 2 + 1))].mean()
+        rows = max(1, 4_000_000 // max(1, len(values)))  # draws at a time: 32 MB
+        for first in range(0, len(weights) if len(values) else 0, rows):
+            up_to = np.cumsum(weights[first : first + rows, recording], axis=1)  # [b, M]
+            total = up_to[:, -1:]
+            middle = [
+                values[(up_to < half).sum(1).clip(max=len(values) - 1)] for half in ((total + 1) // 2, total // 2 + 1)
+            ]
+            found[first : first + rows] = np.where(total[:, 0] > 0, (middle[0] + middle[1]) / 2, np.nan)
         return found
 
     return median
