@@ -1,30 +1,19 @@
 """Every label on disk against `reference.py`, an independent reading of DESIGN.md: 0 may differ.
 
-Random hostile files per convention (event, window, lead-in, ProAssist, several schemas in one file) go through
-the command; then each frame's two labels, each bound, count, order and turn is compared. The reference itself is held
-against small examples written by hand.
+Random files of each convention and schema go through the command; then each frame's two labels, each bound, count,
+order and turn is compared. The reference itself is held against small examples written by hand.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
-from fields import Undecided, problems
 from harness import REAL, differences, preprocess, quarantine, shards
-from hostile import KINDS, clips, dump, file_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from reference import read_files
-
-from pipeline.cli import numbers
-from pipeline.dataset import read_manifest
-from pipeline.options import Options
-from pipeline.schema import draws, sampling_seed
+from random_clips import KINDS, clips, dump
+from reference import Undecided, read_files
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not here")
 
@@ -41,13 +30,12 @@ def a_clip(*turns: dict, start: int | None = 10, end: int | None = 20, **more) -
     return clip | {name: value for name, value in bounds.items() if value is not None} | more
 
 
-def run(folder: Path, found: list, *options: object, status: int = 0):
-    """Preprocess clips written as one file; its shards, or None where no clip survives."""
+def run(folder: Path, found: list, *options: object):
+    """Status and shards of clips written as one file."""
     folder.mkdir(exist_ok=True)
     (folder / "train_x.json").write_text(json.dumps(found))
     ran = preprocess(folder / "train_x.json", "--out", folder / "out", *options)
-    assert ran.status == status, ran.err + ran.out
-    return shards(folder / "out") if ran.status in (0, 3) else ran
+    return ran, shards(folder / "out")
 
 
 def ones(frames, head: str) -> list[int]:
@@ -81,87 +69,55 @@ NEVER, ALWAYS = 2**32 - 1, 0  # draws
     ],
 )
 def test_the_reference_labels_small_clips_as_by_hand(clip, positive, convention, drawn, speaking, dst_update):
-    (reading,), _, _ = read_files([[clip]], positive=positive, convention=convention)
+    (reading,), _ = read_files([[clip]], positive=positive, convention=convention)
     labels = reading.labels([drawn] * (reading.end - reading.start), 0.5)
     written = {head: "".join({1: "1", 0: "0", -100: "."}[x] for x in row) for head, row in labels.items()}
     assert written == {"speaking": speaking, "dst_update": dst_update}
 
 
-def test_reference_draws_are_splitmix64():
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    gamma, seed = 0x9E3779B97F4A7C15, sampling_seed(7, "a clip")
-    key = mix((seed + gamma) % 2**64)
-    frames = [0, 1, 193, 2**31 - 2]
-    expected = [mix((key + (f + 1) * gamma) % 2**64) >> 32 for f in frames]
-    assert draws(seed, 0, np.array(frames)).tolist() == expected
-
-
-# ---- random hostile files ----------------------------------------------------------------------------
+# ---- random files ------------------------------------------------------------------------------------
 
 OPTIONS = [  # positive, --neg-rate, --seed, file name, --pad-s, --bounds
     ("span", None, 0, "train_training.json", 0, "auto"),
     ("onset", None, 2**40, "train_x.jsonl", 0, "auto"),
     ("span", 0.3, 2, "val_x.json", 0, "given"),
     ("onset", 0.0, 3, "test_x.json", 0, "auto"),
-    ("span", 0.0, 4, "train_x.jsonl", 0, "turns"),
+    ("span", 0.7, 4, "train_x.jsonl", 0, "turns"),
     ("span", None, 6, "val_x.jsonl", 3, "auto"),
-    ("onset", 0.7, 7, "train_x.json", 0, "auto"),
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_hostile_files_have_no_wrong_label(kind: str, tmp_path: Path):
+def test_random_files_have_no_wrong_label(kind: str, tmp_path: Path):
     for number, options in enumerate(OPTIONS):
         rng = random.Random(f"{kind} {number}")
         (tmp_path / str(number)).mkdir()
-        check(tmp_path / str(number), rng, [file_of(rng, kind, 25)], *options)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rng=st.randoms(use_true_random=False), kind=st.sampled_from(KINDS), options=st.sampled_from(OPTIONS))
-def test_small_hostile_files_have_no_wrong_label(rng, kind, options, tmp_path_factory):
-    found = file_of(rng, kind, rng.randint(1, 4), bad=0.4)
-    check(tmp_path_factory.mktemp("small"), rng, [found], *options)
+        check(tmp_path / str(number), rng, [clips(rng, kind, 25)], *options)
 
 
 def test_each_file_of_a_split_has_its_own_convention(tmp_path: Path):
-    rng = random.Random("three files")
+    rng = random.Random("files")
     kinds = ("window", "lead-in", "event", "proassist", "generated", "timed")
-    files = [file_of(rng, kind, 20, base=1000 * i) for i, kind in enumerate(kinds)]
-    files[2].append(files[0][0])  # a duplicate across files
+    files = [clips(rng, kind, 20, base=1000 * i) for i, kind in enumerate(kinds)]
     check(tmp_path, rng, files, "span", None, 5, "train_{}.json", 0, "auto")
 
 
 def check(folder: Path, rng, files: list[list], positive: str, rate, seed: int, name: str, pad: float, widen) -> None:
-    """Write and preprocess files of one split; compare shards, quarantine and counts with the reference."""
+    """Write and preprocess files of one split; compare shards and quarantine with the reference."""
     paths = [folder / name.format(i) for i in range(len(files))]
     for found, path in zip(files, paths, strict=True):
         path.write_bytes(dump(rng, found))
     out, split = folder / "out", name.split("_")[0]
     options = ["--positive", positive, "--seed", seed, "--pad-s", pad, "--bounds", widen]
-    ran = preprocess(*paths, "--out", out, *options, *([] if rate is None else ["--neg-rate", rate]))
+    ran = preprocess(*paths, "--out", out, *options, *([] if rate is None else ["--neg-rate", f"{split}={rate}"]))
     try:
-        kept, refused, votes = read_files(files, positive=positive, pad_s=pad, widen=widen)
+        kept, refused = read_files(files, positive=positive, pad_s=pad, widen=widen)
     except Undecided:
         assert ran.status == 1, ran.err
         assert "--frame-convention" in ran.err
         return
-    assert ran.status == (3 if refused and kept else 0 if kept else 1), (ran.err, refused, votes)
-    if not kept:
-        return
-    lines = quarantine(out)
-    assert [(Path(q["file"]), q["clip"]) for q in lines] == [(paths[r.file], r.index) for r in refused]
-    for line, refusal in zip(lines, refused, strict=True):  # it names a turn and field that are wrong
-        assert any(line["turn"] == turn and field in line["field"] for turn, field in refusal.problems), (line, refusal)
-    manifest = read_manifest(out)
-    told = [h["text"] for h in manifest["hazards"] if h["name"] == "initial state contradicts the updates"]
-    wrong_states = sum(vote.contradicted for vote in votes)
-    assert [text.split()[0] for text in told] == [f"{wrong_states:,}"] * bool(wrong_states)
-    assert [source["bounds_widened"] for source in manifest["inputs"]] == [vote.widened for vote in votes]
+    assert ran.status == (3 if refused else 0), (ran.err, refused)
+    assert [(Path(q["file"]), q["clip"]) for q in quarantine(out)] == [(paths[file], index) for file, index in refused]
     wrong = differences(shards(out, split), kept, split=split, positive=positive, seed=seed, rate=rate)
     assert not wrong, "\n".join(wrong[:10])
 
@@ -171,9 +127,8 @@ def check(folder: Path, rng, files: list[list], positive: str, rate, seed: int, 
 
 @needs_real
 def test_the_real_clip_has_its_frames_in_place(tmp_path: Path):
-    found = run(tmp_path, [json.loads((REAL / "prospect_clip.json").read_text())], "--neg-rate", 1)
+    _, found = run(tmp_path, [json.loads((REAL / "prospect_clip.json").read_text())], "--neg-rate", 1)
     (clip,), (frames,) = found.clips, found.frames
-    assert (clip["start_frame"], clip["end_frame"], clip["num_frames"]) == (193, 451, 258)
     assert frames["frame"].to_list() == list(range(193, 451))
     speaking = [193, 194, 212, 213, 224, 225, 260, 261, 303, 304, 369, 370, 394, 395, 423, 424]
     updates = [193, 194, 212, 213, 303, 304, 369, 370, 394, 395, 423, 424, 449, 450]
@@ -181,8 +136,6 @@ def test_the_real_clip_has_its_frames_in_place(tmp_path: Path):
     assert (clip["n_speaking"], clip["n_dst_update"], clip["n_supervised"]) == (16, 14, 258)
     assert clip["frame_convention"] == "event"
     assert clip["recording_id"] == "nusar-2021_action_both_9011-c03f_9011_user_id_2021-02-01_160239"
-    assert [s["id"] for s in clip["steps"]] == ["S1", "S2", "S3", "S4", "S5", "S6"]
-    assert len(clip["turns"]) == 22
 
 
 @needs_real
@@ -200,8 +153,6 @@ def test_real_proassist_conversations_speak_at_the_last_frame_before_the_turn(tm
     assert [ones(frames, "speaking") for frames in found.frames] == by_hand
     assert all(set(frames["dst_update_label"]) == {-100} for frames in found.frames)
     assert all(set(frames["speaking_label"]) == {0, 1} for frames in found.frames)
-    assert len({c["clip_id"] for c in found.clips}) == 3
-    assert len({c["recording_id"] for c in found.clips}) == 1
 
 
 @needs_real
@@ -210,12 +161,11 @@ def test_real_proassist_conversations_speak_at_the_last_frame_before_the_turn(tm
 def test_real_files_have_no_wrong_label(file: str, positive: str, tmp_path: Path):
     text = (REAL / file).read_text()
     found = [json.loads(text)] if file.endswith(".json") else [json.loads(line) for line in text.splitlines()]
-    out = tmp_path / "out"
-    ran = preprocess(REAL / file, "--out", out, "--split", "train", "--positive", positive, "--seed", 9)
-    assert ran.status == 0, ran.err
-    kept, refused, _ = read_files([found], positive=positive)
+    options = ("--split", "train", "--positive", positive, "--seed", 9)
+    assert preprocess(REAL / file, "--out", tmp_path / "out", *options).status == 0
+    kept, refused = read_files([found], positive=positive)
     assert not refused
-    assert not differences(shards(out), kept, split="train", positive=positive, seed=9, rate=None)
+    assert not differences(shards(tmp_path / "out"), kept, positive=positive, seed=9)
 
 
 # ---- the vote ----------------------------------------------------------------------------------------
@@ -230,8 +180,8 @@ def voters(fitting: int, others: int) -> list[dict]:
 NO_VOTE = [turn("user", 50, 60), turn("system", 0, 1, 40.0), turn("user", None, None, 3.0)] * 5
 BOTH = [turn("assistant", s, e, (e - 1) / 2) for s, e in zip([10, 13, 13, 15, 18], [13, 13, 15, 18, 18], strict=True)]
 BALLOTS = [
-    *((a_clip(*voters(*counts), end=100), "event") for counts in ((9, 1), (18, 2), (27, 3), (0, 4), (1, 3))),
-    *((a_clip(*voters(*counts), end=100), counts) for counts in ((8, 1), (17, 2), (0, 5), (4, 1))),
+    *((a_clip(*voters(*counts), end=100), "event") for counts in ((9, 1), (18, 2), (0, 4), (1, 3))),
+    *((a_clip(*voters(*counts), end=100), counts) for counts in ((8, 1), (17, 2), (0, 5))),
     (a_clip(*voters(9, 1), *NO_VOTE, end=100), "event"),
     (a_clip(*voters(9, 1), start=200, end=210), "event"),  # the vote is taken before cutting
     (a_clip(*BOTH, end=30), "lead-in"),  # a range that ends at floor + 1 contains its time as well: the first rule wins
@@ -244,51 +194,10 @@ BALLOTS = [
 def test_nine_in_ten_of_a_files_turns_decide_its_convention(clip: dict, result, tmp_path: Path):
     """result: the convention, or where none is decided the numbers of fitting and other turns."""
     malformed = a_clip(*voters(0, 20), turn("robot"), id="bad", end=100)  # has no vote
-    found = run(tmp_path, [clip, malformed], status=1 if isinstance(result, tuple) else 3)
-    if isinstance(result, tuple):
-        assert "--frame-convention" in found.err
-        assert f"of its {sum(result)} timed turns" in found.err
-        assert f"event {result[0]}," in found.err
-        assert len(found.lines) == 1
-        assert not (tmp_path / "out/manifest.json").exists()
-    else:
+    ran, found = run(tmp_path, [clip, malformed])
+    if isinstance(result, str):
         assert [row["frame_convention"] for row in found.clips] == [result]
-
-
-# ---- rates -------------------------------------------------------------------------------------------
-
-
-def test_a_lower_rates_negatives_are_a_subset(tmp_path: Path):
-    content = clips(random.Random("nested"), "event", 15)
-    zeros, positives = [], []
-    for rate in (0, 0.3, 0.7, 1):
-        found = run(tmp_path / str(rate), content, "--neg-rate", rate, "--positive", "onset")
-        columns = [(f, head) for f in found.frames for head in ("speaking", "dst_update")]
-        zeros.append([set(f.filter(f[f"{head}_label"] == 0)["frame"]) for f, head in columns])
-        positives.append([ones(f, head) for f, head in columns])
-    assert all(p == positives[0] for p in positives)
-    for lower, higher in pairwise(zeros):
-        assert all(a <= b for a, b in zip(lower, higher, strict=True))
-    assert sum(map(len, zeros[1])) < sum(map(len, zeros[2])) < sum(map(len, zeros[3]))
-
-
-@pytest.mark.parametrize(
-    ("split", "own", "option", "rate"),
-    [
-        ("train", None, None, 0.5),
-        ("train", 0.2, None, 0.2),
-        ("train", 0.2, "0.9", 0.9),
-        ("train", 0.2, "train=0.8,val=1", 0.8),
-        ("train", 0.2, "val=1", 0.2),
-        ("val", 0.2, None, 1.0),
-        ("val", 0.2, "train=0.8", 1.0),
-        ("val", 0.2, "val=0.25", 0.25),
-        ("test", 0.2, "0.25", 0.25),
-    ],
-)
-def test_which_rate_holds(split: str, own, option, rate: float):
-    assert Options(neg_rate=numbers("--neg-rate", option and [option])).rate(split, own) == rate
-
-
-def test_reference_refuses_what_it_should_and_nothing_else():
-    assert not problems(a_clip(turn("assistant", 12.0, 14.0), quality=float("nan"), fps=29.97))
+        return
+    assert (ran.status, len(ran.lines), found.clips) == (1, 1, [])
+    assert "--frame-convention" in ran.err
+    assert f"of its {sum(result)} timed turns" in ran.err
