@@ -18,16 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.dataset import ClipExample, Turn
-from pipeline.schema import (
-    CLIPS,
-    FRAMES,
-    SCHEMA_HASH,
-    SCHEMA_VERSION,
-    draws,
-    rate_threshold,
-    sampling_seed,
-    shard_path,
-)
+from pipeline.schema import CLIPS, FRAMES, SCHEMA_HASH, SCHEMA_VERSION, draws, rate_threshold, sampling_seed, shard_path
 from trainer.tokenizer import MARKERS
 
 STEPS = (("S1", "Put the base down"), ("S2", "Attach the wheel"))
@@ -103,34 +94,38 @@ def clip_example(
     return ClipExample(**{**example.__dict__, "labels": labels})
 
 
-def _clip_row(clip: ClipExample) -> dict[str, Any]:
-    row = {name: getattr(clip, name, None) for name in CLIPS.names}
-    return row | {
-        "dataset": clip.dataset,
-        "clip_idx": clip.clip,
-        "frame_convention": "event",
-        "steps": [{"id": i, "name": name} for i, name in clip.steps],
-        "initial_state": [{"id": i, "state": state} for i, state in clip.initial_state],
-        "unlabelled": [{"start_frame": a, "end_frame": b} for a, b in clip.unlabelled],
-        "turns": [
-            {**t._asdict(), "updates": [{"id": i, "transition": what} for i, what in t.updates]} for t in clip.turns
-        ],
-        "n_speaking": int((clip.labels[0] == 1).sum()),
-        "n_dst_update": int((clip.labels[1] == 1).sum()),
-        "n_supervised": int((clip.labels != -100).any(0).sum()),
-    }
+def _clip_table(clips: Sequence[ClipExample]) -> pa.Table:
+    def row(clip: ClipExample) -> dict[str, Any]:
+        return {name: getattr(clip, name, None) for name in CLIPS.names} | {
+            "clip_idx": clip.clip,
+            "frame_convention": "event",
+            "steps": [{"id": i, "name": name} for i, name in clip.steps],
+            "initial_state": [{"id": i, "state": state} for i, state in clip.initial_state],
+            "unlabelled": [{"start_frame": a, "end_frame": b} for a, b in clip.unlabelled],
+            "turns": [
+                {**t._asdict(), "updates": [{"id": i, "transition": what} for i, what in t.updates]} for t in clip.turns
+            ],
+            "n_speaking": int((clip.labels[0] == 1).sum()),
+            "n_dst_update": int((clip.labels[1] == 1).sum()),
+            "n_supervised": int((clip.labels != -100).any(0).sum()),
+        }
+
+    return pa.Table.from_pylist([row(clip) for clip in clips], schema=CLIPS)
 
 
-def _frame_rows(clip: ClipExample) -> dict[str, list[Any]]:
-    numbers = list(range(clip.start_frame, clip.end_frame))
-    return {
-        "clip_id": [clip.clip_id] * len(numbers),
-        "clip": [clip.clip] * len(numbers),
-        "frame": numbers,
-        "time_s": [n / clip.fps for n in numbers],
-        "speaking_label": clip.labels[0].tolist(),
-        "dst_update_label": clip.labels[1].tolist(),
-    }
+def _frame_table(clips: Sequence[ClipExample]) -> pa.Table:
+    def columns(clip: ClipExample) -> dict[str, list[Any]]:
+        numbers = list(range(clip.start_frame, clip.end_frame))
+        return {
+            "clip_id": [clip.clip_id] * len(numbers),
+            "clip": [clip.clip] * len(numbers),
+            "frame": numbers,
+            "time_s": [n / clip.fps for n in numbers],
+            "speaking_label": clip.labels[0].tolist(),
+            "dst_update_label": clip.labels[1].tolist(),
+        }
+
+    return pa.concat_tables(pa.table(columns(c), schema=FRAMES) for c in clips).combine_chunks()
 
 
 def write_shards(
@@ -145,13 +140,15 @@ def write_shards(
     for split, clips in splits.items():
         for number, first in enumerate(range(0, len(clips), part)):
             chosen = clips[first : first + part]
-            for table, schema in (("frames", FRAMES), ("clips", CLIPS)):
+            for table, schema, table_of in (("frames", FRAMES, _frame_table), ("clips", CLIPS, _clip_table)):
                 path = out / shard_path(table, split, number)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with pq.ParquetWriter(path, schema, compression="zstd") as writer:
                     for i in range(0, len(chosen), group):
-                        writer.write_table(_table(table, schema, chosen[i : i + group]))
-                shards.append(_entry(out, path, table, split, number, chosen))
+                        writer.write_table(table_of(chosen[i : i + group]))
+                entry = {"path": path.relative_to(out).as_posix(), "table": table, "split": split, "part": number}
+                entry |= {"rows": pq.read_metadata(path).num_rows, "clips": len(chosen), "bytes": path.stat().st_size}
+                shards.append(entry | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "schema_hash": SCHEMA_HASH,
@@ -161,26 +158,6 @@ def write_shards(
     }
     (out / "manifest.json").write_text(json.dumps(manifest))
     return out
-
-
-def _table(table: str, schema: pa.Schema, clips: Sequence[ClipExample]) -> pa.Table:
-    if table == "clips":
-        return pa.Table.from_pylist([_clip_row(c) for c in clips], schema=schema)
-    return pa.concat_tables(pa.table(_frame_rows(c), schema=schema) for c in clips).combine_chunks()
-
-
-def _entry(out: Path, path: Path, table: str, split: str, part: int, clips: Sequence[ClipExample]) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {
-        "path": path.relative_to(out).as_posix(),
-        "table": table,
-        "split": split,
-        "part": part,
-        "rows": len(clips) if table == "clips" else sum(c.num_frames for c in clips),
-        "clips": len(clips),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
 
 
 def jpeg(pixels: np.ndarray) -> str:

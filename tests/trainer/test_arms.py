@@ -9,12 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from by_hand import clip_example, dst, turn
-from small_run import CONFIG, curve, go, write_data
+from by_hand import NoisyFrames, clip_example, dst, turn
+from small_run import curve, go, write_data
 
 import trainer
-from pipeline.dataset import Split
-from pipeline.errors import InputError
 from trainer.arms import ARMS, find_arm
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
@@ -23,7 +21,7 @@ from trainer.live.session import DecodingConfig
 from trainer.loss import bce_sums, combine, supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.sequence import build_windows
-from trainer.teacher_forced import open_source, score_clips
+from trainer.teacher_forced import score_clips
 from trainer.tokenizer import MARKERS, marker_token, train_tiny_tokens
 
 TURNS = [dst(2, 3, ("S1", "complete")), turn("assistant", "good", 2, 3)]
@@ -53,11 +51,9 @@ def reads(arm: str) -> str:
 @pytest.mark.parametrize(
     ("arm", "expected"),
     [
-        ("silence", f"{PLAIN} F F F [assistant] good . F"),
         ("texts", f"{PLAIN} F F F [assistant] good . F"),
         ("frames", f"{PLAIN} F F F F"),
         ("token", f"{TOLD} F F F [DST_UPDATE] S1->complete . [assistant] good . F"),
-        ("lm-eos", f"{PLAIN} F F F [assistant] good . F"),
         ("speak", f"{PLAIN} F F F [assistant] good . F"),
         ("speak+dst-head", f"{PLAIN} F F F [assistant] good . F"),
         ("speak+dst", f"{TOLD} F F F [DST_UPDATE] S1->complete . [assistant] good . F"),
@@ -77,94 +73,41 @@ def test_the_frames_arm_hears_nothing_learns_no_text_and_is_asked_at_every_frame
     assert window.labels.tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
 
 
-class Recording:
-    """A frame source of noise, of another seed each time, that says whether it was asked."""
-
-    def __init__(self) -> None:
-        self.seed = 0
-
-    def load(self, clip, start, end):
-        self.seed += 1
-        return np.random.default_rng(self.seed).integers(0, 256, (end - start, 3, 64, 64), np.uint8)
-
-
 @pytest.mark.parametrize("arm", ["texts", "speak"])
 def test_what_is_in_the_pictures_changes_no_score_of_the_texts_arm(arm):
     """Teacher-forced and free-running, from pixels and from cached features."""
     config = TrainConfig(arm=arm)
     model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, TOKENS.choices)
     torch.nn.init.ones_(model.heads.speak.weight)
-    source = Recording()
-
-    def logits(live: bool) -> list[float]:
-        if live:
-            never = DecodingConfig({"speaking": math.inf})
-            return next(free_running(model, TOKENS, [CLIP], source, config, never)).logits["speaking"].tolist()
-        return next(score_clips(model, TOKENS, iter([CLIP]), source, config)).logits[0].tolist()
-
-    for live in (False, True):
-        assert (logits(live) == logits(live)) == (arm == "texts")
-    assert source.seed == 4
+    clips, never = [CLIP, replace(CLIP, video_uid="other")], DecodingConfig({"speaking": math.inf})
+    forced = score_clips(model, TOKENS, iter(clips), NoisyFrames(), config)
+    live = free_running(model, TOKENS, clips, NoisyFrames(), config, never)
+    for one, other in ([s.logits[0] for s in forced], [s.logits["speaking"] for s in live]):
+        assert np.allclose(one, other, atol=1e-5) == (arm == "texts")
     features = [model.frame_features(frames) for frames in (torch.rand(2, 1, 1024), torch.zeros(2, 3, 64, 64).byte())]
     assert torch.equal(*features) == (arm == "texts")
 
 
-def test_the_texts_arm_sees_mid_grey_and_looks_for_no_video(tmp_path, monkeypatch):
+def test_the_texts_arm_looks_for_no_video(tmp_path):
     data = write_data(tmp_path / "data")
     shutil.rmtree(data / "frames-on-disk")
-    seen = []
-    look = trainer.vision.look
-    monkeypatch.setattr(trainer.vision, "look", lambda vlm, pixels, k: seen.append(pixels) or look(vlm, pixels, k))
     go(data, tmp_path / "run", arm="texts", steps=2)
-    evaluate(tmp_path / "run", data, "val")
-    assert {tuple(pixels.shape) for pixels in seen} == {(1, 3, 64, 64)}
-    assert all((pixels == 128).all() for pixels in seen)
+    assert "teacher-forced" in evaluate(tmp_path / "run", data, "val").metrics
 
 
-def test_what_was_said_changes_no_score_of_the_frames_arm_and_both_ways_to_run_it_agree(tmp_path):
-    data = write_data(tmp_path / "data", val=2)
-    go(data, tmp_path / "run", arm="frames", steps=3, max_tokens=60)  # windows of 11 to 14 frames
-    run = trainer.load(tmp_path / "run")
-    frames = open_source([Split(data, "val")], run.model, None, None)
-    clips = list(Split(data, "val").in_order())
-    talk = [turn("user", "What?", 5, 6), turn("assistant", "A long story.", 7, 9)]
-    other = [replace(c, turns=(*talk, *c.turns)) for c in clips]
-    forced, again = ([s.logits[0] for s in score_clips(run.model, run.tokens, iter(each), frames, run.config)]
-                     for each in (clips, other))  # fmt: skip
-    decoding = DecodingConfig({"speaking": float(np.median(forced[0]))}, refractory_s=0)
-    free = list(free_running(run.model, run.tokens, other, frames, run.config, decoding))
-    assert all(map(np.array_equal, forced, again))
-    for here, there in zip(forced, free, strict=True):
-        assert np.abs(here - there.logits["speaking"]).max() < 1e-5
-    assert [text for s in free for text in s.said if text is not None] == [""] * sum(
-        (logits >= decoding.thresholds["speaking"]).sum() for logits in forced
-    )
-
-
-@pytest.mark.parametrize("balance", ["none", "mean"])
-def test_silence_and_speak_give_the_same_probabilities(tmp_path, balance):
-    """BCE(x, y) = BCE(-x, 1 - y): what differs between these two arms is the harness."""
-    data = write_data(tmp_path / "data")
+def test_silence_and_speak_give_the_same_probabilities(data, tmp_path):
+    """TRAPS 37: BCE(x, y) = BCE(-x, 1 - y): what differs between these two arms is the harness."""
     scores = {}
     for arm in ("silence", "speak"):
-        go(data, tmp_path / arm, arm=arm, balance=balance)
-        scores[arm] = np.concatenate([s.logits[0] for s in trainer.load(tmp_path / arm).score(data, "val")])
-        head = trainer.load(tmp_path / arm).model.heads.speak
-        assert head.weight.any()
-        assert arm == "speak" or head.bias > 0 or balance == "mean"  # it does say silence
+        go(data, tmp_path / arm, arm=arm, steps=4)
+        run = trainer.load(tmp_path / arm)
+        scores[arm] = np.concatenate([s.logits[0] for s in run.score(data, "val")])
+        assert run.model.heads.speak.weight.any()
+        assert arm == "speak" or run.model.heads.speak.bias > 0  # it does say silence
     assert np.array_equal(scores["silence"], scores["speak"])
     assert len(np.unique(scores["speak"])) > 10  # and it did learn something
     kept = [[(line.get("loss"), line.get("grad_norm")) for line in curve(tmp_path / arm)] for arm in scores]
     assert kept[0] == kept[1]
-
-
-def test_an_lm_eos_model_speaks_where_the_end_is_not_the_next_token():
-    config = TrainConfig(arm="lm-eos")
-    model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, TOKENS.choices)
-    hidden = torch.randn(5, 128)
-    chances = model.vlm.lm_head(hidden).softmax(-1)[:, TOKENS.end]
-    expected = [math.log((1 - p) / p) for p in chances.tolist()]
-    assert model.decisions(hidden)[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_token_arm_decides_by_three_next_tokens_and_learns_one_of_them_at_each_frame():
@@ -191,22 +134,12 @@ def test_the_token_arm_decides_by_three_next_tokens_and_learns_one_of_them_at_ea
     assert reweighed.counts().tolist() == [6, 3, 0, 0]
 
 
-def test_every_arm_trains_on_the_same_frames_in_the_same_order_and_on_the_heads_that_it_has(tmp_path):
-    data, counts = write_data(tmp_path / "data"), set()
+def test_every_arm_trains_on_the_same_frames_in_the_same_order_and_on_the_heads_that_it_has(data, tmp_path):
+    counts = set()
     for name, arm in ARMS.items():
-        go(data, tmp_path / name, arm=name, steps=3)
+        go(data, tmp_path / name, arm=name, model="nano", steps=2)
         *steps, last = curve(tmp_path / name)
         counts.add(tuple(line["n_speaking"] for line in steps))
         assert all((line["n_dst_update"] > 0) == (arm.dst_head and name != "token") for line in steps)
         assert (last["evaluation"]["dst_update"]["ap"] is not None) == arm.dst_head
     assert len(counts) == 1
-    assert len(counts.pop()) == 3
-
-
-def test_a_run_resumes_as_the_arm_it_was_begun_as(tmp_path):
-    data = write_data(tmp_path / "data")
-    go(data, tmp_path / "run", arm="lm-eos", steps=2)
-    assert trainer.load(tmp_path / "run").model.arm == ARMS["lm-eos"]
-    with pytest.raises(InputError, match="arm is 'speak', the run has 'lm-eos'"):
-        go(data, tmp_path / "run", arm="speak", steps=2, resume=True)
-    assert CONFIG.arm == "speak+dst"

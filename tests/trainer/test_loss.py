@@ -4,15 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import tensor
 
-from trainer.arms import ARMS
 from trainer.config import TrainConfig
 from trainer.loss import bce_sums, combine, lm_sum, supervise
-
-LABELS = st.lists(st.tuples(*[st.sampled_from([0, 1, -100])] * 2), max_size=30)
 
 
 def bce(logit: float, label: int) -> float:
@@ -31,25 +26,15 @@ def sums_of(logits, labels, **config):
     return combine(torch.cat([sums, torch.zeros(1)]), torch.cat([counts, torch.zeros(1)]), TrainConfig(**config))
 
 
-def test_sums_by_hand():
-    sums, counts = head_sums(tensor([[0.0, 2.0, 5.0], [1.0, -1.0, 5.0]]), tensor([[0, 1, -100], [1, 1, 0]]))
+def test_sums_by_hand_and_nothing_where_no_label_is():
+    """TRAPS 16. NaN at a label of -100 shows that its logit is not read; by head: sums of labels 0, of labels 1."""
+    logits = tensor([[0.0, 2.0, math.nan], [1.0, -1.0, 5.0]], requires_grad=True)
+    sums, counts = head_sums(logits, tensor([[0, 1, -100], [1, 1, 0]]))
     expected = [bce(0, 0), bce(2, 1), bce(5, 0), bce(1, 1) + bce(-1, 1)]
     assert sums.tolist() == pytest.approx(expected)
     assert counts.tolist() == [1, 1, 1, 2]
-
-
-@given(LABELS, st.randoms(use_true_random=False))
-def test_the_plain_mean_over_supervised_labels_and_nothing_at_others_matters(pairs, random):
-    labels = tensor(pairs, dtype=torch.int8).reshape(-1, 2).mT
-    logits = tensor([[random.uniform(-5, 5) for _ in pairs] for _ in (0, 1)]).reshape(2, -1).requires_grad_()
-    sums, counts = (x.detach() for x in head_sums(torch.where(labels == -100, torch.nan, logits), labels))
-    for head in (0, 1):
-        values = [bce(x, y) for x, y in zip(logits[head].tolist(), labels[head].tolist(), strict=True) if y >= 0]
-        assert float(counts[2 * head : 2 * head + 2].sum()) == len(values)
-        assert float(sums[2 * head : 2 * head + 2].sum()) == pytest.approx(sum(values), abs=1e-4)
-    assert (sums >= 0).all()
-    head_sums(logits, labels)[0].sum().backward()
-    assert (logits.grad[labels == -100] == 0).all()
+    sums.sum().backward()
+    assert (logits.grad != 0).tolist() == [[True, True, False], [True, True, True]]
 
 
 def test_direct_and_inverted_losses_and_gradients_are_the_same_bits():
@@ -76,27 +61,6 @@ def test_nothing_supervised_is_exactly_zero_with_a_graph():
         loss.backward(retain_graph=True)
     assert (logits.grad == 0).all()
     assert text.grad is not None
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(0, 12), min_size=1, max_size=5),
-    st.sampled_from(["none", "mean"]),
-    st.randoms(use_true_random=False),
-)
-def test_micro_batches_add_up_to_the_step(sizes, balance, random):
-    n = sum(sizes)
-    labels = tensor([[random.choice([0, 0, 1, -100]) for _ in range(n)] for _ in (0, 1)]).reshape(2, n)
-    logits = tensor([[random.uniform(-4, 4) for _ in range(n)] for _ in (0, 1)], dtype=torch.float64)
-    logits = logits.reshape(2, n)
-    config = TrainConfig(balance=balance, w_speak=1, w_dst=0.5)
-    parts = [head_sums(x, y) for x, y in zip(logits.split(sizes, 1), labels.split(sizes, 1), strict=True)]
-    none = torch.zeros(1, dtype=torch.float64)
-    counts = torch.cat([sum(count for _, count in parts), none])
-    whole, _ = head_sums(logits, labels)
-    expected, _ = combine(torch.cat([whole, none]), counts, config)
-    found = sum(combine(torch.cat([part, none]), counts, config)[0] for part, _ in parts)
-    assert float(found) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_pooled_mean_is_not_the_mean_of_means():
@@ -130,13 +94,3 @@ def test_reweigh_counts_drawn_negatives_as_one_over_the_rate():
     sums, counts = head_sums(torch.zeros(2, 5), labels, rate, reweigh=True)
     assert counts.tolist() == [5, 2, 5, 2]
     assert sums.tolist() == pytest.approx([n * math.log(2) for n in (5, 2, 5, 2)])
-
-
-def test_an_inverted_heads_loss_takes_silence_for_its_label():
-    labels = torch.tensor([[1, 0, -100], [0, 1, -100]], dtype=torch.int8)
-    supervised = supervise(labels, torch.ones(3), ARMS["silence"])
-    assert supervised.inverted
-    assert supervised.sizes == [1, 1, 0, 0]  # and there is no DST head
-    assert supervised.places.tolist() == [0, 1]  # frame 0 speaks: 0 for silence
-    sums = bce_sums(torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]]), supervised)
-    assert sums.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 0, 0])

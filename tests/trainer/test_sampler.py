@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import lru_cache
-
 import numpy as np
 import pytest
 from by_hand import clip_example, turn, write_shards
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline import dataset
-from pipeline.dataset import HELD_GROUPS, Split
+from pipeline.dataset import Split
 from trainer.sampler import Sampler, order, share
 
 TURNS = (turn("assistant", "yes", 2, 4),)
@@ -31,25 +25,11 @@ def sampler(data):
     return Sampler(Split(data, "train"), SEED)
 
 
-@pytest.fixture
-def read(monkeypatch):
-    """(shard, row group), as they are read."""
-    reads = []
-    read = lru_cache(HELD_GROUPS)(lambda *where: reads.append(where) or dataset._RowGroup(*where))
-    monkeypatch.setattr(dataset, "_row_group", read)
-    return reads
-
-
-@given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 2**40), st.integers(0, 5))
-def test_order_is_a_permutation_and_pure(sizes, seed, epoch):
-    found = order(seed, epoch, sizes)
-    assert sorted(found.tolist()) == list(range(sum(sizes)))
-    assert np.array_equal(found, order(seed, epoch, sizes))
-
-
-def test_order_holds_few_groups_at_a_time_and_changes_with_epoch_and_seed():
+def test_order_is_a_permutation_that_holds_few_groups_at_a_time_and_changes_with_epoch_and_seed():
     sizes = [10] * 20
     first = order(3, 0, sizes, window=4)
+    assert sorted(first.tolist()) == list(range(200))
+    assert np.array_equal(first, order(3, 0, sizes, window=4))
     for i in range(0, 200, 40):
         assert len(set(first[i : i + 40] // 10)) == 4
     assert not np.array_equal(first, order(3, 1, sizes, window=4))
@@ -73,27 +53,11 @@ def test_clips_are_shared_by_their_frames():
     frames = [5, 9, 4, 4, 2]
     assert share(frames, 0, 1) == [0, 1, 2, 3, 4]
     assert [share(frames, rank, 2) for rank in (0, 1)] == [[1, 3], [0, 2, 4]]  # 9 + 4 and 5 + 4 + 2
-    assert [share([3], rank, 3) for rank in range(3)] == [[0], [], []]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [2, 8])
 def test_ranks_together_read_the_one_stream(data, sampler, ranks):
-    for step in range(14):  # 112 clips: past two epochs
+    for step in (0, 6, 13):  # of 8 clips: the last is past two epochs
         alone = [(c.clip_id, c.labels.tolist()) for c in sampler.step(step, STEP)]
         parts = [Sampler(Split(data, "train"), SEED).step(step, STEP, rank, ranks) for rank in range(ranks)]
         assert sorted((c.clip_id, c.labels.tolist()) for part in parts for c in part) == sorted(alone)
-
-
-def test_the_middle_of_an_epoch_is_reached_without_reading_what_was_skipped(sampler, read):
-    wanted = order(SEED, 1, sampler.split.sizes)[45:].tolist()
-    assert [sampler.split.clip(*sampler.place(50 + i)).clip for i in range(45, 50)] == wanted
-    assert len(read) == len({n // 4 for n in wanted})
-
-
-@pytest.mark.parametrize("stride", [1, 3])
-def test_rising_indices_read_a_row_group_at_most_once_an_epoch(sampler, read, stride):
-    for i in range(0, 150, stride):
-        sampler.split.clip(*sampler.place(i))
-    times = Counter(read)
-    assert len(times) == 13
-    assert max(times.values()) <= 3

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from by_hand import Words, clip_example, dst, turn
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pipeline.dataset import ClipExample, Turn
+from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
-from trainer.sequence import DEFAULT_ARM, build_windows, check_budget, cut_windows, state_before
+from trainer.sequence import DEFAULT_ARM, Window, build_windows, check_budget, state_before
 
 PROMPT = (
     "[system] You are a helpful assistant. Toy [step] S1: Put the base down [not_started] "
@@ -19,7 +17,7 @@ PROMPT = (
 HELP = turn("system", "Current step states - Step S1: completed", 0, 1)  # as generated: tells the future
 
 
-def one(clip: ClipExample, k: int = 1) -> tuple[str, object, Words]:
+def one(clip: ClipExample, k: int = 1) -> tuple[str, Window, Words]:
     words = Words()
     (window,) = build_windows(clip, words, k, 1000)
     return words.show(window.input_ids), window, words
@@ -29,16 +27,9 @@ def toy(*turns, start=0, frames=6, **more) -> ClipExample:
     return clip_example([HELP, *turns], start, frames, goal="Toy", rate=1.0, **more)
 
 
-def after_prompt(clip: ClipExample) -> str:
-    text, _, _ = one(clip)
-    return text.partition(" . ")[2]
-
-
 def test_user_before_its_first_frame_and_replies_after_their_last():
-    clip = toy(
-        turn("user", "what now", 2, 4),
-        turn("assistant", "put it down", 3, 5),
-    )
+    """TRAPS 11, 12."""
+    clip = toy(turn("user", "what now", 2, 4), turn("assistant", "put it down", 3, 5))
     text, window, _ = one(clip)
     assert text == f"{PROMPT} F F [user] what now . F F F [assistant] put it down . F"
     base = len(PROMPT.split())
@@ -49,7 +40,7 @@ def test_user_before_its_first_frame_and_replies_after_their_last():
 
 
 def test_real_clip_shape_two_updates_then_speech_at_one_moment():
-    """The real clip at 212: S1 completes, S2 starts, the assistant speaks; frames are absolute."""
+    """TRAPS 1, 8. The real clip at 212: S1 completes, S2 starts, the assistant speaks; frames are absolute."""
     clip = toy(
         dst(212, 214, ("S1", "complete")),
         dst(212, 214, ("S2", "start")),
@@ -99,10 +90,13 @@ def test_real_clip_shape_two_updates_then_speech_at_one_moment():
             "F F F F F F", id="outside, empty or without frames",
         ),
         pytest.param([dst(8, 12)], {"start": 10, "positive": "onset"}, "F F F F F F", id="an onset before the clip"),
+        pytest.param([dst(1, 2, ("step 1, toy", "complete"), ("S2", "start"))], {},
+            'F F [DST_UPDATE] "step 1, toy"->complete, S2->start . F F F F', id="a step's id with a comma",
+        ),
     ],
 )  # fmt: skip
 def test_where_texts_stand(turns, more, expected):
-    assert after_prompt(toy(*turns, **more)) == expected
+    assert one(toy(*turns, **more))[0].partition(" . ")[2] == expected
 
 
 def test_k_tokens_per_frame_and_decision_at_the_last():
@@ -163,99 +157,18 @@ def test_a_windows_prompt_has_the_state_before_it_never_its_own_or_later():
         assert ("S1->start" in shown) == (first <= 11 < window.end_frame)
 
 
-def test_state_replays_transitions_from_the_initial_state():
-    clip = toy(
-        dst(2, 3, ("S1", "pause")),
-        dst(4, 5, ("S1", "resume"), ("S2", "start")),
-        dst(6, 7, ("S2", "fail"), ("S1", "cancel")),
-        dst(8, 9, ("S1", "reset")),
-        frames=12,
-        initial=[("S1", "in_progress")],
-    )
-    states = [tuple(state_before(clip, frame).values()) for frame in (0, 2, 3, 5, 7, 9)]
-    assert states == [
-        ("in_progress", "not_started"),
-        ("in_progress", "not_started"),
-        ("paused", "not_started"),
-        ("in_progress", "in_progress"),
-        ("cancelled", "failed"),
-        ("not_started", "failed"),
-    ]
-
-
 def test_a_transition_without_frames_counts_from_the_next_turn_with_some():
     clip = toy(dst(2, 3, ("S1", "start")), dst(None, None, ("S1", "complete")), turn("user", "hi", 7, 8), frames=12)
-    assert [state_before(clip, frame)["S1"] for frame in (2, 3, 7, 8)] == [
-        "not_started",
-        "in_progress",
-        "in_progress",
-        "completed",
-    ]
+    states = [state_before(clip, frame)["S1"] for frame in (2, 3, 7, 8)]
+    assert states == ["not_started", "in_progress", "in_progress", "completed"]
 
 
-def test_a_budget_too_small_names_clip_and_frame():
-    clip = toy(turn("assistant", "a b c d e f g h", 3, 4), clip_id="kitchen/7")
-    prompt = len(PROMPT.split())
-    with pytest.raises(InputError, match=r"clip kitchen/7 frame 3: 11 tokens .* leaves 10 beside"):
-        build_windows(clip, Words(), 1, prompt + 10)
-    assert build_windows(clip, Words(), 1, prompt + 11)
-
-
-@given(costs=st.lists(st.integers(1, 20), min_size=1, max_size=60), room=st.integers(20, 80))
-def test_cuts_fit_the_room_and_partition_the_frames(costs, room):
-    cuts = cut_windows(np.array(costs), room)
-    assert [i for _, own, end in cuts for i in range(own, end)] == list(range(len(costs)))
-    for first, own, end in cuts:
-        assert 0 <= first <= own < end
-        assert sum(costs[first:end]) <= room
-        assert sum(costs[first:own]) <= room / 4
-
-
-EVENTS = st.lists(
-    st.tuples(st.sampled_from(["user", "assistant", "DST_UPDATE"]), st.integers(90, 135), st.integers(0, 6)),
-    max_size=8,
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(events=EVENTS, positive=st.sampled_from(["span", "onset"]), room=st.integers(30, 90))
-def test_no_text_precedes_a_frame_that_is_positive_for_its_event(events, positive, room):
-    turns = [turn(role, f"text{i}", start, start + n) for i, (role, start, n) in enumerate(events)]
-    clip = clip_example(turns, 100, 30, positive=positive, rate=1.0)
-    words = Words()
-    prompt = len(build_windows(clip, words, 1, 10_000)[0].input_ids)
-    for window in build_windows(clip, words, 1, prompt + room):
-        shown = [words.words[i].strip(",") for i in window.input_ids]
-        frames = range(window.first_frame, window.end_frame)
-        for i, t in enumerate(turns):
-            if f"text{i}" not in shown:
-                continue
-            at = shown.index(f"text{i}")
-            if t.role == "user":
-                assert window.decision_positions[max(t.start_frame, 100) - window.first_frame] > at
-                continue
-            last = t.start_frame if positive == "onset" else t.end_frame - 1
-            later = [f for f, position in zip(frames, window.decision_positions, strict=True) if position > at]
-            assert not [f for f in later if t.start_frame <= f <= last]
-
-
-# ---- before the first step ---------------------------------------------------------------------------
-
-
-def test_the_budget_that_would_do_is_told_beforehand():
+def test_the_budget_that_would_do_is_told_before_the_first_step_and_does():
     """Prompt [system] You are a helpful assistant. end = 7; the frame costs 1, its text 2 with marker and end added."""
     clips = [clip_example([turn("assistant", "w " * n, 2, 3)], 0, 5, clip_id=f"c{n}", steps=()) for n in (3, 40, 30)]
     check_budget(clips, Words(), 1, 7 + 1 + 42, 8192, DEFAULT_ARM)
     with pytest.raises(InputError, match=r"clip c40: .* have 50 tokens, max_tokens is 30 \(2 clips .* --max-tokens 50"):
         check_budget(clips, Words(), 1, 30, 50, DEFAULT_ARM)
-    with pytest.raises(InputError, match="the model reads 49: shorten its texts"):
-        check_budget(clips, Words(), 1, 49, 49, DEFAULT_ARM)
     build_windows(clips[1], Words(), 1, 50)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"clip c40 frame 2: 43 tokens .* leaves 42 beside"):
         build_windows(clips[1], Words(), 1, 49)
-
-
-def test_step_ids_that_hold_a_comma_are_quoted():
-    updates = (("step 1, toy", "complete"), ("S2", "start"))
-    said = after_prompt(toy(Turn("DST_UPDATE", "step 1, toy->complete, S2->start", 1, 2, 0.5, updates)))
-    assert '"step 1, toy"->complete, S2->start .' in said
