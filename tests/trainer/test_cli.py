@@ -41,10 +41,8 @@ def test_resume_keeps_the_run_s_options_refuses_others_by_name_and_a_second_proc
     assert train(data, run, *FEW, "--lr", "0.01", "--freeze", "vision,connector", "--lr-by-part", "heads=0.1") == 0
     assert train(data, run, "--resume", "--lr", "0.01", "--freeze", "vision", "--freeze", "connector") == 0
     assert "all 2 steps had been done before" in capsys.readouterr().out
-    assert train(data, run, "--resume", "--steps", "9", "--freeze", "vision") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "steps is 9, the run has 2" in error
-    assert "freeze is ('vision',), the run has ('vision', 'connector')" in error
+    assert train(data, run, "--resume", "--steps", "9") == 1
+    assert "steps is 9, the run has 2" in capsys.readouterr().err.splitlines()[-1]
     handle = os.open(run / ".lock", os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert train(data, run, "--resume") == 1
@@ -56,8 +54,6 @@ def test_resume_keeps_the_run_s_options_refuses_others_by_name_and_a_second_proc
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--freeze", "eyes"), "freeze names eyes; expected some of vision, connector, text, heads"),
-        (("--lr-by-part", "heads=-1"), "lr_by_part heads is -1.0, expected above 0"),
         (("--log", "tensorbored"), "tensorbored"),
         (("--features", "."), "these features are for frozen parts; add --freeze vision"),
     ],
@@ -68,17 +64,6 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_pat
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_or_a_score_that_is_not_finite_is_one_line_and_leaves_a_checkpoint(data, tmp_path, capsys, steps):
-    """One step: it shows in the evaluation alone."""
-    status = train(data, tmp_path / "run", *FEW, "--steps", steps, "--lr", "1e30", "--warmup-steps", 0)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1
-    assert ("the scores are not finite at clips val" if steps == 1 else "is not finite at clips train") in error
-    assert "this is a bug" not in error
-    assert (tmp_path / "run" / "last" / "run.json").is_file()
 
 
 def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, capsys):

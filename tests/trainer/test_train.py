@@ -5,42 +5,37 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import NoisyFrames, clip_example, write_shards
-from small_run import CONFIG, clip, curve, go
+from by_hand import NoisyFrames, clip_example
+from small_run import clip, curve, go
 
 import trainer
-from pipeline.dataset import Split
-from pipeline.errors import InputError
-from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
 from trainer.teacher_forced import report
-from trainer.tokenizer import train_tiny_tokens
 from trainer.train import make_optimizer, schedule, train_step
 
 FRAMES = NoisyFrames()
 TINY = TrainConfig(steps=2, clips_per_step=3, warmup_steps=1, max_tokens=200, micro_batch_tokens=200)
 
 
-def parts(n: int = 5):
-    tokens = train_tiny_tokens(["What now?", "Well done.", "S1->complete"] * 3)
-    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128, (0.2, 0.1)), TINY)
-    windows = [w for i in range(n) for w in build_windows(clip(i, rate=0.3), tokens, 1, 200)]
-    return tokens, model, windows
+@pytest.fixture
+def model(tokens) -> ProspectModel:
+    return ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128, (0.2, 0.1)), TINY)
 
 
-def weights(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+@pytest.fixture
+def windows(tokens):
+    return [w for i in range(5) for w in build_windows(clip(i, rate=0.3), tokens, 1, 200)]
 
 
 # ---- the step ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [TINY, TrainConfig(balance="mean", reweigh=True)])
-def test_micro_batches_give_the_gradient_of_one_big_batch(config):
-    _, model, windows = parts()
+def test_micro_batches_give_the_gradient_of_one_big_batch(model, windows, config):
+    """TRAPS 18."""
     gradients, steps = [], []
     for groups in ([windows], [[w] for w in windows], [windows[3:], windows[:3]]):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -52,8 +47,7 @@ def test_micro_batches_give_the_gradient_of_one_big_batch(config):
         assert float((gradient - gradients[0]).norm() / gradients[0].norm()) < 1e-6
 
 
-def test_the_first_loss_is_that_of_the_prior():
-    tokens, model, windows = parts()
+def test_the_first_loss_is_that_of_the_prior(tokens, model, windows):
     step = train_step(model, make_optimizer(model, TINY), [make_pack(windows, FRAMES)], TINY)
     labels = np.concatenate([w.labels for w in windows], 1)
     expected = [
@@ -66,29 +60,16 @@ def test_the_first_loss_is_that_of_the_prior():
     assert step.lm < 3 * math.log(len(tokens))
 
 
-def test_a_step_without_anything_to_supervise_is_zero_and_moves_nothing():
-    _, model, _ = parts()
-    tokens = train_tiny_tokens(["x"])
+def test_a_step_without_anything_to_supervise_is_zero_and_moves_nothing(tokens, model):
+    """TRAPS 17."""
     silent = clip_example([], 0, 5, rate=0.0)
     assert (silent.labels == -100).all()
     batch = make_pack(build_windows(silent, tokens, 1, 200), FRAMES)
-    before = weights(model)
+    before = [p.detach().clone() for p in model.parameters()]
     config = TrainConfig(weight_decay=0.0)
     step = train_step(model, make_optimizer(model, config), [batch, batch], config)
     assert (step.loss, step.n_speaking, step.n_dst_update, step.n_lm, step.grad_norm) == (0, 0, 0, 0, 0)
-    assert torch.equal(weights(model), before)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_clips():
-    _, model, windows = parts()
-    with torch.no_grad():
-        model.heads.speak.bias.fill_(math.nan)
-    body = model.vlm.lm_head.weight.detach().clone()
-    with pytest.raises(
-        InputError, match=r"loss is not finite at clips train0, train1; look at them, or train anew with a lower --lr"
-    ):
-        train_step(model, make_optimizer(model, TINY), [make_pack(windows[:2], FRAMES)], TINY)
-    assert torch.equal(model.vlm.lm_head.weight, body)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_warm_up_rises_and_the_cosine_falls_to_zero():
@@ -100,9 +81,8 @@ def test_warm_up_rises_and_the_cosine_falls_to_zero():
     assert schedule(10, config) == pytest.approx(0)
 
 
-def test_parts_have_their_own_peak_rates_and_biases_and_norms_do_not_decay():
+def test_parts_have_their_own_peak_rates_and_biases_and_norms_do_not_decay(model):
     config = TrainConfig(lr=1e-3, lr_by_part={"heads": 1e-2, "vision": 1e-5})
-    _, model, _ = parts()
     groups = make_optimizer(model, config).param_groups
     decays = {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]}
     assert decays == {(True, 0.01), (False, 0)}
@@ -120,18 +100,13 @@ def test_parts_have_their_own_peak_rates_and_biases_and_norms_do_not_decay():
 def test_a_run_logs_each_step_and_each_evaluation_and_says_what_it_is(whole, data):
     lines = curve(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 10]
-    assert lines[0]["n_speaking"] > 0
     written = {"metrics.jsonl", "curves.svg", "tensorboard", "options.json", "last", "best"}
     assert {p.name for p in whole.iterdir()} - {".lock"} == written
-    loaded = load_run(whole)
-    assert loaded.config == CONFIG.on("cpu")  # bf16 is decided
-    assert (loaded.info["step"], loaded.info["neg_rate"]) == (10, 0.5)
-    assert loaded.info["data_key"] == Split(data, "train").key
-
-    scored = list(trainer.load(whole).score(data, "val"))
+    run = trainer.load(whole)
+    scored = list(run.score(data, "val"))
     labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(3)], 1)
     assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
-    found = report("val", scored, loaded.model.arm)
+    found = report("val", scored, run.model.arm)
     assert (found.clips, found.speaking.frames) == (3, labels.shape[1])
     assert found.speaking.chance == pytest.approx(6 / labels.shape[1])
     assert (found.speaking_only, found.dst_update_only, found.both) == (6, 3, 0)
@@ -144,17 +119,3 @@ def test_training_learns_white_frames(data, tmp_path):
     assert report.loss < 0.3 * curve(tmp_path / "run")[0]["loss"]
     assert report.evaluation.speaking.ap > 0.9
     assert report.evaluation.dst_update.ap > 0.9
-
-
-def test_shards_without_train_say_which_splits_there_are(tmp_path):
-    out = write_shards(tmp_path, {"test": [clip(0, "test")]})
-    with pytest.raises(InputError, match="no split 'train', found: test"):
-        go(out, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_shards_without_an_evaluation_split_are_trained_on_and_it_says_so(data, tmp_path):
-    report = go(data, tmp_path / "run", steps=1, warmup_steps=0, eval_split="dev")
-    assert report.evaluation is None
-    assert report.note == "no split 'dev' to evaluate on, found: train, val; preprocess one, or set --eval-split"
-    assert not (tmp_path / "run" / "best").exists()
