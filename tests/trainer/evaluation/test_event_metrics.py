@@ -54,16 +54,10 @@ def test_events_happen_at_their_time_else_at_their_first_frame_if_they_label_one
 def test_after_an_event_the_head_is_silent_for_the_refractory_time():
     scored = clip_of(start=10, frames=10, speaking=[0, 1, 1, 1, 1, 1, 0, 0, 1, 1])  # at 2 fps
     assert predicted_frames(scored, "speaking", 0.5, 2.0).tolist() == [11, 15, 19]
-    assert predicted_frames(scored, "speaking", 0.5, 2.2).tolist() == [11, 18]
     assert predicted_frames(scored, "speaking", 0.5, 0.0).tolist() == [11, 12, 13, 14, 15, 18, 19]
     assert predicted_frames(scored, "speaking", 1.0, 2.0).tolist() == [11, 15, 19]  # on the threshold it fires
-    assert predicted_frames(scored, "speaking", 1.1, 2.0).tolist() == []
-
-
-def test_a_live_models_events_are_what_it_said():
-    scored = clip_of(frames=20, speaking=[9] * 20, spoke=[1.0, 1.5, 4.0], updates={3.0: (), 5.0: (("S1", "start"),)})
-    assert predicted_frames(scored, "speaking", 0.5, 2.0).tolist() == [2, 3, 8]
-    assert predicted_frames(scored, "dst_update", None, 2.0).tolist() == [6, 10]
+    live = clip_of(frames=20, speaking=[9] * 20, spoke=[1.0, 1.5, 4.0])  # a live model's events are what it said
+    assert predicted_frames(live, "speaking", 0.5, 2.0).tolist() == [2, 3, 8]
 
 
 def pairs(reference, predicted, early=2.0, late=4.0):
@@ -76,15 +70,11 @@ def pairs(reference, predicted, early=2.0, late=4.0):
     [
         ([10], [8], [(0, 0)]),  # the window includes its ends
         ([10], [14], [(0, 0)]),
-        ([10], [7.9], []),
         ([10], [14.1], []),
         ([0.1 * 3], [0.3 - 2], [(0, 0)]),  # 0.1 * 3 is not 0.3
         ([0, 3], [2.9, 7], [(0, 0), (1, 1)]),  # 2.9 is nearest to 3, but then 7 has no reference left
         ([10], [9, 10.5, 13], [(0, 1)]),  # of as many matches the nearest
-        ([10, 11], [9.5, 11, 11.2], [(0, 0), (1, 1)]),
         ([10, 11], [12, 13], [(0, 0), (1, 1)]),  # crossed, the distances would add up to as much
-        ([], [1.0], []),
-        ([1.0], [], []),
     ],
 )
 def test_as_many_as_can_be_are_matched_then_the_nearest(reference, predicted, expected):
@@ -163,16 +153,6 @@ def test_reactions_and_initiative_are_told_apart():
     assert found["proactive"] == proactive
 
 
-def test_a_reaction_to_a_users_frames_counts_before_the_users_time():
-    # the user's text is heard at frame 193 (96.5 s), its time is 97.2: as in the real clip
-    user = Turn("user", "x", 193, 195, 97.2)
-    found = report(clip_of([user, Turn("assistant", "x", 193, 195, 97.2)], 193, 40, spoke=[96.5]))
-    assert (found["reactive"]["references"], found["reactive"]["predictions"], found["reactive"]["f1"]) == (1, 1, 1)
-    assert found["proactive"] == {"references": 0, "predictions": 0, "precision": None, "recall": None, "f1": None}
-    later = clip_of([user, Turn("assistant", "x", 198, 200, 99.1)], 193, 40, spoke=[])  # 1.9 s after the user's time
-    assert report(later)["reactive"]["references"] == 1
-
-
 def test_dst_events_are_told_from_speech_and_asked_of_clips_with_dst_only():
     tracked = clip_of([dst(20, 22), turn("assistant", "x", 60, 62)], updates={10.5: ()}, spoke=[])
     untracked = clip_of([], name="c1", updates={3.0: (), 9.0: ()}, spoke=[], steps=())
@@ -182,18 +162,12 @@ def test_dst_events_are_told_from_speech_and_asked_of_clips_with_dst_only():
     assert find_events([untracked], "dst_update", None, S) is None
 
 
-def test_scores_without_a_threshold_are_no_events():
-    assert find_events([clip_of(frames=4, speaking=[1] * 4)], "speaking", None, S) is None
-    assert find_events([clip_of(frames=4, speaking=[1] * 4)], "dst_update", 0.5, S) is None
-
-
 def test_the_event_threshold_is_the_one_of_the_best_event_f1():
     scores = np.zeros(120)
     scores[20], scores[60], scores[61], scores[100] = 3, 2, 1.9, 1  # references at 10 s and 30 s
     scored = clip_of([said_at(10), said_at(30)], speaking=scores)
     assert best_event_threshold([scored], "speaking", S) == pytest.approx((2 + 1.9) / 2)  # 1.9 makes no event more
     assert best_event_threshold([clip_of([], speaking=scores)], "speaking", S) is None
-    assert best_event_threshold([scored], "dst_update", S) is None
     silent = clip_of([said_at(10)], speaking=[-5.0] * 120)
     assert report(silent, best_event_threshold([silent], "speaking", S))["predictions"] == 0
 
@@ -209,19 +183,16 @@ def test_the_threshold_is_as_good_as_any():
     assert f1(best_event_threshold(clips, "speaking", S)) == max(map(f1, cuts))
 
 
-def nobody_saw(scored, *ranges):
-    return replace(scored, clip=replace(scored.clip, unlabelled=ranges))
-
-
 def test_frames_that_nobody_annotated_are_neither_right_nor_wrong():
     """Speech at 10 s; scores also fire at 0, 20 and 25 s, of which 20 s alone was annotated."""
     scores = np.zeros(120)
     scores[[0, 20, 40, 50]] = 3, 2, 1, 3
-    scored = nobody_saw(clip_of([said_at(10)], speaking=scores), (0, 10), (44, 120))
+    unlabelled = ((0, 10), (44, 120))
+    scored = clip_of([said_at(10)], speaking=scores, unlabelled=unlabelled)
     found = report(scored, 0.5)
     assert (found["predictions"], found["matched"], found["false_alarms"]) == (2, 1, 1)
-    live = nobody_saw(clip_of([said_at(10)], spoke=[0, 10, 25]), (0, 10), (44, 120))
-    assert report(live, None)["predictions"] == 1
+    live = clip_of([said_at(10)], spoke=[0, 10, 25], unlabelled=unlabelled)
+    assert report(live)["predictions"] == 1
     assert best_event_threshold([scored], "speaking", S) == 1.5
 
 
@@ -241,16 +212,9 @@ def test_a_metronomes_f1_by_hand():
     assert Beat(4, 0.5).f1([clip], "speaking", wide) == 2 * 2 / (2 + 5)
     seen = replace(clip, unlabelled=((0, 9), (32, 40)))
     assert Beat(4, 0.5).f1([seen], "speaking", wide) == 2 * 2 / (2 + 3)
-    assert Beat(4, 0.5).f1([spoken([], 40)], "speaking", wide) is None
-
-
-def test_ticks_begin_at_the_phase_and_end_in_the_clip():
-    ticks = [Beat(3, 0.5).ticks(spoken([], size)).tolist() for size in (20, 16, 15)]
-    assert ticks == [[3, 9, 15], [3, 9, 15], [3, 9]]  # every 6 frames
 
 
 def test_a_metronome_of_known_period_and_phase_is_found():
     clips = [spoken(range(4, size, 16), size) for size in (300, 450, 601)]
     beat = best_beat(clips, "speaking", Settings(early_s=0, late_s=0))
     assert (beat.period_s, beat.phase) == pytest.approx((8, 0.25))
-    assert best_beat(clips, "dst_update", S) is None

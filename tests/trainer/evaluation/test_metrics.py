@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import ast
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -11,20 +9,17 @@ import pytest
 from by_hand import clip_example, dst, turn, write_shards
 from scored import clip_of, noisy_clips
 
-from trainer.evaluation.bootstrap import draw_recordings, interval_of, replicate
 from trainer.evaluation.evaluate_scores import evaluate_scores
 from trainer.evaluation.metrics import (
     METRICS,
     Settings,
     Thresholds,
     choose_thresholds,
-    intervals,
     look_up,
     measure,
     weighted,
     weighted_median,
 )
-from trainer.evaluation.scores import read_scores, write_scores
 
 S = Settings()
 HALF = Thresholds({"speaking": 1.25, "dst_update": 1.25}, {"speaking": 1.25, "dst_update": 1.25})
@@ -50,21 +45,6 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards") / "data", made)
 
 
-def judged(shards, path, scores):
-    """Of a stranger's file; `scores(rng)` -> [F] of one clip."""
-    rng = np.random.default_rng(0)
-    tables = [
-        pl.DataFrame(
-            {"split": split, "clip_id": f"{split}{i}", "frame": range(FRAMES), "speaking_logit": scores(rng) * 1.0}
-        )
-        for split in ("test", "val")
-        for i in range(8)
-    ]
-    pl.concat(tables).write_parquet(path)
-    one_second = Settings(early_s=1, late_s=1)
-    return evaluate_scores(path, shards, settings=one_second).metrics["scores"]["speaking"]
-
-
 def every(frames, first=0):
     return np.isin(np.arange(FRAMES), np.arange(first, FRAMES, frames))
 
@@ -82,7 +62,11 @@ def every(frames, first=0):
     ],
 )
 def test_strangers_scores_come_out_as_thought_says(shards, tmp_path, scores, events, latency_s, ap, frame_f1):
-    found = judged(shards, tmp_path / "s.parquet", lambda rng: scores)
+    clips = [{"split": split, "clip_id": f"{split}{i}"} for split in ("test", "val") for i in range(8)]
+    tables = [pl.DataFrame({**clip, "frame": range(FRAMES), "speaking_logit": scores * 1.0}) for clip in clips]
+    pl.concat(tables).write_parquet(tmp_path / "s.parquet")
+    result = evaluate_scores(tmp_path / "s.parquet", shards, settings=Settings(early_s=1, late_s=1))
+    found = result.metrics["scores"]["speaking"]
     assert tuple(found["events"][name] for name in ("f1", "precision", "recall")) == pytest.approx(events)
     assert found["events"]["median_latency_s"] == latency_s
     assert (found["frames"]["ap"], found["frames"]["f1"]) == pytest.approx((ap, frame_f1), abs=1e-3)
@@ -90,21 +74,11 @@ def test_strangers_scores_come_out_as_thought_says(shards, tmp_path, scores, eve
     assert (beat["period_s"], beat["f1"]) == (pytest.approx(8, abs=0.1), 1)  # the one to compare with hits all
 
 
-def test_random_scores_rank_at_chance_and_find_no_more_than_firing_at_random(shards, tmp_path):
-    found = judged(shards, tmp_path / "s.parquet", lambda rng: rng.normal(size=FRAMES))
-    assert found["frames"]["chance"] == CHANCE
-    assert found["frames"]["ap"] == pytest.approx(CHANCE, abs=0.02)
-    assert found["frames"]["auroc"] == pytest.approx(0.5, abs=0.07)  # three standard errors of 1 / sqrt(12 * 200)
-    assert found["events"]["f1"] < 0.55  # 5 of 16 frames are in a window: at 1 event per speech, 0.3 or so
-    assert found["events"]["precision"] < 0.45
-
-
 # ---- the same numbers however they are computed ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_permuting_clips_changes_no_digit(live):
-    clips = noisy_clips(9, live=live)
+def test_permuting_clips_changes_no_digit():
+    clips = noisy_clips(9, live=True)
     mixed = [clips[i] for i in np.random.default_rng(0).permutation(9)]
     assert choose_thresholds(mixed, S) == choose_thresholds(clips, S)
     assert json.dumps(measure(mixed, HALF, S)) == json.dumps(measure(clips, HALF, S))
@@ -112,17 +86,6 @@ def test_permuting_clips_changes_no_digit(live):
     ours, theirs = (weighted(order, HALF, S, RECORDINGS)(weights) for order in (clips, mixed))
     for name in METRICS:
         assert np.array_equal(ours[name], theirs[name], equal_nan=True), name
-
-
-def test_writing_and_reading_changes_no_digit(tmp_path):
-    class Shards:  # what `read_scores` asks of a Split
-        def in_order(self):
-            return iter([scored.clip for scored in clips])
-
-    clips = noisy_clips(4, live=True)
-    write_scores(tmp_path / "s.parquet", {"test": clips[::-1]}, {})
-    read = read_scores(tmp_path / "s.parquet", {"test": Shards()})["test"]
-    assert json.dumps(measure(read, HALF, S)) == json.dumps(measure(clips, HALF, S))
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -143,31 +106,11 @@ def test_weights_count_as_recordings_repeated(drawn, live):
     assert live or np.isnan(found["transition_f1"]).all()
 
 
-def test_intervals_are_those_of_each_metric_over_the_clips_own_recordings():
-    clips = noisy_clips(9, live=True)
-    found = intervals(clips, HALF, S, 300)
-    draws = draw_recordings(5, 300)
-    rates = weighted(clips, HALF, S, RECORDINGS)
-    for name, metric in METRICS.items():
-        expected = interval_of(replicate([lambda weights, name=name: rates(weights)[name]], draws), 5, metric.bounds)
-        assert found[name] == [expected.low, expected.high], name
-    assert set(intervals(clips[:1], HALF, S, 300).values()) == {None}  # one recording has none
-
-
-def test_a_draw_that_leaves_nothing_is_undefined():
-    clips = [clip_of([turn("assistant", "x", 4, 5)], 0, 40, name="a", recording="a", speaking=np.eye(40)[4]),
-             clip_of([], 0, 40, name="b", recording="b", speaking=np.zeros(40))]  # fmt: skip
-    found = weighted(clips, HALF, S, ["a", "b"])(np.array([[0, 2], [1, 1]]))
-    for name in ("event_f1", "event_recall", "median_latency_s", "speaking_ap", "speaking_auroc", "dst_ap"):
-        assert np.isnan(found[name][0]), name
-
-
 def test_the_weighted_median_is_that_of_repeated_values():
     median = weighted_median(np.array([3.0, -1.0, 2.0, 2.0, 8.0]), np.array([0, 1, 1, 2, 2]))
     # -1, 2, 2, 3, 8; twice the third recording's 2, 8; -1, -1, 2, 2, 3; nothing
     assert median(np.array([[1, 1, 1, 0], [0, 0, 2, 0], [1, 2, 0, 7]])).tolist() == [2, 5, 2]
     assert np.isnan(median(np.array([[0, 0, 0, 3]]))).all()
-    assert np.isnan(weighted_median(np.zeros(0), np.zeros(0, np.int64))(np.array([[1, 1]]))).all()
 
 
 def test_every_metric_has_its_place_in_the_report():
@@ -202,20 +145,3 @@ def test_frames_and_events_have_a_threshold_each_that_was_chosen_elsewhere():
     assert (report["frames"]["threshold"], report["frames"]["recall"]) == (0.5, 1)
     assert (report["events"]["threshold"], report["events"]["recall"]) == (1.5, 0)
     assert (found["speaking_f1"][0], found["event_recall"][0]) == (2 / 3, 0)
-
-
-def test_metrics_need_no_torch():
-    root, seen, todo = Path(__file__).parents[3], set(), ["trainer.evaluation.evaluate_scores"]
-    while todo:
-        name = todo.pop()
-        file = root / (name.replace(".", "/") + ".py")
-        assert name.split(".")[0] not in ("torch", "transformers")
-        if name in seen or not file.exists():
-            continue
-        seen.add(name)
-        for statement in ast.parse(file.read_text()).body:
-            if isinstance(statement, ast.ImportFrom):
-                todo += [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
-            elif isinstance(statement, ast.Import):
-                todo += [alias.name for alias in statement.names]
-    assert {"pipeline.dataset", "trainer.evaluation.event_metrics"} <= seen

@@ -7,7 +7,7 @@ from scored import clip_of
 from pipeline.dataset import Turn
 from trainer.evaluation.event_metrics import Settings
 from trainer.evaluation.scores import ScoredClip
-from trainer.evaluation.state_metrics import changes, edit_distance, find_states, report_states, state_at_start
+from trainer.evaluation.state_metrics import changes, find_states, report_states, state_at_start
 
 S = Settings()
 START, DONE, NEXT = ("S1", "start"), ("S1", "complete"), ("S2", "start")
@@ -50,13 +50,6 @@ def test_joint_accuracy_by_hand():
     assert report(missed)["joint_accuracy"] == 6 / 10  # wrong until the state is right again
 
 
-def test_time_in_the_clip_is_cut_into_ten_parts():
-    found = report(clip_of([dst(4, 5, START)], frames=5, updates={}), clip_of([], name="c1", frames=20, updates={}))
-    assert (found["clips"], found["frames"]) == (2, 25)
-    # the short clip's frames are in parts 0, 2, 4, 6 and 8, the long one's two in each; wrong is the short one's last
-    assert found["over_time"] == [1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1]
-
-
 def test_an_update_that_says_nothing_changes_nothing():
     found = report(clip_of([dst(2, 3, START)], frames=10, updates={1.0: (), 4.0: (("S9", "start"),)}))
     assert found["joint_accuracy"] == found["joint_accuracy_never_updating"] == 2 / 10
@@ -81,21 +74,6 @@ def test_without_dst_or_updates_that_say_something_there_is_nothing_to_judge():
     assert find_states([clip_of([dst(2, 3, START)], frames=10, updates={1.0: ()})], S) is None  # speak+markers
     tracked = clip_of([dst(2, 3, START)], frames=10, updates={1.0: (START,)})
     assert report(tracked, clip_of([], name="c1", updates={1.0: (START,)}, steps=())) == report(tracked)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "distance"),
-    [
-        ("abc", "abc", 0),
-        ("abc", "acb", 1),  # transposed
-        ("abc", "ac", 1),
-        ("abc", "axc", 2),  # a substitution is a deletion and an insertion
-        ("ca", "abc", 2),  # transposed around an insertion, which the restricted distance gives 3
-        ("", "ab", 2),
-    ],
-)
-def test_edit_distance_by_hand(a, b, distance):
-    assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
 def test_completed_steps_by_hand():
