@@ -1,4 +1,4 @@
-"""What training or streaming asks of a GPU, counted without one: as if the tensors of a device type were there."""
+"""What training or streaming asks of a GPU, counted on tensors of the CPU as if they were there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lif
 
 
 class Waits(TorchDispatchMode):
-    """Operations for which the host would wait for a GPU: reading a value, sizes that depend on values, copies.
+    """`found`: operations for which the host would wait for a GPU: reading a value, sizes that depend on values.
 
     `launches`: how many operators ran on the device that are no view of what was there: each launches a kernel or more.
     """
@@ -29,13 +29,6 @@ class Waits(TorchDispatchMode):
             self.found.append(f"{name} by bool")
         out = function(*args, **(kwargs or {}))
         self.launches += name not in NO_KERNEL and not function.is_view and any(map(self._there, tree_leaves(out)))
-        source, target = (args[1], args[0]) if name == "copy_" else (args and args[0], out)
-        if name in ("_to_copy", "to", "copy_") and self._there(source) != self._there(target):
-            blocking = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
-            if blocking or self._there(source):
-                self.found.append(f"{name} to {target.device}")
-        if name == "lift_fresh" and self.device == "cuda" and self._there(args[0]):
-            self.found.append("a list to the GPU")
         return out
 
     def _there(self, tensor) -> bool:

@@ -1,20 +1,17 @@
-"""Runs on file systems that refuse things: no checkpoint is lost to it, and what cannot work is told before a step."""
+"""Runs on file systems that refuse things: no checkpoint is lost to it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small_run import go, same, weights
+from small_run import go, same
 
-import trainer.checkpoint
-import trainer.train
-from trainer.checkpoint import RUN_INFO, load_run, recover
+from trainer.checkpoint import load_run
 
 REFUSING = Path(__file__).parents[1] / "refusing"
 SPEC = importlib.util.spec_from_file_location("refusing", REFUSING / "sitecustomize.py")
@@ -28,44 +25,6 @@ def test_a_run_is_saved_over_an_older_checkpoint_to_the_same_bits(data, whole, c
     assert go(data, cut, resume=True).resumed_from == 6
     assert same(cut, whole)
     assert [path.name for path in cut.glob(".*")] in ([], [".lock"])
-
-
-def test_a_kill_while_files_are_moved_one_by_one_costs_nothing(data, whole, tmp_path, monkeypatch):
-    """As on a bucket: the old checkpoint's files are partly replaced; the next start moves the rest."""
-    shutil.copytree(whole / "last", tmp_path / "last")
-    shutil.copytree(whole / "last", tmp_path / ".last.new")
-    refusing.refuse(monkeypatch.setattr, tmp_path, "folders")
-    move, count = trainer.checkpoint.move, iter(range(100))
-
-    def killed(new, path):
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        move(new, path)
-
-    monkeypatch.setattr(trainer.checkpoint, "move", killed)
-    with pytest.raises(KeyboardInterrupt):
-        recover(tmp_path / "last")
-    monkeypatch.setattr(trainer.checkpoint, "move", move)
-    assert (tmp_path / ".last.new" / RUN_INFO).exists()
-    recover(tmp_path / "last")
-    assert load_run(tmp_path, to_train=True).info["step"] == 10
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_mount_point_or_a_killed_start_is_an_empty_folder(data, tmp_path):
-    (tmp_path / "lost+found").mkdir()
-    for left in (".lock", ".options.json.01234567.new"):
-        (tmp_path / left).touch()
-    assert go(data, tmp_path, steps=1, warmup_steps=0, eval_split="none").steps == 1
-    assert "last/run.json" in weights(tmp_path)
-
-
-def test_renames_that_are_refused_are_told_before_the_first_step(data, tmp_path, monkeypatch):
-    refusing.refuse(monkeypatch.setattr, tmp_path, "rename")
-    monkeypatch.setattr(trainer.train, "train_step", None)
-    with pytest.raises(OSError, match=r"renaming is refused there .*choose a folder on another disk") as caught:
-        go(data, tmp_path / "run")
-    assert caught.value.filename == str(tmp_path / "run" / "options.json")
 
 
 @pytest.mark.slow

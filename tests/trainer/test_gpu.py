@@ -8,6 +8,7 @@ import torch
 from by_hand import NoisyFrames
 from PIL import Image
 from small_run import CONFIG, clip, curve, go, go_until, write_data
+from test_model import gradient
 
 import trainer.attention
 from trainer.checkpoint import LoadedRun, load_run
@@ -53,17 +54,10 @@ def test_one_launch_for_all_windows_gives_the_gradient_of_one_each(monkeypatch):
     monkeypatch.setattr(
         trainer.attention, "varlen_attn", lambda *args, **more: (calls.append(args), varlen(*args, **more))[1]
     )
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        scores = model(pack)
-        (scores.decisions.square().sum() + scores.text.float().square().mean(1).sum()).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    launched = gradient()
+    launched = gradient(model, [pack])
     assert len(calls) == len(model.body.layers)
     monkeypatch.setattr(trainer.attention, "takes_varlen", lambda value: False)
-    looped = gradient()
+    looped = gradient(model, [pack])
     assert float((launched - looped).norm() / looped.norm()) < 2e-2
 
 

@@ -1,16 +1,14 @@
-"""The model against transformers' own forward pass; causality, frozen parts, pooling, precision, loading."""
+"""The model against transformers' own forward pass; causality, pooling, precision, frozen parts, loading."""
 
 from __future__ import annotations
 
-import shutil
-
+import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from pipeline.errors import InputError
-from trainer import hub, vision
+from trainer import vision
 from trainer.config import TrainConfig
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
 from trainer.packing import make_pack
@@ -83,33 +81,12 @@ def test_a_decision_sees_its_own_frame_and_nothing_that_comes_later(tokens):
 # ---- precision and memory ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_compiled_layers_give_the_same_logits_and_gradients(tokens):
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler")
-    plain, compiled = tiny(tokens), tiny(tokens, compile=True)
-    for n in (2, 3):  # other lengths, other numbers of windows
-        packs = [make_pack(windows(tokens, n), FRAMES)]
-        assert torch.allclose(plain(packs[0]).decisions, compiled(packs[0]).decisions, atol=1e-5)
-        expected, found = gradient(plain, packs), gradient(compiled, packs)
-        assert float((found - expected).norm() / expected.norm()) < 1e-5
-
-
-def test_checkpointing_changes_no_gradient(tokens):
-    packs = [make_pack(windows(tokens), FRAMES)]
-    plain, thrifty = tiny(tokens).train(), tiny(tokens, checkpointing=True).train()
-    assert thrifty.body.layers[0].gradient_checkpointing
-    assert torch.allclose(gradient(plain, packs), gradient(thrifty, packs), atol=1e-6)
-
-
-def test_float32_on_a_gpu_is_not_tf32_and_torch_s_old_and_new_switches_agree(tokens):
+def test_float32_on_a_gpu_is_not_tf32(tokens):
     tiny(tokens)
     assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    with torch.backends.cudnn.flags(deterministic=True):  # reads all of them
-        pass
 
 
 def test_bf16_computes_in_bfloat16_and_scores_in_float32(tokens):
@@ -135,10 +112,23 @@ def test_no_frame_is_dropped(tokens):
     assert not torch.equal(features[0], features[1])
 
 
+@pytest.mark.parametrize(("side", "patch"), [(384, 14), (64, 16)])
+def test_a_patch_s_position_is_its_number_as_the_library_has_it(side, patch):
+    """TRAPS 32."""
+    config = tiny_config(8)
+    config.vision_config.image_size, config.vision_config.patch_size = side, patch
+    config.scale_factor = 1
+    vlm = SmolVLMForConditionalGeneration(config).eval()
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), np.uint8))
+    with torch.no_grad():
+        whole = vlm.model.vision_model(pixel_values=(frames.float() / 255 - 0.5) / 0.5).last_hidden_state
+        assert torch.equal(vision.look(vlm, frames, vision.most_tokens(vlm)), whole)
+
+
 def test_features_are_pooled_to_k_tokens_before_the_connector_as_after_it(tokens):
     config = tiny_config(len(tokens))
     config.scale_factor = 1  # 4 x 4 tokens per frame
-    vlm = type(load_model("tiny", len(tokens)))(config)
+    vlm = SmolVLMForConditionalGeneration(config)
     full, quarter, one = (
         ProspectModel(vlm, DecisionHeads(128), TrainConfig(tokens_per_frame=k)).frame_features(pixels())
         for k in (16, 4, 1)
@@ -148,16 +138,6 @@ def test_features_are_pooled_to_k_tokens_before_the_connector_as_after_it(tokens
     normalised = (pixels().float() / 255 - 0.5) / 0.5
     after = vision.pool(vlm.model.connector(vlm.model.vision_model(pixel_values=normalised).last_hidden_state), 4)
     assert torch.allclose(quarter, after, atol=1e-6)
-
-
-def test_a_fingerprint_is_of_the_tower_alone(tokens):
-    first, second = load_model("tiny", len(tokens)), load_model("tiny", len(tokens))
-    with torch.no_grad():
-        second.lm_head.weight += 1
-    assert vision.fingerprint(first) == vision.fingerprint(second)
-    with torch.no_grad():
-        second.model.vision_model.post_layernorm.bias[0] += 1e-3
-    assert vision.fingerprint(first) != vision.fingerprint(second)
 
 
 # ---- parts -------------------------------------------------------------------------------------------
@@ -170,29 +150,9 @@ def test_frozen_parts_get_no_gradient_and_the_others_do(tokens, freeze):
     learning = {part_of(name) for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert learning == {"vision", "connector", "text", "heads"} - set(freeze)
     assert {part_of(n) for n, p in model.named_parameters() if p.grad is None} == set(freeze)
-    assert torch.equal(model.frame_features(pixels()), tiny(tokens).frame_features(pixels()))
-
-
-def test_adapters_learn_alone_and_start_at_nothing(tokens):
-    pytest.importorskip("peft")
-    plain, adapted = tiny(tokens), tiny(tokens, lora_rank=4, freeze=("vision",))
-    pack = make_pack(windows(tokens), FRAMES)
-    assert torch.equal(adapted(pack).decisions, plain(pack).decisions)
-    learning = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    assert {part_of(n) for n in learning} == {"connector", "text", "heads"}
-    assert all(".lora_" in n for n in learning if part_of(n) == "text")
-    assert sum(".lora_A." in n for n in learning) == 4 * 7  # layers x (q, k, v, o, gate, up, down)
 
 
 # ---- loading -----------------------------------------------------------------------------------------
-
-
-def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no SmolVLM could be loaded"):
-        load_model(str(tmp_path), 10)
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
-    with pytest.raises(InputError, match=r"some/name: no SmolVLM could be loaded \(offline: the hub does not answer"):
-        load_model("some/name", 10)
 
 
 def test_an_idefics3_loads_as_the_smolvlm_that_it_is(tmp_path):

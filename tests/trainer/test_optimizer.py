@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.errors import InputError
-from trainer.config import RunOptions, TrainConfig
 from trainer.optimizer import MuonAdamW, orthogonalised
-from trainer.train import train
 
 
 def test_singular_values_come_near_1_whatever_else_is_in_the_batch():
@@ -29,9 +26,3 @@ def test_matrices_move_along_singular_vectors_and_the_rest_as_adamw():
     # lr 0.1 * 0.2 * sqrt(4) = 0.04 times a singular value between 0.65 and 1.2, against the gradient
     assert -0.048 < matrix[0, 0].item() < -0.026
     assert matrix.flatten()[1:].tolist() == [0.0] * 7
-    assert [group.get("muon", False) for group in optimizer.param_groups] == [True, False]
-
-
-def test_muon_of_sharded_matrices_is_refused(data, tmp_path):
-    with pytest.raises(InputError, match="fsdp and optimizer muon exclude each other"):
-        train(data, tmp_path / "run", TrainConfig(optimizer="muon"), options=RunOptions(fsdp=True))

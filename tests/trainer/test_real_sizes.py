@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import smollm2
 import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import SmolVLMForConditionalGeneration
 
 from trainer.config import TrainConfig
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
@@ -64,7 +60,10 @@ def test_one_step_at_the_width_of_256m(tmp_path):
     config = smollm2.released_config("256M", tmp_path)
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 2
     model = ProspectModel(smollm2.random_smolvlm(config), DecisionHeads(576), TrainConfig(tokens_per_frame=64, lr=1e-4))
-    pack = make_pack([window_of(Tokens(smollm2.stand_in_tokenizer()), 3, 64)], NoisyFrames(512))
+    tokens = Tokens(smollm2.stand_in_tokenizer())
+    assert (len(tokens), tokens.image, tokens.end) == (49280, 49190, 49279)
+    assert list(tokens.marker.values()) == list(range(49191, 49202))
+    pack = make_pack([window_of(tokens, 3, 64)], NoisyFrames(512))
     assert (pack.input_ids == 49190).sum() == 3 * 64
     watched = {part_of(name): (name, p.detach().clone()) for name, p in model.named_parameters() if p.ndim == 2}
     step = train_step(model, make_optimizer(model, TrainConfig(lr=1e-4)), [pack], TrainConfig())
@@ -76,44 +75,12 @@ def test_one_step_at_the_width_of_256m(tmp_path):
     assert set(watched) == {"vision", "connector", "text", "heads"}
 
 
-def test_a_window_in_the_released_token_layout():
-    tokens = Tokens(smollm2.stand_in_tokenizer())
-    assert (len(tokens), tokens.image, tokens.end) == (49280, 49190, 49279)
-    assert list(tokens.marker.values()) == list(range(49191, 49202))
-    window = window_of(tokens, 4, 2)
-    r, end, frame = "<|reserved_special_token_{}|>".format, "<end_of_utterance>", "<image><image>"
-    assert tokens.decode(window.input_ids) == (
-        f"{r(0)}You are a helpful assistant.\nA toy"
-        f"{r(4)}S1: Put the base down{r(5)}{r(4)}S2: Attach the wheel{r(5)}{end}"
-        f"{frame}{r(1)}What is next?{end}{frame}{frame}"
-        f"{r(3)}S1->complete{end}{r(2)}Attach the wheel to the base.{end}{frame}"
-    )
-    targets = tokens.decode(window.input_ids[window.lm_positions + 1])
-    assert targets == f"S1->complete{end}Attach the wheel to the base.{end}"
-
-
-# ---- files as they are released ----------------------------------------------------------------------
-
-
-def shrunk(tmp_path: Path) -> SmolVLMConfig:
-    """The released 256M config, leftovers and vocabulary and all, with 8M parameters."""
-    config = smollm2.released_config("256M", tmp_path)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 128, 2
-    text.num_attention_heads, text.num_key_value_heads = 2, 1
-    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 64, 1, 2
-    vision.image_size = 64
-    return config
-
-
 def test_a_bfloat16_file_loads_as_float32(tmp_path):
-    config = shrunk(tmp_path)
-    state = smollm2.random_smolvlm(config).bfloat16().state_dict()
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "bfloat16"}))
-    loaded = load_model(str(tmp_path), 49280)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert all(torch.equal(value, state[name].float()) for name, value in loaded.state_dict().items())
+    saved = SmolVLMForConditionalGeneration(tiny_config(60)).bfloat16()
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), 60).state_dict()
+    assert {value.dtype for value in loaded.values()} == {torch.float32}
+    assert all(torch.equal(value.float(), loaded[name]) for name, value in saved.state_dict().items())
 
 
 def logits(vlm: SmolVLMForConditionalGeneration, tokens: Tokens) -> Tensor:

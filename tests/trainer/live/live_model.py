@@ -22,7 +22,7 @@ from trainer.tokenizer import Tokens, train_tiny_tokens
 
 FRAMES = NoisyFrames()
 NEVER = DecodingConfig({"speaking": np.inf, "dst_update": np.inf})
-ALWAYS = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=0, max_text=3)
+ALWAYS = DecodingConfig({"speaking": -np.inf, "dst_update": -np.inf}, refractory_s=0)
 TURNS = (
     turn("user", "and now?", 102, 103),
     dst(103, 104, ("S1", "start")),

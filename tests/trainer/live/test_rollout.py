@@ -1,33 +1,23 @@
+"""Free-running decoding: the numbers of training and of each other way to compute them; what is read and when."""
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from by_hand import dst, turn
-from live_model import (
-    ALWAYS,
-    FRAMES,
-    NEVER,
-    TURNS,
-    Reads,
-    Writes,
-    example,
-    logits_of,
-    often,
-    run,
-    tiny,
-    tokens,
-)
+from live_model import ALWAYS, FRAMES, TURNS, Reads, Writes, example, logits_of, often, run, tiny, tokens
 
 from pipeline.dataset import ClipExample
-from pipeline.errors import InputError, NotFiniteError
+from pipeline.errors import NotFiniteError
 from trainer.arms import ARMS
-from trainer.config import TrainConfig
-from trainer.live.rollout import free_running
+from trainer.live.cuda_graph import StaticPass
 from trainer.live.session import DecodingConfig
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
-from trainer.sequence import Window, prompt_ids, reference_updates, user_texts, utterance
+from trainer.sequence import Window, reference_updates
 
 OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
 
@@ -56,6 +46,11 @@ def packed(model: ProspectModel, windows: list[Window]) -> np.ndarray:
     with torch.inference_mode():
         logits = [model.eval()(make_pack([w], FRAMES)).decisions[:, w.context :] for w in windows]
     return torch.cat(logits, 1).numpy()
+
+
+def agree(one, other) -> None:
+    assert np.abs(logits_of(one) - logits_of(other)).max() < 1e-4
+    assert (one.said, one.updates) == (other.said, other.updates)
 
 
 # ---- the same numbers as in training -------------------------------------------------------------------
@@ -101,7 +96,33 @@ def test_with_its_own_texts_the_logits_are_those_of_one_pass_over_what_it_read(a
     assert np.abs(logits - packed(model, windows)[: len(logits)]).max() < 1e-4
 
 
-@pytest.mark.parametrize(("arm", "slots"), [("speak+dst", 3), ("speak+dst", None), ("lm-eos", 2), ("speak+markers", 3)])
+@pytest.fixture
+def static_reads(monkeypatch) -> list[int]:
+    """A single session's short reads have a fixed shape on the CPU, too; the tokens of each."""
+    read, lengths = StaticPass.read, []
+
+    def noted(self, parts, prefix):
+        lengths.append(sum(map(len, parts)))
+        return read(self, parts, prefix)
+
+    monkeypatch.setattr("trainer.live.engine.GRAPHED", ("cpu",))
+    monkeypatch.setattr(StaticPass, "read", noted)
+    return lengths
+
+
+@pytest.mark.parametrize(("arm", "k"), [("speak+dst", 1), ("lm-eos", 1), ("frames", 4)])
+def test_a_pass_of_fixed_shape_has_the_numbers_and_texts_of_the_engine(arm, k, request):
+    model, clip = tiny(arm, k, max_tokens=70 + 20 * k), example(frames=60)
+    decoding = often(model, clip)
+    [expected] = run(model, clip, decoding=decoding)
+    lengths = request.getfixturevalue("static_reads")
+    [scored] = run(model, clip, decoding=decoding)
+    agree(scored, expected)
+    assert sum(text is not None for text in scored.said) > 4
+    assert {1 if ARMS[arm].texts else k, 2 * k} <= set(lengths)  # a written token, or a frame; two frames, read ahead
+
+
+@pytest.mark.parametrize(("arm", "slots"), [("speak+dst", 3), ("lm-eos", None)])
 def test_many_clips_at_once_give_what_each_gives_alone(arm, slots):
     model = tiny(arm, max_tokens=OPENING + 110)
     decoding = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, max_text=4)
@@ -113,25 +134,7 @@ def test_many_clips_at_once_give_what_each_gives_alone(arm, slots):
     assert sum(text is not None for scored in alone for text in scored.said) > 10
     for clip, one, other in zip(clips, alone, together, strict=True):
         assert other.clip is clip
-        assert np.abs(logits_of(other) - logits_of(one)).max() < 1e-4
-        assert (other.said, other.updates) == (one.said, one.updates)
-
-
-def test_frames_read_ahead_change_nothing(reads, monkeypatch):
-    model, clip = tiny(max_tokens=OPENING + 90), example(frames=40)
-    decoding = DecodingConfig({"speaking": 5.0, "dst_update": 5.0}, max_text=4)
-    found = []
-    for frames in (1, 2, 60):
-        monkeypatch.setattr("trainer.live.rollout.READ_AHEAD", frames)
-        reads.ids = []
-        found.append((*run(model, clip, decoding=decoding), reads.ids))
-    (one, read_one), *others = found
-    assert 4 < sum(text is not None for text in one.said) < 20
-    for other, read in others:
-        assert np.abs(logits_of(other) - logits_of(one)).max() < 1e-4
-        assert (other.said, other.updates) == (one.said, one.updates)
-        # at the end of a context, a frame that was read too early may be left
-        assert [ids[: len(same)] for ids, same in zip(read, read_one, strict=True)] == read_one
+        agree(other, one)
 
 
 def test_user_texts_stand_before_their_frame_and_no_other_turn_of_the_reference_is_read(reads):
@@ -183,13 +186,9 @@ def test_a_text_changes_the_decisions_after_it_alone(role, changed_from):
 )
 def test_an_arm_reads_its_own_texts_the_update_first(arm, expected, updates, reads):
     model = writer(reads, arm, {"DST_UPDATE": "S1->complete", "assistant": "well done"})
-    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0))
+    [scored] = run(model, example([], 2), decoding=ALWAYS)
     assert reads.texts[0].split(".", 2)[2].startswith(expected)
     assert (scored.said, scored.updates) == (["well done"] * 2, updates)
-
-
-def fired(events: list) -> list[int]:
-    return [i for i, event in enumerate(events) if event is not None]
 
 
 def constant(speaking: float, dst_update: float):
@@ -201,36 +200,32 @@ def constant(speaking: float, dst_update: float):
     return model, config
 
 
-@pytest.mark.parametrize(("at", "heads"), [((0.5, -0.49), (3, 0)), ((0.51, -0.5), (0, 3)), ((9, 9), (0, 0))])
-def test_a_head_fires_at_its_threshold_and_not_below(at, heads):
-    decoding = DecodingConfig({"speaking": at[0], "dst_update": at[1]}, refractory_s=0, max_text=1)
-    [scored] = run(constant(0.5, -0.5), example([], 3), decoding=decoding)
-    assert (len(fired(scored.said)), len(fired(scored.updates))) == heads
-
-
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.5, [*range(9)]), (1.0000005, [0, 2, 4, 6, 8]), (2, [0, 4, 8]), (2.1, [0, 5])],
+    ("speaking", "seconds", "expected"),
+    [
+        (0.51, 0, []),
+        (0.5, 0.5, [*range(9)]),
+        (0.5, 1.0000005, [0, 2, 4, 6, 8]),
+        (0.5, 2, [0, 4, 8]),
+        (0.5, 2.1, [0, 5]),
+    ],
 )
-def test_after_firing_a_head_is_silent_for_its_refractory_time(seconds, expected):
-    decoding = DecodingConfig({"speaking": 0.0, "dst_update": 0.0}, refractory_s=seconds, max_text=1)
-    [scored] = run(constant(1, 1), example([], 9), decoding=decoding)  # 2 frames a second
-    assert fired(scored.said) == fired(scored.updates) == expected
+def test_a_head_fires_at_its_threshold_and_is_silent_for_its_refractory_time(speaking, seconds, expected):
+    decoding = DecodingConfig({"speaking": speaking, "dst_update": -0.49}, refractory_s=seconds, max_text=1)
+    [scored] = run(constant(0.5, -0.5), example([], 9), decoding=decoding)  # 2 frames a second
+    assert [i for i, text in enumerate(scored.said) if text is not None] == expected
+    assert scored.updates == [None] * 9
 
 
-def test_each_head_has_its_own_refractory_time(monkeypatch):
-    monkeypatch.setattr("trainer.live.rollout.READ_AHEAD", 1)
-    model, config = constant(1, 1)
-    model.decisions = lambda hidden, rows=iter(range(9)): torch.tensor([[1.0], [float(next(rows) >= 2)]])
-    decoding = DecodingConfig({"speaking": 0.5, "dst_update": 0.5}, refractory_s=2, max_text=1)
-    [scored] = run((model, config), example([], 9), decoding=decoding)
-    assert (fired(scored.said), fired(scored.updates)) == ([0, 4, 8], [2, 6])
+def test_a_logit_that_is_not_finite_is_an_error():
+    with pytest.raises(NotFiniteError, match="clip c0: its scores are not finite"):
+        run(constant(float("nan"), 0), example())
 
 
 def test_a_text_without_an_end_gets_one_and_images_markers_and_rows_without_a_token_are_never_written(reads):
     unwanted = [tokens().image, *tokens().marker.values(), *range(len(tokens()), len(tokens()) + 5)]
     model = writer(reads, "speak", {"assistant": "well done and now"}, unwanted)
-    [scored] = run(model, example([], 2), decoding=DecodingConfig(ALWAYS.thresholds, refractory_s=0, max_text=2))
+    [scored] = run(model, example([], 2), decoding=replace(ALWAYS, max_text=2))
     assert tokens().encode(scored.said[0]) == tokens().encode("well done and now")[:2]
     assert reads.texts[0].split(".", 2)[2].startswith(f"F[assistant]{scored.said[0]}.F[assistant]")
 
@@ -260,44 +255,3 @@ def test_an_update_among_the_repeated_frames_is_not_in_the_prompt_as_well(reads)
     assert second.count("[DST_UPDATE]S1->complete.") == 1
     assert "down[completed][step]" in third
     assert "S1->complete" not in third
-
-
-def test_every_decision_is_made_within_the_budget(reads):
-    model = writer(reads, "speak", {"assistant": "done"}, max_tokens=86)
-    run(model, example([], 20), decoding=DecodingConfig({"speaking": -np.inf}, refractory_s=0))
-    lengths = [max(j for j, i in enumerate(ids) if i == tokens().image) + 1 for ids in reads.ids]
-    assert len(lengths) > 2
-    assert all(81 < length <= 86 for length in lengths[:-1])  # a frame with its text has 5 tokens at most
-
-
-def test_a_prompt_that_leaves_no_room_for_a_frame_is_an_error_with_the_budget_that_it_needs():
-    clip = example([turn("user", "and now? " * 20, 102, 103)])
-    size = len(prompt_ids(clip, tokens(), None)) + len(utterance("user", user_texts(clip)[102], tokens())) + 1
-    run(tiny("speak", max_tokens=size), clip)
-    with pytest.raises(InputError, match=f"clip c0: .* take {size} tokens, but .* {size - 1}; raise --max-tokens"):
-        run(tiny("speak", max_tokens=size - 1), clip)
-
-
-@pytest.mark.parametrize("budget", [2048, 5])
-def test_the_model_is_as_before_whenever_a_clip_is_yielded_and_after_an_error(budget):
-    """It is in training mode, attends by segments (only that needs their lengths), a packed pass gives the same."""
-    model, config = tiny()
-    clip = example(frames=6)
-    windows = windows_of([clip], tokens(), config)
-    before = packed(model, windows)
-    model.train()
-    scored = free_running(model, tokens(), [clip, clip], FRAMES, TrainConfig(max_tokens=budget), NEVER)
-    if budget == 5:
-        with pytest.raises(InputError, match="raise --max-tokens"):
-            next(scored)
-    else:
-        next(scored)
-    assert model.training
-    with pytest.raises(ValueError, match="needs seg_lens"):
-        model.body(inputs_embeds=torch.randn(1, 5, 128), use_cache=False)
-    assert np.array_equal(packed(model, windows), before)
-
-
-def test_a_logit_that_is_not_finite_is_an_error():
-    with pytest.raises(NotFiniteError, match="clip c0: its scores are not finite"):
-        run(constant(float("nan"), 0), example())

@@ -12,26 +12,24 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.errors import InputError
-from trainer.live.sinks import Pictures, html_page, json_lines, terminal_log
+from trainer.live.sinks import html_page, terminal_log
 from trainer.live.stream import StreamFrame, StreamInfo
 
 HOSTILE = "</script><script>alert(1)</script><!-- {{DATA}} \x1b[2J \u202e"
+SHOWN = "</script><script>alert(1)</script><!-- {{DATA}} \ufffd[2J \ufffd"
 PICTURE = Image.new("RGB", (64, 36), "#ff0000")
-
-
-def info(heads=("speaking", "dst_update"), **more) -> StreamInfo:
-    steps = [("S1", "Attach the wheels"), ("S2", "Fix the roof")] if "dst_update" in heads else []
-    fields = {"video": "truck.mp4", "run": "runs/a", "arm": "speak+dst", "fps": 2.0, "heads": heads, "steps": steps}
-    return StreamInfo(**fields | {"threshold_probabilities": dict.fromkeys(heads, 0.2), "goal": None} | more)
+STEPS = [("S1", "Attach the wheels"), ("S2", "Fix the roof")]
+HEADS = ("speaking", "dst_update")
+INFO = StreamInfo("truck.mp4", "runs/a", "speak+dst", 2.0, HEADS, dict.fromkeys(HEADS, 0.2), STEPS, HOSTILE)
 
 
 def frame(number: int, speak=0.1, dst=0.1, state=("not_started", "not_started"), **more) -> StreamFrame:
-    """A silent frame at 2 frames/s; `dst=None`: of an arm without that head, and without state."""
-    p = {"speaking": speak} if dst is None else {"speaking": speak, "dst_update": dst}
+    """A silent frame at 2 frames/s."""
     fields = {
-        "frame": number, "time_s": number / 2, "logits": dict.fromkeys(p, 0.5), "probabilities": p, "user_texts": (),
-        "updates": None, "dst_text": None, "assistant_text": None, "tokens": 100 + number, "started_over": False,
-        "skipped": 0, "seconds": 0.01, "state": {} if dst is None else dict(zip(("S1", "S2"), state, strict=True)),
+        "frame": number, "time_s": number / 2, "logits": dict.fromkeys(HEADS, 0.5),
+        "probabilities": {"speaking": speak, "dst_update": dst}, "user_texts": (), "updates": None, "dst_text": None,
+        "assistant_text": None, "tokens": 100 + number, "started_over": False, "skipped": 0, "seconds": 0.01,
+        "state": dict(zip(("S1", "S2"), state, strict=True)),
     }  # fmt: skip
     return StreamFrame(**fields | more)
 
@@ -44,7 +42,7 @@ SCRIPT = [
     frame(2, 0.9, 0.4, GOING, updates=(("S1", "start"),), dst_text="S1->start", assistant_text="Take the wheels."),
     frame(3, 0.1, 0.6, GOING, updates=(), dst_text="S9->begin"),
     frame(7, 0.3, 0.1, GOING, skipped=3, started_over=True, assistant_text=""),
-    frame(8, 0.1, 0.5, ("completed", "paused"), updates=DONE, dst_text="..."),
+    frame(8, 0.1, 0.5, ("completed", "paused"), updates=DONE, dst_text="...", user_texts=(HOSTILE,)),
 ]
 
 
@@ -54,14 +52,10 @@ def record(sink, frames=SCRIPT) -> None:
             show(one, PICTURE)
 
 
-def log(frames=SCRIPT, **more) -> list[str]:
+def test_the_log_has_a_line_per_event_in_order_and_none_that_controls_the_terminal():
     file = StringIO()
-    record(terminal_log(Console(file=file, width=40), info(**more)), frames)
-    return file.getvalue().splitlines()
-
-
-def test_the_log_has_a_line_per_event_in_order_and_no_line_per_frame():
-    assert log() == [
+    record(terminal_log(Console(file=file, width=40), INFO))
+    assert file.getvalue().splitlines() == [
         "truck.mp4: speak+dst of runs/a, 2 frames/s",
         "   0:00.5  user     and now?",
         "   0:01.0  state    S1 start  [>] S1 [ ] S2",
@@ -70,24 +64,11 @@ def test_the_log_has_a_line_per_event_in_order_and_no_line_per_frame():
         "   0:03.5  lost     3 frames that came too fast",
         "   0:03.5  context  full; the prompt was rebuilt with the state",
         "   0:03.5  says     (nothing)",
+        f"   0:04.0  user     {SHOWN}",
         "   0:04.0  state    S1 complete, S2 pause  [x] S1 [-] S2",
         "6 frames (0:04.5); 3 skipped; spoke 2 times; 3 state changes; context rebuilt 1 time; "
         "median 10 ms a frame, p99 10 ms",
     ]
-
-
-def test_text_cannot_control_the_terminal():
-    assert log([frame(0, user_texts=("a\x1b[2Jb\nc\u202e",))])[1] == "   0:00.0  user     a\ufffd[2Jb c\ufffd"
-
-
-def test_json_lines_hold_every_field_and_are_flushed():
-    file, seen = StringIO(), []
-    file.flush = lambda: seen.append(file.getvalue().count("\n"))
-    record(json_lines(file), [frame(0), frame(1, user_texts=("ü\n" + HOSTILE,), updates=(("S1", "start"),))])
-    assert (seen, file.getvalue().isascii()) == ([1, 2], True)
-    first, second = map(json.loads, file.getvalue().splitlines())
-    assert first == json.loads(json.dumps(frame(0).__dict__))
-    assert (second["user_texts"], second["updates"]) == (["ü\n" + HOSTILE], [["S1", "start"]])
 
 
 def page_data(path: Path):
@@ -97,8 +78,8 @@ def page_data(path: Path):
     return json.loads(next(text for text in scripts if text.startswith("{")), parse_constant=pytest.fail)
 
 
-def test_the_page_holds_every_frame_and_its_events(tmp_path):
-    record(html_page(tmp_path / "new" / "x.html", info()))
+def test_the_page_holds_every_frame_and_its_events_and_text_stays_text(tmp_path):
+    record(html_page(tmp_path / "new" / "x.html", INFO))
     data = page_data(tmp_path / "new" / "x.html")
     assert data["about"]["thresholds"] == [0.2, 0.2]
     assert data["about"]["steps"] == [["S1", "Attach the wheels"], ["S2", "Fix the roof"]]
@@ -110,31 +91,7 @@ def test_the_page_holds_every_frame_and_its_events(tmp_path):
     assert rows[2][5]["state"] == start | {"S1": "in_progress"}
     assert rows[4][:3] == [4, 107, 10.0]
     assert (rows[4][5]["lost"], rows[5][5]["changes"]) == (3, 2)
+    assert rows[5][5]["events"][0] == ["user", SHOWN, ""]
     assert sorted(map(int, data["pictures"])) == [0, 1, 2, 3, 7, 8]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.html"]
-
-
-def test_text_stays_text_in_the_page(tmp_path):
-    hostile = frame(0, user_texts=(HOSTILE,), updates=((HOSTILE, "start"),), state=(HOSTILE, HOSTILE))
-    record(html_page(tmp_path / "x.html", info(video=HOSTILE, run=HOSTILE, goal=HOSTILE)), [hostile])
-    shown = re.sub("[\x1b\u202e]", "\ufffd", HOSTILE)
-    assert page_data(tmp_path / "x.html")["frames"][0][5]["events"][0] == ["user", shown, ""]
-
-
-def test_a_path_that_cannot_be_a_file_is_refused_before_the_first_frame_and_without_one_nothing_is_written(tmp_path):
-    (tmp_path / "file").write_text("old")
-    record(html_page(tmp_path / "file", info()), [])
-    assert (tmp_path / "file").read_text() == "old"
     with pytest.raises(InputError, match="is a folder; --html wants the name of a file"):
-        record(html_page(tmp_path, info()), [])
-    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
-        record(html_page(tmp_path / "file" / "x", info()), [])
-
-
-def test_pictures_are_thinned_evenly_to_their_budget():
-    pictures = Pictures(20_000)
-    for number in range(0, 2000, 2):
-        pictures.offer(number, PICTURE)
-    size = len(pictures.kept[0])
-    assert 10_000 - size < size * len(pictures.kept) <= 20_000
-    assert list(pictures.kept) == list(range(0, 2000, 2 * pictures.stride))
+        record(html_page(tmp_path / "new", INFO))
