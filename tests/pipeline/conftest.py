@@ -1,8 +1,8 @@
 import pytest
-from toy_folder import toy_splits, write_folder
+from made_up import Out, toy_output
 
 
-@pytest.fixture
-def toy(tmp_path):
-    """A finished output folder of three hand-labelled clips."""
-    return write_folder(tmp_path / "out", toy_splits())
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Out:
+    """A finished output folder of three clips, to be read only."""
+    return toy_output(tmp_path_factory.mktemp("toy"))

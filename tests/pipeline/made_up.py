@@ -1,13 +1,14 @@
 """Made-up clips as the public generators and scripts write them, and a run's output as lists."""
 
-from __future__ import annotations
-
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from rich.console import Console
 
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
@@ -17,9 +18,10 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant.", "start_fr
 
 
 def turn(role: str, content: str, time: float | None = None, start: int | None = None, end: int | None = None) -> dict:
-    """`content` of an update: 'K1 start'."""
-    step, _, transition = content.partition(" ")
-    said = [{"id": step, "transition": transition}] if role == "DST_UPDATE" else content
+    """`content` of an update: 'K1 complete, K2 start'."""
+    said: Any = content
+    if role == "DST_UPDATE":
+        said = [dict(zip(("id", "transition"), one.split(" "), strict=True)) for one in content.split(", ")]
     made = {"role": role, "content": said, "time": time, "start_frame": start, "end_frame": end}
     return {name: value for name, value in made.items() if value is not None}
 
@@ -109,3 +111,58 @@ def run(folder: Path, clips: list[dict[str, Any]], name: str = "train.json", **o
 def run_on(inputs: list[Path], folder: Path, **options: Any) -> Out:
     manifest, _ = preprocess(inputs, folder / "out", Options(**options))
     return Out(manifest, folder / "out")
+
+
+COLOURS = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
+
+
+def quarters(height: int, width: int) -> np.ndarray:
+    """Red and green above blue and white, each so large."""
+    return np.array(list(COLOURS), np.uint8).reshape(2, 2, 3).repeat(height, 0).repeat(width, 1)
+
+
+def seen(pixels: np.ndarray) -> str:
+    """The nearest of COLOURS in the middle of each quarter, row by row."""
+    height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+    places = pixels[height // 2 :: height, width // 2 :: width].astype(int).reshape(4, 3)
+    return "".join(COLOURS[min(COLOURS, key=lambda colour: abs(np.array(colour) - one).sum())] for one in places)
+
+
+HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \x1b[2J \u202e {{POLICY}}"
+
+
+def toy_clip(name: str, start: int, end: int, turns: list[dict], steps: int = 3, **more: Any) -> dict[str, Any]:
+    dst = [{"id": f"S{i}", "name": f"part {i}"} for i in range(1, steps + 1)]
+    made = {"id": name, "video_uid": f"video of {name}", "fps": 2, "dst": dst, "conversation": turns}
+    return made | {"start_frame_idx": start, "end_frame_idx": end} | more
+
+
+TALK = [
+    turn("system", "You help."),
+    turn("user", "I want to build it.", 96.5, 193, 195),
+    turn("DST_UPDATE", "S1 start", 96.5, 193, 194),
+    turn("assistant", "Great, take the base.", 96.7, 193, 195),
+    turn("assistant", HOSTILE, 99.9, 199, 201),
+    turn("DST_UPDATE", "S1 complete, S2 start", 100.2, 200, 201),
+    turn("assistant", "Too late.", 150.1, 300, 302),
+]
+VAL_TALK = [turn("DST_UPDATE", "S1 start", 1.3, 5, 7), turn("assistant", "Now.", 2.1, 8, 9)]
+
+
+def toy_output(folder: Path) -> Out:
+    """Three clips, every silent frame supervised. Labels (1, 0; . not sampled, the rest of an onset's range):
+
+    toy_a  speaking 1.00001.00  DST 1000000100        from frame 193, 2 fps
+    toy_b  speaking 001.0000    DST ........          no steps
+    toy_c  speaking 000100      DST 1.0000            val, from frame 5, 4 fps
+    """
+    train = [toy_clip("toy_a#0", 193, 203, TALK), toy_clip("toy_b#1", 0, 8, [turn("assistant", "Yes.", 1.2, 2, 4)], 0)]
+    files = {"train_toy.json": train, "val_toy.json": [toy_clip("toy_c#0", 5, 11, VAL_TALK, fps=4)]}
+    paths = [written(folder / "in" / name, clips) for name, clips in files.items()]
+    return run_on(paths, folder, positive="onset", frame_convention="event", neg_rate={"*": 1.0})
+
+
+def text_of(renderable: Any, width: int = 100) -> str:
+    """What is printed, without colour."""
+    Console(file=(file := io.StringIO()), width=width, color_system=None).print(renderable)
+    return file.getvalue()

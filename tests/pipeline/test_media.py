@@ -1,7 +1,5 @@
 """Which file holds a video's frames, and what images show, in a folder and in an Arrow file alike."""
 
-from __future__ import annotations
-
 import base64
 import io
 import struct
@@ -11,21 +9,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_up import quarters, seen
 from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.media import count_frames, find_frames, fit, images_in, open_pictures
-
-CORNERS = {(220, 30, 30): "R", (30, 200, 30): "G", (30, 30, 220): "B", (240, 240, 240): "W"}
 
 
 def touch(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return path
-
-
-# ---- which file --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [".arrow", ".MKV", "/1.jpg"])
@@ -46,18 +40,14 @@ def test_a_prefix_may_be_on_either_name(tmp_path, dataset):
         assert find_frames(tmp_path, uid, None, dataset) == file
     assert find_frames(tmp_path, "x", "data/assembly101/frames/assembly_nusar-1__view.arrow", "assembly101") == file
     assert find_frames(tmp_path, "assembly_nusar-2__view", None, dataset) is None
-    for name, uid in (("assembly_7", "7"), ("8", "assembly101_8"), ("9", "grp-9")):
-        file = touch(tmp_path / "frames" / f"{name}.arrow")
-        assert find_frames(tmp_path, uid, None, "assembly101") == file
+    grp = touch(tmp_path / "frames" / "9.arrow")
+    assert find_frames(tmp_path, "grp-9", None, dataset) == grp
 
 
 def test_each_data_set_below_one_root_has_its_own_frames(tmp_path):
-    for dataset in ("a", "b"):
-        touch(tmp_path / dataset / "frames" / "1.arrow")
-    stray = touch(tmp_path / "1.mp4")
-    for dataset in ("a", "b"):
-        assert find_frames(tmp_path, "1", "frames/1.arrow", dataset) == tmp_path / dataset / "frames" / "1.arrow"
-    assert find_frames(tmp_path, "1", "frames/1.arrow", "c") == stray
+    files = {dataset: touch(tmp_path / dataset / "frames" / "1.arrow") for dataset in ("a", "b")}
+    files["c"] = touch(tmp_path / "1.mp4")
+    assert {dataset: find_frames(tmp_path, "1", "frames/1.arrow", dataset) for dataset in files} == files
     accents = touch(tmp_path / (unicodedata.normalize("NFD", "café") + ".mp4"))
     assert find_frames(tmp_path, unicodedata.normalize("NFC", "café"), None) == accents
 
@@ -72,7 +62,7 @@ def test_a_bare_name_that_several_videos_share_is_not_enough(tmp_path):
         assert find_frames(tmp_path, "kitchen-P02", named, "kitchen") is None
 
 
-@pytest.mark.parametrize("outside", ["../outside", "/outside", "a/../../outside", "..", "n" * 256])
+@pytest.mark.parametrize("outside", ["../outside", "/outside", "a/../../outside"])
 def test_no_name_leads_out_of_the_root(tmp_path, outside):
     touch(tmp_path / "outside.arrow")
     root = tmp_path / "root"
@@ -83,14 +73,10 @@ def test_no_name_leads_out_of_the_root(tmp_path, outside):
     assert find_frames(root, "outside", None, outside) is None
 
 
-# ---- folders of images -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "names",
     [
         [f"frame_{i:06d}.jpg" for i in range(1, 13)],  # ffmpeg's
-        [f"frame_{i:06d}.png" for i in range(12)],
         [f"cam2 take 7 {i}.JPEG" for i in range(12)],  # 10 comes after 9, not after 1
         [f"{letter}.jpg" for letter in "abcdefghijkl"],
     ],
@@ -106,8 +92,6 @@ def test_images_are_frames_by_the_last_number_in_their_names(tmp_path, names):
     ("names", "wrong"),
     [
         (["f1.jpg", "f2.jpg", "f4.jpg"], "no image has the number 3"),
-        (["f193.jpg", "f194.jpg"], "no image has the number 1, .*193 is the smallest"),
-        (["f0.jpg", "f1.jpg", "f1.png"], "f1.jpg and f1.png have the same last number"),
         (["cover.jpg", "f1.jpg", "f2.jpg"], "cover.jpg has no number"),
     ],
 )
@@ -119,20 +103,17 @@ def test_names_that_would_shift_frames_are_refused(tmp_path, names, wrong):
     assert count_frames(tmp_path / "v") is None
 
 
-# ---- what images show --------------------------------------------------------------------------------
-
-
-def saved(image: Image.Image, kind: str, orientation: int | None = None, **more) -> bytes:
+def saved(image: Image.Image, kind: str, orientation: int = 0) -> bytes:
     file, exif = io.BytesIO(), Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    image.save(file, kind, exif=exif, **more)
+    image.save(file, kind, exif=exif)
     return file.getvalue()
 
 
-def arrow(path: Path, column: pa.Array, **options) -> Path:
+def arrow(path: Path, column: pa.Array) -> Path:
     table = pa.table({"x": pa.nulls(len(column)), "frame": column})
-    with pa.ipc.new_stream(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
         writer.write_table(table)
     return path
 
@@ -144,30 +125,24 @@ def shown(folder: Path, content: bytes) -> list[np.ndarray]:
     return [np.asarray(open_pictures(folder / name).image(0, 2.0)) for name in ("v", "v.arrow")]
 
 
-UPRIGHT = Image.fromarray(np.array(list(CORNERS), np.uint8).reshape(2, 2, 3).repeat(32, 0).repeat(24, 1))
-
-
 @pytest.mark.parametrize(
     ("orientation", "stored"),
     [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 2), (7, 6), (8, 4)],  # how PIL's transpose makes it of the upright
 )
 def test_exif_turns_a_picture(tmp_path, orientation, stored):
-    lying = UPRIGHT if stored is None else UPRIGHT.transpose(Image.Transpose(stored))
+    upright = Image.fromarray(quarters(32, 24))
+    lying = upright if stored is None else upright.transpose(Image.Transpose(stored))
     for found in shown(tmp_path, saved(lying, "JPEG", orientation)):
-        assert found.shape == (64, 48, 3)
-        corners = found[8::48, 8::32].astype(int).reshape(4, 3)
-        assert [CORNERS[min(CORNERS, key=lambda c: abs(np.array(c) - one).sum())] for one in corners] == [*"RGBW"]
+        assert (found.shape, seen(found)) == ((64, 48, 3), "RGBW")
 
 
-def test_what_is_transparent_is_black(tmp_path):
+def test_what_is_transparent_is_black_and_16_bits_are_scaled_to_8(tmp_path):
     rgba = np.full((8, 8, 4), (200, 100, 50, 255), np.uint8)
     rgba[:, 4:, 3] = 0
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([200, 100, 50, 255, 255, 255])
-    palette.paste(0, (0, 0, 4, 8))
-    for image, options in ((Image.fromarray(rgba), {}), (palette, {"transparency": 1})):
-        for found in shown(tmp_path, saved(image, "PNG", **options)):
-            assert found[0].tolist() == [[200, 100, 50]] * 4 + [[0, 0, 0]] * 4
+    for found in shown(tmp_path, saved(Image.fromarray(rgba), "PNG")):
+        assert found[0].tolist() == [[200, 100, 50]] * 4 + [[0, 0, 0]] * 4
+    for found in shown(tmp_path, saved(Image.fromarray(np.full((8, 8), 257 * 99, np.uint16)), "PNG")):
+        assert found[0].tolist() == [[99, 99, 99]] * 8
 
 
 def test_frames_are_cropped_to_the_centre_and_resized_with_channels_first():
@@ -179,17 +154,13 @@ def test_frames_are_cropped_to_the_centre_and_resized_with_channels_first():
     assert found[1:].max() == 0
 
 
-# ---- Arrow files, limits -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
-def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path, kind, options):
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_binary()])
+def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path, kind):
     grey = [base64.b64encode(saved(Image.new("L", (8, 8), 10 * i), "PNG")).decode() for i in range(16)]
     table = pa.table({"frame": pa.array([None, *grey], pa.string()).cast(kind), "x": list(range(17))})
     for new in (pa.ipc.new_file, pa.ipc.new_stream):
         path = tmp_path / "v.arrow"
-        with new(str(path), table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        with new(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=5)
         assert count_frames(path) == 17
         opened = open_pictures(path)
@@ -198,45 +169,14 @@ def test_rows_are_found_in_all_batches_and_may_be_null(tmp_path, kind, options):
             opened.image(0, 2.0)
 
 
-@pytest.mark.parametrize(
-    ("limit", "most", "why"),
-    [
-        ("pipeline.video.MAX_PIXELS", 100 * 100, "101 x 100 pixels, at most 10000"),
-        ("pipeline.media.MAX_BYTES", 60, "bytes, at most 60 are read"),
-    ],
-)
-def test_pictures_of_too_many_bytes_or_pixels_are_not_read(tmp_path, monkeypatch, limit, most, why):
-    png = saved(Image.new("RGB", (101, 100)), "PNG")
-    touch(tmp_path / "v" / "1.png").write_bytes(png)
-    arrow(tmp_path / "v.arrow", pa.array([base64.b64encode(png).decode()]))
-    monkeypatch.setattr(limit, most)
-    for path in (tmp_path / "v", tmp_path / "v.arrow"):
-        with pytest.raises(ValueError, match=why):
-            open_pictures(path).image(0, 2.0)
-
-
-@pytest.mark.parametrize("offsets", [(0, 2**31 - 1, 1, 2, 12), (0, -(2**30), 1, 2, 12), (0, 9, 4, 2, 12)])
-def test_an_arrow_file_that_lies_about_where_its_rows_are_crashes_nobody(tmp_path, offsets):
+def test_arrow_files_that_are_cut_lie_about_their_rows_or_hold_no_pictures_are_named(tmp_path):
     path = arrow(tmp_path / "v.arrow", pa.array(["aaa", "bbb", "ccc", "ddd"]))
-    content = bytearray(path.read_bytes())
-    place = content.index(struct.pack("<5i", 0, 3, 6, 9, 12))
-    content[place : place + 20] = struct.pack("<5i", *offsets)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"v.arrow: not an Arrow IPC file .*offset"):
-        open_pictures(path)
-    assert count_frames(path) is None
-
-
-def test_files_that_are_no_arrow_or_have_no_frame_column_are_named(tmp_path):
-    path = arrow(tmp_path / "v.arrow", pa.array(["aaa"] * 99))
-    for content in (b"", b"ARROW1 but not really", path.read_bytes()[:-200]):
-        path.write_bytes(content)
+    content = path.read_bytes()
+    offsets = (struct.pack("<5i", *ends) for ends in ((0, 3, 6, 9, 12), (0, 2**31 - 1, 1, 2, 12)))
+    for damaged in (b"", content[:-60], content.replace(*offsets)):  # the last would crash the process
+        path.write_bytes(damaged)
+        assert count_frames(path) is None
         with pytest.raises(InputError, match=r"v.arrow: not an Arrow IPC file .*get the file again"):
             open_pictures(path)
-    for column in (pa.array([1]), pa.nulls(3), pa.array([["x"]]), pa.array(["x"]).cast("string_view")):
-        with pytest.raises(InputError, match=r"v.arrow: column frame is of .*, expected string or binary"):
-            open_pictures(arrow(path, column))
-    with pa.ipc.new_stream(str(path), pa.schema([("image", pa.string())])):
-        pass
-    with pytest.raises(InputError, match="columns image, expected one named frame"):
-        open_pictures(path)
+    with pytest.raises(InputError, match=r"v.arrow: column frame is of .*, expected string or binary"):
+        open_pictures(arrow(path, pa.array([1])))

@@ -1,10 +1,8 @@
 """The dialog state: replay, contradiction, and the state before each clip of a conversation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.schema import STATES, TRANSITIONS
@@ -41,6 +39,7 @@ def conversations(draw):
     return moments, starts, clips
 
 
+@settings(max_examples=50, deadline=None)
 @given(conversations(), st.randoms(use_true_random=False))
 def test_the_state_before_each_clip_is_that_of_a_plain_replay(made, rng):
     """Whatever the other clips' given states say, and however the clips are ordered."""
@@ -54,19 +53,9 @@ def test_the_state_before_each_clip_is_that_of_a_plain_replay(made, rng):
         assert found[i] == replay(base, before), i
 
 
-@pytest.mark.parametrize(
-    ("clips", "last"),
-    [
-        # an update at a clip's first moment that it does not repeat was before it
-        ([(0, [(5, "S1", "start"), (9, "S1", "complete")]), (9, [(9, "S2", "start")])], {"S1": "completed"}),
-        # what an earlier clip holds of a later time was not before
-        ([(0, [(5, "S1", "start"), (30, "S1", "complete")]), (9, [(12, "S2", "start")])], {"S1": "in_progress"}),
-        # equal updates at one moment of one clip all count
-        ([(0, [(0, "S1", "pause"), (0, "S1", "complete"), (0, "S1", "pause")]), (4, [])], {"S1": "paused"}),
-    ],
-)
-def test_which_updates_of_earlier_clips_were_before(clips, last):
-    assert states_before([Segment(*clip, None) for clip in clips])[-1] == last
+def test_equal_updates_at_one_moment_of_one_clip_all_count():
+    twice = Segment(0, [(0, "S1", "pause"), (0, "S1", "complete"), (0, "S1", "pause")], None)
+    assert states_before([twice, Segment(4, [], None)])[-1] == {"S1": "paused"}
 
 
 @pytest.mark.parametrize(
@@ -74,14 +63,9 @@ def test_which_updates_of_earlier_clips_were_before(clips, last):
     [
         ({}, [("S1", "start")], False, False),
         ({"S1": "completed"}, [("S1", "start")], True, False),
-        ({"S1": "in_progress"}, [("S1", "start")], True, False),
-        ({"S1": "completed"}, [("S1", "complete")], True, False),
         ({"S1": "in_progress"}, [("S1", "complete"), ("S1", "start")], False, False),
-        ({"S2": "completed"}, [("S1", "start"), ("S1", "complete")], False, False),
         ({"S1": "not_started"}, [("S1", "complete")], False, True),
         ({}, [("S1", "start"), ("S2", "pause")], False, True),
-        ({"S1": "paused"}, [("S1", "start")], False, False),
-        ({"S1": "in_progress"}, [], False, False),
     ],
 )
 def test_states_that_cannot_be_before_the_updates(before, updates, wrong, lacking):
@@ -96,44 +80,23 @@ def test_states_at_the_end_of_every_frame():
     assert names == [["not_started", "paused"], *[["in_progress", "paused"]] * 2, ["completed", "paused"]]
 
 
-# ---- updates as text -----------------------------------------------------------------------------------
-
 IDS = st.one_of(st.text(st.characters(exclude_categories=("Cs",))), st.text(',:"\\->\n\r\t \u2028aS1'))
 UPDATES = st.lists(st.tuples(IDS, st.sampled_from(sorted(TRANSITIONS)))).map(tuple)
 
 
-@given(UPDATES)
-def test_any_step_ids_read_back_as_they_were_written(updates):
-    assert parse_updates(write_updates(updates)) == updates
-
-
+@settings(max_examples=50, deadline=None)
 @given(UPDATES, UPDATES)
-def test_texts_of_two_turns_may_be_joined(one, other):
+def test_any_step_ids_read_back_as_they_were_written_and_texts_of_two_turns_may_be_joined(one, other):
+    assert parse_updates(write_updates(one)) == one
     assert parse_updates(", ".join(filter(None, map(write_updates, (one, other))))) == one + other
 
 
-@pytest.mark.parametrize(
-    ("updates", "text"),
-    [
-        ([("S1", "complete"), ("S2", "start")], "S1->complete, S2->start"),
-        ([("Fit a bolt: top", "start"), ("a->b", "fail")], "Fit a bolt: top->start, a->b->fail"),
-        ([("step 1, toy", "start"), (" S", "pause")], '"step 1, toy"->start, " S"->pause'),
-        ([], ""),
-    ],
-)
-def test_ids_are_quoted_only_where_they_must_be(updates, text):
-    assert write_updates(updates) == text
+def test_ids_are_quoted_only_where_they_must_be():
+    assert write_updates([("S1", "complete"), ("S2", "start")]) == "S1->complete, S2->start"
+    assert write_updates([("Fit a bolt: top", "start"), ("a->b", "fail")]) == "Fit a bolt: top->start, a->b->fail"
+    assert write_updates([("step 1, toy", "start"), (" S", "pause")]) == '"step 1, toy"->start, " S"->pause'
 
 
-@pytest.mark.parametrize(
-    ("text", "updates"),
-    [
-        ("S1->complete,S2 -> start", (("S1", "complete"), ("S2", "start"))),
-        ("S1->jump, S2->start", (("S2", "start"),)),
-        ("->start, S1->, complete, S1", ()),
-        ('"S1->start, S2->start', (('"S1', "start"), ("S2", "start"))),
-        ('"a" b->start', (('"a" b', "start"),)),
-    ],
-)
-def test_what_reads_as_no_update_is_left_out(text, updates):
-    assert parse_updates(text) == updates
+def test_what_reads_as_no_update_is_left_out():
+    assert parse_updates("S1->complete,S2 -> start") == (("S1", "complete"), ("S2", "start"))
+    assert parse_updates("S1->jump, S2->start, ->start, S1->, complete, S1") == (("S2", "start"),)

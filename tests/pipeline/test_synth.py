@@ -1,10 +1,6 @@
 """Synthetic data: the files of a real data set, labels that follow from the pictures, the same bytes every time."""
 
-from __future__ import annotations
-
-import hashlib
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +9,9 @@ import pytest
 
 from pipeline import synth as module
 from pipeline.media import find_frames, open_pictures
-from pipeline.synth import SOURCES, SynthConfig, parse_tells, plan_recording, synth
+from pipeline.synth import SynthConfig, parse_tells, plan_recording, synth
 
-SMALL = SynthConfig(recordings={"train": 3, "val": 1, "test": 1}, difficulty=0, seed=5)
-REAL_CLIP_KEYS = {  # of a real clip; it lacks `id` and `initial_dst_state`, which others have
-    *("video_uid", "inferred_goal", "inferred_knowledge", "video_labels", "conversation", "dst"),
-    *("frames_file", "start_frame_idx", "end_frame_idx", "seq_len", "dataset", "clip_idx"),
-    *("max_seq_len", "num_tokens_per_img", "fps", "quality"),
-}
-REAL_TURN_KEYS = {"role", "content", "time", "start_frame", "end_frame", "dst_state", "labels"}
+SMALL = SynthConfig(recordings={"train": 2, "val": 1}, difficulty=0, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -41,36 +31,8 @@ def turns(clip: dict[str, Any], role: str) -> list[dict[str, Any]]:
 
 
 def read_frames(root: Path, clip: dict[str, Any]) -> np.ndarray:
-    path = find_frames(root, clip["video_uid"], clip["frames_file"])
-    opened = open_pictures(path)
+    opened = open_pictures(find_frames(root, clip["video_uid"], clip["frames_file"]))
     return np.stack([np.asarray(opened.image(i, 2.0)) for i in range(opened.count())])
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-# ---- files ---------------------------------------------------------------------------------------------
-
-
-def test_clips_and_turns_have_the_fields_of_real_ones(clips):
-    for clip in clips:
-        assert set(clip) == REAL_CLIP_KEYS | {"id", "initial_dst_state"}
-        assert (clip["fps"], type(clip["fps"]), clip["dataset"]) == (2, int, "synth")
-        assert {tuple(step) for step in clip["dst"]} == {("type", "id", "start_ts", "end_ts", "name")}
-        knowledge = [clip["inferred_goal"], f"1. {clip['dst'][0]['name']}"]
-        assert clip["inferred_knowledge"].splitlines()[:2] == knowledge
-        system, *others = clip["conversation"]
-        assert (system["role"], system["start_frame"], system["end_frame"]) == ("system", 0, 1)
-        assert {frozenset(turn) for turn in others} == {frozenset(REAL_TURN_KEYS)}
-        for turn in others:  # the time lies in the second of the two frames, as in the real clip
-            assert turn["end_frame"] == turn["start_frame"] + 2 == int(turn["time"] * 2) + 1
-        assert [turn["time"] for turn in others] == sorted(turn["time"] for turn in others)
-    assert len({clip["id"] for clip in clips}) == len(clips)
-
-
-# ---- labels and picture --------------------------------------------------------------------------------
 
 
 def test_jigs_and_lamps_are_seen_one_frame_before_what_follows_from_them_and_nowhere_else(out, clips):
@@ -90,7 +52,7 @@ def test_jigs_and_lamps_are_seen_one_frame_before_what_follows_from_them_and_now
         asked = [turn["start_frame"] - start for turn in turns(clip, "user")]
         spoken = [turn["start_frame"] - start for turn in turns(clip, "assistant")]
         assert spoken == sorted(frame + 1 for frame in asked + lit)
-    assert checked > 50
+    assert checked > 30
 
 
 def test_dst_state_is_the_state_before_the_turn_and_goes_from_clip_to_clip(clips):
@@ -101,6 +63,8 @@ def test_dst_state_is_the_state_before_the_turn_and_goes_from_clip_to_clip(clips
         assert state == left.get(clip["video_uid"], state)
         assert list(state.values()) == ["completed"] * (len(state) - 1) + ["in_progress"]
         for turn in clip["conversation"][1:]:
+            assert clip["start_frame_idx"] <= turn["start_frame"] <= turn["time"] * 2 < turn["end_frame"]
+            assert turn["end_frame"] < clip["end_frame_idx"]
             update = turn["content"][0] if turn["role"] == "DST_UPDATE" else None
             unseen = {update["id"]: "not_started"} if update and update["id"] not in state else {}
             assert turn["dst_state"] == {**state, **unseen}
@@ -111,15 +75,11 @@ def test_dst_state_is_the_state_before_the_turn_and_goes_from_clip_to_clip(clips
 
 def test_views_of_a_recording_share_events_and_differ_in_pictures(out, clips):
     names = ("id", "video_uid", "frames_file")
-    for split in SMALL.recordings:
-        views = [[c for c in clips if c["video_uid"] == f"synth_nusar-{split}-0000__view{view}"] for view in (0, 1)]
-        same = [[{k: v for k, v in clip.items() if k not in names} for clip in view] for view in views]
-        assert same[0] == same[1] != []
-        first, second = (read_frames(out, view[0]) for view in views)
-        assert np.abs(first.astype(int) - second).mean() > 5
-
-
-# ---- what the state tells ------------------------------------------------------------------------------
+    views = [[c for c in clips if c["video_uid"] == f"synth_nusar-train-0000__view{view}"] for view in (0, 1)]
+    same = [[{k: v for k, v in clip.items() if k not in names} for clip in view] for view in views]
+    assert same[0] == same[1] != []
+    first, second = (read_frames(out, view[0]) for view in views)
+    assert np.abs(first.astype(int) - second).mean() > 5
 
 
 def plans(state_tells: float) -> list[module.Recording]:
@@ -127,40 +87,25 @@ def plans(state_tells: float) -> list[module.Recording]:
     return [plan_recording(f"nusar-{i}", np.random.default_rng([1, i]), config) for i in range(100)]
 
 
-def test_each_completed_step_is_announced_by_its_name_or_by_the_lamp_never_by_both():
-    for state_tells in (0, 0.3, 1):
-        named, speaks = [], []
-        for plan in plans(state_tells):
-            for event in (event for event in plan.events if event.kind == "placement"):
-                name = plan.step_names[event.step]
-                named.append(name.endswith((" aloud", " quietly")))
-                speaks.append(event.speaks)
-                assert event.lamp == (event.speaks and not named[-1])
-                assert name.endswith(" aloud") == (event.speaks and named[-1])
-        assert abs(np.mean(named) - state_tells) < 0.05
-        assert 0.4 < np.mean(speaks) < 0.6
-
-
-def test_clips_hold_4_to_8_whole_events_and_begin_2_to_6_frames_before_the_first():
-    leads = []
-    for plan in plans(0.5):
-        assert all(end <= start for (_, end), (start, _) in pairwise(plan.clips))
-        for start, end in plan.clips:
-            inside = [event.frame for event in plan.events if start <= event.frame < end]
-            assert (4 <= len(inside) <= 8, inside[-1] <= end - 6) == (True, True)
-            leads.append(inside[0] - start)
-    assert set(leads) == {2, 3, 4, 5, 6}
-
-
-# ---- other worlds --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("state_tells", [0, 0.3, 1])
+def test_each_completed_step_is_announced_by_its_name_or_by_the_lamp_never_by_both(state_tells):
+    named, speaks = [], []
+    for plan in plans(state_tells):
+        for event in (event for event in plan.events if event.kind == "placement"):
+            name = plan.step_names[event.step]
+            named.append(name.endswith((" aloud", " quietly")))
+            speaks.append(event.speaks)
+            assert event.lamp == (event.speaks and not named[-1])
+            assert name.endswith(" aloud") == (event.speaks and named[-1])
+    assert abs(np.mean(named) - state_tells) < 0.05
+    assert 0.4 < np.mean(speaks) < 0.6
 
 
 def conversations(tells: dict[str, float], count: int = 60) -> list[tuple[dict[str, Any], dict[str, list[int]]]]:
     """(clip, by role the frames at which its turns start) of many recordings."""
-    config = SynthConfig(tells=tells)
     clips = []
     for i in range(count):
-        plan = plan_recording(f"nusar-{i}", np.random.default_rng([2, i]), config)
+        plan = plan_recording(f"nusar-{i}", np.random.default_rng([2, i]), SynthConfig(tells=tells))
         clips += module.make_clips(plan, 0, np.random.default_rng([3, i]))
         assert not any(event.lamp for event in plan.events)
     return [(c, {r: [t["start_frame"] for t in turns(c, r)] for r in ("user", "assistant")}) for c in clips]
@@ -169,9 +114,8 @@ def conversations(tells: dict[str, float], count: int = 60) -> list[tuple[dict[s
 def test_in_the_world_user_what_the_user_says_tells_and_that_he_speaks_does_not():
     answered = []
     for clip, frames in conversations({"user": 1.0}):
-        asked = [
-            turn["start_frame"] for turn in turns(clip, "user") if turn["content"].endswith(("right?", "on?", "fit?"))
-        ]
+        questions = [t for t in turns(clip, "user") if t["content"].endswith(("right?", "on?", "fit?"))]
+        asked = [turn["start_frame"] for turn in questions]
         assert frames["assistant"] == [frame + 1 for frame in asked]
         answered += [frame in asked for frame in frames["user"]]
     assert 0.4 < np.mean(answered) < 0.6
@@ -201,67 +145,23 @@ def test_in_the_world_nothing_speech_comes_at_one_rate_whatever_happened_before(
 def test_worlds_mix_by_the_share_of_steps():
     assert parse_tells("state=0.7, vision=0.3") == {"state": 0.7, "vision": 0.3}
     assert parse_tells("user") == {"user": 1.0}
-    with pytest.raises(ValueError, match="--tells 'state=most': expected a name, or name=share items"):
-        parse_tells("state=most")
     config = SynthConfig(tells={"state": 0.5, "history": 0.25, "nothing": 0.25}, steps=(12, 12))
     many = [plan_recording("n", np.random.default_rng([4, i]), config) for i in range(200)]
     named = np.mean([name.endswith((" aloud", " quietly")) for plan in many for name in plan.step_names])
     followed = np.mean([sum(bool(event.follow_ups) for event in plan.events) / 12 for plan in many])
-    assert (abs(named - 0.5) < 0.03, abs(followed - 0.25) < 0.03) == (True, True)
-    assert any(event.kind == "remark" for plan in many for event in plan.events)
-
-
-# ---- the same bytes, and refusals ----------------------------------------------------------------------
+    assert abs(named - 0.5) < 0.03
+    assert abs(followed - 0.25) < 0.03
 
 
 def test_the_same_seed_gives_the_same_bytes_and_more_training_recordings_leave_val_alone(tmp_path):
-    def val(name: str, seed: int, train: int) -> dict[str, str]:
-        synth(tmp_path / name, SynthConfig(recordings={"train": train, "val": 1}, steps=(3, 4), seed=seed))
-        return {file: sha for file, sha in digests(tmp_path / name).items() if "val" in file}
+    def val(name: str, seed: int, train: int) -> dict[str, bytes]:
+        synth(tmp_path / name, SynthConfig(recordings={"train": train, "val": 1}, views=1, steps=(3, 4), seed=seed))
+        return {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*val*")}
 
     assert val("a", 0, 1) == val("b", 0, 2) != val("c", 1, 1)
 
 
-def test_a_folder_with_files_is_refused_and_left_alone_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").touch()
+def test_a_folder_with_files_is_refused(tmp_path):
+    (tmp_path / "mine").touch()
     with pytest.raises(ValueError, match=r"not empty; expected a new or empty folder"):
-        synth(tmp_path / "full", SMALL)
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    (tmp_path / "raw" / "lost+found").mkdir(parents=True)  # as of a mount point, which is filled as it is
-    synth(tmp_path / "raw", SynthConfig(recordings={"train": 1}, views=1, steps=(3, 3), px=32))
-    assert {path.name for path in (tmp_path / "raw").iterdir()} == {"frames", "lost+found", "train_training.json"}
-    monkeypatch.setattr(module, "write_frames", full)
-    with pytest.raises(OSError, match="disk full"):
-        synth(tmp_path / "out", SMALL)
-    assert {path.name for path in tmp_path.iterdir()} == {"full", "raw"}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"recordings": {"dev": 3}}, "recordings: found {'dev': 3}; expected 1 or more"),
-        ({"steps": (9, 4)}, r"steps: found \(9, 4\); expected 3 <= fewest <= most <= 16"),
-        ({"difficulty": 1.2}, "difficulty: found 1.2; expected a number from 0 to 1"),
-        ({"tells": {"vision": float("nan")}}, "tells: found {'vision': nan}; expected shares of state, vision, user"),
-    ],
-)
-def test_a_setting_out_of_range_is_said(wrong, said):
-    with pytest.raises(ValueError, match=said):
-        SynthConfig(**wrong)
-
-
-@pytest.mark.parametrize(
-    "config", [{"px": 96, "difficulty": 1.0}, {"tells": dict(zip(SOURCES, (0.4, 0.2, 0.2, 0.1, 0.1), strict=True))}]
-)
-def test_other_settings_keep_turns_inside_their_clips(tmp_path, config):
-    chosen = SynthConfig(recordings={"test": 1}, views=1, steps=(5, 6), **config)
-    synth(tmp_path / "out", chosen)
-    for clip in json.loads((tmp_path / "out" / "test_training.json").read_text()):
-        for turn in clip["conversation"][1:]:
-            assert clip["start_frame_idx"] <= turn["start_frame"] <= turn["time"] * 2 < turn["end_frame"]
-            assert turn["end_frame"] < clip["end_frame_idx"]
-        assert read_frames(tmp_path / "out", clip).shape[1:] == (chosen.px, chosen.px, 3)
+        synth(tmp_path, SMALL)

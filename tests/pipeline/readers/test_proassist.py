@@ -1,22 +1,18 @@
 """ProAssist's files as its script prepares them: names, layout, user turns, variants."""
 
-from __future__ import annotations
-
 import pytest
 from made_up import proassist, run, run_on, turn, written
 
 
 def test_an_assistant_speaks_at_the_last_frame_before_its_turn(tmp_path):
-    bad, good = proassist("cup-2"), proassist()
-    bad["conversation"].append(turn("DST_UPDATE", "S1 explode"))
-    good["conversation"].append(turn("DST_UPDATE", "S1 start"))
-    out = run(tmp_path, [proassist("cup-3"), good, bad], "train.jsonl", neg_rate={"train": 1.0})
+    with_update = proassist()
+    with_update["conversation"].append(turn("DST_UPDATE", "S1 start"))
+    out = run(tmp_path, [proassist("cup-3"), with_update], "train.jsonl", neg_rate={"train": 1.0})
     assert out.bounds() == [(0, 16), (0, 16)]
     assert (out.ones(), out.ones(clip=1)) == (([8, 15], []), ([8, 15], [15]))
     assert set(out.labels()["dst_update"].values()) == {-100}
     row = out.clips()[0]
     assert (row["goal"], row["knowledge"], row["dataset"]) == ("wash a cup", "soap first", "wtag")
-    assert [line["turn"] for line in out.refused()] == [7]
 
 
 F0, F1, F2 = ({"role": "frames", "start": 5 * i + 10, "end": 5 * i + 15} for i in range(3))
@@ -27,7 +23,6 @@ USER, REPLY = turn("user", "What now?"), turn("assistant", "Wash it.")
     ("turns", "heard"),
     [
         ([F0, USER, F1, F2, REPLY], [(15, 16)]),  # by the next frame, when frames follow
-        ([F0, USER, F1], [(15, 16)]),
         ([F0, USER, F1, USER, F2], [(15, 16), (20, 21)]),
         ([F0, USER, USER, REPLY], [(14, 15), (14, 15)]),
     ],

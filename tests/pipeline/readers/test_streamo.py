@@ -1,7 +1,5 @@
 """Streamo-Instruct and JoyAI-VL-Interaction, on made-up samples: which second a time names, what is read of them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -61,47 +59,31 @@ def test_a_time_of_joyai_names_the_second_that_begins_there():
     assert (clip.video_uid, clip.frames_file, clip.end_frame) == ("v1", "v1.mp4", 20)
 
 
-@pytest.mark.parametrize(
-    ("time", "fps", "frames"),
-    [("5", 4.0, (20, 24)), (2.25, 2.0, (5, 7)), ("1:05", 2.0, (130, 132)), ("0:01:05.5", 2.0, (131, 133))],
-)
-def test_times_are_seconds_in_any_spelling(time, fps, frames):
-    (turn,) = turns(read(fps=fps, question=None, response=[{"content": "x", "time": time}]))
-    assert turn[3:] == frames
+def test_times_are_seconds_in_any_spelling():
+    times = ["5", 2.25, "1:05", "0:01:05.5"]
+    found = [turns(read(question=None, response=[{"content": "x", "time": time}]))[0][3:] for time in times]
+    assert found == [(10, 12), (5, 7), (130, 132), (131, 133)]
+
+
+def test_videos_go_by_their_path_where_that_is_not_of_one_machine():
+    clips = [read(video_path=path) for path in ("./a/v1.MKV", "/home/me/videos/v1.mp4", "C:\\videos\\v1.mp4", None)]
+    assert [clip.frames_file for clip in clips] == ["a/v1.MKV", *["v1.mp4"] * 3]
+    assert [clip.video_uid for clip in clips] == ["a/v1", *["v1"] * 3]
 
 
 @pytest.mark.parametrize(
-    ("names", "uid", "file"),
+    ("more", "field"),
     [
-        ({"video_path": "/home/me/videos/v1.mp4"}, "v1", "v1.mp4"),
-        ({"video_path": "C:\\videos\\v1.mp4"}, "v1", "v1.mp4"),
-        ({"video_path": "./a/v1.MKV"}, "a/v1", "a/v1.MKV"),
-        ({"video_path": None, "video_name": "v.1"}, "v.1", "v.1"),
+        ({"response": [{"content": "x", "time": "soon"}]}, "response[0].time"),
+        ({"response": [{"content": "x", "st_time": 9.0, "end_time": 5.0}]}, "response[0].end_time"),
+        ({"response": [], "question": []}, "start_frame_idx, end_frame_idx"),
+        ({"video_path": "../v1.mp4"}, "video_path"),
     ],
 )
-def test_videos_go_by_their_path_where_that_is_not_of_one_machine(names, uid, file):
-    clip = read(**names)
-    assert (clip.video_uid, clip.frames_file) == (uid, file)
-
-
-@pytest.mark.parametrize(
-    ("more", "field", "found"),
-    [
-        ({"response": [{"content": "x", "time": "soon"}]}, "response[0].time", '"soon"'),
-        ({"response": [{"content": "x", "time": -1}]}, "response[0].time", "-1"),
-        ({"response": [{"content": "x", "time": [1]}]}, "response[0].time", "[1]"),
-        ({"response": [{"content": "x", "st_time": 9.0, "end_time": 5.0}]}, "response[0].end_time", "5.0"),
-        ({"response": [{"content": "x", "st_time": 5.0, "end_time": "", "time": ""}]}, "response[0]", "no time"),
-        ({"response": [{"content": 5, "time": 1}]}, "response[0].content", "5"),
-        ({"response": [], "question": []}, "start_frame_idx, end_frame_idx", "nothing"),
-        ({"video_path": "../v1.mp4"}, "video_path", '"../v1.mp4"'),
-        ({"video_path": "", "video_name": ""}, "video_path", "nothing"),
-    ],
-)
-def test_what_decides_a_label_is_refused_by_name(more, field, found):
+def test_what_decides_a_label_is_refused_by_name(more, field):
     with pytest.raises(ClipError) as error:
         read(**more)
-    assert (error.value.field, error.value.found.removesuffix(".0")) == (field, found.removesuffix(".0"))
+    assert error.value.field == field
 
 
 def test_preprocess_labels_each_second(tmp_path):
