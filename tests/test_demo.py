@@ -1,18 +1,14 @@
 """The front door, end to end: small made-up videos through every command, and what a user sees of it."""
 
-import dataclasses
-import inspect
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import polars as pl
 import pytest
 from rich.console import Console
 
-from pipeline import cli as pipeline_cli
 from pipeline.synth import SynthConfig, synth
 from trainer import cli, demo
 
@@ -48,40 +44,17 @@ def test_the_demo_goes_through_every_step_and_ends_with_numbers_and_a_picture(ma
     assert (manifest["hazards"], manifest["inputs"][0]["frame_convention"]) == ([], "event")
 
 
-def test_train_and_evaluate_from_the_command_line(made, tmp_path, capsys):
-    data = made[0] / "data"
-    assert run("train", data, "--run", tmp_path / "run", "--steps", 2) == 0
-    assert "average precision" in capsys.readouterr().out
-    assert run("evaluate", tmp_path / "run", data) == 0
-    assert "self-fed" in capsys.readouterr().out
-    scores = pl.read_parquet(tmp_path / "run/evaluation-test/teacher-forced.parquet")
-    frames = pl.read_parquet(data / "frames/split=test/*.parquet", hive_partitioning=False)
-    assert len(scores.filter(split="test")) == len(frames)
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
         (("train", "{data}", "--run", "{data}"), 1, "not empty"),
-        (("train", "{raw}", "--run", "new"), 1, "manifest.json"),
+        (("train", "{data}", "--run", "new", "--max-tokens", "100000"), 1, "8192"),
         (("evaluate", "{raw}", "{data}"), 1, "run"),
-        (("evaluate", "{run}"), 2, "expected RUN DATA"),
         (("evaluate", "{data}", "--scores", "nosuch.parquet"), 1, "nosuch.parquet"),
-        (("evaluate", "{run}", "{data}", "--late-s", "-1"), 1, "late_s is -1.0"),
-        (("benchmark", "{data}", "--out", "new", "--rungs", "loud"), 1, "expected one of metronome, history"),
-        (("benchmark", "{data}", "--out", "new", "--rungs", "true-state"), 1, "speak+dst's checkpoint"),
-        (("benchmark", "{data}", "--out", "new", "--seed", "1"), 2, "--seed"),
-        (("evaluate", "{data}", "--scores", "x.parquet", "--no-self-fed"), 2, "no model runs with --scores"),
-        (("evaluate", "{data}", "--scores", "x.parquet", "--threshold", "speak=1"), 1, "x.parquet"),
-        (("benchmark", "{data}", "--out", "new", "--stepz", "1"), 2, "--stepz"),
-        (("benchmark", "{raw}", "--out", "new"), 1, "manifest.json"),
         (("evaluate", "{run}", "{data}", "--split", "dev"), 1, "test, train, val"),
-        (("train", "{data}", "--run", "new", "--balance", "x"), 1, "balance"),
-        (("synth", "{raw}"), 2, "not empty"),
-        (("synth", "new", "--difficulty", "7"), 2, "difficulty"),
-        (("demo", "--out", "{data}"), 2, "another --out"),
+        (("benchmark", "{data}", "--out", "new", "--rungs", "loud"), 1, "expected one of metronome, history"),
+        (("benchmark", "{data}", "--out", "new", "--stepz", "1"), 2, "--stepz"),
         (("inspect", "{raw}"), 1, "manifest.json"),
-        (("inspect", "{data}", "--clip", "nosuch"), 1, "nosuch"),
         (("nosuch",), 2, "nosuch"),
     ],
 )
@@ -94,36 +67,12 @@ def test_a_mistake_is_one_line_on_stderr(made, tmp_path, monkeypatch, capsys, ar
     assert says in error
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("config.json", None), ("config.json", b"{}"), ("config.json", b'{"model_type": "llama"}'),
-     ("model.safetensors", b"cut"), ("model.safetensors", None), ("heads.safetensors", b"cut"), ("run.json", b"{")],
-)  # fmt: skip
-def test_a_damaged_checkpoint_is_one_line(made, tmp_path, capsys, name, content):
-    broken = tmp_path / "run"
-    shutil.copytree(made[0] / "run", broken)
-    for folder in ("last", "best"):
-        if content is None:
-            (broken / folder / name).unlink()
-        else:
-            (broken / folder / name).write_bytes(content)
-    assert run("evaluate", broken, made[0] / "data") == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "this is a bug" not in error
-
-
 def test_a_file_named_test_never_becomes_training_data(tmp_path, capsys):
     root = Path(__file__).parents[1]
     shutil.copy(root / "data/train_sample.json", tmp_path / "test_training.json")
     assert run("preprocess", tmp_path / "test_training.json", "--out", tmp_path / "data") == 0
     assert run("train", tmp_path / "data", "--run", tmp_path / "run") == 1
     assert "found: test" in capsys.readouterr().err
-
-
-def test_a_window_longer_than_the_model_reads_is_refused(made, tmp_path, capsys):
-    assert run("train", made[0] / "data", "--run", tmp_path / "run", "--max-tokens", 100_000) == 1
-    assert "8192" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():
@@ -133,14 +82,6 @@ def test_help_imports_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-
-
-def test_synth_options_have_the_defaults_of_its_config():
-    options = inspect.signature(pipeline_cli.synth).parameters
-    config = {field.name: field.default for field in dataclasses.fields(SynthConfig)}
-    shared = set(options) & set(config) - {"tells"}  # a text there, shares here
-    assert {name: options[name].default for name in shared} == {name: config[name] for name in shared}
-    assert {split: options[split].default for split in ("train", "val", "test")} == SynthConfig().recordings
 
 
 @pytest.mark.slow

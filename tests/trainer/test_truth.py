@@ -52,32 +52,19 @@ def _clip(out, split, number, rng, state_tells):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["the state tells", "the state tells nothing"])
-def answered(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("truth")
-    plan = Plan(world(out / "data", request.param), out / "answer", QUESTION, SEEDS, CONFIG, draws=2000, jobs=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.evaluation.plots, "write_figure", lambda stem, make, label: "")  # which takes seconds
-        benchmark(plan)
-    return request.param, out / "answer"
-
-
-def test_an_effect_is_found_where_there_is_one_and_only_there(answered):
-    state_tells, out = answered
+@pytest.mark.parametrize("state_tells", [True, False], ids=["the state tells", "the state tells nothing"])
+def test_an_effect_is_found_and_reported_where_there_is_one_and_only_there(tmp_path, monkeypatch, state_tells):
+    monkeypatch.setattr(trainer.evaluation.plots, "write_figure", lambda stem, make, label: "")  # which takes seconds
+    out = tmp_path / "answer"
+    benchmark(Plan(world(tmp_path / "data", state_tells), out, QUESTION, SEEDS, CONFIG, draws=2000, jobs=1))
     rows = pq.read_table(out / "comparisons.parquet").to_pylist()
     for metric, mode in product(("event_f1", "speaking_ap"), ("teacher-forced", "self-fed")):
         (row,) = [row for row in rows if (row["metric"], row["mode"]) == (metric, mode)]
         assert (row["a"], row["b"], row["seeds"], row["recordings"]) == ("speak+dst", "speak", 3, 24)
         assert (row["low"] > 0) if state_tells else (row["low"] <= 0 <= row["high"])
-
-
-def test_the_answer_is_the_first_sentence_of_the_report(answered):
-    state_tells, out = answered
     answer = answer_of(out)
-    lowest = "speak+dst" if state_tells else "speak"
-    assert f"{lowest} is the lowest rung that reaches the top" in answer
+    assert f"{'speak+dst' if state_tells else 'speak'} is the lowest rung that reaches the top" in answer
     assert ("is told by own state" in answer) == state_tells
     assert "(self-fed, 24 recordings, 3 seeds)" in answer
     first, _, second = answer.partition(". ")
-    page = (out / "report.html").read_text()
-    assert f'<h1>{first}.</h1>\n<p class="numbers">{second}</p>' in page
+    assert f'<h1>{first}.</h1>\n<p class="numbers">{second}</p>' in (out / "report.html").read_text()
