@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,6 @@ from typing import Any, Final
 import jinja2
 import numpy as np
 import polars as pl
-from markupsafe import Markup
 
 from pipeline.errors import InputError
 from pipeline.output import verify
@@ -29,7 +27,7 @@ from pipeline.schema import NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.summary import Split, drops_by_reason, splits_of
 from pipeline.terminal import plain
-from pipeline.timeline import ClipView, clip_index, read_clips, states_of, turn_note, turn_seconds
+from pipeline.timeline import ClipView, clip_index, read_clips, state_line, states_of, turn_note, turn_seconds
 
 MAX_BYTES: Final = 5_000_000  # of timelines; at least one is always shown
 MAX_FRAMES: Final = 20_000  # shown of one clip
@@ -43,13 +41,13 @@ GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is 
 
 def page_around_data(title: str) -> tuple[str, str]:
     """What stands before and after the page's JSON, which may be long and is written by the caller (`coded`)."""
-    template = files("pipeline").joinpath("viewer.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("pipeline", "."), autoescape=True)
+    page = environment.get_template("viewer.html").render(title=plain(title), policy="\1", data="\0")
     policy = "default-src 'none'; img-src data:"
     for tag in ("script", "style"):
-        body = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[0]
+        body = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
         policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
-    page = jinja2.Template(template, autoescape=True).render(title=title, policy=Markup(policy), data="\0")
-    before, after = page.split("\0")
+    before, after = page.replace("\1", policy).split("\0")
     return before, after
 
 
@@ -143,15 +141,14 @@ def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
 
 
 def clip_data(view: ClipView) -> dict[str, Any]:
-    """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, changed states]."""
+    """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, state after it]."""
     row = view.row
-    states = states_of(row)
     turns = []
-    for turn, before, after in list(zip(row["turns"], states, states[1:], strict=False))[:MAX_TURNS]:
+    for turn, state in list(zip(row["turns"], states_of(row)[1:], strict=True))[:MAX_TURNS]:
         start, end = turn["start_frame"], turn["end_frame"]
         updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
         shown = [turn["role"], short(turn["text"]), start, end, turn_seconds(row, turn), updates, turn_note(row, turn)]
-        turns.append([*shown, _state({step: name for step, name in after.items() if before.get(step) != name})])
+        turns.append([*shown, short(state_line(state)) if updates else ""])
     return {
         "id": short(row["clip_id"]),
         "split": view.split,
@@ -162,15 +159,10 @@ def clip_data(view: ClipView) -> dict[str, Any]:
         "start": row["start_frame"],
         "frames": row["num_frames"],
         "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
-        "initial": _state(states[0]),
         "turns": turns,
         "more_turns": max(0, len(row["turns"]) - MAX_TURNS),
         "labels": run_lengths(view.speaking[:MAX_FRAMES], view.dst[:MAX_FRAMES]),
     }
-
-
-def _state(state: Mapping[str, str]) -> dict[str, str]:
-    return {short(step): short(name) for step, name in list(state.items())[:100]}
 
 
 def run_lengths(speaking: np.ndarray, dst_update: np.ndarray) -> str:

@@ -42,32 +42,49 @@ class Metric:
     unit: str = ""  # "" for shares
     higher_is_better: bool = True
     bounds: tuple[float, float] | None = (0.0, 1.0)  # its range; None: any number
+    meaning: str = ""  # for the report's reader
 
 
 _POSITIVE: Final = (0.0, math.inf)
 METRICS: Final[dict[str, Metric]] = {
     metric.name: metric
     for metric in (
-        Metric("event_f1", "event F1", "speaking.events.f1"),
-        Metric("event_precision", "event precision", "speaking.events.precision"),
-        Metric("event_recall", "event recall", "speaking.events.recall"),
-        Metric("event_f1_reactive", "event F1, reactive", "speaking.events.reactive.f1"),
-        Metric("event_f1_proactive", "event F1, proactive", "speaking.events.proactive.f1"),
+        Metric("event_f1", "event F1", "speaking.events.f1",
+               meaning="speech events matched one to one with the reference's, from early_s before it to late_s after; "
+               "harmonic mean of the next two"),
+        Metric("event_precision", "event precision", "speaking.events.precision",
+               meaning="share of its speech events that match one of the reference's"),
+        Metric("event_recall", "event recall", "speaking.events.recall",
+               meaning="share of the reference's speech events that it matched"),
+        Metric("event_f1_reactive", "event F1, reactive", "speaking.events.reactive.f1",
+               meaning="as event F1, for speech just after the user spoke"),
+        Metric("event_f1_proactive", "event F1, proactive", "speaking.events.proactive.f1",
+               meaning="as event F1, for speech that nobody asked for"),
         Metric("false_alarms_per_quiet_hour", "false alarms per quiet hour",
-               "speaking.events.false_alarms_per_quiet_hour", "/h", False, _POSITIVE),
+               "speaking.events.false_alarms_per_quiet_hour", "/h", False, _POSITIVE,
+               meaning="speech in no reference event's window, per hour outside all windows"),
         Metric("duplicates_per_event", "duplicates per event", "speaking.events.duplicates_per_event", "", False,
-               _POSITIVE),
-        Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, None),
-        Metric("speaking_ap", "speaking AP", "speaking.frames.ap"),
-        Metric("speaking_auroc", "speaking AUROC", "speaking.frames.auroc"),
-        Metric("speaking_f1", "speaking frame F1", "speaking.frames.f1"),
-        Metric("speaking_balanced_accuracy", "speaking balanced accuracy", "speaking.frames.balanced_accuracy"),
-        Metric("speaking_ece", "speaking calibration error", "speaking.frames.calibration.ece", "", False),
-        Metric("speaking_ap_alone", "speaking AP without DST frames", "speaking.frames.alone.ap"),
-        Metric("dst_ap", "DST AP", "dst_update.frames.ap"),
-        Metric("dst_event_f1", "DST event F1", "dst_update.events.f1"),
-        Metric("joint_state_accuracy", "joint state accuracy", "state.joint_accuracy"),
-        Metric("transition_f1", "transition F1", "state.transitions.f1"),
+               _POSITIVE, meaning="further speech within a reference event's window, per reference event"),
+        Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, None,
+               meaning="how long after the reference it spoke, at matched events; negative: earlier"),
+        Metric("speaking_ap", "speaking AP", "speaking.frames.ap",
+               meaning="average precision over frames: how well the score ranks them; guessing gets chance"),
+        Metric("speaking_auroc", "speaking AUROC", "speaking.frames.auroc",
+               meaning="chance that a frame to speak at outscores a silent one; guessing gets 0.5"),
+        Metric("speaking_f1", "speaking frame F1", "speaking.frames.f1",
+               meaning="over frames, at the threshold that was best on val"),
+        Metric("speaking_balanced_accuracy", "speaking balanced accuracy", "speaking.frames.balanced_accuracy",
+               meaning="mean of the shares of speaking and of silent frames judged right, at that threshold"),
+        Metric("speaking_ece", "speaking calibration error", "speaking.frames.calibration.ece", "", False,
+               meaning="expected calibration error: mean distance of probabilities from observed shares, over frames"),
+        Metric("speaking_ap_alone", "speaking AP without DST frames", "speaking.frames.alone.ap",
+               meaning="average precision where no state update coincides: speech alone against frames of neither"),
+        Metric("dst_ap", "DST AP", "dst_update.frames.ap", meaning="as speaking AP, for state updates"),
+        Metric("dst_event_f1", "DST event F1", "dst_update.events.f1", meaning="as event F1, for state updates"),
+        Metric("joint_state_accuracy", "joint state accuracy", "state.joint_accuracy",
+               meaning="share of frames at whose end every step's state is right, from the updates it made"),
+        Metric("transition_f1", "transition F1", "state.transitions.f1",
+               meaning="updates matched in time, step and transition with the reference's"),
     )
 }  # fmt: skip
 

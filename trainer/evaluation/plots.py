@@ -136,9 +136,9 @@ def css_colour(colour: str) -> str:
     return f"var(--x{colour[1:]})" if colour in DARK else colour
 
 
-def css_colours(dark: bool = False) -> str:
+def css_colours() -> str:
     """CSS declarations of these variables."""
-    return " ".join(f"--x{light[1:]}: {there if dark else light};" for light, there in DARK.items())
+    return " ".join(f"--x{light[1:]}: light-dark({light}, {dark});" for light, dark in DARK.items())
 
 
 class Mark(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> P
     (out / FIGURES).mkdir(exist_ok=True)
     for old in [*(out / FIGURES).glob("timeline-*"), *(out / FIGURES).glob("state.*")]:  # there may be fewer now
         old.unlink()
-    loader = PackageLoader("trainer.evaluation", ".")
+    loader = ChoiceLoader([PackageLoader("trainer.evaluation", "."), PackageLoader("pipeline", ".")])
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": format_number, "count": counted}
     more = {"narrowing": narrowing, "in_progress": in_progress}
@@ -113,7 +113,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "harness": conclusions.harness_check(bench),
         "limits": conclusions.limits(bench),
         "size": conclusions.data_size(info),
-        "colours": {"light": plots.css_colours(), "dark": plots.css_colours(dark=True)},
+        "colours": plots.css_colours(),
         "rungs": {rung: {"about": find_rung(rung), "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
         "steps": ladder_steps(bench),
         "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
@@ -147,14 +147,16 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
         cells = {mode: [bench.score(rung, mode, name) for rung in bench.rungs] for mode in bench.modes}
         if any(map(any, cells.values())):
             baselines = {mode: baseline(bench, mode, name) for mode in bench.modes}
-            rows.append({"name": name, "heading": _heading(name), "modes": cells, "baselines": baselines})
+            about = {"name": name, "heading": _heading(name), "meaning": METRICS[name].meaning}
+            rows.append(about | {"modes": cells, "baselines": baselines})
     cells = {}
     for mode in bench.modes:
         seeds = [bench.of_seeds(rung, mode, "state.transitions.median_latency_s") for rung in bench.rungs]
         if any(seeds):  # means without an interval: not compared
             cells[mode] = [{"value": np.mean(latencies) if latencies else None, "low": None} for latencies in seeds]
     if cells:
-        rows.append({"name": "", "heading": UPDATE_LATENCY, "modes": cells, "baselines": dict.fromkeys(cells)})
+        about = {"name": "", "heading": UPDATE_LATENCY, "meaning": ""}
+        rows.append(about | {"modes": cells, "baselines": dict.fromkeys(cells)})
     return rows
 
 
