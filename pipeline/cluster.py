@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import tempfile
@@ -32,11 +31,7 @@ Mapper = Callable[[Callable[..., Any], Calls], Generator[Any]]  # (function, cal
 RETRIES: Final = 3  # of a task whose worker or machine died
 AHEAD: Final = 4096  # tasks that wait at the cluster
 REACH_S, STOP_S, LOOK_S = 10, 10, 5  # until an address answers, tasks stop, a new file is seen on other machines
-SETTINGS: Final = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_task_oom_retries": str(RETRIES),
-}
+SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_task_oom_retries": "3"}
 
 
 def available_cores() -> int:
@@ -71,12 +66,8 @@ def pool(workers: int) -> Mapper:
 def _start_worker() -> None:
     """A worker ignores Ctrl-C, and ends with the run that started it, also when that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=[parent_process()], daemon=True).start()
-
-
-def _end_with(process: Any) -> None:
-    process.join()
-    os._exit(1)
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -84,11 +75,9 @@ def ray_cluster(
     address: str | None, out: Path, inputs: Sequence[Path], workers: int = 0, gpu: bool = False
 ) -> Iterator[Mapper | None]:
     """The Mapper of a Ray cluster: "local" (started here, with `workers` processes; 0: one per core), "auto",
-    "host:port" or "ray://host:port". Yields None where `address` is None. `gpu`: a task has a GPU of its own, where the
-    cluster has any.
+    "host:port" or "ray://host:port"; None where `address` is None. `gpu`: each task has a GPU, if there is any.
 
-    Raises UsageError without ray, InputError where the cluster can't be reached; a task
-    raises it on a machine that does not see `out` and `inputs`.
+    UsageError without ray; InputError where the cluster can't be reached or a machine does not see `out` and `inputs`.
     """
     if address is None:
         yield None
@@ -109,9 +98,10 @@ def ray_cluster(
         resources = {"num_cpus": 1, "num_gpus": 1 if gpu and there.get("GPU") else 0}
         task = ray.remote(**resources, max_retries=RETRIES, max_calls=0)(_run)
 
+        where = (os.getcwd(), version("prospect-dst"), needed)
+
         def mapped(function: Callable[..., Any], calls: Calls) -> Generator[Any]:
-            here = (os.getcwd(), version("prospect-dst"), needed)
-            coming = (task.remote(here, function, call) for call in calls)
+            coming = (task.remote(where, function, call) for call in calls)
             waiting = deque(islice(coming, AHEAD))
             try:
                 while waiting:
@@ -122,7 +112,7 @@ def ray_cluster(
                 for left in waiting:
                     ray.cancel(left)  # not by force: in Ray 2.60 that aborts this process now and then
                 if waiting:
-                    ray.wait(list(waiting), num_returns=len(waiting), timeout=STOP_S)
+                    ray.wait([*waiting], num_returns=len(waiting), timeout=STOP_S)
 
         yield mapped
 
@@ -131,20 +121,18 @@ def ray_cluster(
 def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
     """A connection to the cluster, closed at the end."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    local = {"num_cpus": workers or None, "object_store_memory": 256 << 20, "include_dashboard": False}
+    if address != "local" and workers:
+        raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address not in ("local", "auto") and not (host and port.isdigit()):
+        raise UsageError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as empty:  # short: sockets
-        if address == "local":  # what the object store can't hold goes to its folder
-            options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20}
-            options |= {"include_dashboard": False, "_temp_dir": empty}
-        elif workers:
-            raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
-        elif not re.fullmatch(r"auto|(ray://)?[^/]+:\d+", address):
-            raise UsageError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
         try:
-            host, _, port = address.removeprefix("ray://").rpartition(":")
             if port.isdigit():  # ray.init tries for minutes
                 socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
             with contextlib.chdir(empty):  # workers import from the folder of this call: never from the user's
-                ray.init(address, **options)
+                ray.init(address, **options, **(local | {"_temp_dir": empty} if address == "local" else {}))
         except Exception as error:  # ray.init also raises the plain class, where its start takes too long
             start = "start one with `ray start --head`, give its host:port, or use --ray local"
             raise InputError(f"--ray {address}: {_line(error)}; {start}") from None
@@ -154,29 +142,29 @@ def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def _run(here: tuple[str, str, dict[str, str]], function: Callable[..., Any], call: Sequence[Any]) -> Any:
+def _run(where: tuple[str, str, dict[str, str]], function: Callable[..., Any], call: Sequence[Any]) -> Any:
     """On any machine: function(*call), if that machine sees the same files and has the same version installed."""
-    folder, expected, needed = here
-    node, until = socket.gethostname(), time.monotonic() + LOOK_S
+    folder, expected, needed = where
+    node, until = f"--ray: node {socket.gethostname()}", time.monotonic() + LOOK_S
     while unseen := [name for name, path in needed.items() if not os.path.exists(path)]:
         if time.monotonic() > until:
-            raise InputError(f"--ray: node {node} does not see {unseen[0]}; put it on a disk that all machines share")
+            raise InputError(f"{node} does not see {unseen[0]}; put it on a disk that all machines share")
         time.sleep(0.1)
     if (there := version("prospect-dst")) != expected:
-        raise InputError(f"--ray: node {node} has prospect-dst {there}, expected {expected} as here; install the same")
+        raise InputError(f"{node} has prospect-dst {there}, expected {expected} as here; install the same")
     os.chdir(folder)  # paths mean the same
     return function(*call)
 
 
 def _result(ray: Any, task: Any) -> Any:
     """A task's result. What the function raised is raised here; what befell its worker is an InputError."""
+    advice = "give Ray fewer CPUs if memory ran out, or see the cluster's logs"
     try:
         return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
     except ray.exceptions.RayError as error:
-        if isinstance(getattr(error, "cause", None), Exception):
-            raise error.cause from error
-        what = f"{_line(error)}; give Ray fewer CPUs if memory ran out, or see the cluster's logs"
-        raise InputError(f"--ray: {what}") from None
+        raise InputError(f"--ray: {_line(error)}; {advice}") from None
 
 
 def _line(error: BaseException) -> str:

@@ -50,7 +50,7 @@ METRICS: Final[dict[str, Metric]] = {
     metric.name: metric
     for metric in (
         Metric("event_f1", "event F1", "speaking.events.f1",
-               meaning="speech events matched one to one with the reference's, from early_s before it to late_s after; "
+               meaning="speech events matched one to one with the reference's, in time; "
                "harmonic mean of the next two"),
         Metric("event_precision", "event precision", "speaking.events.precision",
                meaning="share of its speech events that match one of the reference's"),
