@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import labels
 from pipeline.labels import BLOCK, NO_FRAMES, Ranges, Turns, epoch_labels, label_rule
-from pipeline.schema import ROLES
+from pipeline.schema import ROLES, draws, rate_threshold
 
 N = -100
 
@@ -65,3 +67,27 @@ def test_why_turns_label_nothing():
     named = [labels.DROP_REASONS[r] if r >= 0 else "" for r in labels.drops(start, end, low, high, "onset")]
     assert named == ["no frames", "empty range", *["outside the clip"] * 2, "onset outside the clip", ""]
     assert labels.drops(start, end, low, high, "span").tolist() == [0, 1, 2, 2, -1, -1]
+
+
+EVENTS = st.lists(st.tuples(st.sampled_from(["assistant", "DST_UPDATE"]), st.integers(6, 20), st.integers(0, 9)))
+
+
+def by_definition(head, events, steps, onset, drawn):
+    """Of one head from frame 10 to 18, of which nobody annotated 13 and 14; drawn: [8] bool."""
+    tracked = head == "assistant" or steps or any(role == head for role, *_ in events)
+    for frame, kept in zip(range(10, 18), drawn, strict=True):
+        here = [(role == head, at == frame or not onset) for role, at, n in events if at <= frame < at + n]
+        silence = N if (True, False) in here else 0 if kept or (False, True) in here else N  # the rest of an onset: N
+        yield N if frame in (13, 14) or not tracked else 1 if (True, True) in here else silence
+
+
+@settings(max_examples=40, deadline=None)
+@given(EVENTS, st.booleans(), st.booleans(), st.integers(0, 5), st.sampled_from([None, 0.0, 0.3, 1.0]))
+def test_labels_of_any_epoch_and_rate_are_those_of_the_definition_frame_by_frame(events, steps, onset, epoch, rate):
+    count = BLOCK + 1
+    turns = [(role, at, at + n) for role, at, n in events]
+    found = epoch_labels(rule(count, turns, [(13, 15)], steps, onset), epoch, rate).reshape(2, count, 8)
+    for i in range(count):
+        drawn = draws(7 + i, epoch, np.arange(10, 18)) < np.uint64(rate_threshold(0.5 if rate is None else rate))
+        for row, head in enumerate(("assistant", "DST_UPDATE")):
+            assert found[row, i].tolist() == [*by_definition(head, events, steps, onset, drawn)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import signal
 import time
 from dataclasses import replace
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -54,6 +57,12 @@ def pages(monkeypatch):
 def rows(out, table, **wanted):
     found = pq.read_table(out / f"{table}.parquet").to_pylist()
     return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+
+
+def copy_run(finished, plan, job):
+    """In place of carry_out: (seconds, notes)."""
+    shutil.copytree(run_of(finished, job), run_of(plan, job))
+    return 7.0, ()
 
 
 def test_each_run_is_told_and_kept(told, plan):
@@ -109,8 +118,7 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
         calls.append(job)
         if len(calls) in (2, 5):
             raise KeyboardInterrupt
-        shutil.copytree(run_of(plan, job), run_of(plan_, job))
-        return 7.0, ()
+        return copy_run(plan, plan_, job)
 
     monkeypatch.setattr(trainer.benchmark, "carry_out", copied)
     for runs, states in ((1, [False]), (3, [True, True, False])):  # first of all, what was there already
@@ -130,6 +138,36 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
     lines: list[str] = []
     benchmark(stopped, lines.append)
     assert lines[0] == "4 of 4 runs are there already"
+
+
+def dies_in_its_third_run(plan, finished):
+    """Top-level, for a process of its own."""
+
+    def copied(plan_, job):
+        if job == ("speak", 1):
+            signal.raise_signal(signal.SIGKILL)
+        return copy_run(finished, plan_, job)
+
+    trainer.benchmark.carry_out = copied
+    trainer.evaluation.plots.write_figure = lambda stem, make, label: ""  # which takes seconds
+    benchmark(plan)
+
+
+@pytest.mark.slow
+def test_killed_it_leaves_the_report_of_its_first_pair_and_goes_on(told, plan, tmp_path, monkeypatch, pages):
+    """By SIGKILL; benchmarks/kill does so at twenty random moments."""
+    killed = replace(plan, out=tmp_path / "out")
+    process = multiprocessing.get_context("forkserver").Process(target=dies_in_its_third_run, args=(killed, plan))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    page = (killed.out / "report.html").read_text()
+    assert page.rstrip().endswith("</html>")
+    assert "a second pair of runs, about 0:" in page
+    monkeypatch.setattr(trainer.benchmark, "carry_out", partial(copy_run, plan))  # fails if a run is done again
+    benchmark(killed)
+    for table in ("results", "rungs", "comparisons", "windows", "groups"):
+        assert rows(killed.out, table) == rows(plan.out, table)
 
 
 def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, tmp_path, monkeypatch, pages):

@@ -44,6 +44,8 @@ def test_features_are_what_stands_in_the_context_before_each_frame():
     first, second = columns(clip, "assistant gap 1, seconds", "assistant gap 2, seconds")
     assert first == [-1, -1, -1, -1, -1, -1, 1.5, 1.5]
     assert second == [-1] * 8
+    span = clip_example([turn("assistant", "!", 2, 5)], 0, 8, positive="span")  # the text stands after the last frame
+    assert columns(span, "seconds since assistant") == [[-1, -1, -1, -1, -1, 0.5, 1, 1.5]]
 
 
 def test_the_future_changes_no_feature():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import tensor
 
 from trainer.config import TrainConfig
@@ -72,6 +74,25 @@ def test_pooled_mean_is_not_the_mean_of_means():
     pooled, _ = sums_of(logits.tolist(), labels.tolist())
     assert float(pooled) == pytest.approx((3 * first + 121 * rest) / 124)
     assert (first + rest) / 2 > 6 * float(pooled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from(["none", "mean"]), st.randoms())
+def test_any_micro_batches_add_up_to_the_step_and_unlabelled_frames_are_not_read(sizes, balance, random):
+    labels = tensor([[random.choice([0, 0, 1, -100]) for _ in range(sum(sizes))] for _ in (0, 1)]).reshape(2, -1)
+    logits = tensor([random.uniform(-4, 4) for _ in range(labels.numel())], dtype=torch.float64).reshape(2, -1)
+    config, none = TrainConfig(balance=balance, w_speak=1, w_dst=0.5), torch.zeros(1, dtype=torch.float64)
+    read = torch.where(labels == -100, torch.nan, logits)
+    parts = [head_sums(x, y) for x, y in zip(read.split(sizes, 1), labels.split(sizes, 1), strict=True)]
+    counts = torch.cat([sum(count for _, count in parts), none])
+    found = sum(combine(torch.cat([part, none]), counts, config)[0] for part, _ in parts)
+    by_class = [
+        [bce(x, y) for x, y in zip(*row, strict=True) if y == label]
+        for row in zip(logits.tolist(), labels.tolist(), strict=True)
+        for label in (0, 1)
+    ]
+    whole, _ = combine(torch.cat([tensor([*map(sum, by_class)], dtype=torch.float64), none]), counts, config)
+    assert float(found) == pytest.approx(float(whole), abs=1e-12)
 
 
 def test_balance_mean_weighs_classes_equally_over_the_step():

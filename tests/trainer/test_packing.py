@@ -50,10 +50,11 @@ def test_a_pack_equals_the_library_s_attention_on_each_window(tokens, more):
     assert torch.allclose(together.text, text, atol=1e-5)
 
 
-def test_the_gradient_of_a_pack_equals_that_of_its_windows(tokens):
-    model, chosen = tiny(tokens), windows(tokens)
-    together = gradient(model, [make_pack(chosen, FRAMES)])
-    alone = gradient(model, [make_pack([w], FRAMES) for w in chosen])
+@pytest.mark.parametrize("more", [{}, {"checkpointing": True}])
+def test_the_gradient_of_a_pack_equals_that_of_its_windows(tokens, more):
+    chosen = windows(tokens)
+    together = gradient(tiny(tokens, **more).train(), [make_pack(chosen, FRAMES)])
+    alone = gradient(tiny(tokens).train(), [make_pack([w], FRAMES) for w in chosen])
     assert float((together - alone).norm() / alone.norm()) < 1e-5
 
 

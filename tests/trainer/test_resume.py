@@ -13,7 +13,7 @@ from small_run import curve, go, go_until, same, write_data
 
 import trainer.train
 from pipeline.errors import InputError
-from trainer.checkpoint import load_run
+from trainer.checkpoint import load_run, recover
 
 
 @pytest.mark.parametrize("more", [{}, pytest.param({"workers": 2, "save_every": 3}, marks=pytest.mark.slow)])
@@ -54,6 +54,33 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
     assert 0 < loaded.info["step"] <= 2
     assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
     assert curve(tmp_path / "run")[-1]["step"] == loaded.info["step"]
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_kill_while_a_checkpoint_is_moved_into_place_loses_none(data, cut, whole, name):
+    """All of it is in .NAME.new but for one file, which is in place already."""
+    draft = (cut / name).rename(cut / f".{name}.new")
+    (cut / name).mkdir()
+    (draft / "heads.safetensors").rename(cut / name / "heads.safetensors")
+    assert load_run(cut).info["step"] == 6
+    recover(cut / name)
+    assert (cut / name / "run.json").is_file()
+    if name == "last":
+        assert go(data, cut, resume=True).resumed_from == 6
+        assert same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 0.5}, r"lr is 0\.5, the run has 0\.002; resume with the same"),
+        ({"seed": 1, "steps": 12}, r"seed is 1, the run has 0; steps is 12, the run has 10"),
+        ({"arm": "speak"}, r"arm is 'speak', the run has 'speak\+dst'"),
+    ],
+)
+def test_other_options_are_refused_by_name(data, cut, changed, message):
+    with pytest.raises(InputError, match=message):
+        go(data, cut, resume=True, **changed)
 
 
 @pytest.mark.parametrize(("size", "which"), [({"clips": 6}, "train data"), ({"val": 2}, "evaluation data")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from by_hand import Words, clip_example, dst, turn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
@@ -155,6 +157,30 @@ def test_a_windows_prompt_has_the_state_before_it_never_its_own_or_later():
         assert f"down [{s1}]" in shown
         assert f"wheel [{s2}]" in shown
         assert ("S1->start" in shown) == (first <= 11 < window.end_frame)
+
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant", "DST_UPDATE"]), st.integers(90, 135), st.integers(0, 6)), max_size=8
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS, positive=st.sampled_from(["span", "onset"]), room=st.integers(30, 90))
+def test_no_text_stands_before_a_frame_that_is_positive_for_its_event(events, positive, room):
+    """TRAPS 46, in every window. A user's text stands before its first frame."""
+    turns = [
+        dst(at, at + n, (f"text{i}", "start")) if role == "DST_UPDATE" else turn(role, f"text{i}", at, at + n)
+        for i, (role, at, n) in enumerate(events)
+    ]
+    clip, words = clip_example(turns, 100, 30, positive=positive, rate=1.0), Words()
+    prompt = len(build_windows(clip, words, 1, 10_000)[0].input_ids)
+    for window in build_windows(clip, words, 1, prompt + room):
+        for place, word in enumerate(words.show(window.input_ids).split()):
+            if word.startswith("text"):
+                own = turns[int(word[4])]
+                frames = range(own.start_frame, own.end_frame if positive == "span" else own.start_frame + 1)
+                after = set(window.first_frame + np.flatnonzero(window.decision_positions > place))
+                assert (max(frames[0], 100) in after) if own.role == "user" else after.isdisjoint(frames)
 
 
 def test_a_transition_without_frames_counts_from_the_next_turn_with_some():

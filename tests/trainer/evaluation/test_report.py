@@ -14,6 +14,7 @@ import pytest
 from by_hand import clip_example, turn, write_shards
 
 from pipeline.dataset import ClipExample, Split
+from pipeline.errors import InputError
 from trainer.config import MODES, Settings
 from trainer.evaluation import plots
 from trainer.evaluation.benchmark_folder import Benchmark, read_benchmark
@@ -168,6 +169,13 @@ def test_harness_check_wants_the_inverted_head_to_equal_the_direct_one(tmp_path)
         "Harness check passed: silence and speak are the same model and came out equal (to the last bit).",
     )
     assert harness_check(folder(tmp_path / "other", {"speak": oracle, "silence": late}))[0] == "failed"
+
+
+def test_a_margin_is_settled_before_any_run(tmp_path):
+    settle(Plan(tmp_path, tmp_path, ("speak", "speak+dst"), margin=0.1))
+    assert json.loads((tmp_path / "benchmark.json").read_text())["margin"] == 0.1
+    with pytest.raises(InputError, match=r"--margin 0\.05: this benchmark was begun with 0\.1; a margin is settled"):
+        settle(Plan(tmp_path, tmp_path))
 
 
 # ---- the page ----------------------------------------------------------------------------------------
