@@ -324,7 +324,8 @@ class Beat:
         """int64, ascending: the frames at which it speaks, from the clip's start."""
         period = self.period_s * clip.fps
         count = math.ceil((clip.num_frames - 0.5) / period - self.phase)
-        return np.floor((self.phase + np.arange(max(0, count))) * period + 0.5).astype(np.int64)
+        ticks = np.floor((self.phase + np.arange(max(0, count))) * period + 0.5).astype(np.int64)
+        return ticks[ticks < clip.num_frames]  # rounding may have counted one more
 
     def f1(self, clips: Iterable[ClipExample], head: str, settings: Settings) -> float | None:
         """Event F1; None without any reference."""

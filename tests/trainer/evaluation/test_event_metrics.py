@@ -214,6 +214,11 @@ def test_a_metronomes_f1_by_hand():
     assert Beat(4, 0.5).f1([seen], "speaking", wide) == 2 * 2 / (2 + 3)
 
 
+def test_a_metronome_whose_last_tick_rounds_to_the_frame_after_the_clip():
+    """35 frames, a tick every 4.6: the last, at 34.5, would be the frame 35."""
+    assert Beat(2.3, 0.5).ticks(spoken([10], 35)).tolist() == [2, 7, 12, 16, 21, 25, 30]
+
+
 def test_a_metronome_of_known_period_and_phase_is_found():
     clips = [spoken(range(4, size, 16), size) for size in (300, 450, 601)]
     beat = best_beat(clips, "speaking", Settings(early_s=0, late_s=0))
