@@ -200,3 +200,20 @@ def test_an_edited_shard_a_missing_one_and_a_stray_one_are_named(tmp_path):
         change()
         with pytest.raises(InputError, match=message):
             output.verify(folder)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_commit_that_fails_midway_brings_the_old_output_back(tmp_path, monkeypatch, step):
+    run(tmp_path, [clip()])
+    before = snapshot(tmp_path / "out")
+    rename, count = Path.rename, iter(range(100))
+
+    def failing(self, target):
+        if next(count) == step:
+            raise PermissionError(13, "Permission denied") if step % 2 else KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        run(tmp_path, [clip(), clip("b")])
+    assert snapshot(tmp_path / "out") == before

@@ -49,6 +49,14 @@ def every(frames, first=0):
     return np.isin(np.arange(FRAMES), np.arange(first, FRAMES, frames))
 
 
+def judged(shards, path, scores):
+    """What `evaluate_scores` says of the speaking logits that `scores` gives for each clip."""
+    clips = [{"split": split, "clip_id": f"{split}{i}"} for split in ("test", "val") for i in range(8)]
+    tables = [pl.DataFrame({**clip, "frame": range(FRAMES), "speaking_logit": scores()}) for clip in clips]
+    pl.concat(tables).write_parquet(path)
+    return evaluate_scores(path, shards, settings=Settings(early_s=1, late_s=1)).metrics["scores"]["speaking"]
+
+
 @pytest.mark.parametrize(
     ("scores", "events", "latency_s", "ap", "frame_f1"),
     [
@@ -62,16 +70,20 @@ def every(frames, first=0):
     ],
 )
 def test_strangers_scores_come_out_as_thought_says(shards, tmp_path, scores, events, latency_s, ap, frame_f1):
-    clips = [{"split": split, "clip_id": f"{split}{i}"} for split in ("test", "val") for i in range(8)]
-    tables = [pl.DataFrame({**clip, "frame": range(FRAMES), "speaking_logit": scores * 1.0}) for clip in clips]
-    pl.concat(tables).write_parquet(tmp_path / "s.parquet")
-    result = evaluate_scores(tmp_path / "s.parquet", shards, settings=Settings(early_s=1, late_s=1))
-    found = result.metrics["scores"]["speaking"]
+    found = judged(shards, tmp_path / "s.parquet", lambda: scores * 1.0)
     assert tuple(found["events"][name] for name in ("f1", "precision", "recall")) == pytest.approx(events)
     assert found["events"]["median_latency_s"] == latency_s
     assert (found["frames"]["ap"], found["frames"]["f1"]) == pytest.approx((ap, frame_f1), abs=1e-3)
     beat = found["events"]["metronome"]
     assert (beat["period_s"], beat["f1"]) == (pytest.approx(8, abs=0.1), 1)  # the one to compare with hits all
+
+
+def test_random_scores_rank_at_chance_and_find_no_more_than_firing_at_random(shards, tmp_path):
+    rng = np.random.default_rng(0)
+    found = judged(shards, tmp_path / "s.parquet", lambda: rng.normal(size=FRAMES))
+    assert found["frames"]["ap"] == pytest.approx(CHANCE, abs=0.02)
+    assert found["frames"]["auroc"] == pytest.approx(0.5, abs=0.07)  # three standard errors of 1 / sqrt(12 * 200)
+    assert found["events"]["f1"] < 0.55  # 5 of 16 frames are in a window
 
 
 # ---- the same numbers however they are computed ----------------------------------------------------------
