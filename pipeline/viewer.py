@@ -142,9 +142,9 @@ def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
 
 def clip_data(view: ClipView) -> dict[str, Any]:
     """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, state after it]."""
-    row = view.row
+    row, states = view.row, states_of(view.row)
     turns = []
-    for turn, state in list(zip(row["turns"], states_of(row)[1:], strict=True))[:MAX_TURNS]:
+    for turn, state in list(zip(row["turns"], states[1:], strict=True))[:MAX_TURNS]:
         start, end = turn["start_frame"], turn["end_frame"]
         updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
         shown = [turn["role"], short(turn["text"]), start, end, turn_seconds(row, turn), updates, turn_note(row, turn)]
@@ -158,6 +158,7 @@ def clip_data(view: ClipView) -> dict[str, Any]:
         "fps": row["fps"],
         "start": row["start_frame"],
         "frames": row["num_frames"],
+        "initial": short(state_line(states[0])) if row["steps"] else "",
         "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
         "turns": turns,
         "more_turns": max(0, len(row["turns"]) - MAX_TURNS),

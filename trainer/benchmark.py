@@ -62,11 +62,11 @@ SECONDS: Final = "seconds.json"
 
 
 def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None, until: float = math.inf) -> Path:
-    """Do what is not done yet, the most telling first, with a new report after each unit; the report's path.
+    """Do what is not done yet, the most telling first, with a new report after each pair; the report's path.
 
     until: of time.monotonic(): no run is begun that would end later, and one that still runs then is stopped.
-    report_line: gets a line per finished run, and what would narrow the interval. Whatever stops it, tables and report
-    of the finished runs are there.
+    report_line: gets a line per finished run, and what would narrow the interval. After other runs there is a report
+    while reports take at most a twentieth of the time; whatever stops it but a kill, there is one of all finished runs.
 
     InputError before anything is trained where no threshold could be chosen, where another process works in the same
     folder, and where runs are there that were started otherwise; after a few steps where no pair would end in time.
@@ -91,6 +91,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
                 report_line(power_line(plan, splits.test))
                 if there:  # a kill may have come between the end of a run and its report
                     update(in_progress=True)
+                    updated = time.monotonic()
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, seconds, notes in results:
                     report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")

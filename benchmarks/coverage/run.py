@@ -442,8 +442,8 @@ def report(sets: int) -> str:
     power_head = "recordings;seeds;seeds matter;p < 0.05;p < 0.005;found at `detectable`;found at half a width"
     return f"""# Does a 95% interval cover the truth?
 
-{sets:,} simulated data sets per row, of {DRAWS:,} draws each ({4 * DRAWS:,} in the last table). A share of 95% is seen
-to within {noise:.1f} points. What the data sets are, and the other ways: `run.py`.
+{sets:,} simulated data sets per row, of {DRAWS:,} draws each ({4 * DRAWS:,} for what is called
+detectable). A share of 95% is seen to within {noise:.1f} points. What the data sets are, and the other ways: `run.py`.
 
 - date: {today}; {time.process_time() - began:.0f} s of CPU on one core
 - versions: {versions()}

@@ -82,13 +82,17 @@ def answer(folder: Path, world: str, repeat: int) -> str:
     """The runs of one benchmark on data of its own, in this process, with one report at the end; its first sentence."""
     torch.set_num_threads(1)
     raw, data, out, config = folder / "raw", folder / "data", folder / "answer", config_of(world, repeat)
+    training = replace(NANO, steps=STEPS.get(world, NANO.steps), **MORE.get(world, {}))
+    recipe = json.dumps({"training": training.to_json(), "seeds": SEEDS.get(world, 2)})
+    if (made := out / "recipe.json").exists() and made.read_text() != recipe:
+        raise SystemExit(f"{out}: made with other settings; name another --work")
     if not (out / "report.html").exists():
         if not raw.exists():
             synth(raw, config)
         preprocess([raw], data, Options(frames_root=str(raw), positive="onset", seed=config.seed))
-        training = replace(NANO, steps=STEPS.get(world, NANO.steps), **MORE.get(world, {}))
         plan = Plan(data, out, RUNGS, tuple(range(SEEDS.get(world, 2))), training, WINDOW, jobs=1)
         out.mkdir(parents=True, exist_ok=True)
+        made.write_text(recipe)
         settle(plan)
         jobs = [(rung, seed) for seed in plan.seeds for rung in RUNGS if seed < FEWER.get(rung, len(plan.seeds))]
         for job in jobs:

@@ -132,7 +132,7 @@ def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path,
     assert calls[4] == calls[5] == ("speak+dst", 1)
     assert [in_progress for _, in_progress in pages] == [True, False]
     page = (stopped.out / "report.html").read_text()
-    assert "No run of this benchmark has ended yet" in page  # until the first report, which `pages` kept
+    assert "No pair of runs has ended yet" in page  # until the first report, which `pages` kept
     for table in ("results", "rungs", "comparisons", "windows", "groups"):
         assert rows(stopped.out, table) == rows(plan.out, table)
     lines: list[str] = []

@@ -68,7 +68,8 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, None,
                meaning="how long after the reference it spoke, at matched events; negative: earlier"),
         Metric("speaking_ap", "speaking AP", "speaking.frames.ap",
-               meaning="average precision over frames: how well the score ranks them; guessing gets chance"),
+               meaning="average precision: how well it ranks frames to speak at before silent ones; guessing gets "
+               "their share of all frames"),
         Metric("speaking_auroc", "speaking AUROC", "speaking.frames.auroc",
                meaning="chance that a frame to speak at outscores a silent one; guessing gets 0.5"),
         Metric("speaking_f1", "speaking frame F1", "speaking.frames.f1",
@@ -78,7 +79,7 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("speaking_ece", "speaking calibration error", "speaking.frames.calibration.ece", "", False,
                meaning="expected calibration error: mean distance of probabilities from observed shares, over frames"),
         Metric("speaking_ap_alone", "speaking AP without DST frames", "speaking.frames.alone.ap",
-               meaning="average precision where no state update coincides: speech alone against frames of neither"),
+               meaning="average precision without the frames of state updates: only speech can tell them from silence"),
         Metric("dst_ap", "DST AP", "dst_update.frames.ap", meaning="as speaking AP, for state updates"),
         Metric("dst_event_f1", "DST event F1", "dst_update.events.f1", meaning="as event F1, for state updates"),
         Metric("joint_state_accuracy", "joint state accuracy", "state.joint_accuracy",

@@ -55,8 +55,8 @@ _FIRST_PAGE: Final = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="refresh" content="20">
 <meta name="color-scheme" content="light dark">
-<title>No run has ended yet</title>
-<p>No run of this benchmark has ended yet. The report replaces this page after the first; the same command goes on.</p>
+<title>No result yet</title>
+<p>No pair of runs has ended yet. The report replaces this page when one has; the page reloads itself.</p>
 </html>
 """
 _DIAGONAL: Final = (np.array([0.0, 1.0]), np.array([0.0, 1.0]), "")
