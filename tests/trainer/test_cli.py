@@ -58,7 +58,10 @@ def test_resume_keeps_the_run_s_options_refuses_others_by_name_and_a_second_proc
         (("--features", "."), "these features are for frozen parts; add --freeze vision"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_anything_is_made(data, tmp_path, capsys, option, message):
+def test_what_does_not_go_together_is_said_before_anything_is_made(
+    data, tmp_path, capsys, monkeypatch, option, message
+):
+    monkeypatch.chdir(tmp_path)  # the demo leaves checkpoints in the folder of the call
     assert train(data, tmp_path / "run", *FEW, *option) == 1
     error = capsys.readouterr().err
     assert message in error
