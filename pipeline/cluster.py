@@ -97,7 +97,6 @@ def ray_cluster(
         # max_calls: a GPU task's process would otherwise end with it, and what it has loaded would be lost
         resources = {"num_cpus": 1, "num_gpus": 1 if gpu and there.get("GPU") else 0}
         task = ray.remote(**resources, max_retries=RETRIES, max_calls=0)(_run)
-
         where = (os.getcwd(), version("prospect-dst"), needed)
 
         def mapped(function: Callable[..., Any], calls: Calls) -> Generator[Any]:

@@ -84,24 +84,20 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
             report_line(f"{there}{of} runs are there already")
         if others := [f"{rung}/seed-{seed}" for rung, seed in jobs_with(plan) if (rung, seed) not in jobs]:
             report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
-        update, updated = partial(_update, plan, schedule, splits.test, report_line), -math.inf
+        update = partial(_update, plan, schedule, splits.test, report_line)
         write_first_page(plan.out)
         try:
             if there < len(jobs):
                 report_line(power_line(plan, splits.test))
                 if there:  # a kill may have come between the end of a run and its report
                     update(in_progress=True)
-                    updated = time.monotonic()
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, seconds, notes in results:
                     report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:
                         report_line(f"{job[0]} seed {job[1]}: {note}")
-                    since = time.monotonic() - updated  # after each pair; else at most a twentieth of the time
-                    due = job[0] in schedule.pair or since > 20 * schedule.update_s
-                    if due and schedule.ends_unit(job) and len(schedule.done) < len(jobs):
+                    if schedule.report_is_due(job, time.monotonic()) and len(schedule.done) < len(jobs):
                         update(in_progress=True)
-                        updated = time.monotonic()
         except TooSlow:  # with fewer steps, they could not go on
             for job in schedule.begun.keys() - schedule.left.keys():
                 shutil.rmtree(run_of(plan, job), ignore_errors=True)
@@ -136,7 +132,8 @@ def _update(
     row = bench.comparison(a, b, bench.mode, metric)
     narrowing = what_narrows(row, schedule.pair_seconds()) if row and row["low"] is not None else ""
     write_report(plan.out, narrowing, in_progress)
-    schedule.update_s = max(schedule.update_s, time.monotonic() - began)
+    schedule.updated = time.monotonic()
+    schedule.update_s = max(schedule.update_s, schedule.updated - began)
     if narrowing:
         report_line(f"{a} minus {b}: {row['difference']:+.3f} {narrowing}")
 

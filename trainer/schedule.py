@@ -57,6 +57,7 @@ class Schedule:
     workers: int = 1
     until: float = math.inf  # the end of the clock
     update_s: float = 0.0  # what the tables and the report take after the last run
+    updated: float = -math.inf  # when they were last written
     seconds: dict[Job, float] = field(default_factory=dict)  # of whole runs that were measured
     guess: float | None = None  # of a run, as long as none was measured
     left: dict[Job, float] = field(default_factory=dict)  # share of the steps of a run that was stopped
@@ -84,6 +85,11 @@ class Schedule:
     def ends_unit(self, job: Job) -> bool:
         """Whether all that was begun together with a finished run is finished, too."""
         return any(job in unit and self.done.issuperset(unit) for unit in self.units)
+
+    def report_is_due(self, job: Job, now: float) -> bool:
+        """After a finished run: at the end of each of the question's pairs, and of other units while reports take at
+        most a twentieth of the time."""
+        return self.ends_unit(job) and (job[0] in self.pair or now - self.updated > 20 * self.update_s)
 
     def cost(self, job: Job) -> float | None:
         """Predicted seconds: the mean of the rung's runs, else of its kind's longest rung; None: not known."""

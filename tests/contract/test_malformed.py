@@ -156,7 +156,7 @@ def test_a_broken_clip_costs_itself_alone_as_a_line_and_in_an_array_at_most_what
     assert run(tmp_path, content)[0].status == 3
     kept_well(shards(out), [A, C] if broken in STEPPED_OVER else [A])
     if broken in ENDS_AN_ARRAY:
-        assert quarantine(out)[-1]["byte_end"] >= len(content) - 1  # all that follows is told
+        assert quarantine(out)[-1]["byte_end"] >= len(content) - 1  # the record reaches to the end of the file
 
 
 @pytest.mark.parametrize(

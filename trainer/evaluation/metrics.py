@@ -229,8 +229,10 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
 
     def median(weights: Weights) -> Floats:
         found = _undefined(weights)
-        rows = max(1, 4_000_000 // max(1, len(values)))  # draws at a time: 32 MB
-        for first in range(0, len(weights) if len(values) else 0, rows):
+        if not len(values):
+            return found
+        rows = max(1, 4_000_000 // len(values))  # draws at a time: 32 MB
+        for first in range(0, len(weights), rows):
             up_to = np.cumsum(weights[first : first + rows, recording], axis=1)  # [b, M]
             total = up_to[:, -1:]
             middle = [

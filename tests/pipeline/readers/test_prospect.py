@@ -63,7 +63,7 @@ def test_the_state_before_a_clip_is_replayed_over_the_earlier_ones(tmp_path):
     assert out.states() == [NEW, DONE]
     assert out.hazards()["initial state contradicts the updates"].startswith("2 of 2 given initial states")
     assert run(tmp_path / "reversed", two_clips(0)[::-1]).states() == [DONE, NEW]
-    # the first clip of what there is: its conversation began before, and nothing contradicts what it gives
+    # its conversation began before the file; no update contradicts its initial state, which stands
     assert run(tmp_path / "given", [tea(TEA[8:], 28, 42, initial_dst_state=DONE)]).states() == [DONE]
     # a clip_idx that does not rise starts another conversation over the same video; its later clip repeats updates
     clips = [clip | {"id": f"t{i}"} for i, clip in enumerate([*two_clips(0), *two_clips(3)])]
