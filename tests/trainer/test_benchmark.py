@@ -203,7 +203,8 @@ def test_data_that_cannot_answer_is_refused_before_training(plan, tmp_path):
 
 
 @pytest.mark.slow
-def test_with_a_clock_runs_have_a_process_of_their_own_and_come_out_the_same(told, plan, tmp_path, pages):
+def test_with_a_clock_runs_have_a_process_of_their_own_and_come_out_the_same(told, plan, tmp_path, pages, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here (conftest): another number of threads rounds otherwise
     timed = replace(plan, out=tmp_path / "out", seeds=(0,))
     benchmark(timed, until=time.monotonic() + 3600)
     for arm in ARMS:
