@@ -2,8 +2,6 @@
 
 Costs one typed decode of the JSON and some 3 us a turn. Texts and turns go to disk for pass 2; in memory stays one
 `ClipInfo` a clip, about 1 kB.
-
-    C clips, T turns
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ import pyarrow.compute as pc
 from pipeline import labels
 from pipeline.dataset import flat_lists
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range, Refusal, refuse
-from pipeline.readers.index import MAX_CLIP_BYTES, NOT_STRICT
-from pipeline.schema import CLIPS, ROLES, STATES
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range
+from pipeline.readers.index import NOT_STRICT
+from pipeline.schema import CLIPS, ROLES
 from pipeline.state import contradicts
 from pipeline.storage import move
 
@@ -58,8 +56,6 @@ SPOOL: Final = pa.schema(
 )
 _ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
 _SYSTEM, _USER, _ASSISTANT, _DST = range(len(ROLES))
-_ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look before
-_STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ class ClipInfo:
     clip_id: str = ""
     tracked: bool = False  # whether it says anything about the dialog state
     contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
-    system_contradicted: bool = False  # whether a state that its system turns name does
     extent: Range = (NONE, NONE)  # of the non-system turns
     dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
     first_end: int = NONE  # end of the first of the non-system turns by end
@@ -117,7 +112,7 @@ class Extracted:
 
     spool: str
     clips: list[ClipInfo]
-    refused: list[Refusal]
+    refused: list[tuple[int, ClipError, Range, str | None]]  # number in the file, why, bytes, id
     spoken: int = 0  # assistant turns
     echoed: int = 0  # of those, whose whole text stands in an earlier user turn
 
@@ -131,14 +126,22 @@ def extract(task: Task, recording: str) -> Extracted:
     new = Path(f"{task.spool}.{secrets.token_hex(4)}")
     with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, without_gc():
         for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
-            infos = _decode(task, file.fileno(), range(first, last), pattern, result.refused)
+            infos = []
+            for number, (start, end) in enumerate(task.spans[first:last].tolist(), task.first + first):
+                raw = os.pread(file.fileno(), end - start, start)
+                try:
+                    clip = decode(raw, task.fps)
+                except ClipError as error:
+                    result.refused.append((number, error, (start, end), _own_id(raw)))
+                    continue
+                match = pattern.search(clip.video_uid)
+                take = match and (match[1] if pattern.groups else match[0])
+                infos.append(ClipInfo(clip, number, (start, end), take or clip.video_uid))
             batch = _spooled(infos)
             spool.write_batch(batch)
             at, turns = flat_lists(batch.column("turns"))
             owner = np.repeat(np.arange(len(infos)), np.diff(at))
-            _name(infos, turns, at)
-            for info in infos:
-                _describe(info)
+            _describe(infos, turns, at)
             _measure(infos, turns, owner)
             result.clips += infos
             result.spoken += int((turns.field("role").to_numpy() == _ASSISTANT).sum())
@@ -169,28 +172,6 @@ def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Ra
         used += size
     if len(sizes):
         yield begin, len(sizes)
-
-
-def _decode(
-    task: Task, handle: int, which: range, recording: re.Pattern[str], refused: list[Refusal]
-) -> list[ClipInfo]:
-    """The checked clips of some of the task's spans; the others go to `refused`."""
-    infos = []
-    for i in which:
-        start, end = task.spans[i].tolist()
-        raw = os.pread(handle, end - start, start) if end - start <= MAX_CLIP_BYTES else b""
-        try:
-            clip = decode(raw, end - start, task.fps)
-            match = recording.search(clip.video_uid)
-            take = (match[1] if recording.groups else match[0]) if match else None
-            infos.append(ClipInfo(clip, task.first + i, (start, end), take or clip.video_uid))
-        except ClipError as error:
-            clip_id = None  # for the quarantine line
-            with contextlib.suppress(*NOT_STRICT, KeyError):
-                given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])["id"]
-                clip_id = str(msgspec.json.decode(given, type=str | int))
-            refused.append(refuse(task.file, task.first + i, error, (start, end), clip_id))
-    return infos
 
 
 def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
@@ -233,26 +214,44 @@ def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(values, SPOOL)
 
 
+def _own_id(raw: bytes) -> str | None:
+    """The `id` of a refused clip, where it can be read."""
+    with contextlib.suppress(*NOT_STRICT, KeyError):
+        given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])["id"]
+        return str(msgspec.json.decode(given, type=str | int))
+    return None
+
+
 # ---- what is kept in memory --------------------------------------------------------------------------
 
 
-def _describe(info: ClipInfo) -> None:
-    """What a clip says about the dialog state; its texts, steps and turns go."""
-    clip = info.clip
-    roles, contents, _, starts, ends = clip.turns
-    own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
-    flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
-    info.updates, info.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
-    told: dict[str, str] = {}  # the states that its system turns name
-    for i, role in enumerate(roles):
-        if role == "system" and _ANY_STATE.search(contents[i]):
-            told.update(_STEP_STATE.findall(contents[i]))
-    if clip.initial_state or told:
-        changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
-        info.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
-        info.system_contradicted = bool(told) and contradicts(told, changes)
-    clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
-    clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
+def _describe(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> None:
+    """Each clip's id, and what it says about the dialog state; turns[at[i] : at[i + 1]] are its turns, which go.
+
+    The id is the clip's own, else its video, number, user and a digest of its conversation: a function of the clip
+    alone, so that two conversations over one video differ, a true duplicate does not, and other clips change nothing.
+    """
+    start, end = (turns.field(name).fill_null(none) for name, none in zip(_FRAMES, labels.NO_FRAMES, strict=True))
+    time = turns.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
+    size = pc.binary_length(turns.field("text"))
+    numbers = np.stack([turns.field("role"), start, end, time, size], axis=1, dtype=np.int64)
+    for info, begin, stop in zip(infos, at, at[1:], strict=False):
+        clip = info.clip
+        if clip.id is None:
+            said = hashlib.sha256(numbers[begin:stop].tobytes())
+            said.update("".join(turns.field("text")[begin:stop].to_pylist()).encode())
+            said.update(f"{clip.start_frame} {clip.end_frame}".encode())
+        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8]) if clip.id is None else (clip.id,)
+        info.clip_id = "_".join(str(part) for part in parts if part is not None)
+        roles, contents, _, starts, ends = clip.turns
+        own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
+        flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
+        info.updates, info.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
+        if clip.initial_state:
+            changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
+            info.contradicted = contradicts(clip.initial_state, changes)
+        clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
+        clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
 
 
 def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) -> None:
@@ -275,32 +274,11 @@ def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) ->
         info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
         for info in infos
     ]
-    owner, fps = owner[voting], np.array([info.clip.fps for info in infos])
-    frame = labels.event_frame(time[voting], fps[owner])
-    start, end = (column[voting].astype(np.int64) for column in (start, end))
-    votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64), len(infos))
+    start, end, owner = start[voting].astype(np.int64), end[voting].astype(np.int64), owner[voting]
+    frame = time[voting] * np.array([info.clip.fps for info in infos])[owner]
+    votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64))
     for info, counts in zip(infos, votes.tolist(), strict=True):
         info.votes = counts
-
-
-def _name(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> None:
-    """Each clip's own `id`, else its video, number, user and a digest of its conversation, turns[at[i] : at[i + 1]].
-
-    A function of the clip alone, so that other clips never rename it: two conversations over one video differ in the
-    digest, a true duplicate does not.
-    """
-    start, end = (turns.field(name).fill_null(none) for name, none in zip(_FRAMES, labels.NO_FRAMES, strict=True))
-    time = turns.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
-    size = pc.binary_length(turns.field("text"))
-    numbers = np.stack([turns.field("role"), start, end, time, size], axis=1, dtype=np.int64)
-    for info, begin, stop in zip(infos, at, at[1:], strict=False):
-        clip = info.clip
-        if clip.id is None:
-            said = hashlib.sha256(numbers[begin:stop].tobytes())
-            said.update("".join(turns.field("text")[begin:stop].to_pylist()).encode())
-            said.update(f"{clip.start_frame} {clip.end_frame}".encode())
-        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8]) if clip.id is None else (clip.id,)
-        info.clip_id = "_".join(str(part) for part in parts if part is not None)
 
 
 def _echoes(turns: pa.StructArray, owner: np.ndarray) -> int:

@@ -104,12 +104,6 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
             "clips complete a step that no earlier clip of their conversation started: clips are missing in between, "
             "and their initial state lacks what happened there",
         ),
-        (
-            *(sum(clip.system_contradicted for clip in clips), len(clips)),
-            "system turn tells a wrong state",
-            "clips have a system turn that tells a state which their own updates contradict: system turns are not put "
-            "into prompts",
-        ),
     ):
         if count:
             yield name, split, f"{count:,} of {total:,} {text}"

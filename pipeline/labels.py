@@ -30,12 +30,6 @@ Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 
-def event_frame(time_s: np.ndarray, fps: np.ndarray) -> np.ndarray:
-    """Frame number (float64) [V] that shows second `time_s`: floor(time * fps) with a tolerance."""
-    with np.errstate(over="ignore"):
-        return np.floor(time_s * fps + FLOOR_TOLERANCE)
-
-
 def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Half-open absolute ranges ([T], [T]) of the events whose source fields are `start`, `end`.
 
@@ -50,19 +44,18 @@ def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.n
     return start, end
 
 
-def vote(
-    clip: np.ndarray, start: np.ndarray, end: np.ndarray, frame: np.ndarray, clip_start: np.ndarray, clips: int
-) -> np.ndarray:
-    """int64 [C, 4]: per clip its number of voting turns, and how many of them fit lead-in, event, window.
+def vote(clip: Ints, start: Ints, end: Ints, position: np.ndarray, clip_start: Ints) -> Ints:
+    """[C, 4]: per clip its number of voting turns, and how many of them fit lead-in, event, window.
 
-    The voters [V] are the timed, non-system turns with frames, in order; clip [V] is each one's clip, frame
-    [V] its event frame, clip_start [C] the clips' first frames before any cutting.
+    The voters [V] are the timed, non-system turns with frames, in order; clip [V] is each one's clip, position [V] its
+    time * fps, clip_start [C] the clips' first frames before any cutting.
     """
+    frame = np.floor(position + FLOOR_TOLERANCE)
     first = np.diff(clip, prepend=-1) != 0
     before = np.where(first, clip_start[clip], np.roll(end, 1))
     lead_in = (start == before) & ((end == frame) | (end == frame + 1))
     fits = (np.ones_like(first), lead_in, (start <= frame) & (frame < end), end == frame)
-    return np.stack([np.bincount(clip[fit], minlength=clips) for fit in fits], axis=1)
+    return np.stack([np.bincount(clip[fit], minlength=len(clip_start)) for fit in fits], axis=1)
 
 
 def decide(votes: np.ndarray) -> str | None:

@@ -1,8 +1,14 @@
-"""Options of `preprocess`: checked when made, hashed, kept in the manifest; its command line follows from them."""
+"""What `preprocess` is asked: its options, from which its command line follows, and which files it reads.
+
+The split of a file is told by its name, else its folder's, or by --split. A folder is searched for JSON files; what is
+not read of it is returned with the reason, never left out silently.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,9 +17,11 @@ from typing import Annotated, Final
 from typer import Option
 
 from pipeline.errors import InputError, UsageError
-from pipeline.schema import CONVENTIONS, POSITIVES
+from pipeline.schema import CONVENTIONS, MANIFEST, POSITIVES
 
 ASSEMBLY101: Final = r"nusar-.*?(?=__)"  # the take, without task prefix and camera
+SPLITS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+_TOKEN: Final = re.compile(rf"(?:^|(?<=[_\-./]))({'|'.join(SPLITS)})(?=[_\-./]|$)", re.IGNORECASE)
 _labels, _input = (partial(Option, rich_help_panel=panel) for panel in ("Labels", "Input"))
 
 
@@ -44,19 +52,18 @@ class Options:
     on_error: Annotated[str, _input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine"
 
     def __post_init__(self) -> None:
-        choices = {"positive": POSITIVES, "on_error": ("quarantine", "fail"), "frame_convention": CONVENTIONS}
-        for name, allowed in (choices | {"bounds": ("auto", "given", "turns")}).items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {value!r}: expected one of {', '.join(allowed)}")
-        if self.fps is not None and not 1e-6 <= self.fps <= 1e6:
-            raise UsageError(f"--fps {self.fps}: expected a positive number of frames a second")
-        for split, rate in self.neg_rate.items():
-            if not 0 <= rate <= 1:
-                raise UsageError(f"--neg-rate {split}={rate}: expected a rate between 0 and 1")
-        if not 0 <= self.pad_s <= 86_400:
-            raise UsageError(f"--pad-s {self.pad_s}: expected seconds between 0 and 86400")
+        choices = {"positive": POSITIVES, "on_error": ("quarantine", "fail"), "bounds": ("auto", "given", "turns")}
+        for name, allowed in (choices | {"frame_convention": (*CONVENTIONS, None)}).items():
+            if (value := getattr(self, name)) not in allowed:
+                expected = ", ".join(filter(None, allowed))
+                raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected one of {expected}")
+        numbers: dict[str, tuple[float | None, float, float]] = {
+            f"--neg-rate {split}": (rate, 0, 1) for split, rate in self.neg_rate.items()
+        }
+        numbers |= {"--pad-s": (self.pad_s, 0, 86_400), "--fps": (self.fps, 1e-6, 1e6)}
+        for option, (number, least, most) in numbers.items():
+            if number is not None and not least <= number <= most:
+                raise UsageError(f"{option} {number}: expected a number from {least} to {most}")
         if self.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.split):
             raise UsageError(f"--split {self.split!r}: expected letters, digits, '-' and '_'")
         try:
@@ -74,3 +81,87 @@ class Options:
         if split != "train":
             return 1.0
         return 0.5 if own is None else own
+
+
+# ---- files and splits --------------------------------------------------------------------------------
+
+Skipped = tuple[Path, str]  # a file or folder, and why it is left out
+
+
+def splits_in(name: str) -> list[str]:
+    """The splits that a name tells: tokens train, val (valid, validation, dev) or test between `_ - . /`."""
+    return list(dict.fromkeys(SPLITS[token.lower()] for token in _TOKEN.findall(name)))
+
+
+def split_of(path: Path, options: Options) -> str:
+    """The split of a file: --split, else what its name tells, else its folder's.
+
+    UsageError where they tell none or two, or --split contradicts the file's name.
+    """
+    told = [options.split] if options.split else splits_in(path.name) or splits_in(path.absolute().parent.name)
+    if len(told) != 1:
+        none = "the file name tells no split (expected train, val or test between _ - . in it)"
+        what = f"the name tells the splits {' and '.join(told)}" if told else none
+        raise UsageError(f"{path}: {what}; give --split")
+    if other := _contradicted(path, options):
+        raise UsageError(
+            f"{path}: --split {told[0]} contradicts the file name, which tells {other}; "
+            "drop --split, or give --force-split as well"
+        )
+    return told[0]
+
+
+def _contradicted(path: Path, options: Options) -> str:
+    """What the file's name tells, where --split is another; else ""."""
+    named = splits_in(path.name)
+    agrees = options.split is None or SPLITS.get(options.split, options.split) in named
+    return "" if agrees or options.force_split else " and ".join(named)
+
+
+def find_inputs(inputs: list[Path], options: Options) -> tuple[list[Path], list[Skipped]]:
+    """(files to read, what of the folders among `inputs` is left out and why). InputError for a folder without any."""
+    files: list[Path] = []
+    skipped: list[Skipped] = []
+    for path in inputs:
+        found = list(_search(path, options)) if path.is_dir() else [(path, "")]
+        left = [(file, why) for file, why in found if why]
+        if len(left) == len(found):
+            some = "; ".join(f"{file.name}, {why}" for file, why in left[:3]) or "nothing"
+            what = f"a folder without a JSON file of train, val or test in its name (left out: {some})"
+            raise InputError(f"{path}: found {what}; name the files themselves")
+        files += [file for file, why in found if not why]
+        skipped += left
+    return files, skipped
+
+
+def _search(folder: Path, options: Options) -> Iterator[Skipped]:
+    """JSON files below a folder in order, each with the reason to leave it out, or ""."""
+    for top, folders, names in os.walk(folder):
+        here = Path(top)
+        if here != folder and MANIFEST in names:  # an output of preprocess
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ("frames", "features"))
+        files = sorted(here / name for name in names if name.endswith((".json", ".jsonl")) and not name.startswith("."))
+        if "prepared" in folders:  # ProAssist's layout: the other folders hold what it was made from
+            others = [*files, *(here / name for name in folders if name != "prepared")]
+            yield from ((path, "beside prepared/, which is read instead") for path in others)
+            folders[:] = ["prepared"]
+        else:
+            yield from ((file, _why_not(file, set(names), options)) for file in files)
+
+
+def _why_not(file: Path, beside: set[str], options: Options) -> str:
+    """Why a file that was not named itself is left out, or ""."""
+    named = splits_in(file.name)
+    if f"{file.stem}_training.json" in beside:
+        return f"the by-product of {file.stem}_training.json"
+    if file.stem.endswith("_training_fixed"):
+        return "a copy of the training file with other frame numbers"
+    if file.stem.endswith("_filtered"):
+        return "generated dialogs, for which no frames were made"
+    if len(named) > 1:
+        return f"its name tells the splits {' and '.join(named)}"
+    if options.split is None and not named and not splits_in(file.absolute().parent.name):
+        return "its name tells no split"
+    return f"its name tells {other}" if (other := _contradicted(file, options)) else ""

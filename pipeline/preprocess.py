@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from pipeline.cluster import Mapper, pool
@@ -30,11 +29,10 @@ from pipeline.dataset import read_manifest
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import Task, cut, extract, without_gc
 from pipeline.hazards import find_hazards, recordings
-from pipeline.inputs import find_inputs, split_of
 from pipeline.media import IMAGES, VIDEOS
-from pipeline.options import Options
+from pipeline.options import Options, find_inputs, split_of
 from pipeline.output import CARD, commit, locked, staging, verify
-from pipeline.readers.clip import Refusal, refuse
+from pipeline.readers.clip import ClipError
 from pipeline.readers.index import index
 from pipeline.resolve import Source, resolve
 from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
@@ -119,18 +117,18 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     for (source, _), part in zip(owners, _map(mapper, extract, calls, "reading", progress), strict=True):
         source.parts.append(part)
         for refusal in part.refused:
-            source.refuse(refusal)
+            source.refuse(*refusal)
     for source in sources:
         if (stat := source.path.stat()) and (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
             raise InputError(f"{source.path}: changed while it was read; run again once it is complete")
     resolve(sources, options)
     plans = _plans(sources, options, staged)
-    refused = [r for s in sources for r in sorted(s.refused, key=lambda r: (r.byte_start, r.clip or 0))]
+    refused = [r for s in sources for r in sorted(s.refused, key=lambda r: (r["byte_start"], r["clip"] or 0))]
     if refused and options.on_error == "fail":
-        raise InputError(f"{refused[0]}; fix the source and run again, or drop --on-error fail")
+        raise InputError(f"{refused[0]['message']}; fix the source and run again, or drop --on-error fail")
     if not plans:
         names = ", ".join(str(source.path) for source in sources)
-        first = f"; the first of {len(refused)} quarantined: {refused[0]}" if refused else ""
+        first = f"; the first of {len(refused)} quarantined: {refused[0]['message']}" if refused else ""
         raise InputError(f"{names}: found no usable clip, expected at least one{first}")
     written = list(_map(mapper, write_part, [(plan,) for plan in plans], "writing", progress))
     shutil.rmtree(spool, ignore_errors=True)
@@ -151,8 +149,7 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
         "shards": [shard for _, shards, _ in written for shard in shards],
     }
     if refused:
-        lines = [json.dumps({**msgspec.structs.asdict(refusal), "message": str(refusal)}) for refusal in refused]
-        (staged / QUARANTINE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (staged / QUARANTINE).write_text("".join(f"{json.dumps(line)}\n" for line in refused), encoding="utf-8")
         manifest["quarantine_sha256"] = sha256(staged / QUARANTINE)
     return manifest
 
@@ -165,12 +162,11 @@ def _tasks(source: Source, spool: str, fps: float | None, alone: bool) -> Iterat
         if alone:
             raise
         what = str(error).removeprefix(f"{source.path}: ").removeprefix("found ")
-        source.refuse(Refusal(str(source.path), None, None, None, "file", what, "clips", 0, source.bytes))
+        source.refuse(None, ClipError("file", what, "clips"), (0, source.bytes))
         return
     source.form = clips.form
     if clips.broken:
-        number, why, span = clips.broken
-        source.refuse(refuse(str(source.path), number, why, span))
+        source.refuse(*clips.broken)
     for start, end in cut(clips.spans[:, 1] - clips.spans[:, 0], PART_CLIPS, PART_BYTES):
         yield Task(str(source.path), clips.spans[start:end], start, f"{spool}-{start}.arrow", fps)
 

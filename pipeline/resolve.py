@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from pipeline.errors import InputError
 from pipeline.extract import NONE, ClipInfo, Extracted
 from pipeline.media import count_frames, find_frames
 from pipeline.options import Options
-from pipeline.readers.checks import MAX_FRAMES, check_size
-from pipeline.readers.clip import MAX_FRAME, ClipError, Range, Refusal, refuse
+from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Range, check_bounds
 from pipeline.state import Segment, lacks, states_before
 
 
@@ -41,19 +40,24 @@ class Source:
     votes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # turns; of those, lead-in, event, window
     counts: Counter[str] = field(default_factory=Counter)  # of clips: renamed, bounds_widened, states_lacking
     schemas: Counter[str] = field(default_factory=Counter)
-    refused: list[Refusal] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)  # lines of quarantine.jsonl
     parts: list[Extracted] = field(default_factory=list)
 
     def kept(self) -> list[ClipInfo]:
         return [clip for part in self.parts for clip in part.clips if clip.keep]
 
-    def refuse(self, refusal: Refusal) -> None:
-        refusal.split = self.split
-        self.refused.append(refusal)
+    def refuse(self, clip: int | None, error: ClipError, span: Range, clip_id: str | None = None) -> None:
+        """Add a line of quarantine.jsonl: where, found, expected. `clip` counts the file's clips from 0."""
+        numbers = {"clip": clip, "turn": error.turn}
+        where = " ".join([str(self.path), *(f"{name} {n}" for name, n in numbers.items() if n is not None)])
+        line = {"file": str(self.path), "clip": clip, "clip_id": clip_id, **asdict(error)}
+        line |= {"byte_start": span[0], "byte_end": span[1], "split": self.split}
+        line["message"] = f"{where}: {error.field}: found {error.found}, expected {error.expected}"
+        self.refused.append(line)
 
     def drop(self, clip: ClipInfo, error: ClipError) -> None:
         clip.keep = False
-        self.refuse(refuse(str(self.path), clip.number, error, clip.span, clip.clip_id))
+        self.refuse(clip.number, error, clip.span, clip.clip_id)
 
     def manifest_entry(self) -> dict[str, Any]:
         """What the manifest says of this file, and so the report."""
@@ -154,7 +158,7 @@ def _decide_bounds(source: Source, bounds: str) -> None:
         changed = None not in clip.given and (start, end) != clip.given
         clip.bounds = (start, end + (source.convention == "window" and not clip.placed))
         try:
-            check_size(*clip.bounds)
+            check_bounds(*clip.bounds)
             source.counts["bounds_widened"] += changed
         except ClipError as error:
             source.drop(clip, error)

@@ -11,7 +11,7 @@ frame), given here for numpy and as a polars expression, and pinned by golden va
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,8 @@ TRANSITIONS: Final = {
     "fail": "failed",
 }
 # a checkpoint knows the states' tokens by their place in this order
-STATES: Final = ("not_started", "in_progress", "paused", "completed", "cancelled", "failed")
+State = Literal["not_started", "in_progress", "paused", "completed", "cancelled", "failed"]
+STATES: Final = get_args(State)
 
 # the two heads; their order is that of the rows of every labels or logits array [2, F]
 HEADS: Final = ("speaking", "dst_update")

@@ -2,15 +2,12 @@
 
 Generated files give split conversations a wrong initial state (the segment's end state, or none). The state before a
 clip is therefore replayed over the earlier clips of its conversation; a given state counts only where there are none.
-
-    F frames, S steps
 """
 
 from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -40,7 +37,7 @@ def replay(before: Mapping[str, str], updates: Iterable[Update]) -> dict[str, st
 def replay_frames(
     before: Mapping[str, str], updates: Iterable[tuple[int, Update]], frames: int
 ) -> npt.NDArray[np.int64]:
-    """int64 [F, S]: index in STATES of each step of `before` at the end of every frame.
+    """int64 [frames, steps]: index in STATES of each step of `before` at the end of every frame.
 
     updates: (frame, update) in order, frames counted from 0. Unknown steps and transitions change nothing.
     """
@@ -86,28 +83,19 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     Of those, updates up to the clip's first turn count, but for the ones that the clip repeats: generators begin a clip
     with the last turns of the one before. The earliest clips start from their given state.
     """
-    order = sorted(range(len(segments)), key=lambda i: segments[i].first_turn)
-    first = segments[order[0]].first_turn
-    state = dict(next((s.given for s in segments if s.first_turn == first and s.given), {}))
+    first = min(segment.first_turn for segment in segments)
+    base = dict(next((s.given for s in segments if s.first_turn == first and s.given), {}))
     updates: list[tuple[int, tuple[int, str, str]]] = []  # (first turn of the clip that it is from, update)
     known: set[tuple[int, str, str]] = set()
-    for segment in (segments[i] for i in order):
+    for segment in sorted(segments, key=lambda segment: segment.first_turn):
         updates += [(segment.first_turn, update) for update in segment.updates if update not in known]
         known.update(segment.updates)
     updates.sort(key=lambda item: item[1][0])
-    frames = [update[0] for _, update in updates]
-    states: list[dict[str, str]] = [{}] * len(segments)
-    done = 0
-    for i in order:
-        start, given, own = segments[i].first_turn, segments[i].given, set(segments[i].updates)
-        if start == first:
-            states[i] = dict(given or state)
-            continue
-        before = bisect_left(frames, start)
-        state = replay(state, [update[1:] for _, update in updates[done:before]]) if before > done else state
-        now = updates[before : bisect_right(frames, start)]
-        states[i] = replay(state, [update[1:] for source, update in now if source < start and update not in own])
-        done = before
+    states = []
+    for start, own, given in segments:
+        now = {u for source, u in updates if u[0] == start and source < start} - set(own)
+        before = [u[1:] for _, u in updates if u[0] < start or u in now]
+        states.append(dict(given or base) if start == first else replay(base, before))
     return states
 
 

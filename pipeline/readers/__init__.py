@@ -7,8 +7,8 @@ from typing import Final
 import msgspec
 
 from pipeline.readers import egoproactive, proassist, prospect, streamo
-from pipeline.readers.clip import Clip, ClipError, Reader, brief
-from pipeline.readers.index import MAX_CLIP_BYTES, NOT_STRICT, lenient
+from pipeline.readers.clip import Clip, ClipError, Reader, brief, checked
+from pipeline.readers.index import NOT_STRICT, lenient
 
 # the first that fits
 READERS: Final[tuple[Reader, ...]] = (egoproactive.READER, streamo.READER, proassist.READER, prospect.READER)
@@ -27,16 +27,16 @@ _UNUSABLE: Final = {
 }
 
 
-def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
-    """The clip of one clip's JSON bytes, whatever its schema. Raises ClipError naming field and turn.
+def decode(raw: bytes, fps: float | None = None) -> Clip:
+    """The clip of one clip's JSON bytes, whatever its schema; fps: of clips that do not say (--fps).
 
-    size: bytes the clip takes in its file, where the caller did not read it for being too large.
-    fps: frames a second of clips that do not say (--fps).
+    Raises ClipError naming field and turn.
     """
-    if size > MAX_CLIP_BYTES:
-        raise ClipError("clip", f"{size:,} bytes", f"at most {MAX_CLIP_BYTES:,}")
-    if usual := prospect.read_usual(raw, fps):  # most files: decoded once, without a look at the names
-        return usual
+    clip = prospect.read_usual(raw, fps)  # most files: decoded once, without a look at the names
+    return checked(clip or _reader(raw).read(raw, fps))
+
+
+def _reader(raw: bytes) -> Reader:
     try:
         names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).keys()
     except NOT_STRICT:
@@ -49,6 +49,6 @@ def decode(raw: bytes, size: int = 0, fps: float | None = None) -> Clip:
             raise ClipError("conversation", found, expected)
     for reader in READERS:
         if reader.recognises(names, raw):
-            return reader.read(raw, fps)
+            return reader
     known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
     raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")

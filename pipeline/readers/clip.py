@@ -1,18 +1,25 @@
-"""`Clip`, which every reader makes of its schema's clips, and why a clip is refused.
+"""`Clip`, which every reader makes of its schema's clips; why a clip is refused; checks that several schemas share.
 
-T turns of a clip
+Only a field that decides a label, a position, an identity or what is trained on may refuse a clip. Descriptive fields
+are read leniently: `text_of` takes text or a list of texts and counts any other type as ignored.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from pipeline.labels import FLOOR_TOLERANCE
+from pipeline.schema import is_inside
+
 MAX_FRAME: Final = 2**31 - 1  # columns are int32
+MAX_FRAMES: Final = 1_000_000  # of one clip: 5.8 days at 2 frames a second
 EVERYWHERE: Final = ((0, MAX_FRAME),)  # `unlabelled` of a clip that nobody annotated
 
 Range = tuple[int, int]  # half-open [start_frame, end_frame), absolute
@@ -28,7 +35,7 @@ class Update(msgspec.Struct, gc=False):
 
 @dataclass(slots=True)
 class Clip:
-    """One clip, whatever schema it was written in. Frames are absolute."""
+    """One clip of T turns, whatever schema it was written in. Frames are absolute."""
 
     schema: str
     video_uid: str
@@ -66,14 +73,6 @@ class Reader:
     read: Callable[[bytes, float | None], Clip]
 
 
-def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:
-    """Rows (role, content, time, start_frame, end_frame) as the five columns of `Clip.turns`."""
-    return tuple(zip(*turns, strict=True)) or ((),) * 5
-
-
-# ---- refusals ----------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class ClipError(Exception):
     """Why one clip is refused: field, what was found there, what was expected, turn number or None."""
@@ -84,31 +83,79 @@ class ClipError(Exception):
     turn: int | None = None
 
 
-class Refusal(msgspec.Struct):
-    """One line of quarantine.jsonl: where, found, expected. `clip` counts the file's clips from 0."""
-
-    file: str
-    clip: int | None
-    clip_id: str | None
-    turn: int | None
-    field: str
-    found: str
-    expected: str
-    byte_start: int
-    byte_end: int
-    split: str = ""
-
-    def __str__(self) -> str:
-        clip = "" if self.clip is None else f" clip {self.clip}"
-        turn = "" if self.turn is None else f" turn {self.turn}"
-        return f"{self.file}{clip}{turn}: {self.field}: found {self.found}, expected {self.expected}"
-
-
-def refuse(file: str, clip: int | None, error: ClipError, span: Range, clip_id: str | None = None) -> Refusal:
-    return Refusal(file, clip, clip_id, error.turn, error.field, error.found, error.expected, *span)
-
-
 def brief(value: object, width: int = 60) -> str:
     """A value for an error message: one line, at most `width` characters, printable."""
     text = json.dumps(value[: 2 * width]) if isinstance(value, str) else repr(value).removeprefix("b")
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:
+    """Rows (role, content, time, start_frame, end_frame) as the five columns of `Clip.turns`."""
+    return tuple(zip(*turns, strict=True)) or ((),) * 5
+
+
+# ---- fields that several schemas share -----------------------------------------------------------------
+
+
+def text_of(value: Any, name: str, ignored: list[str]) -> str | None:
+    """A descriptive field as text: a list of strings by lines, None for null and empty ones.
+
+    Any other type is no reason to lose a clip: `name` is added to `ignored`.
+    """
+    if value is None or type(value) is str:
+        return value or None
+    if type(value) is list and all(type(line) is str for line in value):
+        return "\n".join(value) or None
+    ignored.append(name)
+    return None
+
+
+def fps_of(given: float | str | None, option: float | None) -> tuple[float, bool]:
+    """(frames a second, whether the clip or --fps says it); text is a fraction, as in "24000/1001"."""
+    value = option or 2.0 if given is None else given
+    if isinstance(value, str):
+        parts = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
+        value = int(parts[1]) / int(parts[2]) if parts else 0.0
+    if not 1e-6 <= value <= 1e6:
+        raise ClipError("fps", brief(given), "a positive number of frames a second, or text such as 24000/1001")
+    return value, given is not None or option is not None
+
+
+def frame_at(second: float, fps: float, field: str, turn: int | None = None) -> int:
+    """The frame that shows a time: floor(second * fps)."""
+    if not 0 <= second * fps <= MAX_FRAME:
+        raise ClipError(field, f"{second:g}", f"seconds, at least 0 and at most {MAX_FRAME} frames", turn)
+    return math.floor(second * fps + FLOOR_TOLERANCE)
+
+
+def frame_after(second: float, fps: float, field: str) -> int:
+    """The first frame at or after a time: ceil(second * fps)."""
+    frame_at(second, fps, field)
+    return math.ceil(second * fps - FLOOR_TOLERANCE)
+
+
+def check_path(value: str, field: str) -> None:
+    """A name from a file must not lead out of the folder it is looked up in."""
+    if not is_inside(value):
+        raise ClipError(field, brief(value), "a relative path without '..'")
+
+
+def check_bounds(start: int, end: int) -> None:
+    """Refuse empty, reversed or absurd clip bounds."""
+    if end <= start:
+        raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}")
+    if end > MAX_FRAME or end - start > MAX_FRAMES:
+        most = min(MAX_FRAME, start + MAX_FRAMES)
+        raise ClipError("end_frame_idx", str(end), f"at most {most} ({MAX_FRAMES} frames)")
+
+
+def checked(clip: Clip) -> Clip:
+    """The clip, if its names and given bounds are right; missing and empty bounds are decided with the whole file."""
+    check_path(clip.video_uid, "video_uid")
+    if clip.frames_file:
+        check_path(clip.frames_file, "frames_file")
+    if clip.start_frame is not None and clip.end_frame is not None:
+        check_bounds(clip.start_frame, max(clip.end_frame, clip.start_frame + (clip.end_frame == clip.start_frame)))
+    elif all(start is None or role == "system" for role, _, _, start, _ in zip(*clip.turns, strict=True)):
+        raise ClipError("start_frame_idx, end_frame_idx", "nothing", "the clip's bounds, or a turn with frames")
+    return clip

@@ -21,17 +21,18 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.readers.clip import ClipError, Range, brief
-from pipeline.schema import ROLES, TRANSITIONS
+from pipeline.schema import ROLES, STATES, TRANSITIONS
 
-MAX_CLIP_BYTES: Final = 64 << 20
-CLIP_NAMES: Final = frozenset(("conversation", "video_uid", "video_path", "video_intervals"))
 _BOM: Final = b"\xef\xbb\xbf"
 _SPACE: Final = re.compile(rb"[ \t\r\n]*")
+_NEXT_LINE: Final = re.compile(rb'\n\{[ \t]*"')  # a pretty-printed object opens no other at a line's start
 NOT_STRICT: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+NOT_JSON: Final = (ValueError, RecursionError)  # of the standard library
 T = TypeVar("T")
 
 
 def _number(digits: str) -> int | float | bytes:
+    """193.0 is an integer; a number that is none (1e400, and NaN below) is bytes, a type that no field has."""
     value = float(digits)
     if not math.isfinite(value):
         return digits.encode()
@@ -40,7 +41,6 @@ def _number(digits: str) -> int | float | bytes:
     return int(digits) if digits.lstrip("-").isdigit() else int(value)
 
 
-# 193.0 is an integer. Numbers that are none (NaN, 1e400) are bytes, a type that no field has.
 LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
 
 
@@ -61,27 +61,21 @@ def index(path: Path) -> Index:
     Raises InputError where the file cannot be read, is empty, or begins like none of them.
     """
     try:
-        if not path.is_file():
-            raise InputError(f"{path}: found no regular file (a pipe, say), expected one; save it to a file first")
         if not path.stat().st_size:
-            raise InputError(f"{path}: found an empty file, expected clips as JSON; check how it was made")
+            raise InputError(f"{path}: found an empty file (or a pipe), expected clips as JSON; check how it was made")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
             if data[start : start + 1] == b"[":
                 return _array(data, start)
-            if _looks_like_lines(data):
-                return Index("lines", np.array(list(_lines(data)), np.int64).reshape(-1, 2))
+            if _NEXT_LINE.search(data):
+                return Index("lines", np.array(list(_lines(data, start)), np.int64))
             if data[start : start + 1] == b"{":
                 return _walk(data, start, "object")
-            head = data[start : start + 20]
+            head = brief(data[start : start + 20])
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    kinds = {b"": "only white space", b"\x1f\x8b": "a gzip file (decompress it first)"}
-    kinds |= dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text (save it as UTF-8 first)")
-    raise InputError(
-        f"{path}: found {kinds.get(head[:2]) or brief(head)}, expected a JSON array of clips, one clip object, "
-        "or JSON Lines, as UTF-8"
-    )
+    what = "a JSON array of clips, one clip object, or JSON Lines, as UTF-8 and not compressed"
+    raise InputError(f"{path}: found {head}, expected {what}")
 
 
 def _array(data: mmap.mmap, start: int) -> Index:
@@ -95,73 +89,45 @@ def _array(data: mmap.mmap, start: int) -> Index:
     return Index("array", np.stack([starts, starts + sizes], axis=1))
 
 
-def _lines(data: mmap.mmap) -> Iterator[Range]:
+def _lines(data: mmap.mmap, start: int) -> Iterator[Range]:
     """The bytes of each line that is not blank; lines end at \\n alone (U+2028 may stand in a text)."""
-    start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
     while start < len(data):
         stop = data.find(b"\n", start)
         stop = len(data) if stop < 0 else stop
-        if stop - start > MAX_CLIP_BYTES or data[start:stop].strip():
+        if data[start:stop].strip():
             yield start, stop
         start = stop + 1
 
 
-def _looks_like_lines(data: mmap.mmap) -> bool:
-    """Whether the first line, or after broken ones another, is by itself a clip (not so in a pretty-printed object)."""
-    for number, (start, stop) in zip(range(16), _lines(data), strict=False):
-        try:
-            tree = LENIENT.decode(str(data[start : min(stop, start + MAX_CLIP_BYTES)], "latin-1"))
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(tree, dict) and (CLIP_NAMES & tree.keys() or (number == 0 and tree)):
-            return True
-    return False
-
-
-def _walk(data: mmap.mmap, start: int, form: str) -> Index:
-    """The clips of an array that msgspec refuses, or of one object, at `start`, up to where the syntax breaks."""
+def _walk(data: mmap.mmap, at: int, form: str) -> Index:
+    """The clips of an array that msgspec refuses, or of one object, at `at`, up to where the syntax breaks."""
     text = str(data, "latin-1")  # a character per byte, so that positions are bytes
     spans: list[Range] = []
-    at, problem, closed = start, "", False
-    if form == "array":
-        at = _after_space(data, start + 1)
-        closed = text[at : at + 1] == "]"
-        at += closed
-    while not closed:
+    problem = ""
+    at = at if form == "object" else _after_space(data, at + 1)
+    while text[at : at + 1] not in ("]", ""):
         try:
-            _, end = LENIENT.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            problem = _syntax(error, at)
+            spans.append((at, LENIENT.raw_decode(text, at)[1]))
+        except NOT_JSON as error:
+            problem = str(error)
             break
-        spans.append((at, end))
-        at = _after_space(data, end)
+        at = _after_space(data, spans[-1][1])
         if form == "object":
             break
-        if text[at : at + 1] not in (",", "]"):
-            problem = f"{_shown(data, at, 1) if text[at : at + 1] else 'the end of the file'} after a clip"
-            break
-        closed, at = text[at] == "]", _after_space(data, at + 1)
+        if text[at : at + 1] == ",":
+            at = _after_space(data, at + 1)
+    if form == "array" and not problem:
+        problem = "" if text[at : at + 1] == "]" else "the end of the file"
+        at = _after_space(data, at + 1)
     if not problem and at < len(data):
-        problem = f"{_shown(data, at, 20)} after the end"
-    why = ClipError("JSON", problem, "a clip; what follows was not read")
-    found = np.array(spans, np.int64).reshape(-1, 2)
-    return Index(form, found, (len(spans), why, (at, len(data))) if problem else None)
+        problem = f"{brief(data[at : at + 20])} after the end"
+    broken = len(spans), ClipError("JSON", problem, "a clip; what follows was not read"), (at, len(data))
+    return Index(form, np.array(spans, np.int64).reshape(-1, 2), broken if problem else None)
 
 
 def _after_space(data: mmap.mmap, at: int) -> int:
     match = _SPACE.match(data, at)
     return match.end() if match else at
-
-
-def _shown(data: mmap.mmap, at: int, length: int) -> str:
-    return brief(data[at : at + 4 * length].decode("utf-8", "surrogateescape")[:length])
-
-
-def _syntax(error: Exception, start: int = 0) -> str:
-    """What is wrong with text that is not JSON, on one line; the clip begins at character `start` of it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at character {error.pos - start} of the clip"
-    return "nesting too deep to read" if isinstance(error, RecursionError) else brief(str(error), 90)
 
 
 # ---- a clip ------------------------------------------------------------------------------------------
@@ -187,8 +153,8 @@ def lenient(raw: bytes) -> Any:
     """The JSON value of `raw` by the standard library. Raises ClipError."""
     try:
         return LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise ClipError("JSON", _syntax(error), "a JSON object") from None
+    except NOT_JSON as error:
+        raise ClipError("JSON", str(error), "a JSON object") from None
 
 
 def _explained(error: msgspec.ValidationError, tree: Any) -> ClipError:
@@ -202,7 +168,8 @@ def _explained(error: msgspec.ValidationError, tree: Any) -> ClipError:
     if missing := re.match(r"Object missing required field `(.*)`", message):
         return ClipError(f"{where}.{missing[1]}".lstrip("."), "nothing", f"the field {missing[1]}", turn)
     if message.startswith("Invalid enum value"):
-        expected = f"one of {', '.join(TRANSITIONS if 'transition' in where else ROLES)}"
+        names = STATES if "state" in where else TRANSITIONS if "transition" in where else ROLES
+        expected = f"one of {', '.join(names)}"
     else:
         expected = message.removeprefix("Expected ").partition(", got ")[0].replace("`", "").replace(" | null", "")
     return ClipError(where or "clip", brief(tree), expected, turn)

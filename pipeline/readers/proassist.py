@@ -12,8 +12,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from pipeline.readers import checks
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Frame, Reader, Update, columns
+from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Frame, Reader, Update, brief, columns
 from pipeline.readers.index import parse
 from pipeline.readers.prospect import Record, checked_content, clip_of
 
@@ -38,6 +37,12 @@ _FRAMES_TURN = re.compile(rb'"role"\s*:\s*"frames"')
 
 
 def read(raw: bytes, fps: float | None) -> Clip:
+    """Turns, without the `frames` turns, get the range that each happens in; bounds not given are those of the frames.
+
+    An assistant (or DST) turn happens at the last frame of the `frames` turn before it. A user turn is heard by the
+    next frame, or, where the reply follows with no frame in between, by that last frame. The reply to
+    'Please summarize' gets no frames.
+    """
     record = parse(raw, _RECORD)
     metadata = record.metadata if type(record.metadata) is dict else {}
     summary_file = record.neg_frame_sampling_rate == -1
@@ -49,37 +54,17 @@ def read(raw: bytes, fps: float | None) -> Clip:
         clip.unlabelled = EVERYWHERE
     if metadata.get("add_knowledge") is False:
         clip.knowledge = None
-    _place(clip, record.conversation)  # type: ignore[arg-type]
-    return checks.bounds(clip)
-
-
-READER: Final = Reader(
-    "proassist",
-    "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx",
-    lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None,
-    read,
-)
-
-
-def _place(clip: Clip, turns: list[Turn]) -> None:
-    """Give the turns (without the `frames` turns) the range that each happens in; bounds where none are given.
-
-    An assistant (or DST) turn happens at the last frame of the `frames` turn before it. A user turn is heard by the
-    next frame, or, where the reply follows with no frame in between, by that last frame. The reply to
-    'Please summarize' gets no frames.
-    """
     rows: list[Row] = []
     waiting: list[Row] = []  # user turns that neither a reply nor frames followed yet
     heard_later: list[Row] = []  # user turns that frames, or the end, follow
     edges: list[tuple[int, int]] = []
     summarizing = False
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(record.conversation):
         if turn.role == "frames":
-            start, end = turn.start, turn.end
-            if start is None or end is None or end < start:
-                field = "start" if start is None else "end"
-                raise ClipError(field, "nothing" if end is None else str(end), f"at least start {start}", number)
-            edges.append((start, end))
+            if turn.start is None or turn.end is None or turn.end < turn.start:
+                found = brief((turn.start, turn.end))
+                raise ClipError("start, end", found, "frame numbers, end at least start", number)
+            edges.append((turn.start, turn.end))
             heard_later += waiting
             waiting = []
             continue
@@ -101,3 +86,12 @@ def _place(clip: Clip, turns: list[Turn]) -> None:
     clip.turns = columns(rows)
     clip.start_frame = min((a for a, _ in edges), default=None) if clip.start_frame is None else clip.start_frame
     clip.end_frame = max((b for _, b in edges), default=None) if clip.end_frame is None else clip.end_frame
+    return clip
+
+
+READER: Final = Reader(
+    "proassist",
+    "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx",
+    lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None,
+    read,
+)

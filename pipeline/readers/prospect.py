@@ -12,10 +12,9 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from pipeline.readers import checks
-from pipeline.readers.clip import Clip, ClipError, Frame, Reader, Update, brief, columns
+from pipeline.readers.clip import Clip, ClipError, Frame, Reader, Update, brief, columns, fps_of, frame_at, text_of
 from pipeline.readers.index import NOT_STRICT, parse
-from pipeline.schema import STATES, TRANSITIONS
+from pipeline.schema import TRANSITIONS, State
 
 
 class Turn(msgspec.Struct, gc=False):
@@ -52,13 +51,12 @@ class Record(msgspec.Struct, gc=False):
     inferred_goal: Any = None
     inferred_knowledge: Any = None
     dst: list[Step] | Steps | None = None
-    initial_dst_state: dict[str, str] | None = None
+    initial_dst_state: dict[str, State] | None = None
     neg_frame_sampling_rate: float | None = None
     metadata: Any = None
 
 
 _RECORD = msgspec.json.Decoder(Record)
-_UPDATES = msgspec.json.Decoder(list[Update])
 _COLUMNS = operator.attrgetter("role", "content", "time", "start_frame", "end_frame")
 _CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
 
@@ -85,7 +83,7 @@ def _clip(record: Record, fps: float | None) -> Clip:
     clip.turns = role, content, _, start, end = columns(map(_COLUMNS, record.conversation))
     whole = None not in start and None not in end and all(map(operator.le, start, end))
     if whole and list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role)):
-        return checks.bounds(clip)
+        return clip
     turns = []  # that need a closer look
     for number, (kind, words, time, first, last) in enumerate(zip(*clip.turns, strict=True)):
         words = checked_content(kind, words, number)
@@ -101,10 +99,10 @@ def _clip(record: Record, fps: float | None) -> Clip:
         clip.convention = "event"
         for i, (role, content, time, *_) in enumerate(turns):  # each timed one at the frame that shows its time
             if time is not None:
-                frame = checks.frame_at(time, clip.fps, "time", i)
+                frame = frame_at(time, clip.fps, "time", i)
                 turns[i] = role, content, time, frame, frame + 1
     clip.turns = columns(turns)
-    return checks.bounds(clip)
+    return clip
 
 
 def clip_of(record: Record, schema: str, option: float | None) -> Clip:
@@ -114,19 +112,19 @@ def clip_of(record: Record, schema: str, option: float | None) -> Clip:
     if type(metadata) is not dict:
         ignored.append("metadata")
         metadata = {}
-    checks.path(record.video_uid, "video_uid")
-    checks.path(record.frames_file or None, "frames_file")
-    fps, fps_given = checks.fps(record.fps, option)
+    fps, fps_given = fps_of(record.fps, option)
     rate, user = record.neg_frame_sampling_rate, metadata.get("user_id")
     steps = [(step.id, step.name) for step in (record.dst.steps if isinstance(record.dst, Steps) else record.dst) or ()]
     if not {type(part) for step in steps for part in step} <= {str}:
-        steps = [(str(step), checks.text(name, "dst.name", ignored) or "") for step, name in steps]
+        steps = [(str(step), text_of(name, "dst.name", ignored) or "") for step, name in steps]
 
     def described(field: str, key: str) -> str | None:
-        own = checks.text(getattr(record, field), field, ignored)
-        return own or checks.text(metadata.get(key), f"metadata.{key}", ignored)
+        own = text_of(getattr(record, field), field, ignored)
+        return own or text_of(metadata.get(key), f"metadata.{key}", ignored)
 
-    clip = Clip(
+    if rate is not None and not 0 <= rate <= 1:
+        raise ClipError("neg_frame_sampling_rate", str(rate), "a rate between 0 and 1")
+    return Clip(
         schema=schema,
         video_uid=record.video_uid,
         turns=(),
@@ -136,8 +134,8 @@ def clip_of(record: Record, schema: str, option: float | None) -> Clip:
         end_frame=record.end_frame_idx,
         id=record.id,
         clip_idx=record.clip_idx,
-        user=str(user) if type(user) is int else checks.text(user, "metadata.user_id", ignored),
-        dataset=checks.text(record.dataset, "dataset", ignored),
+        user=str(user) if type(user) is int else text_of(user, "metadata.user_id", ignored),
+        dataset=text_of(record.dataset, "dataset", ignored),
         frames_file=record.frames_file,
         goal=described("inferred_goal", "task_goal"),
         knowledge=described("inferred_knowledge", "knowledge"),
@@ -146,35 +144,22 @@ def clip_of(record: Record, schema: str, option: float | None) -> Clip:
         neg_rate=rate,
         ignored=ignored,
     )
-    for step, state in (record.initial_dst_state or {}).items():
-        if state not in STATES:
-            raise ClipError(f"initial_dst_state.{step}", brief(state), f"one of {', '.join(STATES)}")
-    if rate is not None and not 0 <= rate <= 1:
-        raise ClipError("neg_frame_sampling_rate", str(rate), "a rate between 0 and 1")
-    return clip
 
 
 def checked_content(role: str, content: Any, number: int) -> Any:
-    """Text, or the updates of a DST_UPDATE: a list of {id, transition}, its JSON as text, or 'S1->start, ...'."""
+    """Text, or the updates of a DST_UPDATE: a list of {id, transition}, or text like 'S1->start, S2->pause'."""
     if role == "system":
         return content if type(content) is str else ""  # never read
     if type(content) is (list if role == "DST_UPDATE" else str):
         return content
-    if role != "DST_UPDATE":
-        raise ClipError("content", brief(content), "text", number)
     if type(content) is not str:
-        raise ClipError("content", brief(content), "a list of {id, transition}, or text like S1->start", number)
-    if content.lstrip().startswith("["):
-        try:
-            return _UPDATES.decode(content)
-        except NOT_STRICT as error:
-            raise ClipError("content", brief(content), f"a list of updates ({error})", number) from None
+        expected = "text" if role != "DST_UPDATE" else "a list of {id, transition}, or text like S1->start"
+        raise ClipError("content", brief(content), expected, number)
     updates = []
     for part in filter(str.strip, re.split(r"[,;\n]", content)):
-        match = re.fullmatch(r"\s*(.+?)\s*->\s*(\w+)\s*", part)
-        if not match:
-            raise ClipError("content", brief(part), "text like S1->start", number)
-        if match[2] not in TRANSITIONS:
-            raise ClipError("content", brief(match[2]), f"one of {', '.join(TRANSITIONS)}", number)
-        updates.append(Update(match[1], match[2]))  # type: ignore[arg-type]
+        step, _, transition = map(str.strip, part.rpartition("->"))
+        if not step or transition not in TRANSITIONS:
+            expected = f"text like S1->start, with one of {', '.join(TRANSITIONS)}"
+            raise ClipError("content", brief(part), expected, number)
+        updates.append(Update(step, transition))  # type: ignore[arg-type]
     return updates

@@ -9,7 +9,6 @@ is in neither file: a clip goes from frame 0 to its last turn.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
@@ -18,21 +17,23 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET
 
-from pipeline.readers import checks
-from pipeline.readers.clip import MAX_FRAME, Clip, ClipError, Reader, brief, columns
+from pipeline.readers.clip import Clip, ClipError, Reader, brief, check_path, columns, fps_of, frame_after, text_of
 from pipeline.readers.index import parse
 
 _ENDING: Final = re.compile(r"\.(mp4|mkv|webm|mov|avi|m4v)$", re.IGNORECASE)
 _CLOCK: Final = re.compile(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)\s*")  # 75.5, 1:15.5, 0:01:15
 
 
+Time = float | str | None | msgspec.UnsetType  # UNSET: the field is not there
+
+
 class Said(msgspec.Struct, gc=False):
-    """A question or a response. UNSET: a field that is not there."""
+    """A question or a response."""
 
     content: str | None = None
-    time: Any = UNSET
-    st_time: Any = UNSET
-    end_time: Any = UNSET
+    time: Time = UNSET
+    st_time: Time = UNSET
+    end_time: Time = UNSET
 
 
 class Record(msgspec.Struct, gc=False):
@@ -50,25 +51,23 @@ _RECORD = msgspec.json.Decoder(Record)
 def read(raw: bytes, fps: float | None) -> Clip:
     record = parse(raw, _RECORD)
     ignored: list[str] = []
-    fps, given = checks.fps(record.fps, fps)
+    fps, given = fps_of(record.fps, fps)
     responses = [said for entry in record.response for said in (entry if isinstance(entry, list) else [entry])]
     streamo = any(said.st_time is not UNSET or said.end_time is not UNSET for said in responses)
     turns: list[tuple[Any, ...]] = []
     for role, name, entries in (("user", "question", record.question or ()), ("assistant", "response", responses)):
         for number, said in enumerate(entries):
             for second in _seconds(said, f"{name}[{number}]", streamo):
-                start = checks.frame_after(second, fps, "time")
-                end = start + 1 if role == "user" else checks.frame_after(second + 1, fps, "time")
+                start = frame_after(second, fps, "time")
+                end = start + 1 if role == "user" else frame_after(second + 1, fps, "time")
                 turns.append((role, said.content, second, start, end))
     turns.sort(key=lambda turn: (turn[3], turn[0] != "user"))
     path = (record.video_path or record.video_name or "").replace("\\", "/").removeprefix("./")
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute():  # JoyAI's, filled in by its user
         path = PurePosixPath(path).name
-    if not path:
-        raise ClipError("video_path", "nothing", "the video's file, in video_path or video_name")
-    checks.path(path, "video_path")
+    check_path(path, "video_path")
     source = record.source
-    clip = Clip(
+    return Clip(
         schema="streamo",
         video_uid=_ENDING.sub("", path),
         turns=columns(turns),
@@ -77,12 +76,10 @@ def read(raw: bytes, fps: float | None) -> Clip:
         start_frame=0,
         end_frame=max((turn[4] for turn in turns), default=None),
         convention="event",
-        dataset=str(source) if type(source) is int else checks.text(source, "source", ignored),
+        dataset=str(source) if type(source) is int else text_of(source, "source", ignored),
         frames_file=path,
         ignored=ignored,
     )
-    checks.path(clip.video_uid, "video_uid")
-    return checks.bounds(clip)
 
 
 READER: Final = Reader(
@@ -109,20 +106,13 @@ def _seconds(said: Said, field: str, streamo: bool) -> Iterator[float]:
     yield from (max(0.0, time - 1) if streamo else time for time in times)
 
 
-def _times(value: Any, field: str) -> list[float]:
+def _times(value: Time, field: str) -> list[float]:
     """Seconds of a number or of text such as "5", "1:05" or "5,6,7"; none for what says nothing. Raises ClipError."""
-    if value is None or value is UNSET:
-        return []
-    if type(value) in (int, float):
-        times = [float(value)]
-    elif type(value) is str:
-        times = []
-        for part in filter(str.strip, value.split(",")):
-            match = _CLOCK.fullmatch(part)
-            hours, minutes, seconds = match.groups(default="0") if match else (0, 0, "nan")
-            times.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
-    else:
-        times = [math.nan]
-    if not all(0 <= time <= MAX_FRAME for time in times):
+    times = [value] if isinstance(value, float) else []
+    for part in filter(str.strip, value.split(",") if isinstance(value, str) else ()):
+        match = _CLOCK.fullmatch(part)
+        hours, minutes, seconds = match.groups(default="0") if match else (0, 0, "nan")
+        times.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
+    if not all(time >= 0 for time in times):
         raise ClipError(field, brief(value), 'seconds, as a number or as text ("5", "1:05", "5,6,7")')
     return times

@@ -10,20 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
-from pipeline.readers.checks import text as text_of
-from pipeline.schema import NOT_SAMPLED, TRANSITIONS
+from pipeline.readers.clip import text_of
+from pipeline.schema import NOT_SAMPLED, TRANSITIONS, State
 from pipeline.state import contradicts
 from pipeline.timeline import find_clip
 from trainer.sequence import user_texts
-
-State = Literal["not_started", "in_progress", "paused", "completed", "cancelled", "failed"]
 
 
 @dataclass(frozen=True)

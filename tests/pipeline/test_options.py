@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, UsageError
-from pipeline.inputs import find_inputs, split_of, splits_in
-from pipeline.options import Options
+from pipeline.options import Options, find_inputs, split_of, splits_in
 
 NAMES = {
     "train": "train.json train_training.json summary_train_L4096_I1+SEP.jsonl",
