@@ -37,7 +37,7 @@ from pipeline.errors import InputError
 from pipeline.storage import make_folder, naming, write_json
 from pipeline.terminal import clock
 from trainer.arms import find_rung
-from trainer.checkpoint import run_hash
+from trainer.checkpoint import check_resume, lock_folder, run_hash, run_options
 from trainer.config import MODES, RunOptions
 from trainer.controls import control_key, score_control
 from trainer.distributed import best_device
@@ -52,7 +52,6 @@ from trainer.evaluation.report import PAGE, write_first_page, write_report
 from trainer.frame_source import keep_frames
 from trainer.loader import end_with
 from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, jobs_with, run_of
-from trainer.run_folder import check_resume, lock_folder, run_options
 from trainer.run_log import read_metrics
 from trainer.schedule import FIRST_STEPS, Schedule, in_order, run_seconds, what_narrows
 from trainer.train import train

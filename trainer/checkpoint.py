@@ -1,4 +1,6 @@
-"""A checkpoint, RUN/last or RUN/best: a folder that `transformers` opens, plus our heads.
+"""A run's folder: its checkpoints, RUN/last and RUN/best, and RUN/options.json, what the run is a function of.
+
+A checkpoint is a folder that `transformers` opens, plus our heads:
 
     model.safetensors, config.json   the SmolVLM, by save_pretrained, LoRA adapters merged in
     heads.safetensors                both heads
@@ -7,9 +9,9 @@
     state.safetensors                `last` alone: the optimizer's moments and the random generators' states
     README.md                        the model card
 
-Written to a folder beside its place, run.json last; then moved there file by file, run.json last: whenever a process is
-killed, the old or the new checkpoint is complete, or `recover` completes the move. Logits are bit-equal after loading
-(with LoRA to float rounding, as merging rounds once; a resume keeps the adapters apart, bit for bit).
+It is written beside its place, run.json last, and renamed: whenever a process is killed, the old one or the new one is
+complete. Logits are bit-equal after loading (with LoRA to float rounding, as merging rounds once; a resume keeps the
+adapters apart, bit for bit). options.json is written just before the first step; every resume is compared with it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from contextlib import suppress
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +36,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from pipeline import schema
+from pipeline.dataset import Split
 from pipeline.errors import InputError
-from pipeline.storage import LOCK, lock, move, naming, sha256, sync, write_json
+from pipeline.storage import LOCK, is_vacant, lock, make_folder, sha256, sync, write_json
 from trainer.arms import find_arm
-from trainer.config import TrainConfig
+from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.distributed import World
+from trainer.features import kept_layer
 from trainer.hub import model_folder
 from trainer.model import DecisionHeads, ProspectModel, load_model, merge_adapters
-from trainer.tokenizer import Tokens, load_tokens
+from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 
 FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
+OPTIONS = "options.json"
+SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter; Muon no squares
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; other ranks take part and get nothing
 
@@ -70,7 +78,7 @@ class LoadedRun:
         return 0.0 if self.config.reweigh else math.log(max(self.info.get("neg_rate", 1.0), 2**-32))
 
 
-# ---- writing -----------------------------------------------------------------------------------------
+# ---- writing a checkpoint ----------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -93,11 +101,10 @@ def save_checkpoint(
         new = _draft(folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        with naming(new):
-            try:
-                _write_files(new, run, weights, state)
-            except SafetensorError as error:  # a full disk among others
-                raise OSError(None, str(error), str(new)) from None
+        try:
+            _write_files(new, run, weights, state)
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(None, str(error), str(new)) from None
         _move_into_place(new, folder)
     world.wait()
 
@@ -133,19 +140,18 @@ def _draft(folder: Path) -> Path:
 
 
 def _move_into_place(new: Path, folder: Path) -> None:
-    """Move the files of `new`, run.json last: while it is there, `recover` finds that there is more to move."""
-    folder.mkdir(exist_ok=True)
-    for path in sorted(new.rglob("*"), key=lambda path: path.name == RUN_INFO):
-        if path.is_file():
-            target = folder / path.relative_to(new)
-            target.parent.mkdir(exist_ok=True)
-            move(path, target)
-    sync(folder)
-    shutil.rmtree(new)
+    """Two renames; after a kill between them `load_run` reads the new folder where it is, `recover` moves it."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
-    """Complete the move of a new checkpoint that a kill interrupted; remove one that is half-written."""
+    """After a kill: a complete new checkpoint takes its place, one that is half-written is removed."""
     new = _draft(folder)
     if (new / RUN_INFO).is_file():
         _move_into_place(new, folder)
@@ -154,13 +160,8 @@ def recover(folder: Path) -> None:
 
 def model_card(run: LoadedRun) -> str:
     """Markdown: what the model is, what its scores mean, how to load it."""
-    config, info = run.config, run.info
-    labels = [(counts["positive"], counts["negative"]) for counts in info.get("labels", {}).values()]
-    shares = [f"{pos / (pos + neg):.4f}" if pos + neg else "none was supervised" for pos, neg in labels]
-    to_probability = {
-        None: "Both classes weighed equally: a sigmoid is no probability until it is calibrated on held-out clips.",
-        0.0: "A sigmoid may be read as a probability.",
-    }.get(run.logit_correction)
+    config, info, correction = run.config, run.info, run.logit_correction
+    how = "calibrate it on held-out clips" if correction is None else f"add {correction:.4f} to the logit first"
     return f"""---
 library_name: transformers
 tags: [smolvlm, dialog-state-tracking, when-to-speak]
@@ -168,9 +169,9 @@ tags: [smolvlm, dialog-state-tracking, when-to-speak]
 # When should the assistant speak?
 
 A SmolVLM (from `{config.model}`) with two linear heads, {info.get("step", "?")} of {config.steps} steps of
-prospect-dst train. Both heads read the last of the {config.tokens_per_frame} token(s) of a frame.
+prospect-dst train, arm `{config.arm}`: {find_arm(config.arm).description}.
+Both heads read the last of the {config.tokens_per_frame} token(s) of a frame.
 A logit above 0 says: the assistant speaks, or the task's state changes, at this frame.
-Arm `{config.arm}`: {find_arm(config.arm).description}.
 
     import trainer
     run = trainer.load("this folder")
@@ -178,17 +179,13 @@ Arm `{config.arm}`: {find_arm(config.arm).description}.
 
 `SmolVLMForConditionalGeneration.from_pretrained` loads the body alone; the heads are in `{HEADS}`.
 
-| of the training labels | speaking | DST update |
-|---|---|---|
-| positive, among supervised frames | {" | ".join(shares)} |
-
 Silent frames were sampled at rate {info.get("neg_rate", 1.0):g} (mean over clips).
-{to_probability or f"To read a sigmoid as a probability, first add {run.logit_correction:.4f} to the logit."}
+To read a logit's sigmoid as a probability, {how}.
 Scores are with the reference's texts in the context, unless you feed it its own.
 """
 
 
-# ---- reading -----------------------------------------------------------------------------------------
+# ---- reading a checkpoint ----------------------------------------------------------------------------
 
 
 def load_run(run: Path, to_train: bool = False) -> LoadedRun:
@@ -198,7 +195,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     training, LoRA adapters apart from the weights that they adapt.
     """
     folder = _checkpoint_folder(run)
-    info = read_info(folder)
+    info = _read_info(folder)
     _verify(folder, info.pop("files"), to_train)
     config = TrainConfig.from_json(info.pop("config"))
     tokens = load_tokens(folder.resolve())
@@ -212,12 +209,6 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
         state = load_file(folder / STATE).items()
         learnt = {name.removeprefix("parameter/"): v for name, v in state if name.startswith("parameter/")}
         model.load_state_dict(learnt, strict=False)
-        merged = merge_adapters(vlm, vlm.state_dict())
-        for name, value in ((n, v) for file in folder.glob("model*.safetensors") for n, v in load_file(file).items()):
-            if not torch.allclose(merged[name], value, atol=1e-5):
-                raise InputError(
-                    f"{config.model}: {name} is not what the adapters were trained on; get that model back"
-                )
     return LoadedRun(model.eval(), tokens, config, info)
 
 
@@ -236,56 +227,159 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
         torch.cuda.set_rng_state(saved["rng/cuda"])
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """run.json, its config and files still as JSON."""
-    path = folder / RUN_INFO
-    if not path.is_file():
-        best = f"; {folder / 'best'} is one" if (folder / "best" / RUN_INFO).is_file() else ""
-        raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first{best}")
-    try:
-        info = dict(json.loads(path.read_bytes()))
-        version = info.pop("format")
-        if version == FORMAT:  # KeyError, TypeError: damaged
-            _ = info["config"], [file["sha256"] for file in info["files"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error!r}); train again") from None
-    if version != FORMAT:
-        raise InputError(f"{path}: format {version}, expected {FORMAT}; use the version that wrote it")
-    return info
-
-
 def verify_model(name: str) -> None:
     """InputError where `name` is a run or a checkpoint of ours with a damaged file; any other model passes."""
     folder = Path(model_folder(name))
     if (folder / RUN_INFO).is_file():
-        _verify(folder, read_info(folder)["files"], to_train=False)
+        _verify(folder, _read_info(folder)["files"], to_train=False)
 
 
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
-    folder = _checkpoint_folder(run)
-    read_info(folder)  # refuses what is none
-    return sha256(folder / RUN_INFO)
+    return sha256(_checkpoint_folder(run) / RUN_INFO)
 
 
 def _checkpoint_folder(run: Path) -> Path:
-    """RUN/last, or `run` itself; what a kill interrupted there is completed first."""
-    folder = run / "last" if (run / "last").is_dir() or _draft(run / "last").is_dir() else run
-    if (_draft(folder) / RUN_INFO).is_file():
-        with lock(folder.parent / LOCK, InputError(f"{folder}: is being written just now; try again")):
-            recover(folder)
-    return folder
+    """RUN/last, or what a kill kept from becoming it; else `run` itself."""
+    places = (run / "last", _draft(run / "last"))
+    return next((folder for folder in places if (folder / RUN_INFO).is_file()), run)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """run.json, its config and files still as JSON."""
+    path = folder / RUN_INFO
+    if not path.is_file():
+        raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first")
+    info: dict[str, Any] = json.loads(path.read_bytes())
+    if (version := info.pop("format")) != FORMAT:
+        raise InputError(f"{path}: format {version}, expected {FORMAT}; use the version that wrote it")
+    return info
 
 
 def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> None:
     """InputError where a file is missing or is not, byte for byte, what was written; STATE only if it is needed."""
-    if to_train and STATE not in files:
-        raise InputError(f"{folder}: holds no {STATE}, so training can't go on from it; resume from RUN/last")
     for name, expected in files.items():
+        path = folder / name
         if name == STATE and not to_train:
             continue
-        path = folder / name
-        found = sha256(path) if path.is_file() else None
-        if found != expected["sha256"]:
-            what = "damaged, its SHA-256 differs" if found else "not found"
+        if not path.is_file() or sha256(path) != expected["sha256"]:
+            what = "damaged, its SHA-256 differs" if path.is_file() else "not found"
             raise InputError(f"{path}: {what}; train again, or get the whole folder again")
+
+
+# ---- the run: its options, its start -----------------------------------------------------------------
+
+
+def run_options(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
+    """The content of options.json. InputError where a part is to be trained whose output is cached in `features`."""
+    layer = None if features is None else kept_layer(features)
+    frames, *frozen = {
+        None: ["pixels"],
+        "vision": ["features", "vision"],
+        "connector": ["connector's features", "vision", "connector"],
+    }[layer]
+    if not set(frozen) <= set(config.freeze):
+        raise InputError(f"{features}: these features are for frozen parts; add --freeze {','.join(frozen)}")
+    sources = (split.key, held_out.key if held_out else None, frames)
+    return {"config": config.to_json(), **dict(zip(SOURCES, sources, strict=True))}
+
+
+def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitStack) -> None:
+    """Lock the folder if it exists (until `held` is closed), restore its checkpoints, refuse what this run can't use.
+
+    InputError for files of somebody else, a run without `resume`, and a run of other options. A run that stopped
+    before its first checkpoint may be started anew, with any options.
+    """
+    if is_vacant(run):
+        return
+    lock_folder(run, held)
+    for name in ("last", "best"):
+        recover(run / name)
+    started = (run / OPTIONS).is_file()
+    if not resume and (not started or any((run / name).exists() for name in ("last", "best"))):
+        raise InputError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
+    if resume and ((run / "last").exists() or not started):
+        check_resume(run, options)
+
+
+def check_resume(run: Path, options: dict[str, Any]) -> None:
+    """InputError that names what the run was started with and `options` has otherwise."""
+    before = read_options(run)
+    changed = [
+        f"{name}: {options[name]}, the run has {before[name]}" for name in SOURCES if options[name] != before[name]
+    ]
+    changed += [
+        f"{name} is {value!r}, the run has {before['config'][name]!r}"
+        for name, value in options["config"].items()
+        if value != before["config"][name]
+    ]
+    if changed:
+        raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with the same, or train into a new folder")
+
+
+def write_options(run: Path, options: dict[str, Any], held: ExitStack) -> None:
+    """Make and lock the folder, and write RUN/options.json: a file system that can't take a run is found out here."""
+    make_folder(run)
+    held.close()
+    lock_folder(run, held)
+    write_json(run / OPTIONS, options)
+
+
+def lock_folder(run: Path, held: ExitStack) -> None:
+    """Keep other processes out until `held` is closed or this process ends; InputError where one is in."""
+    taken = InputError(f"{run}: another process is at work there; wait for it, or choose another folder")
+    held.enter_context(lock(run / LOCK, taken))
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """RUN/options.json, as `run_options` made it, its config with today's defaults."""
+    path = run / OPTIONS
+    if not path.is_file():
+        raise InputError(f"{path}: not found, so this is no run that could go on; choose another --run")
+    options: dict[str, Any] = json.loads(path.read_bytes())
+    return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
+
+
+def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
+    """The config of `values`; a resumed run keeps its own but for the fields that were `chosen`.
+
+    A warm-up that was not chosen is cut to the number of steps.
+    """
+    if resume and (run / OPTIONS).is_file():
+        return TrainConfig.from_json(read_options(run)["config"] | {name: values[name] for name in chosen})
+    if "warmup_steps" not in chosen:
+        values = values | {"warmup_steps": min(TrainConfig.warmup_steps, values["steps"])}
+    return TrainConfig(**values)
+
+
+def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> LoadedRun:
+    """RUN/last as it was left (its optimizer is `load_state`'s); a new model where there is none.
+
+    The biases of new heads start at the log-odds of the positives that the loss sees.
+    """
+    if resume and (run / "last").is_dir():
+        return load_run(run / "last", to_train=True)
+    verify_model(config.model)
+    random = config.model in RANDOM_MODELS
+    tokens = train_tiny_tokens(split.texts()) if random else load_tokens(model_folder(config.model))
+    vlm = load_model(config.model, len(tokens), config.seed)
+    text = vlm.config.text_config
+    if config.max_tokens > (longest := text.max_position_embeddings):
+        raise InputError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
+    statistics = split.statistics()
+    rates = statistics.positive_rates(of_all=config.reweigh)
+    heads = DecisionHeads(int(text.hidden_size), (0.5, 0.5) if config.balance == "mean" else rates)
+    if find_arm(config.arm).decides == "inverted":
+        heads.speak.bias.data.neg_()
+    kinds = ("negative", "positive", "not_sampled")
+    counts = zip(schema.HEADS, statistics.counts.tolist(), strict=True)
+    info = {
+        "step": 0,
+        "best": -1.0,  # mean AP on the evaluation split
+        "data_key": split.key,
+        "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},
+        "positive_rates": statistics.positive_rates(),
+        "neg_rate": statistics.neg_rate,
+        "fps": next(split.in_order()).fps,
+    }
+    return LoadedRun(ProspectModel(vlm, heads, config, tokens.choices), tokens, config, info)

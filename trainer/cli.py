@@ -120,7 +120,7 @@ def train(
     from pipeline.terminal import command, console, counted, plain
 
     read_manifest(data)  # reports a wrong path before torch is imported
-    from trainer.run_folder import resolve_config
+    from trainer.checkpoint import resolve_config
     from trainer.train import train as fit
 
     config = resolve_config(run, given.of(TrainConfig), given.chosen & {f.name for f in fields(TrainConfig)}, resume)

@@ -5,7 +5,7 @@ the whole step, so neither the cut nor the number of ranks changes it. What step
 state of a run is its weights, the optimizer's moments and the number of steps done: on the CPU a resumed run ends with
 the weights, bit for bit, of one that never stopped.
 
-    RUN/options.json               what the run is a function of (trainer.run_folder)
+    RUN/options.json               what the run is a function of (trainer.checkpoint)
     RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
     RUN/last, RUN/best             checkpoints; best by mean AP on the evaluation split
 """
@@ -30,7 +30,15 @@ from pipeline.errors import InputError, NotFiniteError
 from pipeline.storage import check_space, naming
 from trainer import vision
 from trainer.arms import find_arm
-from trainer.checkpoint import LoadedRun, load_state, save_checkpoint
+from trainer.checkpoint import (
+    LoadedRun,
+    check_folder,
+    load_state,
+    run_options,
+    save_checkpoint,
+    start_run,
+    write_options,
+)
 from trainer.config import RunOptions, TrainConfig
 from trainer.distributed import World, join, synced
 from trainer.frame_source import FrameSource
@@ -39,7 +47,6 @@ from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.model import ProspectModel
 from trainer.optimizer import make_optimizer
 from trainer.packing import Pack, upload
-from trainer.run_folder import check_folder, run_options, start_run, write_options
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import EvalReport, open_source, report, score_split

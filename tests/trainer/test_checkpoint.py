@@ -108,9 +108,9 @@ def test_a_loaded_run_scores_every_frame_with_the_model_s_logit(whole, data):
 @pytest.mark.parametrize(
     ("more", "neg_rate", "correction", "in_words"),
     [
-        ({}, 0.25, -1.386294, "first add -1.3863 to the logit"),
-        ({"reweigh": True}, 0.25, 0.0, "A sigmoid may be read as a probability"),
-        ({"balance": "mean"}, 0.25, None, "a sigmoid is no probability until it is calibrated"),
+        ({}, 0.25, -1.386294, "add -1.3863 to the logit first"),
+        ({"reweigh": True}, 0.25, 0.0, "add 0.0000 to the logit first"),
+        ({"balance": "mean"}, 0.25, None, "calibrate it on held-out clips"),
     ],
 )
 def test_the_logit_correction_is_ln_of_the_rate_unless_the_loss_made_up_for_it(more, neg_rate, correction, in_words):

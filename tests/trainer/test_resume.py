@@ -58,16 +58,16 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_kill_while_a_checkpoint_is_moved_into_place_loses_none(data, cut, whole, name):
-    """All of it is in .NAME.new but for one file, which is in place already."""
-    draft = (cut / name).rename(cut / f".{name}.new")
-    (cut / name).mkdir()
-    (draft / "heads.safetensors").rename(cut / name / "heads.safetensors")
+    """The old one has left its place, the new one has not come; beside it, half of another."""
+    (cut / name).rename(cut / f".{name}.new")
+    (cut / f".{name}.old").mkdir()
     assert load_run(cut).info["step"] == 6
     recover(cut / name)
     assert (cut / name / "run.json").is_file()
     if name == "last":
         assert go(data, cut, resume=True).resumed_from == 6
         assert same(cut, whole)
+        assert [path.name for path in cut.glob(".*")] == [".lock"]
 
 
 @pytest.mark.parametrize(
