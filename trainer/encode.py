@@ -41,7 +41,7 @@ from trainer import vision
 from trainer.checkpoint import verify_model
 from trainer.config import RANDOM_MODELS
 from trainer.distributed import best_device
-from trainer.features import LAYERS, STORED, FeatureFile, Features, Provenance, feature_path, write_features
+from trainer.features import LAYERS, STORED, FeatureFile, Features, feature_path, write_features
 from trainer.frame_source import PixelFrames, open_frames
 from trainer.model import load_model
 from trainer.transfer import Transfer, fetched, pinned
@@ -68,7 +68,7 @@ class _Job:
     """A file to write."""
 
     path: Path
-    provenance: Provenance
+    header: dict[str, Any]  # of the file: where its features come from
     clip: ClipExample  # one of the video's
     frames: npt.NDArray[np.int32]  # ascending
 
@@ -95,19 +95,14 @@ def encode(
     video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left,
     or an option is wrong.
     """
-    for holds, found, expected in (
-        (k >= 1 and math.isqrt(k) ** 2 == k, f"tokens_per_frame is {k}", "a square number: 1, 4, 9, ..."),
-        (dtype in DTYPES, f"dtype is {dtype!r}", f"one of {', '.join(DTYPES)}"),
-        (store in STORED, f"store is {store!r}", f"one of {', '.join(STORED)}"),
-        (keep in LAYERS, f"keep is {keep!r}", f"one of {', '.join(LAYERS)}"),
-        (batch >= 1, f"batch is {batch}", "above 0"),
-        (1 <= part[0] <= part[1], f"part is {part[0]}/{part[1]}", "1/N to N/N; --part counts from 1 (--array=1-N)"),
-    ):
-        if not holds:
-            raise InputError(f"{found}, expected {expected}")
+    for name, value, known in (("dtype", dtype, DTYPES), ("store", store, STORED), ("keep", keep, LAYERS)):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+    if not 1 <= part[0] <= part[1]:
+        raise InputError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
     videos = _clips_by_video(data, part)
-    [there] = (mapper or here)(_device_type, [()])  # on the machine that computes
-    computed = dtype if dtype != "auto" else "bfloat16" if there == "cuda" else "float32"
+    [there] = (mapper or here)(best_device, [()])  # on the machine that computes
+    computed = dtype if dtype != "auto" else "bfloat16" if there.type == "cuda" else "float32"
     tower = load_tower(model, k, keep, store, computed)
     root = open_frames(read_manifest(data), frames_root, tower.side).root
     source = PixelFrames(root, tower.side, cache_bytes=0)
@@ -116,10 +111,7 @@ def encode(
     taken = InputError(f"{out}: another run of part {part[0]}/{part[1]} is writing there; choose another --out")
     with lock(out / f"{LOCK}-{part[0]}-of-{part[1]}", taken), progress_bar() as show:
         jobs = [job for clips in videos if (job := _plan(clips, source, out, tower, report)) is not None]
-        paths, frames = {job.path for job in jobs}, sum(len(job.frames) for job in jobs)
-        for left in out.rglob(".*.new"):  # of a run that was killed: .NAME.01234567.new
-            if left.with_name(left.name[1:-13]) in paths:
-                left.unlink(missing_ok=True)
+        frames = sum(len(job.frames) for job in jobs)
         if mapper is None:
             results = _encode_all(tower, jobs, source, batch, lambda done: show("encode", done, frames))
         else:
@@ -136,10 +128,6 @@ def encode(
     if report.refused and not report.videos and not report.skipped:
         raise InputError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
     return report
-
-
-def _device_type() -> str:
-    return best_device().type
 
 
 def _clips_by_video(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
@@ -172,29 +160,26 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
     if not len(frames):
         return None
     path = feature_path(out, clip.video_uid, clip.fps)
-    provenance = tower.provenance(clip, paths.pop())
-    before = _frames_of_same(path, provenance)
+    header = tower.header(clip, paths.pop())
+    before = _frames_of_same(path, header)
     if np.isin(frames, before).all():
         report.skipped += 1
         return None
-    return _Job(path, provenance, clip, np.union1d(frames, before))
+    return _Job(path, header, clip, np.union1d(frames, before))
 
 
-def _frames_of_same(path: Path, provenance: Provenance) -> npt.NDArray[np.int32]:
-    """Frames of an undamaged file of the same source and options, computed in the same type or in float32."""
+def _frames_of_same(path: Path, header: dict[str, Any]) -> npt.NDArray[np.int32]:
+    """Frames of an undamaged file of the same source and options."""
     try:
         file = FeatureFile(path)
     except InputError:
         return np.array([], np.int32)
-    header = file.header
-    differs = {name for name, value in provenance.header().items() if header[name] != value} - {"model", "revision"}
-    if "layer" in differs:
-        of = f"features of the layer {header['layer']}, and kept; choose another --out, or --keep {header['layer']}"
-        raise InputError(f"{path}: {of}")
-    if "fingerprint" in differs:
-        raise InputError(f"{path}: made by another vision tower ({header['model']}), and kept; choose another --out")
-    same = not differs or (differs == {"computed"} and header["computed"] == "float32")
-    return file.frames if same and file.rows(0, len(file.frames)) is not None else np.array([], np.int32)
+    differs = {name for name, value in header.items() if file.header[name] != str(value)} - {"model", "revision"}
+    if differs & {"layer", "fingerprint"}:
+        by = f"the {file.header['layer']} features of {file.header['model']}"
+        raise InputError(f"{path}: {by}, whose weights are others, are there, and kept; choose another --out")
+    whole = not differs and file.rows(0, len(file.frames)) is not None
+    return file.frames if whole else np.array([], np.int32)
 
 
 # ---- computing ---------------------------------------------------------------------------------------
@@ -210,14 +195,22 @@ class Tower:
         self.fingerprint = vision.fingerprint(vlm, keep)
         self.transfer = Transfer(next(vlm.model.vision_model.parameters()).device)
 
-    def provenance(self, clip: ClipExample, path: Path) -> Provenance:
-        """Of the features of a clip's video, whose frames are at `path`."""
-        size = sum(file.stat().st_size for file in (images_in(path) if path.is_dir() else [path]))
-        revision = str(getattr(self.vlm.config, "_commit_hash", None) or "")
-        return Provenance(
-            clip.video_uid, clip.fps, path.name, size, self.model, revision, self.fingerprint, self.k, self.side,
-            self.computed, self.store, self.keep,
-        )  # fmt: skip
+    def header(self, clip: ClipExample, path: Path) -> dict[str, Any]:
+        """Of the file of a clip's video, whose frames are at `path`: where its features come from."""
+        return {
+            "video_uid": clip.video_uid,
+            "fps": clip.fps,
+            "source": path.name,
+            "source_bytes": sum(file.stat().st_size for file in (images_in(path) if path.is_dir() else [path])),
+            "model": self.model,
+            "revision": getattr(self.vlm.config, "_commit_hash", None) or "",  # of the hub, where there is one
+            "fingerprint": self.fingerprint,
+            "k": self.k,
+            "side": self.side,
+            "computed": self.computed,
+            "stored": self.store,
+            "layer": self.keep,
+        }
 
     def features(self, passes: Iterable[Tensor]) -> Iterator[Features]:
         """[n, k, D] of pixels [n, 3, S, S], a pass late."""
@@ -233,17 +226,13 @@ class Tower:
 
 
 def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Tower:
-    """On the device, without the model's text half; InputError where it has fewer tokens, or nothing to encode."""
+    """On the device, without the model's text half; InputError where it has no such k, or nothing to encode."""
     if model in RANDOM_MODELS:
         raise InputError(f"model is {model}: its tower knows nothing before it is trained; name a run, or a real model")
     verify_model(model)
     vlm = load_model(model, vocabulary=0)
-    if k > (most := vision.most_tokens(vlm)):
-        raise InputError(f"tokens_per_frame is {k}, but {model} has {most}; lower --tokens-per-frame")
-    after, before = vision.width(vlm, "connector"), vision.width(vlm)
-    if keep == "connector" and after >= before:
-        sizes = f"{after} values after it and {before} before"
-        raise InputError(f"keep is connector, but {model} has {sizes}; use --keep vision")
+    if not 1 <= k <= (most := vision.most_tokens(vlm)) or math.isqrt(k) ** 2 != k:
+        raise InputError(f"tokens_per_frame is {k}, expected a square number, at most the {most} of {model}")
     vlm.model.text_model = vlm.lm_head = None
     vlm.model.to(best_device())
     return Tower(vlm.eval(), model, k, keep, store, computed)
@@ -272,22 +261,19 @@ def _encode_all(
                 yield str(error)
                 continue
             if not np.isfinite(features).all():
-                mend = "use --store float32" if tower.store == "float16" else "use another --model"
-                what = f"features that are too large for {tower.store}, or no numbers"
-                raise InputError(f"video {job.clip.video_uid}: {what}; {mend}")
-            write_features(job.path, job.provenance, job.frames, features)
+                what = f"features that are no numbers, or too large for {tower.store}"
+                raise InputError(f"video {job.clip.video_uid}: {what}; use --store float32, or another --model")
+            write_features(job.path, job.header, job.frames, features)
             done += filled
             yield None
 
 
 def _encode_there(job: _Job, source: PixelFrames, batch: int) -> str | None:
     """One video, in another process that has one of its machine's cores to itself, and perhaps a GPU."""
-    asked = job.provenance
     torch.set_num_threads(1)
-    tower = _kept_tower(asked.model, asked.k, asked.layer, asked.stored, asked.computed)
-    if tower.fingerprint != asked.fingerprint:
-        where = os.uname().nodename
-        raise InputError(f"model is {asked.model}: another tower on {where}; give all machines the same")
+    tower = _kept_tower(*(job.header[name] for name in ("model", "k", "layer", "stored", "computed")))
+    if tower.fingerprint != job.header["fingerprint"]:
+        raise InputError(f"{tower.model}: not the same on {os.uname().nodename}; give all machines the same model")
     return next(_encode_all(tower, [job], source, batch))
 
 

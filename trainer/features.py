@@ -10,13 +10,9 @@ frame is read. Files are memory-mapped: a window reads its own rows, and an open
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import zlib
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
-from pipeline.schema import is_inside
 from pipeline.storage import replacing
 from pipeline.terminal import command
 from trainer import vision
@@ -40,53 +35,19 @@ LAYERS = ("vision", "connector")  # before the connector, after it
 STORED = ("float16", "float32")
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a file's features come from; in its header as JSON strings."""
-
-    video_uid: str
-    fps: float
-    source: str  # name of the file or folder with the frames
-    source_bytes: int
-    model: str  # as it was given
-    revision: str  # the hub's commit, where there is one
-    fingerprint: str  # of the weights that the layer is made by
-    k: int
-    side: int  # of the square frames, pixels
-    computed: str  # float32 or bfloat16
-    stored: str  # float16 or float32
-    layer: str = "vision"  # the tower's last hidden state, pixel-shuffled, pooled to k; or "connector": its output
-    format: str = FORMAT
-
-    def header(self) -> dict[str, str]:
-        return {name: str(value) for name, value in asdict(self).items()}
-
-
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
-    """A video's file in `folder`, a long name cut; InputError for a name that leads out of the folder."""
-    if not is_inside(video_uid):
-        raise InputError(f"video {video_uid!r}: leads out of {folder}; rename the video, and preprocess again")
+    """A video's file in `folder`."""
     rate = np.format_float_positional(np.float32(fps), trim="-")  # 2.0 -> 2, 29.97 -> 29.97
-    above, name = os.path.split(video_uid)
-    if len(name.encode()) > 200:  # files may have names of 255 bytes
-        name = name.encode()[:120].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:16]
-    return folder / above / f"{name}.{rate}fps.safetensors"
+    return folder / f"{video_uid}.{rate}fps.safetensors"
 
 
-def write_features(path: Path, provenance: Provenance, frames: npt.NDArray[np.int32], features: Features) -> None:
-    """A video's file from the features [N, k, D] of its `frames` [N] (ascending). OSErrors name `path`."""
+def write_features(path: Path, header: dict[str, Any], frames: npt.NDArray[np.int32], features: Features) -> None:
+    """A video's file from the features [N, k, D] of its `frames` [N] (ascending); `header` as `encode` makes it."""
     sums = [_checksum(row, number) for row, number in zip(features, frames.tolist(), strict=True)]
     arrays = {"features": features, "frames": frames, "checksums": np.array(sums, np.uint32)}
+    provenance = {name: str(value) for name, value in {**header, "format": FORMAT}.items()}
     with replacing(path) as new:
-        new.touch()
-        mode = new.stat().st_mode
-        try:
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            save_file(tensors, new, {"provenance": json.dumps(provenance.header())})  # of several keys the order varies
-        except SafetensorError as error:  # a full disk among others
-            raise OSError(None, str(error), str(path)) from None
-        with suppress(OSError):  # safetensors' own mode is for the owner alone, whatever the umask
-            new.chmod(mode)
+        new.write_bytes(save(arrays, {"provenance": json.dumps(provenance)}))  # of several keys the order varies
 
 
 def _checksum(row: Features, number: int) -> int:
@@ -99,17 +60,19 @@ class FeatureFile:
 
     def __init__(self, path: Path) -> None:
         """InputError for a file that is missing, cut off, or not of this format."""
+        self.path = path
         try:
             file = safe_open(path, framework="pt")
-            header = file.metadata() or {}
-            self.header: dict[str, str] = json.loads(header.get("provenance", "null")) or header  # or an older file
+            self.header: dict[str, str] = json.loads((file.metadata() or {}).get("provenance", "{}"))
             if self.header.get("format") != FORMAT:
                 raise SafetensorError(f"format {self.header.get('format')}, expected {FORMAT}")
             self.frames: npt.NDArray[np.int32] = file.get_tensor("frames").numpy()
             self.checksums: list[int] = file.get_tensor("checksums").tolist()
             self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: no features ({error}); delete it, {ENCODE}") from None
+            raise InputError(
+                f"{path}: no features ({error}); delete it if it is there, {ENCODE} on this data"
+            ) from None
 
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""
@@ -127,57 +90,47 @@ def kept_layer(folder: Path) -> str:
 
 
 class CachedFeatures:
-    """A FrameSource of what `encode` wrote into `folder`: that layer, by weights of that `vision.fingerprint`.
+    """A FrameSource of what `encode` wrote into `folder`, by weights of that `vision.fingerprint`.
 
     k may be smaller than the files', where their square grid divides into k's: pooling again is exact.
     May be pickled; open files stay behind.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, k: int = 1, layer: str = "vision") -> None:
-        self.folder, self.fingerprint, self.k, self.layer = folder, fingerprint, k, layer
+    def __init__(self, folder: Path, fingerprint: str, k: int = 1) -> None:
+        self.folder, self.fingerprint, self.k = folder, fingerprint, k
         self._open: dict[Path, FeatureFile] = {}
 
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
         """[F, k, D], in the type that is stored (float32 where it is pooled on the way); memory-mapped."""
-        path, file, first = self._find(clip, start, end)
+        file, first = self._find(clip, start, end)
         found = file.rows(first, first + end - start)
         if found is None:
             what = f"damaged in the frames {start} to {end - 1} (checksums differ)"
-            raise InputError(f"{path}: {what}; delete it, {ENCODE}")
+            raise InputError(f"{file.path}: {what}; delete it, {ENCODE}")
         return found if found.shape[1] == self.k else vision.pool(torch.from_numpy(found).float(), self.k).numpy()
 
     def check(self, clip: ClipExample) -> None:
         """InputError unless every frame of the clip is there."""
         self._find(clip, clip.start_frame, clip.end_frame)
 
-    def _find(self, clip: ClipExample, start: int, end: int) -> tuple[Path, FeatureFile, int]:
+    def _find(self, clip: ClipExample, start: int, end: int) -> tuple[FeatureFile, int]:
         """The clip's file, and the row of frame `start` in it."""
         path = feature_path(self.folder, clip.video_uid, clip.fps)
         if path not in self._open:
-            if not path.is_file():
-                raise InputError(f"clip {clip.clip_id}: no features of its video at {path}; {ENCODE} on this data")
-            self._open[path] = self._checked(path)
+            file = FeatureFile(path)
+            if file.header["fingerprint"] != self.fingerprint:
+                by = f"{file.header['layer']} weights {file.header['fingerprint']} ({file.header['model']})"
+                raise InputError(f"{path}: made by {by}, this model's are {self.fingerprint}; {ENCODE} with this model")
+            if math.isqrt(k := int(file.header["k"])) % math.isqrt(self.k):
+                other = f"{k} tokens per frame, which do not pool to {self.k}"
+                raise InputError(f"{path}: {other}; {ENCODE} again with --tokens-per-frame {self.k}")
+            self._open[path] = file
         file, wanted = self._open[path], np.arange(start, end)
         first = int(np.searchsorted(file.frames, start))
         if not np.array_equal(file.frames[first : first + len(wanted)], wanted):
             lacks = f"{len(file.frames)} frames, but not {np.setdiff1d(wanted, file.frames)[0]} of clip {clip.clip_id}"
             raise InputError(f"{path}: {lacks}; {ENCODE} on this data too")
-        return path, file, first
-
-    def _checked(self, path: Path) -> FeatureFile:
-        file = FeatureFile(path)
-        layer, made_by, k = file.header["layer"], file.header["fingerprint"], int(file.header["k"])
-        if layer != self.layer:
-            other = f"features of the layer {layer}, but others in this folder of {self.layer}"
-            raise InputError(f"{path}: {other}; delete one kind, {ENCODE}")
-        if made_by != self.fingerprint:
-            by = f"the vision tower{'' if layer == 'vision' else ' and connector'} {made_by} ({file.header['model']})"
-            other = f"made by {by}, but this model's is {self.fingerprint}"
-            raise InputError(f"{path}: {other}; {ENCODE} again with this model")
-        if k < self.k or math.isqrt(k) % math.isqrt(self.k):
-            other = f"{k} tokens per frame, which do not pool to {self.k}"
-            raise InputError(f"{path}: {other}; {ENCODE} again with --tokens-per-frame {self.k}")
-        return file
+        return file, first
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CachedFeatures, (self.folder, self.fingerprint, self.k, self.layer)
+        return CachedFeatures, (self.folder, self.fingerprint, self.k)

@@ -102,8 +102,7 @@ def open_source(
     if features is None:
         source = open_frames(splits[0].manifest, frames_root, model.side)
     else:
-        layer = kept_layer(features)
-        source = CachedFeatures(features, fingerprint(model.vlm, layer), model.tokens_per_frame, layer)
+        source = CachedFeatures(features, fingerprint(model.vlm, kept_layer(features)), model.tokens_per_frame)
     for split in splits:
         for clip in split.in_order(rate=None):
             source.check(clip)

@@ -23,8 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import InputError
-
 if TYPE_CHECKING:
     from transformers import SmolVLMForConditionalGeneration
 
@@ -75,10 +73,7 @@ def pool(features: Tensor, k: int) -> Tensor:
 def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
     """Tokens a frame has before pooling: 64 or 81 for the released models, 1 for tiny."""
     vision, scale = vlm.config.vision_config, vlm.config.scale_factor
-    grid = vision.image_size // vision.patch_size
-    if grid % scale:
-        raise InputError(f"this model: a grid of {grid} patches, scale factor {scale}; choose another --model")
-    return int(grid // scale) ** 2
+    return int(vision.image_size // vision.patch_size // scale) ** 2
 
 
 def bytes_to_learn(vlm: SmolVLMForConditionalGeneration, bf16: bool) -> int:

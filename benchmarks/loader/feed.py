@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.preprocess import generate  # noqa: E402
 from pipeline.dataset import Split  # noqa: E402
 from trainer.config import TrainConfig  # noqa: E402
-from trainer.features import CachedFeatures, Provenance, feature_path, write_features  # noqa: E402
+from trainer.features import CachedFeatures, feature_path, write_features  # noqa: E402
 from trainer.loader import StepData, step_packs  # noqa: E402
 from trainer.tokenizer import train_tiny_tokens  # noqa: E402
 
@@ -63,7 +63,7 @@ def features(folder: Path, split: Split, width: int) -> CachedFeatures:
         ends[video] = max(ends.get(video, 0), clip.end_frame)
     noise = np.random.default_rng(0).standard_normal((64, 1, width), np.float32).astype(np.float16)
     for (video, fps), end in ends.items():
-        about = Provenance(video, fps, "noise", 0, "noise", "", "0" * 16, 1, 512, "float32", "float16")
+        about = {"model": "noise", "fingerprint": "0" * 16, "k": 1, "layer": "vision"}
         values = noise[np.arange(end) % len(noise)]
         write_features(feature_path(folder, video, fps), about, np.arange(end, dtype=np.int32), values)
     return CachedFeatures(folder, "0" * 16)
