@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
-from pipeline.media import UNDECODABLE, Opened, Pixels, Video, find_frames, fit, open_pictures
+from pipeline.media import UNDECODABLE, Opened, Pixels, find_frames, fit, open_pictures
 from pipeline.schema import MANIFEST
 
 
@@ -65,10 +65,9 @@ class PixelFrames:
         path = self.find(clip)
         opened = self._opened(path)
         if end > (count := opened.count(clip.fps)):
-            rate = f" at {clip.fps:g} fps" if isinstance(opened, Video) else ""
             raise InputError(
-                f"{path}: {count} frames{rate}, but clip {clip.clip_id} needs frame {end - 1}; get the whole "
-                f"file, or preprocess with --frames-root, which reports such clips"
+                f"{path}: {count} frames, but clip {clip.clip_id} needs frame {end - 1}; get the whole file, or "
+                f"preprocess with --frames-root, which reports such clips"
             )
         return np.stack([self._frame(path, opened, number, clip.fps) for number in range(start, end)])
 

@@ -18,9 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import msgspec
@@ -50,60 +49,46 @@ def open_log(
     """A function that logs a line: a step's numbers (`step` from 1, `seconds`, ...), or {"step", "evaluation"}.
 
     What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`; a resumed run is a new one of
-    the same name and group there. shown: progress on stderr. InputError where the tracker can't be used; OSError, also
-    later, where the disk is full.
+    the same name and group there. shown: progress on stderr. OSError, also later, where the disk is full.
     """
-    wandb: Any = find_tracker(tracker)
+    from torch.utils.tensorboard import SummaryWriter
+
     rewind(run, done)
-    logs: list[Log] = []
     with ExitStack() as stack:
-        if wandb is not None:  # first, as it may refuse
-            name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
-            try:
-                wandb.init(project=project, name=name, group=name, config=config or {}, dir=str(run))
-            except Exception as error:
-                why = " ".join(str(error).split())
-                raise InputError(
-                    f"--log wandb: it does not start ({why}); see its manual, or leave --log out"
-                ) from None
-            stack.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
-            logs.append(lambda line: wandb.log(scalars(line), step=line["step"]))
         file = stack.enter_context((run / METRICS).open("ab", buffering=0))
-        logs.append(lambda line: file.write(msgspec.json.encode(line) + b"\n"))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            if shown:
-                missing = f"no {run / TENSORBOARD}: tensorboard is not installed; {METRICS} has the same numbers"
-                print(missing, file=sys.stderr)
-        else:  # purge_step: what a killed run logged after its checkpoint is not shown
-            board: Any = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
-            stack.enter_context(board)
-            logs.append(lambda line: [board.add_scalar(*value, line["step"]) for value in scalars(line).items()])
-        if shown:
-            logs.append(stack.enter_context(_progress(total_steps, done)))
+        # purge_step: what a killed run logged after its checkpoint is not shown
+        board: Any = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+        stack.enter_context(board)
+        progress = stack.enter_context(_progress(total_steps, done)) if shown else None
+        if wandb := find_tracker(tracker):
+            name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
+            wandb.init(project=project, name=name, group=name, config=config or {}, dir=str(run))
+            stack.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
 
         def log(line: Line) -> None:
             line = dict(line)
-            if (seconds := line.pop("seconds", None)) is not None:
-                speed = {"tokens_per_s": round(line["tokens"] / seconds, 1)} if seconds > 0 and "tokens" in line else {}
-                line["clock"] = {"seconds": round(seconds, 4), **speed}
-            for write in logs:
-                write(line)
+            if seconds := line.pop("seconds", None):
+                line["clock"] = {"seconds": round(seconds, 4), "tokens_per_s": round(line["tokens"] / seconds, 1)}
+            file.write(msgspec.json.encode(line) + b"\n")
+            numbers = scalars(line)
+            for name, value in numbers.items():
+                board.add_scalar(name, value, line["step"])
+            if wandb:
+                wandb.log(numbers, step=line["step"])
+            if progress:
+                progress(line)
 
         yield log
 
 
-def find_tracker(name: str | None) -> ModuleType | None:
+def find_tracker(name: str | None) -> Any:
     """The package wandb for 'wandb', None for None; InputError where it is another name, or not installed."""
     if name is None:
         return None
-    if name != "wandb":
-        raise InputError(f"--log {name}: expected wandb, or leave --log out")
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError("--log wandb: wandb is not installed; pip install wandb, or leave --log out") from None
+    with suppress(ImportError):
+        if name == "wandb":
+            return importlib.import_module(name)
+    raise InputError(f"--log {name}: expected wandb, installed (pip install wandb); or leave --log out")
 
 
 def scalars(line: Line) -> dict[str, float]:
@@ -128,34 +113,21 @@ def scalars(line: Line) -> dict[str, float]:
 
 
 def read_metrics(run: Path) -> list[Line]:
-    """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file.
-
-    InputError where another line is damaged.
-    """
-    return [line for _, line in _lines_of(run / METRICS)]
+    """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file."""
+    return [json.loads(text) for text in _whole_lines(run)]
 
 
 def rewind(run: Path, step: int) -> None:
     """Drop from RUN/metrics.jsonl the lines of later steps, and a last one that was cut off; the file is replaced."""
+    kept = b"".join(text for text in _whole_lines(run) if json.loads(text)["step"] <= step)
+    with replacing(run / METRICS) as new:
+        new.write_bytes(kept)
+
+
+def _whole_lines(run: Path) -> list[bytes]:
     path = run / METRICS
-    if path.exists():
-        kept = b"".join(text for text, line in _lines_of(path) if line["step"] <= step)
-        with replacing(path) as new:
-            new.write_bytes(kept)
-
-
-def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
-    """(bytes, parsed) of every line that ends in a newline."""
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
-        if not text.endswith(b"\n"):
-            return
-        try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
-        except (ValueError, KeyError, TypeError):
-            what = "found something else than one step's numbers, expected a JSON object with a step"
-            raise InputError(f"{path} line {number}: {what}; remove that line and run again") from None
-        yield text, line
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [text for text in lines if text.endswith(b"\n")]
 
 
 # ---- on stderr ---------------------------------------------------------------------------------------
@@ -164,32 +136,28 @@ def _lines_of(path: Path) -> Iterator[tuple[bytes, Line]]:
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Log]:
     """A bar on a terminal; a line for the first step, the last, each tenth of the run, and after 30 s without."""
-    from torch import cuda
-
     began = time.monotonic()
-    tenth, said, tokens, seconds = -1, 0.0, 0, 0.0
+    tenth, said = -1, 0.0
     with progress_bar() as bar:
 
         def write(line: Line) -> None:
-            nonlocal tenth, said, tokens, seconds
+            nonlocal tenth, said
             step, now = line["step"], time.monotonic()
             if "evaluation" in line:
                 found = line["evaluation"]
-                known = ((head, found[head]) for head in HEADS if head in found)
-                heads = (f"{head} AP {short(of['ap'])} (chance {short(of['chance'])})" for head, of in known)
+                heads = (
+                    f"{head} AP {short(found[head]['ap'])} (chance {short(found[head]['chance'])})" for head in HEADS
+                )
                 print(f"step {step}/{total}  on {found['split']}: {'  '.join(heads)}", file=sys.stderr)
                 return
-            tokens, seconds = tokens + line.get("tokens", 0), seconds + line.get("clock", {}).get("seconds", 0.0)
-            pace = [f"{tokens / seconds:,.0f} tok/s"] if tokens and seconds else []
-            pace.append(f"eta {clock(round((total - step) * (now - began) / (step - done)))}")
-            if cuda.is_initialized():
-                pace.append(f"peak {cuda.max_memory_allocated() / 2**30:.1f} GiB")
-            bar("train", step, total, "  ".join([f"loss {short(line['loss'])}", *pace]))
+            eta = clock(round((total - step) * (now - began) / (step - done)))
+            pace = f"{line['clock']['tokens_per_s']:,.0f} tok/s  eta {eta}"
+            bar("train", step, total, f"loss {short(line['loss'])}  {pace}")
             if tenth != step * 10 // total or now - said >= _QUIET_S:
                 tenth, said = step * 10 // total, now
-                losses = {name: line[name] for name in LOSSES if name in line}  # of nothing supervised: a dash
-                shown = [f"{name} {'-' if line.get(f'n_{name}') == 0 else short(v)}" for name, v in losses.items()]
-                print("  ".join([f"step {step}/{total}", *shown, *pace]), file=sys.stderr)
+                losses = {name: None if line[f"n_{name}"] == 0 else line[name] for name in (*HEADS, "lm")}
+                shown = [f"{name} {short(value)}" for name, value in {"loss": line["loss"], **losses}.items()]
+                print("  ".join([f"step {step}/{total}", *shown, pace]), file=sys.stderr)
 
         yield write
 
