@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -69,20 +69,17 @@ def encode(
     from pipeline.dataset import read_manifest
     from pipeline.terminal import command, plain
 
-    number, _, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
+    if not re.fullmatch("[0-9]+/[0-9]+", part):
         raise UsageError(f"--part {part!r}: expected something like 3/16")
+    number, parts = map(int, part.split("/"))
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
     from trainer.encode import encode as run  # after the paths are checked: it imports torch
 
-    needed = [data, *([Path(root)] if root else []), *([Path(model)] if Path(model).exists() else [])]
-    share = int(number), int(parts)
+    needed = [data, *(Path(place) for place in (root, model) if place and Path(place).exists())]
     with ray_cluster(ray, out, needed, gpu=True) as mapper:
         report = run(
-            data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part=share, mapper=mapper, keep=keep
+            data, out, model, tokens_per_frame, frames_root, dtype, store, batch, (number, parts), mapper, keep
         )
-    if not report.videos and not report.skipped:
-        typer.echo(f"no video falls to part {part}")
     for reason in report.refused:
         typer.echo(f"refused: {plain(reason)}", err=True)
     if report.videos:
@@ -93,8 +90,6 @@ def encode(
         )
     if report.skipped:
         typer.echo(f"{report.skipped:,} videos were there already; skipped")
-    if report.refused:
-        typer.echo(f"refused in all: {len(report.refused)}; mend them and run again, the rest is kept", err=True)
     k = [] if tokens_per_frame == TrainConfig.tokens_per_frame else ["--tokens-per-frame", tokens_per_frame]
     frozen = "vision,connector" if keep == "connector" else "vision"
     then = command("train", data, "--run", "RUN", "--model", model, "--features", out, "--freeze", frozen, *k)
@@ -117,7 +112,7 @@ def train(
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
     from pipeline.dataset import read_manifest
-    from pipeline.terminal import command, console, counted, plain
+    from pipeline.terminal import command, console, plain
 
     read_manifest(data)  # reports a wrong path before torch is imported
     from trainer.checkpoint import resolve_config
@@ -135,9 +130,8 @@ def train(
         typer.echo(report.note)
     resumed = f" after the {report.resumed_from} done before" if report.resumed_from else ""
     steps = report.steps - report.resumed_from
-    typer.echo(f"{counted(steps, 'step')} in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
-    where = {"--features": features, "--frames-root": frames_root}
-    more = [word for option, path in where.items() if path is not None for word in (option, path)]
+    typer.echo(f"{steps:,} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
+    more = ["--features", features] if features else []
     typer.echo(f"next: {command('evaluate', run, data, '--split', 'test', *more)}")
     return 0
 
@@ -179,18 +173,23 @@ def evaluate(
     if submission is not None and chunks is None:
         raise UsageError("--submission needs --chunks: the sessions that it answers")
     if scores is not None and scores.suffix == ".jsonl":
-        if chunks is None or places or threshold or submission:
+        if chunks is None or places:
             raise UsageError(f"{scores}: to score a submission takes --scores and --chunks alone, and perhaps --out")
         from trainer.evaluation.evaluate_scores import evaluate_submission
 
         result = evaluate_submission(scores, chunks, out)
+    elif scores is not None:
+        from trainer.evaluation.evaluate_scores import evaluate_scores
+
+        shards, thresholds = (places[-1] if places else None), numbers("--threshold", threshold)
+        result = evaluate_scores(scores, shards, split, out, settings, thresholds, chunks, submission, draws)
     elif control is not None:
         if len(places) != 1 or out is None:
             raise UsageError(f"--control {control}: expected DATA and --out FOLDER")
         from trainer.controls import score_control
 
         result = score_control(control, places[0], split, out, 0, settings, self_fed)
-    elif scores is None:
+    else:
         if len(places) != 2:
             raise UsageError(f"evaluate {' '.join(map(plain, places))}: expected RUN DATA, or DATA with --scores FILE")
         from trainer.evaluate import evaluate as evaluate_run
@@ -199,16 +198,6 @@ def evaluate(
         result = evaluate_run(
             run, data, split, out, frames_root, features, settings, self_fed, chunks, submission, draws, updates
         )
-    else:
-        unused = {"--features": features, "--frames-root": frames_root, "--no-self-fed": not self_fed}
-        unused |= {"--updates": updates != "own"}
-        if wrong := [name for name, value in unused.items() if value]:
-            raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
-        from trainer.evaluation.evaluate_scores import evaluate_scores
-
-        thresholds = numbers("--threshold", threshold)
-        where = places[-1] if places else None
-        result = evaluate_scores(scores, where, split, out, settings, thresholds, chunks, submission, draws)
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
@@ -251,35 +240,28 @@ def benchmark(
     from trainer.demo import synthetic_data
 
     until = time.monotonic() + 3600 * hours + 60 * minutes if hours or minutes else math.inf
-    values: dict[str, Any] = {"arm": TrainConfig.arm, "seed": TrainConfig.seed} | given.of(TrainConfig)
-    if values["model"] == "nano":
-        values |= {name: value for name, value in NANO.items() if name not in given.chosen}
+    on_synth = str(data) == "synth" and not data.exists()
+    values = given.values
+    usual = {**(NANO if values["model"] == "nano" else {}), **(SYNTH_WINDOW if on_synth else {})}
+    values |= {name: value for name, value in usual.items() if name not in given.chosen}
     if "eval_every" not in given.chosen:  # about eight points of the training curve
         values["eval_every"] = max(1, values["steps"] // 8)
     if "warmup_steps" not in given.chosen:
         values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
-    window: dict[str, Any] = {}
-    if str(data) == "synth" and not data.exists():
+    if on_synth:
         data = synthetic_data(out, parse_tells(tells), echo=typer.echo)
-        window = {name: value for name, value in SYNTH_WINDOW.items() if name not in given.chosen}
     many = seeds or (3 if until == math.inf else MOST_SEEDS)
     asked = shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else ""
     hazards = tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", []))
     plan = Plan(
-        data, out, ladder(names(rungs) or DEFAULT_RUNGS), tuple(range(many)), TrainConfig(**values),
-        replace(given.make(Settings), **window), split, frames_root, features, self_fed, draws, margin, jobs, asked,
-        hazards,
+        data, out, ladder(names(rungs) or DEFAULT_RUNGS), tuple(range(many)), given.make(TrainConfig),
+        given.make(Settings), split, frames_root, features, self_fed, draws, margin, jobs, asked, hazards,
     )  # fmt: skip
     check_plan(plan)  # before torch is imported, which takes seconds
     from trainer import benchmark as of
 
-    with _ended_by_signals() as ended:
-        try:
-            report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True), until)
-        except KeyboardInterrupt:
-            if not ended:
-                raise
-            return ended[0]
+    _stop_as_by_ctrl_c()
+    report = of.benchmark(plan, lambda line: typer.echo(plain(line), err=True), until)
     typer.echo(of.answer_of(out))
     typer.echo(f"wrote {plain(report)}")
     return 0
@@ -317,10 +299,6 @@ def stream(
     from trainer.live.task import find_task
     from trainer.live.video_input import UserInput, open_video_input
 
-    if html is not None and html.suffix.lower() not in (".html", ".htm") and html.exists() and not html.is_dir():
-        raise UsageError(f"--html {html}: is there, and its name is no page's; expected a new name, or one in .html")
-    if json and sys.stdout is None:
-        raise UsageError("--json: stdout is closed")
     loaded = load_run(run)
     decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
     about = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
@@ -334,7 +312,7 @@ def stream(
         shows = [stack.enter_context(sink) for sink in sinks]
         reads_stdin = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else a shell loop may own it
         user = UserInput(sys.stdin if reads_stdin else None)
-        ended = stack.enter_context(_ended_by_signals())
+        _stop_as_by_ctrl_c()
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
             for frame in frames:
                 texts = [*about.texts_before(frame.frame, frame.skipped), *user.due(frame.time_s)]
@@ -343,7 +321,7 @@ def stream(
                     show(output, frame.image)
     if html is not None and html.exists():
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1e6:,.1f} MB)", err=json)
-    return ended[0] if ended else 0
+    return 0
 
 
 @app.command(epilog="Example: prospect-dst demo")
@@ -360,22 +338,11 @@ def demo(
     return 0
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGHUP stop what is done as Ctrl-C does; the list gets the exit status that they ask for."""
-    statuses: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        statuses.append(128 + number)
-        raise KeyboardInterrupt
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}  # nohup's stay ignored
-    try:
-        yield statuses
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP (unless nohup has it ignored) raise KeyboardInterrupt: reports and pages are written."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich.console import Console
 from pipeline.errors import UsageError
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
+from pipeline.schema import HEAD_TITLES
 from pipeline.storage import is_vacant, write_text
 from pipeline.summary import render_summary
 from pipeline.synth import SynthConfig, synth
@@ -41,51 +42,43 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
 
     if not is_vacant(out):
         raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
-    raw, data, run = out / "raw", out / "data", out / "run"
+    raw, data, run, picture = out / "raw", out / "data", out / "run", out / "learned.svg"
     began = time.monotonic()
 
-    def heading(number: int, name: str, what: str) -> None:
-        console.print(f"\n[bold]{number}  {name}[/]  {what}  [dim]({time.monotonic() - began:.0f} s)[/]")
+    def heading(step: str, what: str) -> None:
+        console.print(f"\n[bold]{step}[/]  {what}  [dim]({time.monotonic() - began:.0f} s)[/]")
 
-    heading(1, "synth", f"synthetic task videos with conversations -> {raw}")
+    heading("1  synth", f"synthetic task videos with conversations -> {raw}")
     config = replace(config or SynthConfig(), seed=seed)
     for split, clips in synth(raw, config).items():
         count = config.recordings[split]
         console.print(f"    {split:5} {count:4} recordings, {count * config.views:4} videos, {clips:5} clips")
 
-    heading(2, "preprocess", f"conversations -> per-frame labels -> {data}")
+    heading("2  preprocess", f"conversations -> per-frame labels -> {data}")
     manifest, _ = preprocess([raw], data, Options(frames_root=str(raw), seed=seed))
     console.print(render_summary(manifest))
 
-    heading(3, "inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
+    heading("3  inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
     console.print(Timeline(find_clip(data, "test:0")))
 
-    heading(4, "train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
+    heading("4  train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
     trained = train(data, run, TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed))
     console.print(f"    {trained.steps} steps in {trained.seconds:.0f} s, loss of the last one {trained.loss:.3f}")
 
-    heading(5, "evaluate", "on the test split: recordings that were never trained on")
+    heading("5  evaluate", "on the test split: recordings that were never trained on")
     evaluation = evaluate(run, data, "test")
     scored = busiest_clip(data, run / "evaluation-test" / "teacher-forced.parquet", "test")
-    console.print(render_evaluation(evaluation))
-    for line in blocks(scored):
-        console.print(line)
+    console.print(render_evaluation(evaluation), *blocks(scored), sep="\n")
+    report, captions = evaluation.metrics["teacher-forced"], {}
+    for head, name in HEAD_TITLES.items():
+        ap, chance = (report[head]["frames"][value] for value in ("ap", "chance"))
+        scores = f"average precision {'undefined' if ap is None else f'{ap:.3f}'}"
+        captions[name] = f"{scores} on {report['clips']} held-out clips, by chance {chance:.3f}"
     title = "When should the assistant speak, when does the task's state change?"
-    write_text(out / "learned.svg", render_clip(scored, raw, captions(evaluation), title))
-    console.print(f"\n[bold]{out / 'learned.svg'}[/] shows that clip; {time.monotonic() - began:.0f} s in all. Next:")
+    write_text(picture, render_clip(scored, raw, captions, title))
+    console.print(f"\n[bold]{picture}[/] shows that clip; {time.monotonic() - began:.0f} s in all. Next:")
     console.print("    prospect-dst preprocess YOUR_training.json --out DATA --frames-root FRAMES")
     return evaluation
-
-
-def captions(evaluation: Evaluation) -> dict[str, str]:
-    """Per head 'average precision 0.99, chance 0.12', of the frames with the reference's texts in the context."""
-    report = evaluation.metrics["teacher-forced"]
-    texts = {}
-    for name, head in (("speaking", "speaking"), ("DST", "dst_update")):
-        frames = report[head]["frames"]
-        ap = "undefined" if frames["ap"] is None else f"{frames['ap']:.3f}"
-        texts[name] = f"average precision {ap} on {report['clips']} held-out clips, by chance {frames['chance']:.3f}"
-    return texts
 
 
 def synthetic_data(out: Path, tells: Mapping[str, float], echo: Callable[[str], None]) -> Path:

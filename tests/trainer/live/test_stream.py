@@ -169,10 +169,6 @@ def test_a_video_runs_start_to_end_with_the_user_s_lines_and_a_page(splits_run, 
     assert [f["user_texts"] for f in frames][:5] == [["hello"], [], [], ["and now?"], []]
     assert all(0 < f["probabilities"]["speaking"] < 1 for f in frames)
     assert (tmp_path / "v.html").stat().st_size > 1000
-    before = path.read_bytes()
-    assert main(["stream", str(splits_run), str(path), *THRESHOLDS, "--html", str(path)]) == 2
-    assert "its name is no page's; expected a new name, or one in .html" in capsys.readouterr().err
-    assert path.read_bytes() == before
 
 
 def test_without_stdin_a_shell_s_loop_keeps_its_lines_and_ctrl_c_keeps_the_page(
