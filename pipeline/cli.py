@@ -23,7 +23,6 @@ from typer import Argument, Option
 from pipeline.errors import InputError, UsageError
 from pipeline.options import Options
 
-INTERRUPTED = "stopped; nothing half-written is left"
 RAY_HELP = "run on a Ray cluster: local, auto, host:port or ray://host:port (pip install 'prospect-dst\\[ray]')"
 TELLS_HELP = "what tells when to speak: vision, state, user, history, nothing, or shares: state=0.7,vision=0.3"
 Config = TypeVar("Config")
@@ -142,9 +141,8 @@ def preprocess(
 ) -> int:
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.cluster import available_cores, ray_cluster
-    from pipeline.output import CARD, is_our_card
     from pipeline.preprocess import preprocess as run
-    from pipeline.summary import render_summary
+    from pipeline.summary import CARD, is_our_card, render_summary
     from pipeline.terminal import console, plain, progress_bar
 
     options = given.make(Options)
@@ -169,11 +167,12 @@ def inspect(
     html: Annotated[Path | None, Option(help="write one self-contained page with many timelines")] = None,
 ) -> int:
     """Show what the labels look like: a summary, one clip's timeline, or a page of timelines."""
-    from pipeline import output, timeline, viewer
+    from pipeline import timeline, viewer
+    from pipeline.dataset import verify
     from pipeline.summary import render_summary
     from pipeline.terminal import console, plain
 
-    manifest = output.verify(folder)
+    manifest = verify(folder)
     if clip is not None:
         console().print(timeline.Timeline(timeline.find_clip(folder, clip)))
     elif html is None:
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    message, status = INTERRUPTED, 130
+    message, status = "stopped; nothing half-written is left", 130
     try:
         result = app(argv, prog_name="prospect-dst", standalone_mode=False)
         if result != 130:  # typer's word for Ctrl-C
@@ -231,8 +230,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message, status = f"{where}{error.strerror or error}; check space and permissions, then run again", 1
-    except UnicodeEncodeError as error:
-        message, status = f"{error.object}: not UTF-8, as Arrow needs paths to be; rename it", 1
     except Exception as error:
         name = type(error).__name__  # of typer's own parser, or a bug of ours
         if name == "NoArgsIsHelpError":

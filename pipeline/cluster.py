@@ -13,7 +13,6 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -28,9 +27,8 @@ from pipeline.errors import InputError, UsageError
 Calls = Sequence[tuple[Any, ...]]
 Mapper = Callable[[Callable[..., Any], Calls], Generator[Any]]  # (function, calls) -> results; close it to stop
 
-RETRIES: Final = 3  # of a task whose worker or machine died
 AHEAD: Final = 4096  # tasks that wait at the cluster
-REACH_S, STOP_S, LOOK_S = 10, 10, 5  # until an address answers, tasks stop, a new file is seen on other machines
+REACH_S, STOP_S = 10, 10  # until an address answers, until tasks stop
 SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_task_oom_retries": "3"}
 
 
@@ -82,21 +80,22 @@ def ray_cluster(
     if address is None:
         yield None
         return
+    if address != "local" and workers:
+        raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
     os.environ.update(SETTINGS | os.environ)  # ray reads them when it is imported
-    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; ray.init with an address would not
     try:
         import ray
     except ImportError:
         raise UsageError("--ray: Ray is not installed; pip install 'prospect-dst[ray]', on every machine") from None
     beside = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    with connected(ray, address, workers), tempfile.NamedTemporaryFile(prefix=".prospect-dst-", dir=beside) as token:
-        if not (there := ray.cluster_resources()).get("CPU"):
-            raise InputError(f"--ray {address}: no machine with a CPU there; `ray start --address ...` on some")
-        needed = {str(path): str(path.absolute()) for path in inputs} | {str(beside): token.name}
+    with contextlib.ExitStack() as stack:
+        _connect(ray, address, workers)
+        stack.callback(ray.shutdown)
+        token = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".prospect-dst-", dir=beside))
+        needed = [token.name, *(str(path.absolute()) for path in inputs)]
         # max_calls: a GPU task's process would otherwise end with it, and what it has loaded would be lost
-        resources = {"num_cpus": 1, "num_gpus": 1 if gpu and there.get("GPU") else 0}
-        task = ray.remote(**resources, max_retries=RETRIES, max_calls=0)(_run)
+        resources = {"num_cpus": 1, "num_gpus": 1 if gpu and ray.cluster_resources().get("GPU") else 0}
+        task = ray.remote(**resources, max_retries=3, max_calls=0)(_run)
         where = (os.getcwd(), version("prospect-dst"), needed)
 
         def mapped(function: Callable[..., Any], calls: Calls) -> Generator[Any]:
@@ -104,9 +103,14 @@ def ray_cluster(
             waiting = deque(islice(coming, AHEAD))
             try:
                 while waiting:
-                    yield _result(ray, waiting[0])
+                    yield ray.get(waiting[0])
                     waiting.popleft()
                     waiting.extend(islice(coming, 1))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:  # of a worker
+                said, _, _ = str(error).partition("\n")
+                raise InputError(f"--ray: {said}; give Ray fewer CPUs if memory ran out, or see its logs") from None
             finally:  # when nothing runs on, what was being written can be removed
                 for left in waiting:
                     ray.cancel(left)  # not by force: in Ray 2.60 that aborts this process now and then
@@ -116,56 +120,30 @@ def ray_cluster(
         yield mapped
 
 
-@contextlib.contextmanager
-def connected(ray: Any, address: str, workers: int) -> Iterator[None]:
-    """A connection to the cluster, closed at the end."""
+def _connect(ray: Any, address: str, workers: int) -> None:
+    """ray.init, in a folder without modules: workers import from the folder of this call, never from the user's."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    local = {"num_cpus": workers or None, "object_store_memory": 256 << 20, "include_dashboard": False}
-    if address != "local" and workers:
-        raise UsageError(f"--workers {workers}: the Ray cluster says how many; leave it out")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address not in ("local", "auto") and not (host and port.isdigit()):
-        raise UsageError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as empty:  # short: sockets
-        try:
-            if port.isdigit():  # ray.init tries for minutes
-                socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-            with contextlib.chdir(empty):  # workers import from the folder of this call: never from the user's
-                ray.init(address, **options, **(local | {"_temp_dir": empty} if address == "local" else {}))
-        except Exception as error:  # ray.init also raises the plain class, where its start takes too long
-            start = "start one with `ray start --head`, give its host:port, or use --ray local"
-            raise InputError(f"--ray {address}: {_line(error)}; {start}") from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    if address == "local":
+        options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20, "include_dashboard": False}
+    try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if host:  # ray.init tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+            ray.init(address, **options)
+    except Exception as error:  # ray.init also raises the plain class, where its start takes too long
+        expected = "expected local, auto, or the host:port or ray://host:port of a cluster (`ray start --head`)"
+        said, _, _ = str(error).partition("\n")
+        raise InputError(f"--ray {address}: {said}; {expected}") from None
 
 
-def _run(where: tuple[str, str, dict[str, str]], function: Callable[..., Any], call: Sequence[Any]) -> Any:
+def _run(where: tuple[str, str, list[str]], function: Callable[..., Any], call: Sequence[Any]) -> Any:
     """On any machine: function(*call), if that machine sees the same files and has the same version installed."""
     folder, expected, needed = where
-    node, until = f"--ray: node {socket.gethostname()}", time.monotonic() + LOOK_S
-    while unseen := [name for name, path in needed.items() if not os.path.exists(path)]:
-        if time.monotonic() > until:
-            raise InputError(f"{node} does not see {unseen[0]}; put it on a disk that all machines share")
-        time.sleep(0.1)
+    node = f"--ray: node {socket.gethostname()}"
+    if unseen := [path for path in needed if not os.path.exists(path)]:
+        raise InputError(f"{node} does not see {unseen[0]}; put it on a disk that all machines share")
     if (there := version("prospect-dst")) != expected:
         raise InputError(f"{node} has prospect-dst {there}, expected {expected} as here; install the same")
     os.chdir(folder)  # paths mean the same
     return function(*call)
-
-
-def _result(ray: Any, task: Any) -> Any:
-    """A task's result. What the function raised is raised here; what befell its worker is an InputError."""
-    advice = "give Ray fewer CPUs if memory ran out, or see the cluster's logs"
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        raise InputError(f"--ray: {_line(error)}; {advice}") from None
-
-
-def _line(error: BaseException) -> str:
-    """The first sentence of what Ray says, which may be a page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")

@@ -84,12 +84,9 @@ def read_manifest(data: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         schema = manifest["schema_version"], manifest["schema_hash"]
-        _ = manifest["splits"], [shard["path"] for shard in manifest["shards"]]
-    except (FileNotFoundError, NotADirectoryError):
-        what = "not found, expected a folder written by preprocess; run prospect-dst preprocess"
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        what = "not found, or not ours; expected a folder written by preprocess: run prospect-dst preprocess"
         raise InputError(f"{path}: {what}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest ({error!r}); run preprocess again") from None
     if schema != (SCHEMA_VERSION, SCHEMA_HASH):
         expected = f"schema {SCHEMA_VERSION} {SCHEMA_HASH}"
         raise InputError(f"{path}: schema {schema[0]} {schema[1]}, expected {expected}; run preprocess again")
@@ -97,15 +94,21 @@ def read_manifest(data: Path) -> dict[str, Any]:
 
 
 def verify_shard(data: Path, shard: dict[str, Any]) -> Path:
-    """The path of a manifest's shard; InputError where its size or SHA-256 is another."""
+    """The path of a manifest's shard; InputError where it is missing or its SHA-256 is another."""
     path = data / shard["path"]
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard["bytes"]:
-        found = "missing" if size is None else f"{size} bytes"
-        raise InputError(f"{path}: {found}, expected {shard['bytes']} bytes; run preprocess again")
-    if sha256(path) != shard["sha256"]:
-        raise InputError(f"{path}: damaged, SHA-256 differs from the manifest's; run preprocess again")
+    if not path.is_file() or sha256(path) != shard["sha256"]:
+        what = "damaged, SHA-256 differs from the manifest's" if path.is_file() else "missing"
+        raise InputError(f"{path}: {what}; run preprocess again")
     return path
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, once every shard proves to be the one it lists; InputError names the damage otherwise."""
+    manifest = read_manifest(folder)
+    listed = {verify_shard(folder, shard) for shard in manifest["shards"]}
+    if others := set(folder.glob("*/split=*/*.parquet")) - listed:
+        raise InputError(f"{min(others)}: a shard that {MANIFEST} does not list; remove it, or run preprocess again")
+    return manifest
 
 
 class Statistics(NamedTuple):

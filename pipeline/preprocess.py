@@ -6,6 +6,9 @@ can decide (`resolve`): the file's frame convention, duplicate ids, every clip's
 pure function of the part, so that any number of workers, here or on a cluster (cluster.py), writes the same bytes
 and memory is bounded by one part per worker. The spool trades 0.4 of the input's size on disk for decoding the JSON
 once.
+
+Everything is written below OUT/.staging-* and renamed into place at the end, the manifest last: a run killed at any
+point leaves the old complete output, or (in the moment of the renames) none, and never blocks the next one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,23 +29,23 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.cluster import Mapper, pool
-from pipeline.dataset import read_manifest
+from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import Task, cut, extract, without_gc
 from pipeline.hazards import find_hazards, recordings
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options, find_inputs, split_of
-from pipeline.output import CARD, commit, locked, staging, verify
 from pipeline.readers.clip import ClipError
 from pipeline.readers.index import index
 from pipeline.resolve import Source, resolve
-from pipeline.schema import QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
+from pipeline.schema import MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import Plan, counts_by_split, write_part
-from pipeline.storage import sha256
-from pipeline.summary import splits_of
+from pipeline.storage import LOCK, lock, make_folder, naming, sha256, sync, write_json
+from pipeline.summary import CARD, card_text, is_our_card, split_order
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
+STAGING: Final = ".staging-"
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
@@ -57,18 +61,15 @@ def preprocess(
     """Write the shards of `inputs` to `out`; returns (manifest, whether an unchanged input was skipped).
 
     The parts are done by `workers` processes here, or by `mapper` where one is given.
-    Raises InputError (nothing usable, cannot write, --on-error fail) and UsageError (a file name that names no split).
+    Raises InputError (nothing usable, --on-error fail), UsageError (a file name that names no split) and OSError.
     """
     options = options or Options()
     files, skipped = find_inputs(inputs, options)
     sources = []
     for number, path in enumerate(files):
         progress("hashing", number, len(files))
-        try:
-            stat = path.stat()
-            sources.append(Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns, sha256(path)))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+        stat = path.stat()
+        sources.append(Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns, sha256(path)))
     splits = {source.split for source in sources}
     if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
         there = ", ".join(sorted(splits))
@@ -77,29 +78,67 @@ def preprocess(
     read = [(source.path.name, source.split, source.sha256) for source in sources]
     of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # what the output is a function of
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
-    with locked(out):
-        with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
-            if read_manifest(out).get("key") == key and (out / CARD).exists():
-                return verify(out), True
-        with staging(out) as folder, without_gc():
-            manifest = {"key": key} | _run(sources, options, folder, mapper or pool(workers), progress)
-            manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
-            commit(folder, out, manifest)
+    with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
+        if read_manifest(out).get("key") == key and (out / CARD).exists():
+            return verify(out), True
+    with naming(out), _staging(out) as folder, without_gc():
+        manifest = {"key": key} | _run(sources, options, folder, mapper or pool(workers), progress)
+        manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
+        _commit(folder, out, manifest)
     return manifest, False
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
     """Name and size of every file that may hold frames; links are followed, those that lead nowhere left out."""
-    listed, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        paths = [os.path.join(folder, name) for name in names if name.lower().endswith((".arrow", *VIDEOS, *IMAGES))]
-        listed += [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths if os.path.exists(path)]
-    return sorted(listed)
+    paths = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith((".arrow", *VIDEOS, *IMAGES))
+    ]
+    return sorted((os.path.relpath(path, root), os.path.getsize(path)) for path in paths if os.path.exists(path))
+
+
+# ---- the output folder -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """An empty folder inside `out`, gone afterwards; InputError where another run is at work, or a user's frames lie.
+
+    What is left of killed runs goes, too; a worker may outlive its run and write there for a moment.
+    """
+    make_folder(out)
+    with lock(out / LOCK, InputError(f"{out}: another run is writing there; wait for it, or choose another --out")):
+        for path in (path for table in ("frames", "clips") for path in (out / table).rglob("*")):
+            if path.is_file() and not path.match("split=*/part-*.parquet"):
+                raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
+        for left in out.glob(f"{STAGING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=out, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+
+def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Replace tables, quarantine, dataset card and manifest of `out`; from the old manifest's end to the new one's
+    beginning there is no output. A README.md that is not ours stays."""
+    write_json(staged / MANIFEST, manifest)
+    (staged / CARD).write_text(card_text(manifest), encoding="utf-8")
+    for path in staged.rglob("*"):
+        sync(path)
+    names = ["frames", "clips", QUARANTINE]
+    if not (out / CARD).exists() or is_our_card(out / CARD):
+        names.append(CARD)
+    (staged / "old").mkdir()
+    for name in (MANIFEST, *names):
+        if (out / name).exists():
+            (out / name).rename(staged / "old" / name)
+    for name in names:
+        if (staged / name).exists():
+            (staged / name).rename(out / name)
+    sync(out)
+    (staged / MANIFEST).rename(out / MANIFEST)
+    sync(out)
 
 
 # ---- a run -------------------------------------------------------------------------------------------
@@ -107,8 +146,8 @@ def _listing(root: Path) -> list[tuple[str, int]]:
 
 def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, progress: Progress) -> dict[str, Any]:
     """Both passes, into the staging folder; returns the manifest."""
-    spool = staged / "spool"
-    spool.mkdir()
+    (staged / "try").mkdir()
+    spool = (staged / "try").rename(staged / "spool")  # a disk that refuses it is found out before the work is done
     alone = len(sources) == 1 or options.on_error == "fail"
     owners = []
     for number, source in enumerate(sources):
@@ -127,15 +166,14 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     if refused and options.on_error == "fail":
         raise InputError(f"{refused[0]['message']}; fix the source and run again, or drop --on-error fail")
     if not plans:
-        names = ", ".join(str(source.path) for source in sources)
+        paths = ", ".join(str(source.path) for source in sources)
         first = f"; the first of {len(refused)} quarantined: {refused[0]['message']}" if refused else ""
-        raise InputError(f"{names}: found no usable clip, expected at least one{first}")
+        raise InputError(f"{paths}: found no usable clip, expected at least one{first}")
     written = list(_map(mapper, write_part, [(plan,) for plan in plans], "writing", progress))
     shutil.rmtree(spool, ignore_errors=True)
-    splits = counts_by_split(written)
-    for split, own in recordings(sources).items():
-        splits[split]["recordings"] = len(own)
-    hazards = find_hazards(sources, splits_of({"splits": splits}), options.frames_root)
+    counts, names = counts_by_split(written), recordings(sources)
+    splits = {split: counts[split] | {"recordings": len(names[split])} for split in sorted(counts, key=split_order)}
+    hazards = find_hazards(sources, splits, options.frames_root)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "schema_hash": SCHEMA_HASH,
@@ -150,7 +188,6 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     }
     if refused:
         (staged / QUARANTINE).write_text("".join(f"{json.dumps(line)}\n" for line in refused), encoding="utf-8")
-        manifest["quarantine_sha256"] = sha256(staged / QUARANTINE)
     return manifest
 
 

@@ -1,8 +1,7 @@
 """Atomic writes, folder locks and SHA-256, on the file systems that people have.
 
 A write goes to a temporary file beside its place, is synced and renamed: whatever is killed, the old file or the new
-one is complete. What a file system does not offer (fsync of a folder, chmod, flock) is skipped, as a run must not be
-lost to it; what a write cannot do without is an OSError that names the path.
+one is complete. What a file system does not offer (fsync of a folder, flock) is skipped.
 """
 
 from __future__ import annotations
@@ -34,15 +33,14 @@ def sha256(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """fsync of a file or a folder; skipped where the file system does not offer it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
     except OSError as error:
         if error.errno in _FAULTS:
             raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -57,14 +55,14 @@ def naming(path: Path, new: Path | None = None) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; an OSError says what is in the way."""
+    """Make a folder and those above it."""
     if str(path) != str(path).encode(errors="replace").decode():
         raise OSError(errno.EILSEQ, "is not UTF-8, which Arrow cannot open; choose another name", str(path))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        what = "a link to what is not there" if path.is_symlink() and not path.exists() else "a file, not a folder"
-        raise NotADirectoryError(errno.ENOTDIR, f"is {what}", str(path)) from None
+        what = "is a file, or a link to nothing; expected a folder"
+        raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from None
 
 
 def is_vacant(folder: Path) -> bool:
@@ -104,7 +102,7 @@ def move(new: Path, path: Path) -> None:
             what = f"renaming is refused there ({error.strerror}); choose a folder on another disk"
             raise OSError(error.errno, what, str(path)) from None
         path.unlink()
-        shutil.move(new, path)  # a rename, else a copy
+        new.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,10 +116,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def lock(path: Path, taken: Exception) -> contextlib.AbstractContextManager[object]:
-    """Hold the lock file `path` until the result is left or this process ends, however it does.
+    """Hold the lock file `path` until the result is left or this process ends; none where the disk has no locks.
 
-    Raises `taken` where another process holds it. Where the file system has no locks, there is none: a lock by a
-    file's existence alone would outlive a run that was killed on another machine.
+    Raises `taken` where another process holds it.
     """
     try:
         return FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False).acquire()

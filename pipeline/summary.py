@@ -1,97 +1,27 @@
-"""The short table per split that `preprocess` ends with and `inspect` shows again: numbers in, table out.
+"""What a manifest tells people: the table that `preprocess` ends with and `inspect` shows again, and the dataset card.
 
-The numbers are counted while shards are written, and kept in the manifest.
+The card (README.md, from card.md) is what `datasets.load_dataset` and a hub need to know. Its last line holds the
+SHA-256 of the rest: a card that somebody has edited, or any other README.md, does not match it and is left alone.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.schema import HEAD_TITLES, HEADS
+from pipeline.schema import CLIPS, FRAMES, HEAD_TITLES, HEADS
 from pipeline.terminal import counted, percent, plain, table
 
 HUES: Final = {"speaking": "dodger_blue1", "DST": "dark_orange"}  # by HEAD_TITLES
-ONE_TABLE: Final = 5  # splits side by side
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """One head's labels in one split; clips that say nothing about the head are left out."""
-
-    positives: int
-    frames: int  # before sampling: all frames of those clips
-    supervised: int  # after sampling: frames with a 0 or a 1
-    clips: int
-    gaps: dict[float, int]  # seconds without a positive frame between two events of a clip -> how often
-
-    @property
-    def usual_gap(self) -> tuple[float, int, int]:
-        """(the most frequent gap in seconds, how often, of how many); (0.0, 0, 0) without any."""
-        seconds, count = max(self.gaps.items(), key=lambda item: (item[1], -item[0]), default=(0.0, 0))
-        return seconds, count, sum(self.gaps.values())
-
-    @property
-    def median_gap(self) -> float | None:
-        """In seconds; the lower one of two; None without gaps."""
-        return statistics.median_low(Counter(self.gaps).elements()) if self.gaps else None
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """One split. The five cells add up to `frames`; `silence` is supervised for at least one head."""
-
-    name: str
-    clips: int
-    recordings: int
-    frames: int
-    hours: float
-    speak_only: int
-    dst_only: int
-    both: int
-    silence: int
-    not_sampled: int
-    first: int  # clips whose first frame is positive for either head
-    heads: dict[str, Head]
-    rates: list[float]  # distinct negative rates, ascending
-
-    @property
-    def supervised(self) -> float:
-        return 1 - self.not_sampled / self.frames if self.frames else 0.0
-
-
-def splits_of(manifest: Mapping[str, Any]) -> list[Split]:
-    """The splits of an output folder, from its manifest: train, val, test first."""
-    splits = []
-    for name in sorted(manifest["splits"], key=split_order):
-        counts, heads = manifest["splits"][name], {}
-        for head in HEADS:
-            numbers = {key: counts[f"{head}_{key}"] for key in ("frames", "supervised", "clips")}
-            gaps = dict(counts.get(f"{head}_gaps", []))
-            heads[head] = Head(positives=counts[f"{head}_positive"], gaps=gaps, **numbers)
-        both = counts["both_positive"]
-        speak_only, dst_only = (head.positives - both for head in heads.values())
-        split = Split(
-            name=name,
-            **{key: counts[key] for key in ("clips", "recordings", "frames", "hours")},
-            speak_only=speak_only,
-            dst_only=dst_only,
-            both=both,
-            silence=counts["supervised"] - both - speak_only - dst_only,
-            not_sampled=counts["frames"] - counts["supervised"],
-            first=counts["first_frame_positive"],
-            heads=heads,
-            rates=counts.get("neg_rates", []),
-        )
-        splits.append(split)
-    return splits
+CARD: Final = "README.md"
+_LAST: Final = "<!-- Written by prospect-dst, and replaced by its next run unless edited. sha256: {} -->\n"
 
 
 def split_order(name: str) -> tuple[int, str]:
@@ -104,69 +34,100 @@ def split_order(name: str) -> tuple[int, str]:
 
 def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
     """A table (one column per split), then the inputs and hazards; 100 columns wide."""
-    splits = splits_of(manifest)
-    tables = []
-    for some in (splits[i : i + ONE_TABLE] for i in range(0, len(splits), ONE_TABLE)):
-        rows = table("", *(plain(split.name) for split in some))
-        for row in zip(*map(_cells, some), strict=True):
-            label, _, ends_section, style = row[0]
-            rows.add_row(Text(label, style=style), *[value for _, value, *_ in row], end_section=ends_section)
-        for reason, counts in drops_by_reason(some, manifest).items():
-            rows.add_row(Text(f"dropped: {plain(reason)}"), *[f"{n:,}" if n else "-" for n in counts])
-        tables.append(rows)
+    splits = manifest["splits"]
+    rows = table("", *splits)
+    for cells in zip(*map(_cells, splits.values()), strict=True):
+        label, _, ends_section, style = cells[0]
+        rows.add_row(Text(label, style=style), *(value for _, value, *_ in cells), end_section=ends_section)
+    for reason in dict.fromkeys(reason for counts in splits.values() for reason in counts["drops"]):
+        dropped = (counts["drops"].get(reason) for counts in splits.values())
+        rows.add_row(Text(f"dropped: {reason}"), *(f"{n:,}" if n else "-" for n in dropped))
     lines = [Text(line, style="dim") for line in _input_lines(manifest)]
-    for hazard in manifest["hazards"]:
-        where = f" [{plain(hazard['split'])}] "
-        lines.append(Text.assemble(("hazard", "bold red"), where, plain(hazard["text"])))
-    return Group(*tables, *([Text(""), *lines] if lines else []))
+    lines += [
+        Text.assemble(("hazard", "bold red"), f" [{hazard['split']}] ", plain(hazard["text"]))
+        for hazard in manifest["hazards"]
+    ]
+    return Group(rows, Text(""), *lines)
 
 
-def _cells(split: Split) -> Iterator[tuple[str, str, bool, str]]:
+def _cells(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, bool, str]]:
     """(label, value, whether a rule follows, style) down one split's column."""
     for name in ("clips", "recordings", "frames"):
-        yield name, f"{getattr(split, name):,}", False, ""
-    yield "hours", f"{split.hours:,.2f}", False, ""
-    yield "supervised frames", percent(split.supervised), True, ""
-    for name, head in split.heads.items():
-        before, after = (percent(head.positives / n) if n else "-" for n in (head.frames, head.supervised))
-        title = HEAD_TITLES[name]
-        yield f"{title} positives", f"{head.positives:,}", False, HUES[title]
+        yield name, f"{counts[name]:,}", False, ""
+    yield "hours", f"{counts['hours']:,.2f}", False, ""
+    yield "supervised frames", percent(counts["supervised"] / counts["frames"]), True, ""
+    for head, title in HEAD_TITLES.items():
+        positives, of = counts[f"{head}_positive"], (counts[f"{head}_frames"], counts[f"{head}_supervised"])
+        before, after = (percent(positives / frames) if frames else "-" for frames in of)
+        yield f"{title} positives", f"{positives:,}", False, HUES[title]
         yield "  of frames, before sampling", before, False, ""
         yield "  of supervised, after sampling", after, True, ""
-    yield "frames: speaking only", f"{split.speak_only:,}", False, ""
-    yield "        DST only", f"{split.dst_only:,}", False, ""
-    yield "        both", f"{split.both:,}", False, ""
-    yield "        neither", f"{split.silence + split.not_sampled:,}", False, ""
-    yield "clips that begin on an event", percent(split.first / split.clips), True, ""
-
-
-def drops_by_reason(splits: list[Split], manifest: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Reason -> count per split, for reasons that occur."""
-    drops = [manifest["splits"][split.name].get("drops", {}) for split in splits]
-    reasons = dict.fromkeys(reason for d in drops for reason, n in d.items() if n)
-    return {reason: [d.get(reason, 0) for d in drops] for reason in reasons}
+    speaking, dst_update = (counts[f"{head}_positive"] for head in HEADS)
+    both = counts["both_positive"]
+    yield "frames: speaking only", f"{speaking - both:,}", False, ""
+    yield "        DST only", f"{dst_update - both:,}", False, ""
+    yield "        both", f"{both:,}", False, ""
+    yield "        neither", f"{counts['frames'] - speaking - dst_update + both:,}", False, ""
+    yield "clips that begin on an event", percent(counts["first_frame_positive"] / counts["clips"]), True, ""
 
 
 def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Per input file: what was found, and what was assumed; then what was left out."""
-    for source in manifest.get("inputs") or []:
-        schemas = f" of {' and '.join(source['schemas'])}" if source.get("schemas") else ""
-        facts = [counted(source["clips"], f"{source['split']} clip") + schemas]
-        facts.append(f"{source['frame_convention']} convention")
+    for source in manifest["inputs"]:
         remarks = {
-            "turns_not_fitting": f"of {source.get('votes', {}).get('turns', 0):,} turns do not fit it",
+            "turns_not_fitting": f"of {source['votes']['turns']:,} turns do not fit it",
             "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
             "renamed": "ids extended by data set and video (another data set has the same)",
             "fps_assumed": "clips without fps, 2 assumed",
         }
-        facts += [f"{source[key]:,} {what}" for key, what in remarks.items() if source.get(key)]
-        ignored = (source.get("ignored_fields") or {}).items()
-        facts += [f"{name} ignored in {count:,} clips (not text)" for name, count in ignored]
-        facts += [f"{source['quarantined']:,} quarantined"] * bool(source.get("quarantined"))
+        schemas = f" of {' and '.join(source['schemas'])}" if source["schemas"] else ""
+        facts = [counted(source["clips"], f"{source['split']} clip") + schemas]
+        facts.append(f"{source['frame_convention']} convention")
+        facts += [f"{source[key]:,} {what}" for key, what in remarks.items() if source[key]]
+        facts += [f"{name} ignored in {n:,} clips (not text)" for name, n in source["ignored_fields"].items()]
+        facts += [f"{source['quarantined']:,} quarantined"] * bool(source["quarantined"])
         yield f"{plain(Path(source['path']).name)}: {plain(', '.join(facts))}"
     skipped: dict[str, list[str]] = {}
-    for one in manifest.get("skipped") or []:
+    for one in manifest["skipped"]:
         skipped.setdefault(one["why"], []).append("/".join(Path(one["path"]).parts[-2:]))
     for why, names in skipped.items():
         more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
         yield f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}"
+
+
+# ---- the dataset card --------------------------------------------------------------------------------
+
+
+def card_text(manifest: Mapping[str, Any]) -> str:
+    """The card. It may be published: files and the folder of the frames go by their names."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("pipeline", "."), undefined=jinja2.StrictUndefined)
+    environment.filters["plain"] = plain
+    root = manifest["options"]["frames_root"]
+    options = manifest["options"] | {"frames_root": root and Path(root).resolve().name}
+    text = environment.get_template("card.md").render(
+        manifest=manifest,
+        options={name: json.dumps(value) for name, value in options.items()},
+        tables={"frames": list(_columns(FRAMES)), "clips": list(_columns(CLIPS))},
+    )
+    return _signed(text)
+
+
+def _columns(fields: Iterable[pa.Field], above: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, type and meaning of each column; what is nested goes by its path."""
+    for field in fields:
+        inner = field.type.value_type if pa.types.is_list(field.type) else None
+        meaning = field.metadata[b"doc"].decode() + (" (may be null)" if field.nullable else "")
+        yield above + field.name, str(field.type) if inner is None else "list of struct", meaning
+        yield from _columns(inner or (), f"{above}{field.name}.")
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether the file is a card as it was written: not edited, not somebody's own."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text == _signed(text[: -len(_signed(""))])
+
+
+def _signed(text: str) -> str:
+    return text + _LAST.format(hashlib.sha256(text.encode()).hexdigest())

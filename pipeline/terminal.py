@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from io import StringIO
 
 from rich import box
 from rich.console import Console
@@ -18,8 +17,6 @@ from rich.text import Text
 
 def console() -> Console:
     """For results."""
-    if sys.stdout is None:  # closed by whoever called
-        return Console(file=StringIO(), width=100)
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
@@ -54,14 +51,12 @@ _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069
 
 def plain(value: object) -> str:
     """Text on one line with nothing a terminal obeys: controls and direction overrides show as \ufffd."""
-    text = " ".join(str(value).split())
-    return text if text.isprintable() else _OBEYED.sub("\ufffd", text)
+    return _OBEYED.sub("\ufffd", " ".join(str(value).split()))
 
 
 def command(*words: object) -> str:
     """A command of ours to paste into a shell."""
-    shown = (str(word) if str(word).isprintable() else plain(word) for word in words)
-    return shlex.join(["prospect-dst", *shown])
+    return shlex.join(["prospect-dst", *map(str, words)])
 
 
 def counted(number: int, thing: str) -> str:

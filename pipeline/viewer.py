@@ -11,8 +11,9 @@ import base64
 import hashlib
 import json
 import re
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,10 @@ import jinja2
 import numpy as np
 import polars as pl
 
+from pipeline.dataset import verify
 from pipeline.errors import InputError
-from pipeline.output import verify
-from pipeline.schema import NOT_SAMPLED
+from pipeline.schema import HEADS, NOT_SAMPLED
 from pipeline.storage import write_text
-from pipeline.summary import Split, drops_by_reason, splits_of
 from pipeline.terminal import plain
 from pipeline.timeline import ClipView, clip_index, read_clips, state_line, states_of, turn_note, turn_seconds
 
@@ -80,8 +80,7 @@ def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[
 
 def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict[str, Any]:
     """Everything the page shows, as JSON types."""
-    splits = splits_of(manifest)
-    order = [split.name for split in splits]
+    order = list(manifest["splits"])
     recordings = pl.scan_parquet(folder / "clips" / "**" / "*.parquet").select(pl.col("recording_id").n_unique())
     clips: list[dict[str, Any]] = []
     spent = 0
@@ -96,7 +95,7 @@ def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict
         "folder": plain(folder.resolve().name),
         "recordings": recordings.collect().item(),
         "edges": GAP_EDGES,
-        "splits": [_split(split, manifest) for split in splits],
+        "splits": [_split(*item) for item in manifest["splits"].items()],
         "hazards": manifest["hazards"],
         "inputs": [
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
@@ -106,13 +105,29 @@ def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict
     }
 
 
-def _split(split: Split, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _split(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """A split of the manifest, whose frames fall into five cells; `silence` is supervised for at least one head."""
     heads = {}
-    for name, head in split.heads.items():
-        counts, _ = np.histogram(list(head.gaps), [*GAP_EDGES, np.inf], weights=list(head.gaps.values()))
-        heads[name] = asdict(head) | {"median": head.median_gap, "gaps": counts.astype(int).tolist()}
-    drops = {reason: n for reason, (n,) in drops_by_reason([split], manifest).items()}
-    return asdict(split) | {"heads": heads, "drops": drops}
+    for head in HEADS:
+        gaps = dict(counts[f"{head}_gaps"])  # seconds -> how often
+        bins, _ = np.histogram(list(gaps), [*GAP_EDGES, np.inf], weights=list(gaps.values()))
+        median = statistics.median_low(Counter(gaps).elements()) if gaps else None
+        own = {"positives": counts[f"{head}_positive"], "median": median, "gaps": bins.astype(int).tolist()}
+        heads[head] = own | {key: counts[f"{head}_{key}"] for key in ("frames", "supervised")}
+    both = counts["both_positive"]
+    speak_only, dst_only = (counts[f"{head}_positive"] - both for head in HEADS)
+    return {
+        "name": name,
+        **{key: counts[key] for key in ("clips", "recordings", "frames", "hours", "drops")},
+        "speak_only": speak_only,
+        "dst_only": dst_only,
+        "both": both,
+        "silence": counts["supervised"] - both - speak_only - dst_only,
+        "not_sampled": counts["frames"] - counts["supervised"],
+        "first": counts["first_frame_positive"],
+        "rates": counts["neg_rates"],
+        "heads": heads,
+    }
 
 
 def _clips(folder: Path, max_clips: int) -> Iterator[dict[str, Any]]:

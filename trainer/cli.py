@@ -234,7 +234,7 @@ def benchmark(
 
     Stopped by its clock, Ctrl-C or a kill, it leaves a report of the finished runs; the same command goes on.
     """
-    from pipeline.output import verify
+    from pipeline.dataset import verify
     from pipeline.synth import parse_tells
     from pipeline.terminal import plain
     from trainer.demo import synthetic_data

@@ -176,4 +176,4 @@ def test_a_file_without_a_clip_is_one_line(content: bytes, tmp_path: Path):
     ran, out = run(tmp_path, content)
     assert (ran.status, len(ran.lines)) == (1, 1)
     assert "train_training.json" in ran.err
-    assert not out.exists()
+    assert not (out / "manifest.json").exists()

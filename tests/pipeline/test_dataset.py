@@ -50,6 +50,6 @@ def test_a_missing_split_another_schema_or_a_cut_shard_says_what_to_run(tmp_path
     with pytest.raises(InputError, match=r"schema 2 0000000000000000, expected schema 2 .*run preprocess again"):
         Split(tmp_path, "val")
     path.write_text(json.dumps(manifest))
-    (tmp_path / "clips" / "split=val" / "part-00000.parquet").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"3 bytes, expected .*run preprocess again"):
+    (tmp_path / "clips/split=val/part-00000.parquet").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"damaged, .*run preprocess again"):
         Split(tmp_path, "val")

@@ -30,6 +30,7 @@ def page_of(folder, out):
 def test_page_carries_the_numbers_and_the_clips(toy, tmp_path):
     _, data = page_of(toy.folder, tmp_path / "page.html")
     assert [s["name"] for s in data["splits"]] == ["train", "val"]
+    assert [data["splits"][0][cell] for cell in ("speak_only", "dst_only", "silence", "not_sampled")] == [2, 1, 13, 1]
     assert data["splits"][0]["heads"]["speaking"]["gaps"] == [0, 0, 1, 0, 0, 0, 0, 0, 0]  # one of 2.5 s
     assert [c["id"] for c in data["clips"]] == ["toy_a#0", "toy_b#1", "toy_c#0"]
     assert data["clips"][0]["labels"] == "ahe4bge2"
