@@ -36,7 +36,6 @@ from pipeline.storage import move
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
 NONE: Final = -1  # in an extent: a clip without such turns
-ECHO_BYTES: Final = 20  # a shorter text ("yes") is repeated by chance
 
 _AS_STORED: Final = (
     *("video_uid", "recording_id", "dataset", "clip_idx", "fps", "frames_file", "goal", "knowledge"),
@@ -55,18 +54,6 @@ SPOOL: Final = pa.schema(
     ]
 )
 _ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
-_SYSTEM, _USER, _ASSISTANT, _DST = range(len(ROLES))
-
-
-@dataclass(frozen=True)
-class Task:
-    """A part of one file: where its clips lie, and the first one's number in the file."""
-
-    file: str
-    spans: np.ndarray  # int64 [C, 2] bytes
-    first: int
-    spool: str
-    fps: float | None  # of --fps
 
 
 @dataclass(slots=True)
@@ -113,24 +100,23 @@ class Extracted:
     spool: str
     clips: list[ClipInfo]
     refused: list[tuple[int, ClipError, Range, str | None]]  # number in the file, why, bytes, id
-    spoken: int = 0  # assistant turns
-    echoed: int = 0  # of those, whose whole text stands in an earlier user turn
 
 
-def extract(task: Task, recording: str) -> Extracted:
-    """Decode, check and spool the clips of a part; `recording` is the pattern of recording_id.
+def extract(path: str, spans: np.ndarray, first: int, spool: str, fps: float | None, recording: str) -> Extracted:
+    """Decode, check and spool the clips of a part of a file. They lie at `spans` (int64 [clips, 2] bytes).
 
-    The spool is renamed into place, so that two tries of one part, of which a cluster lost one, do not meet.
+    first: number of the part's first clip in the file; fps: --fps; recording: the pattern of recording_id. The spool is
+    renamed into place, so that two tries of one part, of which a cluster lost one, do not meet.
     """
-    pattern, result = re.compile(recording), Extracted(task.spool, [], [])
-    new = Path(f"{task.spool}.{secrets.token_hex(4)}")
-    with open(task.file, "rb") as file, pa.ipc.new_file(new, SPOOL) as spool, without_gc():
-        for first, last in cut(task.spans[:, 1] - task.spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
+    pattern, result = re.compile(recording), Extracted(spool, [], [])
+    new = Path(f"{spool}.{secrets.token_hex(4)}")
+    with open(path, "rb") as file, pa.ipc.new_file(new, SPOOL) as writer, without_gc():
+        for begin, stop in cut(spans[:, 1] - spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
             infos = []
-            for number, (start, end) in enumerate(task.spans[first:last].tolist(), task.first + first):
+            for number, (start, end) in enumerate(spans[begin:stop].tolist(), first + begin):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
-                    clip = decode(raw, task.fps)
+                    clip = decode(raw, fps)
                 except ClipError as error:
                     result.refused.append((number, error, (start, end), _own_id(raw)))
                     continue
@@ -138,15 +124,12 @@ def extract(task: Task, recording: str) -> Extracted:
                 take = match and (match[1] if pattern.groups else match[0])
                 infos.append(ClipInfo(clip, number, (start, end), take or clip.video_uid))
             batch = _spooled(infos)
-            spool.write_batch(batch)
+            writer.write_batch(batch)
             at, turns = flat_lists(batch.column("turns"))
-            owner = np.repeat(np.arange(len(infos)), np.diff(at))
             _describe(infos, turns, at)
-            _measure(infos, turns, owner)
+            _measure(infos, turns, np.repeat(np.arange(len(infos)), np.diff(at)))
             result.clips += infos
-            result.spoken += int((turns.field("role").to_numpy() == _ASSISTANT).sum())
-            result.echoed += _echoes(turns, owner)
-    move(new, Path(task.spool))
+    move(new, Path(spool))
     return result
 
 
@@ -180,7 +163,7 @@ def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
     flat = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
     roles, contents, time, start, end = flat or [[]] * 5
     role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-    which = np.flatnonzero(role == _DST)
+    which = np.flatnonzero(role == ROLES.index("DST_UPDATE"))
     changes = [contents[turn] for turn in which.tolist()]
     sizes = np.zeros(len(roles) + 1, np.int32)
     sizes[which + 1] = list(map(len, changes))
@@ -222,9 +205,6 @@ def _own_id(raw: bytes) -> str | None:
     return None
 
 
-# ---- what is kept in memory --------------------------------------------------------------------------
-
-
 def _describe(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> None:
     """Each clip's id, and what it says about the dialog state; turns[at[i] : at[i + 1]] are its turns, which go.
 
@@ -258,7 +238,7 @@ def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) ->
     """The clips' extents, and how their turns [T] vote on the file's convention; owner [T]: each turn's clip."""
     start, end, time = (turns.field(name).to_numpy(zero_copy_only=False) for name in (*_FRAMES, "time_s"))
     role = turns.field("role").to_numpy()
-    framed = (role != _SYSTEM) & turns.field("end_frame").is_valid().to_numpy(zero_copy_only=False)
+    framed = (role != ROLES.index("system")) & turns.field("end_frame").is_valid().to_numpy(zero_copy_only=False)
 
     def extents(which: np.ndarray, low: np.ndarray) -> list[Range]:
         first, last = np.full(len(infos), np.iinfo(np.int64).max), np.full(len(infos), NONE)
@@ -266,7 +246,7 @@ def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) ->
         np.maximum.at(last, owner[which], end[which].astype(np.int64))
         return list(zip(np.where(last == NONE, NONE, first).tolist(), last.tolist(), strict=True))
 
-    columns = extents(framed, start), extents(framed & (role == _DST), start), extents(framed, end)
+    columns = extents(framed, start), extents(framed & (role == ROLES.index("DST_UPDATE")), start), extents(framed, end)
     for info, extent, dst_extent, of_ends in zip(infos, *columns, strict=True):
         info.extent, info.dst_extent, info.first_end = extent, dst_extent, of_ends[0]
     voting = framed & ~np.isnan(time) & np.array([not info.placed for info in infos], bool)[owner]
@@ -279,19 +259,3 @@ def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) ->
     votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64))
     for info, counts in zip(infos, votes.tolist(), strict=True):
         info.votes = counts
-
-
-def _echoes(turns: pa.StructArray, owner: np.ndarray) -> int:
-    """Assistant turns whose whole text stands in an earlier user turn of their clip; owner [T]: each turn's clip."""
-    role, text = turns.field("role").to_numpy(), turns.field("text")
-    size = pc.binary_length(text).to_numpy()
-    heard = role == _USER
-    longest = np.zeros(len(owner) and owner[-1] + 1, size.dtype)  # user turn of a clip: a longer text stands in none
-    np.maximum.at(longest, owner[heard], size[heard])
-    found = 0
-    for turn in np.flatnonzero((role == _ASSISTANT) & (size >= ECHO_BYTES) & (size <= longest[owner])).tolist():
-        first = int(np.searchsorted(owner, owner[turn]))
-        earlier = first + np.flatnonzero(heard[first:turn] & (size[first:turn] >= size[turn]))
-        said = text[turn].as_py()
-        found += any(said in one for one in text.take(pa.array(earlier)).to_pylist())
-    return found

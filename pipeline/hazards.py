@@ -81,7 +81,6 @@ def of_labels(split: str, counts: Mapping[str, Any]) -> Iterator[Hazard]:
 def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     """Context leak audit: texts that tell a label before the decision is made, and states that cannot be right."""
     infos = [info for source in sources for info in source.kept()]
-    parts = [part for source in sources for part in source.parts]
     told, decisions = (sum(info.clip.given_away[i] for info in infos) for i in (0, 1))
     if told > BY_CHANCE * decisions:
         text = (
@@ -89,9 +88,6 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
         )
         text += " an interrupt: it is not read here; do not show a model later entries or their number"
         yield "dialog history tells the answers", split, text
-    if echoed := sum(part.echoed for part in parts):
-        text = f"{echoed:,} of {sum(part.spoken for part in parts):,} assistant turns stand word for word in an earlier"
-        yield "user turns tell the answers", split, f"{text} user turn: a model can read when and what to say"
     given = [info for info in infos if info.clip.initial_state is not None]
     wrong = 0  # given states that the replay, or the clip's own updates, contradict
     for info in given:
@@ -103,10 +99,6 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
         text = f"{wrong:,} of {len(given):,} given initial states contradict the updates of the conversation's earlier"
         text += " clips or the clip's own: the replayed state was taken"
         yield "initial state contradicts the updates", split, text
-    if lacking := sum(source.counts["states_lacking"] for source in sources):
-        text = f"{lacking:,} of {len(infos):,} clips complete a step that no earlier clip of their conversation started"
-        text += ": clips are missing in between, and their initial state lacks what happened there"
-        yield "clips missing in conversations", split, text
 
 
 def of_variants(split: str, sources: list[Source]) -> Iterator[Hazard]:

@@ -2,16 +2,14 @@
 
 Three conventions share the field names start_frame/end_frame; `vote` says which one a file's turns follow, `canonical`
 turns each into the half-open range of the event's frames, `label_rule` and `epoch_labels` turn ranges into labels.
-All work on flat arrays of many clips laid end to end: no loop over frames, turns or clips.
-
-    C clips, T turns, V voting turns, F frames of all clips
+All work on flat arrays of many clips laid end to end: C clips with T turns and F frames, no loop over any of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ VOTED: Final = ("lead-in", "event", "window")  # the first that fits
 MIN_VOTERS: Final = 5  # fewer say nothing: `event` is assumed
 BLOCK = 32  # clips drawn at a time: 20,000 frames stay in the cache; a group of 256 at once takes twice as long
 NO_FRAMES: Final = (-1, -2)  # (start, end) of a turn without frames; no real range is reversed
+DROP_REASONS: Final = ("no frames", "empty range", "outside the clip", "onset outside the clip")
 
 Labels = npt.NDArray[np.int8]
 Mask = npt.NDArray[np.bool_]
@@ -64,9 +63,6 @@ def decide(votes: np.ndarray) -> str | None:
     if total < MIN_VOTERS:
         return "event"
     return next((name for name, count in zip(VOTED, fits, strict=True) if count >= AGREEMENT * total), None)
-
-
-# ---- the label rule ----------------------------------------------------------------------------------
 
 
 class Turns(NamedTuple):
@@ -171,26 +167,14 @@ def epoch_labels(rule: LabelRule, epoch: int, rate: float | None = None) -> Labe
     return labels
 
 
-# ---- turns that label nothing ------------------------------------------------------------------------
-
-Number = TypeVar("Number", int, npt.NDArray[np.integer[Any]])
-
-
-def labels_a_frame(start: Number, end: Number, clip_start: Number, clip_end: Number, positive: str) -> Any:
+def labels_a_frame(start: Any, end: Any, clip_start: Any, clip_end: Any, positive: str) -> Any:
     """Whether a speaking or DST turn labels a frame of its clip; ints or arrays, with NO_FRAMES where it has none."""
     inside = (start < end) & (start < clip_end) & (end > clip_start)
     return inside & (start >= clip_start) if positive == "onset" else inside
 
 
-DROP_REASONS: Final = ("no frames", "empty range", "outside the clip", "onset outside the clip")
-
-
-def drops(start: Number, end: Number, clip_start: Number, clip_end: Number, positive: str) -> npt.NDArray[np.int64]:
+def drops(start: Any, end: Any, clip_start: Any, clip_end: Any, positive: str) -> Ints:
     """[T]: why each speaking or DST turn labels nothing, as an index into DROP_REASONS; -1: it labels."""
-    reasons = (
-        end == NO_FRAMES[1],
-        end <= start,
-        (end <= clip_start) | (start >= clip_end),
-        ~np.asarray(labels_a_frame(start, end, clip_start, clip_end, positive)),
-    )
-    return np.select(reasons, range(len(reasons)), -1)
+    outside = (end <= clip_start) | (start >= clip_end)
+    silent = np.logical_not(labels_a_frame(start, end, clip_start, clip_end, positive))
+    return np.select((end == NO_FRAMES[1], end <= start, outside, silent), range(len(DROP_REASONS)), -1)

@@ -22,6 +22,7 @@ from pipeline.schema import CONVENTIONS, MANIFEST, POSITIVES
 ASSEMBLY101: Final = r"nusar-.*?(?=__)"  # the take, without task prefix and camera
 SPLITS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 _TOKEN: Final = re.compile(rf"(?:^|(?<=[_\-./]))({'|'.join(SPLITS)})(?=[_\-./]|$)", re.IGNORECASE)
+Skipped = tuple[Path, str]  # a file or folder, and why it is left out
 _labels, _input = (partial(Option, rich_help_panel=panel) for panel in ("Labels", "Input"))
 
 
@@ -55,15 +56,15 @@ class Options:
         choices = {"positive": POSITIVES, "on_error": ("quarantine", "fail"), "bounds": ("auto", "given", "turns")}
         for name, allowed in (choices | {"frame_convention": (*CONVENTIONS, None)}).items():
             if (value := getattr(self, name)) not in allowed:
-                expected = ", ".join(filter(None, allowed))
-                raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected one of {expected}")
-        numbers: dict[str, tuple[float | None, float, float]] = {
-            f"--neg-rate {split}": (rate, 0, 1) for split, rate in self.neg_rate.items()
-        }
-        numbers |= {"--pad-s": (self.pad_s, 0, 86_400), "--fps": (self.fps, 1e-6, 1e6)}
-        for option, (number, least, most) in numbers.items():
-            if number is not None and not least <= number <= most:
-                raise UsageError(f"{option} {number}: expected a number from {least} to {most}")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {value!r}: expected one of {', '.join(filter(None, allowed))}")
+        if self.fps is not None and not 1e-6 <= self.fps <= 1e6:
+            raise UsageError(f"--fps {self.fps}: expected a positive number of frames a second")
+        for split, rate in self.neg_rate.items():
+            if not 0 <= rate <= 1:
+                raise UsageError(f"--neg-rate {split}={rate}: expected a rate between 0 and 1")
+        if not 0 <= self.pad_s <= 86_400:
+            raise UsageError(f"--pad-s {self.pad_s}: expected seconds between 0 and 86400")
         if self.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.split):
             raise UsageError(f"--split {self.split!r}: expected letters, digits, '-' and '_'")
         try:
@@ -83,11 +84,6 @@ class Options:
         return 0.5 if own is None else own
 
 
-# ---- files and splits --------------------------------------------------------------------------------
-
-Skipped = tuple[Path, str]  # a file or folder, and why it is left out
-
-
 def splits_in(name: str) -> list[str]:
     """The splits that a name tells: tokens train, val (valid, validation, dev) or test between `_ - . /`."""
     return list(dict.fromkeys(SPLITS[token.lower()] for token in _TOKEN.findall(name)))
@@ -99,15 +95,14 @@ def split_of(path: Path, options: Options) -> str:
     UsageError where they tell none or two, or --split contradicts the file's name.
     """
     told = [options.split] if options.split else splits_in(path.name) or splits_in(path.absolute().parent.name)
-    if len(told) != 1:
-        none = "the file name tells no split (expected train, val or test between _ - . in it)"
-        what = f"the name tells the splits {' and '.join(told)}" if told else none
+    if not told:
+        what = "the file name tells no split (expected train, val or test between _ - . in it)"
         raise UsageError(f"{path}: {what}; give --split")
+    if len(told) > 1:
+        raise UsageError(f"{path}: the name tells the splits {' and '.join(told)}; give --split")
     if other := _contradicted(path, options):
-        raise UsageError(
-            f"{path}: --split {told[0]} contradicts the file name, which tells {other}; "
-            "drop --split, or give --force-split as well"
-        )
+        what = f"--split {told[0]} contradicts the file name, which tells {other}"
+        raise UsageError(f"{path}: {what}; drop --split, or give --force-split as well")
     return told[0]
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from pipeline.cluster import Mapper, pool
 from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
-from pipeline.extract import Task, cut, extract, without_gc
+from pipeline.extract import cut, extract, without_gc
 from pipeline.hazards import find_hazards, recordings
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options, find_inputs, split_of
@@ -151,8 +151,8 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     alone = len(sources) == 1 or options.on_error == "fail"
     owners = []
     for number, source in enumerate(sources):
-        owners += [(source, task) for task in _tasks(source, f"{spool}/{number}", options.fps, alone)]
-    calls = [(task, options.recording_regex) for _, task in owners]
+        owners += [(source, call) for call in _parts(source, f"{spool}/{number}", options, alone)]
+    calls = [call for _, call in owners]
     for (source, _), part in zip(owners, _map(mapper, extract, calls, "reading", progress), strict=True):
         source.parts.append(part)
         for refusal in part.refused:
@@ -191,8 +191,8 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     return manifest
 
 
-def _tasks(source: Source, spool: str, fps: float | None, alone: bool) -> Iterator[Task]:
-    """The parts of a file; none (and a refusal) where it is no such file and it is not `alone`."""
+def _parts(source: Source, spool: str, options: Options, alone: bool) -> Iterator[tuple[Any, ...]]:
+    """Calls of `extract`, one a part of a file; none (and a refusal) where it is no such file and it is not `alone`."""
     try:
         clips = index(source.path)
     except InputError as error:
@@ -201,11 +201,11 @@ def _tasks(source: Source, spool: str, fps: float | None, alone: bool) -> Iterat
         what = str(error).removeprefix(f"{source.path}: ").removeprefix("found ")
         source.refuse(None, ClipError("file", what, "clips"), (0, source.bytes))
         return
-    source.form = clips.form
     if clips.broken:
         source.refuse(*clips.broken)
     for start, end in cut(clips.spans[:, 1] - clips.spans[:, 0], PART_CLIPS, PART_BYTES):
-        yield Task(str(source.path), clips.spans[start:end], start, f"{spool}-{start}.arrow", fps)
+        spans = clips.spans[start:end]
+        yield str(source.path), spans, start, f"{spool}-{start}.arrow", options.fps, options.recording_regex
 
 
 def _map(

@@ -23,7 +23,7 @@ from pipeline.extract import NONE, ClipInfo, Extracted
 from pipeline.media import count_frames, find_frames
 from pipeline.options import Options
 from pipeline.readers.clip import MAX_FRAME, MAX_FRAMES, ClipError, Range, check_bounds
-from pipeline.state import Segment, lacks, states_before
+from pipeline.state import Segment, states_before
 
 
 @dataclass
@@ -35,11 +35,9 @@ class Source:
     bytes: int
     mtime_ns: int
     sha256: str = ""
-    form: str = "unreadable"
     convention: str = "event"
     votes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # turns; of those, lead-in, event, window
-    counts: Counter[str] = field(default_factory=Counter)  # of clips: renamed, bounds_widened, states_lacking
-    schemas: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # of clips: renamed, bounds_widened
     refused: list[dict[str, Any]] = field(default_factory=list)  # lines of quarantine.jsonl
     parts: list[Extracted] = field(default_factory=list)
 
@@ -64,15 +62,15 @@ class Source:
         turns, *fits = self.votes
         clips = [clip.clip for part in self.parts for clip in part.clips]
         ignored = Counter(name for clip in clips for name in set(clip.ignored))  # descriptive field -> clips
+        schemas = Counter(info.clip.schema for info in self.kept())
         return {
             "path": str(self.path),
             "split": self.split,
             "sha256": self.sha256,
             "bytes": self.bytes,
-            "form": self.form,
             "clips": len(self.kept()),
             "quarantined": len(self.refused),
-            "schemas": dict(sorted(self.schemas.items())),
+            "schemas": dict(sorted(schemas.items())),
             "frame_convention": self.convention,
             "votes": {"turns": turns, **dict(zip(labels.VOTED, fits, strict=True))},
             "turns_not_fitting": turns - fits[labels.VOTED.index(self.convention)],
@@ -112,7 +110,6 @@ def _unique_ids(source: Source, taken: dict[tuple[str, str], ClipInfo]) -> None:
 def _decide_convention(source: Source, given: str | None) -> None:
     """Let the file's valid clips vote on how start_frame and end_frame are meant."""
     clips = source.kept()
-    source.schemas.update(clip.clip.schema for clip in clips)
     voters = []
     for clip in clips:  # with bounds that are right in one convention at least (`window` adds a frame at the end)
         start, end = _given_or(clip, clip.extent)
@@ -188,9 +185,8 @@ def _replay_states(source: Source) -> None:
             ]
             given = None if clip.contradicted else clip.clip.initial_state
             segments.append(Segment(clip.bounds[0] if clip.extent[1] == NONE else first, updates, given))
-        for clip, segment, replayed in zip(group, segments, states_before(segments), strict=True):
-            clip.state = replayed
-            source.counts["states_lacking"] += lacks(replayed, (update[1:] for update in segment.updates))
+        for clip, state in zip(group, states_before(segments), strict=True):
+            clip.state = state
 
 
 def _tell_apart(members: list[ClipInfo]) -> Iterator[list[ClipInfo]]:
@@ -224,9 +220,8 @@ def _pad(clips: list[ClipInfo], options: Options) -> None:
             there = count_frames(path, one.fps)
         for clip in members:
             start, end = clip.bounds
-            pad = int(min(options.pad_s * clip.clip.fps + labels.FLOOR_TOLERANCE, MAX_FRAMES))
+            pad = int(options.pad_s * clip.clip.fps + labels.FLOOR_TOLERANCE)
             before, after = bisect_right(ends, start), bisect_left(starts, end)
-            least = ends[before - 1] if before else 0
-            most = starts[after] if after < len(starts) else end + pad
-            most = most if there is None else max(end, min(most, there))
-            clip.bounds = (max(least, start - pad), min(most, end + pad, MAX_FRAME))
+            first = max(0, start - pad, *ends[before - 1 : before])
+            last = min(MAX_FRAME if there is None else there, end + pad, *starts[after : after + 1])
+            clip.bounds = first, max(end, last)

@@ -1,11 +1,8 @@
 """What is on disk: every column's type, unit and meaning, the manifest's place, and the sampling draw.
 
 A column's documentation travels inside the Parquet file (Arrow field metadata `doc`), and `SCHEMA_HASH` changes
-with any column, type or meaning, so a reader can refuse what it was not written for. The sampling draw is *not* a
-column: it would be 88% of the file (57 of 65 MB at 17M frames); it is a pure function of (sampling_seed, epoch,
-frame), given here for numpy and as a polars expression, and pinned by golden values in the tests.
-
-    F frames of a clip
+with any column, type or meaning, so a reader can refuse what it was not written for. The draw is no column (it would be
+88% of the file) but a pure function of (sampling_seed, epoch, frame), for numpy and as a polars expression.
 """
 
 from __future__ import annotations
@@ -63,10 +60,6 @@ def _fields(text: str, **nested: list[pa.Field]) -> list[pa.Field]:
     return fields
 
 
-_UPDATE = _fields("""
-id                string    step id
-transition        string    one of TRANSITIONS, e.g. start
-""")
 _TURN = _fields(
     """
 role              string    system, user, assistant or DST_UPDATE
@@ -77,7 +70,7 @@ end_frame         int32?    one past the event's last frame; null as start_frame
 time_s            float64?  seconds from the video's start, as the source says
 updates           list      state transitions of a DST_UPDATE turn, in order; else empty
 """,
-    updates=_UPDATE,
+    updates=_fields("id string step id\ntransition string one of TRANSITIONS, e.g. start"),
 )
 FRAMES: Final = pa.schema(
     _fields("""
@@ -125,10 +118,7 @@ n_supervised      int32     frames with a 0 or 1 for at least one head (epoch 0)
     )
 )
 
-_DESCRIBED = "\n".join(
-    "\n".join(f"{f.name}|{f.type}|{f.nullable}|{f.metadata[b'doc'].decode()}" for f in table)
-    for table in (FRAMES, CLIPS)
-)
+_DESCRIBED = "\n".join(f"{f.name}|{f.type}|{f.nullable}|{f.metadata[b'doc'].decode()}" for f in [*FRAMES, *CLIPS])
 SCHEMA_HASH: Final = hashlib.sha256(f"{SCHEMA_VERSION}\n{_DESCRIBED}".encode()).hexdigest()[:16]
 _METADATA = {"prospect_dst.schema_version": str(SCHEMA_VERSION), "prospect_dst.schema_hash": SCHEMA_HASH}
 FRAMES = FRAMES.with_metadata(_METADATA)  # type: ignore[misc]
@@ -139,8 +129,6 @@ def shard_path(table: str, split: str, part: int) -> str:
     """Path of a shard relative to the output folder; table is `frames` or `clips`."""
     return f"{table}/split={split}/part-{part:05d}.parquet"
 
-
-# ---- the sampling draw -------------------------------------------------------------------------------
 
 _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, and its two multipliers
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -177,12 +165,7 @@ def draws(seed: int | np.ndarray, epoch: int, frames: np.ndarray) -> np.ndarray:
 
 
 def draw_expr(epoch: int = 0, seed: str = "sampling_seed", frame: str = "frame") -> pl.Expr:
-    """The same draws as a polars expression (UInt32) over a frames table joined to its clips' sampling_seed.
-
-    supervised-at-another-rate, in one line:
-        frames.join(clips.select("clip", "sampling_seed"), on="clip")
-              .with_columns(kept=draw_expr().cast(pl.UInt64) < rate_threshold(0.25))
-    """
+    """The same draws as a polars expression (UInt32) over a frames table joined to its clips' sampling_seed."""
     import polars as pl
 
     def lit(value: int) -> pl.Expr:
@@ -196,9 +179,6 @@ def draw_expr(epoch: int = 0, seed: str = "sampling_seed", frame: str = "frame")
     key = mix(pl.col(seed).cast(pl.UInt64) + lit((epoch + 1) * _GAMMA))
     drawn = mix(key + (pl.col(frame).cast(pl.UInt64) + lit(1)) * lit(_GAMMA))
     return (drawn // (1 << 32)).cast(pl.UInt32).alias("draw")
-
-
-# ---- paths that come from a file -----------------------------------------------------------------------
 
 
 def is_inside(path: str) -> bool:

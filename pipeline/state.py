@@ -52,21 +52,10 @@ def replay_frames(
 def contradicts(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
     return any(
-        TRANSITIONS[transition] == was or (transition == "start" and was == "completed")
-        for was, transition in _first(before, updates)
+        TRANSITIONS[transition] == before.get(step, NOT_STARTED)
+        or (transition, before.get(step)) == ("start", "completed")
+        for step, transition in dict(reversed(list(updates))).items()
     )
-
-
-def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
-    """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
-    needs = ("complete", "pause", "resume")
-    return any(was == NOT_STARTED and transition in needs for was, transition in _first(before, updates))
-
-
-def _first(before: Mapping[str, str], updates: Iterable[Update]) -> list[Update]:
-    """(state before, transition) of each step's first update."""
-    first = dict(reversed(list(updates)))
-    return [(before.get(step, NOT_STARTED), transition) for step, transition in first.items()]
 
 
 class Segment(NamedTuple):
@@ -99,12 +88,12 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     return states
 
 
-# ---- updates as text: 'S1->complete, S2->start', what a model reads and writes -----------------------
-
-
 def write_updates(updates: Iterable[Update]) -> str:
-    """The text of the updates, in order. A step id that would not read back as it is (a comma, outer white space, a
-    leading quote, nothing at all) is written as a JSON string: '"step 1, toy"->start'."""
+    """The updates as a model reads and writes them: 'S1->complete, S2->start'.
+
+    A step id that would not read back as it is (a comma, outer white space, a leading quote, nothing at all) is written
+    as a JSON string: '"step 1, toy"->start'.
+    """
     return ", ".join(
         f"{json.dumps(step, ensure_ascii=False) if _AMBIGUOUS.search(step) else step}->{transition}"
         for step, transition in updates

@@ -44,14 +44,10 @@ def _number(digits: str) -> int | float | bytes:
 LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
 
 
-# ---- a file ------------------------------------------------------------------------------------------
-
-
 class Index(NamedTuple):
     """Byte spans of a file's clips, in order, and what of the file is not JSON."""
 
-    form: str  # array, object, lines
-    spans: np.ndarray  # int64 [C, 2]
+    spans: np.ndarray  # int64 [clips, 2]
     broken: tuple[int, ClipError, Range] | None = None  # (the clip's number, why, span)
 
 
@@ -65,28 +61,28 @@ def index(path: Path) -> Index:
             raise InputError(f"{path}: found an empty file (or a pipe), expected clips as JSON; check how it was made")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
-            if data[start : start + 1] == b"[":
+            head = data[start : start + 20]
+            if head.startswith(b"["):
                 return _array(data, start)
             if _NEXT_LINE.search(data):
-                return Index("lines", np.array(list(_lines(data, start)), np.int64))
-            if data[start : start + 1] == b"{":
-                return _walk(data, start, "object")
-            head = brief(data[start : start + 20])
+                return Index(np.array(list(_lines(data, start)), np.int64))
+            if head.startswith(b"{"):
+                return _walk(data, start, b"")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     what = "a JSON array of clips, one clip object, or JSON Lines, as UTF-8 and not compressed"
-    raise InputError(f"{path}: found {head}, expected {what}")
+    raise InputError(f"{path}: found {brief(head)}, expected {what}")
 
 
 def _array(data: mmap.mmap, start: int) -> Index:
     try:
         clips = msgspec.json.decode(data, type=list[msgspec.Raw])
     except NOT_STRICT:
-        return _walk(data, start, "array")
+        return _walk(data, start, b"]")
     base = np.frombuffer(data, np.uint8).ctypes.data
     starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
     sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-    return Index("array", np.stack([starts, starts + sizes], axis=1))
+    return Index(np.stack([starts, starts + sizes], axis=1))
 
 
 def _lines(data: mmap.mmap, start: int) -> Iterator[Range]:
@@ -99,12 +95,12 @@ def _lines(data: mmap.mmap, start: int) -> Iterator[Range]:
         start = stop + 1
 
 
-def _walk(data: mmap.mmap, at: int, form: str) -> Index:
-    """The clips of an array that msgspec refuses, or of one object, at `at`, up to where the syntax breaks."""
+def _walk(data: mmap.mmap, at: int, close: bytes) -> Index:
+    """The clips of an array that msgspec refuses (close: b"]"), up to where its syntax breaks, or one object (b"")."""
     text = str(data, "latin-1")  # a character per byte, so that positions are bytes
     spans: list[Range] = []
     problem = ""
-    at = at if form == "object" else _after_space(data, at + 1)
+    at = _after_space(data, at + len(close))
     while text[at : at + 1] not in ("]", ""):
         try:
             spans.append((at, LENIENT.raw_decode(text, at)[1]))
@@ -112,25 +108,19 @@ def _walk(data: mmap.mmap, at: int, form: str) -> Index:
             problem = str(error)
             break
         at = _after_space(data, spans[-1][1])
-        if form == "object":
+        if not close or text[at : at + 1] != ",":
             break
-        if text[at : at + 1] == ",":
-            at = _after_space(data, at + 1)
-    if form == "array" and not problem:
-        problem = "" if text[at : at + 1] == "]" else "the end of the file"
         at = _after_space(data, at + 1)
-    if not problem and at < len(data):
-        problem = f"{brief(data[at : at + 20])} after the end"
-    broken = len(spans), ClipError("JSON", problem, "a clip; what follows was not read"), (at, len(data))
-    return Index(form, np.array(spans, np.int64).reshape(-1, 2), broken if problem else None)
+    rest = data[at:].strip()
+    found = problem or (brief(rest[:20]) if rest else "the end of the file")
+    why = ClipError("JSON", found, "a clip, or the end after the last; what follows was not read")
+    broken = None if rest == close else (len(spans), why, (at, len(data)))
+    return Index(np.array(spans, np.int64).reshape(-1, 2), broken)
 
 
 def _after_space(data: mmap.mmap, at: int) -> int:
     match = _SPACE.match(data, at)
     return match.end() if match else at
-
-
-# ---- a clip ------------------------------------------------------------------------------------------
 
 
 def parse(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
