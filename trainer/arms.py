@@ -51,28 +51,31 @@ class Rung:
     below it, the reference's updates instead of its own). Names are folder names and values of options."""
 
     name: str
-    label: str
     kind: str
     uses: str  # what it can tell from when to speak
     below: str | None  # the rung that it is compared with, which has one source of information less
     default: bool = True  # in a night's ladder
+    label: str = ""  # in tables and figures, where the name is not clear
 
 
-RUNGS: tuple[Rung, ...] = (
-    Rung("metronome", "metronome", "control", "the clock", None),
-    Rung("history", "history", "control", "its own past events, and when the user spoke", "metronome"),
-    Rung("texts", "texts", "arm", "all texts, no pictures", "history"),
-    Rung("frames", "frames", "arm", "pictures, no texts", "metronome", default=False),
-    Rung("speak", "speak", "arm", "pictures and texts", "texts"),
-    Rung("speak+markers", "speak+markers", "arm", "that the state changed, not what changed", "speak"),
-    Rung("speak+dst-head", "speak+dst-head", "arm", "a second head's labels in training", "speak", default=False),
-    Rung("speak+dst", "speak+dst", "arm", "the state that it keeps by itself", "speak"),
-    Rung("true-state", "speak+dst, true state", "scripted", "the reference's state", "speak+dst"),
-    Rung("token", "token", "arm", "what speak+dst uses, decided by the LM's next token", "speak+dst", default=False),
-    Rung("silence", "silence", "arm", "what speak uses, decided by an inverted head", "speak", default=False),
-    Rung("lm-eos", "lm-eos", "arm", "what speak uses, decided by the LM's END", "speak", default=False),
-)
-DEFAULT_RUNGS: tuple[str, ...] = tuple(rung.name for rung in RUNGS if rung.default)
+RUNGS: dict[str, Rung] = {
+    rung.name: rung
+    for rung in (
+        Rung("metronome", "control", "the clock", None),
+        Rung("history", "control", "its own past events, and when the user spoke", "metronome"),
+        Rung("texts", "arm", "all texts, no pictures", "history"),
+        Rung("frames", "arm", "pictures, no texts", "metronome", default=False),
+        Rung("speak", "arm", "pictures and texts", "texts"),
+        Rung("speak+markers", "arm", "that the state changed, not what changed", "speak"),
+        Rung("speak+dst-head", "arm", "a second head's labels in training", "speak", default=False),
+        Rung("speak+dst", "arm", "the state that it keeps by itself", "speak"),
+        Rung("true-state", "scripted", "the reference's state", "speak+dst", label="speak+dst, true state"),
+        Rung("token", "arm", "what speak+dst uses, decided by the LM's next token", "speak+dst", default=False),
+        Rung("silence", "arm", "what speak uses, decided by an inverted head", "speak", default=False),
+        Rung("lm-eos", "arm", "what speak uses, decided by the LM's END", "speak", default=False),
+    )
+}
+DEFAULT_RUNGS: tuple[str, ...] = tuple(rung.name for rung in RUNGS.values() if rung.default)
 
 
 def find_arm(name: str) -> Arm:
@@ -80,11 +83,3 @@ def find_arm(name: str) -> Arm:
     if name not in ARMS:
         raise InputError(f"arm {name!r}: not known, expected one of {', '.join(ARMS)}")
     return ARMS[name]
-
-
-def find_rung(name: str) -> Rung:
-    """The rung of that name; InputError, naming those there are."""
-    by_name = {rung.name: rung for rung in RUNGS}
-    if name not in by_name:
-        raise InputError(f"rung {name!r}: not known, expected one of {', '.join(by_name)}")
-    return by_name[name]

@@ -27,6 +27,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
@@ -36,28 +37,41 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.storage import make_folder, naming, write_json
 from pipeline.terminal import clock
-from trainer.arms import find_rung
+from trainer.arms import RUNGS
 from trainer.checkpoint import check_resume, lock_folder, run_hash, run_options
 from trainer.config import MODES, RunOptions
 from trainer.controls import control_key, score_control
 from trainer.distributed import best_device
 from trainer.evaluate import evaluate
 from trainer.evaluation.benchmark_folder import read_benchmark
-from trainer.evaluation.comparison import compare_runs, metrics_of, power_line, settle
-from trainer.evaluation.conclusions import headline
+from trainer.evaluation.comparison import (
+    PRIMARY,
+    compare_runs,
+    metrics_of,
+    power_line,
+    question_of,
+    settle,
+    what_narrows,
+)
+from trainer.evaluation.conclusions import opening
 from trainer.evaluation.evaluate_scores import EvalSplits, hold
-from trainer.evaluation.ladder import PRIMARY, question_of
 from trainer.evaluation.metrics import METRICS, look_up
+from trainer.evaluation.plots import format_number
 from trainer.evaluation.report import PAGE, write_first_page, write_report
 from trainer.frame_source import keep_frames
 from trainer.loader import end_with
-from trainer.plan import MOST_SEEDS, Job, Plan, check_plan, config_of, jobs_with, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, Schedule, check_plan, config_of, in_order, jobs_with, run_of
 from trainer.run_log import read_metrics
-from trainer.schedule import FIRST_STEPS, Schedule, in_order, run_seconds, what_narrows
 from trainer.train import train
 
+Result = tuple[float, tuple[str, ...]]  # seconds of the whole run, notes of its evaluation
 POLL_S: Final = 1.0  # between looks at the clock and at a first run's steps
+FIRST_STEPS: Final = 10  # of a run, that its duration is predicted from
 SECONDS: Final = "seconds.json"
+
+
+class TooSlow(InputError):
+    """No pair of runs would end in time."""
 
 
 def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None, until: float = math.inf) -> Path:
@@ -81,8 +95,6 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
         if there:
             report_line(f"{there}{of} runs are there already")
-        if others := [f"{rung}/seed-{seed}" for rung, seed in jobs_with(plan) if (rung, seed) not in jobs]:
-            report_line(f"left out of tables and report, as they were not asked for this time: {', '.join(others)}")
         update = partial(_update, plan, schedule, splits.test, report_line)
         write_first_page(plan.out)
         try:
@@ -91,10 +103,13 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
                 if there:  # a kill may have come between the end of a run and its report
                     update(in_progress=True)
             with closing(_run_all(plan, schedule, splits)) as results:
-                for job, seconds, notes in results:
-                    report_line(f"{_line(plan, job)} ({seconds:.0f} s, {len(schedule.done)}{of})")
+                for job, (seconds, notes) in results:
+                    metrics, name = metrics_of(plan, job), f"{job[0]} seed {job[1]}"
+                    values = {mode: look_up(metrics[mode], METRICS[PRIMARY]) for mode in MODES if mode in metrics}
+                    words = ", ".join(f"{mode} {format_number(value)}" for mode, value in values.items())
+                    report_line(f"{name}: event F1 {words} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:
-                        report_line(f"{job[0]} seed {job[1]}: {note}")
+                        report_line(f"{name}: {note}")
                     if schedule.report_is_due(job, time.monotonic()) and len(schedule.done) < len(jobs):
                         update(in_progress=True)
         except TooSlow:  # with fewer steps, they could not go on
@@ -108,16 +123,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
 
 
 def answer_of(out: Path) -> str:
-    """The answer in one sentence, as it opens the report."""
-    return headline(read_benchmark(out))
-
-
-def _line(plan: Plan, job: Job) -> str:
-    """'speak seed 0: event F1 teacher-forced 0.912, self-fed 0.871'."""
-    metrics, primary = metrics_of(plan, job), METRICS[PRIMARY]
-    values = {mode: look_up(metrics[mode], primary) for mode in MODES if mode in metrics}
-    words = [f"{mode} {'undefined' if value is None else f'{value:.3f}'}" for mode, value in values.items()]
-    return f"{job[0]} seed {job[1]}: {primary.label} {', '.join(words)}"
+    """The answer in two sentences, as it opens the report."""
+    return " ".join(opening(read_benchmark(out)))
 
 
 def _update(
@@ -127,14 +134,13 @@ def _update(
     began = time.monotonic()
     compare_runs(plan, [job for unit in schedule.units for job in unit if job in schedule.done], split)
     bench = read_benchmark(plan.out)
-    metric, a, b = bench.primary
-    row = bench.comparison(a, b, bench.mode, metric)
+    row = bench.comparison(*bench.pair, bench.mode, PRIMARY)
     narrowing = what_narrows(row, schedule.pair_seconds()) if row and row["low"] is not None else ""
     write_report(plan.out, narrowing, in_progress)
     schedule.updated = time.monotonic()
     schedule.update_s = max(schedule.update_s, schedule.updated - began)
     if narrowing:
-        report_line(f"{a} minus {b}: {row['difference']:+.3f} {narrowing}")
+        report_line(f"{' minus '.join(bench.pair)}: {row['difference']:+.3f} {narrowing}")
 
 
 # ---- runs --------------------------------------------------------------------------------------------
@@ -142,19 +148,22 @@ def _update(
 
 def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -> Schedule:
     """With what is in the folder already; a clock's plan has a thousand seeds, so only runs that are there are read."""
-    arms = [rung for rung in plan.rungs if find_rung(rung).kind == "arm"]
+    arms = [rung for rung in plan.rungs if RUNGS[rung].kind == "arm"]
     pair = [arm for arm in arms if arm in question_of(plan.rungs)] or arms[:1]
     units = in_order(plan.rungs, pair, plan.seeds)
     asked = {job for unit in units for job in unit}
     done = {job for job in jobs_with(plan) if job in asked and is_done(plan, job, splits, trained_on)}
     schedule = Schedule(units, pair, done, plan.jobs or len(_gpus()) or available_cores(), until)
-    names = {f"{rung}/seed-{seed}": (rung, seed) for rung, seed in done}
     with suppress(OSError, ValueError):  # without it the first run is measured anew
         kept = json.loads((plan.out / SECONDS).read_bytes())
-        schedule.seconds = {names[name]: float(seconds) for name, seconds in kept.items() if name in names}
+        schedule.seconds = {job: kept[_name(job)] for job in done if _name(job) in kept}
     begun = [job for job in jobs_with(plan, "last") if job in asked - done]
     schedule.left = {job: 1 - len(_step_seconds(plan, job)) / plan.config.steps for job in begun}
     return schedule
+
+
+def _name(job: Job) -> str:
+    return f"{job[0]}/seed-{job[1]}"
 
 
 def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool:
@@ -165,11 +174,11 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
     run, metrics = run_of(plan, job), metrics_of(plan, job)
     if not metrics:
         return False
-    rung, seed = find_rung(job[0]), job[1]
+    rung, seed = RUNGS[job[0]], job[1]
     if rung.kind == "control":
         model = control_key(rung.name, trained_on, seed)
     else:
-        trained = run if rung.below is None or rung.kind == "arm" else run_of(plan, (rung.below, seed))
+        trained = run if rung.kind == "arm" else run_of(plan, (str(rung.below), seed))
         if not (trained / "last").is_dir():
             return False
         if rung.kind == "arm":
@@ -186,21 +195,21 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
     )
 
 
-def carry_out(plan: Plan, job: Job) -> tuple[float, tuple[str, ...]]:
-    """Train, or resume, and evaluate; (seconds of the whole run, notes of the evaluation)."""
+def carry_out(plan: Plan, job: Job) -> Result:
+    """Train, or resume, and evaluate."""
     began, before, run, (name, seed) = time.monotonic(), 0.0, run_of(plan, job), job
-    rung, scores, sources = find_rung(name), run / "scores", (plan.frames_root, plan.features)
+    rung, scores, sources = RUNGS[name], run / "scores", (plan.frames_root, plan.features)
     if rung.kind == "control":
         evaluation = score_control(name, plan.data, plan.split, scores, seed, plan.settings, plan.live)
         return time.monotonic() - began, evaluation.notes
-    scripted: dict[str, Any] = {}
+    updates = "own"
     if rung.kind == "scripted":
-        run, scripted = run_of(plan, (str(rung.below), seed)), {"updates": "reference"}
+        run, updates = run_of(plan, (str(rung.below), seed)), "reference"
     else:
         options = RunOptions(progress=False, save_every=max(1, min(RunOptions.save_every, plan.config.steps // 10)))
         report = train(plan.data, run, config_of(plan, job), *sources, options, resume=True)
         before = sum(_step_seconds(plan, job)[: report.resumed_from])
-    evaluation = evaluate(run, plan.data, plan.split, scores, *sources, plan.settings, plan.live, **scripted)
+    evaluation = evaluate(run, plan.data, plan.split, scores, *sources, plan.settings, plan.live, updates=updates)
     return before + time.monotonic() - began, evaluation.notes
 
 
@@ -208,27 +217,27 @@ def _step_seconds(plan: Plan, job: Job) -> list[float]:
     return [line["clock"]["seconds"] for line in read_metrics(run_of(plan, job)) if "clock" in line]
 
 
-def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tuple[Job, float, tuple[str, ...]]]:
+def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tuple[Job, Result]]:
     """The jobs as they are finished; each process has a GPU, or its share of the cores, to itself.
 
     The share depends on `plan.jobs` alone, not on how many jobs are left: another number of threads rounds otherwise.
     """
 
-    def finish(job: Job, seconds: float) -> None:
-        schedule.finish(job, seconds)
-        write_json(plan.out / SECONDS, {f"{rung}/seed-{s}": t for (rung, s), t in schedule.seconds.items()})
+    def finish(job: Job, result: Result) -> tuple[Job, Result]:
+        schedule.finish(job, result[0])
+        write_json(plan.out / SECONDS, {_name(job): seconds for job, seconds in schedule.seconds.items()})
+        return job, result
 
     if schedule.workers == 1 and schedule.until == math.inf:  # in this process
         keep_frames()
         try:
             while job := schedule.next(time.monotonic()):
-                seconds, notes = carry_out(plan, job)
-                finish(job, seconds)
-                yield job, seconds, notes
+                yield finish(job, carry_out(plan, job))
         finally:
             keep_frames(False)
         return
-    running, ended = dict[Future[tuple[float, tuple[str, ...]]], Job](), list[tuple[Job, float, tuple[str, ...]]]()
+    running = dict[Future[Result], Job]()
+    ended: list[tuple[Job, Result]] = []
     with _workers(schedule.workers) as pool:
         while True:
             while len(running) < schedule.workers and (job := schedule.next(time.monotonic())):
@@ -236,33 +245,27 @@ def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tu
             yield from ended
             if not running or time.monotonic() > schedule.until:
                 return  # what still runs is resumed from its checkpoint next time
-            ended = []
-            for future in wait(running, POLL_S if schedule.until < math.inf else None, FIRST_COMPLETED).done:
-                ended.append((running.pop(future), *future.result()))
-                finish(*ended[-1][:2])
+            done = wait(running, POLL_S if schedule.until < math.inf else None, FIRST_COMPLETED).done
+            ended = [finish(running.pop(future), future.result()) for future in done]
             if schedule.until < math.inf:
                 _predict(plan, schedule, splits)
 
 
-class TooSlow(InputError):
-    """No pair of runs would end in time."""
-
-
 def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
-    """From the first steps of the first runs: what a run takes. InputError where no pair would end in time.
+    """From the first steps of the first runs: what a run takes. TooSlow where no pair would end in time.
 
     First steps may take twice what later ones do, as frames are decoded: until a fifth of them is done, half counts.
     """
-    if any(find_rung(rung).kind == "arm" for rung, _ in schedule.seconds):
+    if any(RUNGS[rung].kind == "arm" for rung, _ in schedule.seconds):
         return
     steps, test = plan.config.steps, len(splits.test)
     clips = sum(map(len, splits.all.values())) + len(splits.val or ()) * (steps // (plan.config.eval_every or steps))
     evaluation = (clips + 3 * test * plan.live) / plan.config.clips_per_step  # free-running goes frame by frame
-    for job in [job for job in schedule.begun if find_rung(job[0]).kind == "arm"]:
+    for job in [job for job in schedule.begun if RUNGS[job[0]].kind == "arm"]:
         first, now = _step_seconds(plan, job), time.monotonic()
         if len(first) < min(FIRST_STEPS, steps):
             continue
-        schedule.guess = run_seconds(first, steps, evaluation)
+        schedule.guess = median(first[-FIRST_STEPS:]) * (steps + evaluation)
         pair = [(arm, job[1]) for arm in schedule.pair if (arm, job[1]) not in schedule.done]
         takes, left = (schedule.end(pair, now) or now) - now, schedule.until - now
         if takes * (1.0 if len(first) >= steps / 5 else 0.5) > left:
@@ -293,8 +296,9 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
 
 def _gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return [*named, *map(str, range(len(named), torch.cuda.device_count()))][: torch.cuda.device_count()]
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return named.split(",")[:count]
 
 
 def _start_worker(places: Any, threads: int, owner: int) -> None:

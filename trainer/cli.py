@@ -30,7 +30,6 @@ from trainer.plan import MOST_SEEDS, Plan, check_plan, ladder
 # What `benchmark` takes for this model unless told otherwise: AdamW does not learn the state in as many steps.
 NANO = {"steps": 300, "optimizer": "muon", "lr": 4e-3, "clips_per_step": 8, "warmup_steps": 20}
 SYNTH_WINDOW = {"early_s": 1.0, "late_s": 1.0}  # events are 2.5 s apart: in a wider one a metronome gets 0.77
-RUNG_NAMES = ", ".join(rung.name for rung in RUNGS)
 
 _panels = ("Input", "Model", "Measuring", "Other things to measure")
 _input, _model, _measure, _others = (partial(Option, rich_help_panel=panel) for panel in _panels)
@@ -212,7 +211,7 @@ def benchmark(
     data: Annotated[Path, Argument(help="a folder of preprocess, or synth: synthetic data whose answer is known")],
     out: Annotated[Path, Option(help="folder for runs, tables and report.html; what is finished there is kept")],
     rungs: Annotated[
-        list[str] | None, Option(help=f"some of {RUNG_NAMES}, or all; default: {', '.join(DEFAULT_RUNGS)}")
+        list[str] | None, Option(help=f"some of {', '.join(RUNGS)}, or all; default: {', '.join(DEFAULT_RUNGS)}")
     ] = None,
     seeds: Annotated[
         int | None, Option(help="runs of each rung; default: 3, with a clock as many as fit", min=1)

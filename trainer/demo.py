@@ -23,7 +23,7 @@ from pipeline.synth import SynthConfig, synth
 from pipeline.terminal import command
 from pipeline.timeline import Timeline, find_clip
 from trainer.config import TrainConfig
-from trainer.evaluation.scored_clip import blocks, busiest_clip, render_clip
+from trainer.evaluation.clip_pictures import blocks, busiest_clip, render_clip
 from trainer.evaluation.tables import render_evaluation
 
 if TYPE_CHECKING:

@@ -1,20 +1,28 @@
-"""What a benchmark was asked to do: its plan, its runs' folders, and the commands that do the same by hand."""
+"""What a benchmark is asked to do, in which order, and what still fits before its clock ends: no torch.
+
+Order: the controls without a model, which cost seconds, once. Then at each seed the question's two arms, and what is
+made of their checkpoints; after every second seed of that pair one seed of each other rung, in the ladder's order. So
+the answer has two seeds before anything else is trained, and then twice as many as the other rungs.
+"""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+import heapq
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from statistics import fmean
+from typing import Final
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import DST_UPDATE, SPEAKING
-from trainer.arms import ARMS, DEFAULT_RUNGS, RUNGS, find_rung
+from trainer.arms import ARMS, DEFAULT_RUNGS, RUNGS
 from trainer.config import Settings, TrainConfig
 
 Job = tuple[str, int]  # (rung, seed)
+Unit = tuple[Job, ...]  # runs that are begun together, or not at all
 MOST_SEEDS: Final = 1000  # as many as a clock allows
 
 
@@ -41,36 +49,27 @@ class Plan:
 
 def ladder(names: Collection[str]) -> tuple[str, ...]:
     """The rungs of these names ('all': every one), and the controls, which cost seconds, in the ladder's order."""
-    for name in names:
-        if name != "all":
-            find_rung(name)
-    return tuple(rung.name for rung in RUNGS if rung.kind == "control" or rung.name in names or "all" in names)
+    if unknown := [name for name in names if name not in RUNGS and name != "all"]:
+        raise InputError(f"rung {unknown[0]!r}: not known, expected one of {', '.join(RUNGS)}")
+    return tuple(name for name, rung in RUNGS.items() if rung.kind == "control" or name in names or "all" in names)
 
 
 def check_plan(plan: Plan) -> None:
-    """InputError where the plan makes no sense, or the data can't answer, whatever is trained on it."""
-    for name, chosen in (("rungs", plan.rungs), ("seeds", plan.seeds)):
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise InputError(f"{name}: {', '.join(map(str, chosen)) or 'none'}, expected one or more, each once")
-    for rung in map(find_rung, plan.rungs):
-        if rung.kind == "scripted" and rung.below not in plan.rungs:
-            raise InputError(
-                f"rungs: {rung.name} is made of {rung.below}'s checkpoint, which is not among them; add it"
-            )
+    """InputError where a rung or the data can't answer, whatever is trained."""
+    for rung in [RUNGS[name] for name in plan.rungs if RUNGS[name].kind == "scripted"]:
+        if rung.below not in plan.rungs:
+            raise InputError(f"rungs: {rung.name} is made of {rung.below}'s checkpoint; add that rung")
     measured, train = Split(plan.data, plan.split), Split(plan.data, "train")
     if plan.split == "val" or "val" not in measured.manifest["splits"]:
-        chosen_there = "thresholds are chosen there, and nowhere else; preprocess one"
-        raise InputError(f"{plan.data}: no val split beside {plan.split}: {chosen_there}")
+        raise InputError(f"{plan.data}: no val split beside {plan.split}: thresholds are chosen there; preprocess one")
     for split in (Split(plan.data, "val"), measured):
         if not split.statistics().counts[SPEAKING, 1]:
-            what = f"the assistant never speaks in {split.name}: nothing to measure; choose other data"
-            raise InputError(f"{plan.data}: {what}")
+            raise InputError(f"{plan.data}: the assistant never speaks in {split.name}; choose other data")
     updating = [name for name in plan.rungs if name in ARMS and ARMS[name].dst_head]
     if updating and not train.statistics().counts[DST_UPDATE, 1]:
-        others = ",".join(arm.name for arm in ARMS.values() if not arm.dst_head)
         raise InputError(
             f"{plan.data}: the state never changes in train, so {', '.join(updating)} have nothing to learn from; "
-            f"give data with dialog state, or --rungs {others}"
+            "give data with dialog state, or --rungs texts,speak"
         )
 
 
@@ -82,35 +81,118 @@ def run_of(plan: Plan, job: Job) -> Path:
 def jobs_with(plan: Plan, file: str = "scores/metrics.json") -> list[Job]:
     """The runs in OUT, asked for or not, that have such a file or folder, by rung and seed: one look at the disk."""
     found = [path.relative_to(plan.out / "runs").parts for path in (plan.out / "runs").glob(f"*/seed-*/{file}")]
-    return sorted((rung, int(seed[5:])) for rung, seed, *_ in found if seed[5:].isdecimal())
+    return sorted((rung, int(seed[5:])) for rung, seed, *_ in found)
 
 
 def config_of(plan: Plan, job: Job) -> TrainConfig:
     return replace(plan.config, arm=job[0], seed=job[1])
 
 
-def commands_of(plan: Plan, job: Job) -> list[str]:
-    """The two commands that do what `carry_out` does."""
-    run, data = str(run_of(plan, job)), str(plan.data)
-    sources = {"--frames-root": plan.frames_root, "--features": plan.features}
-    more = [word for option, path in sources.items() if path is not None for word in (option, str(path))]
-    fit = ["train", data, "--run", run, *_options(config_of(plan, job), TrainConfig()), *more]
-    score = ["evaluate", run, data, "--split", plan.split, "--out", f"{run}/scores", "--draws", "0", *more]
-    score += _options(plan.settings, Settings()) + ([] if plan.live else ["--no-self-fed"])
-    return [shlex.join(["prospect-dst", *words]) for words in (fit, score)]
+# ---- the order ---------------------------------------------------------------------------------------
 
 
-def _options(config: Any, defaults: Any) -> list[str]:
-    """Command-line options for the fields of a config that are not its defaults."""
-    words: list[str] = []
-    for name, value in asdict(config).items():
-        option = name.replace("_", "-")
-        if isinstance(value, dict):
-            value = tuple(f"{key}={number}" for key, number in value.items())
-        if getattr(config, name) == getattr(defaults, name):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", ",".join(value) if isinstance(value, (list, tuple)) else str(value)]
-    return words
+def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
+    """All runs of the rungs, which are in the ladder's order; `pair`: the question's arms among them."""
+    kinds = ("control", "arm", "scripted")
+    controls, arms, scripted = ([name for name in rungs if RUNGS[name].kind == kind] for kind in kinds)
+    others = [name for name in arms if name not in pair]
+    units: list[Unit] = [((name, seeds[0]),) for name in controls]  # other seeds would come out alike
+    for place, seed in enumerate(seeds):
+        units += [tuple((name, seed) for name in pair)]
+        units += [((name, seed),) for name in scripted]
+        units += [((name, seeds[place // 2]),) for name in others if place % 2]
+    return units + [((name, seed),) for seed in seeds[len(seeds) // 2 :] for name in others]
+
+
+def ends_in(seconds: Sequence[float], busy: Sequence[float]) -> float:
+    """When runs that take so many seconds are all done, begun in this order by workers that are free in `busy` s."""
+    free, last = list(busy), 0.0
+    heapq.heapify(free)
+    for each in seconds:
+        last = max(last, free[0] + each)
+        heapq.heapreplace(free, free[0] + each)
+    return last
+
+
+@dataclass
+class Schedule:
+    """Which run is next. Times are in seconds, of one clock; without an end everything is done, in order."""
+
+    units: Sequence[Unit]
+    pair: Sequence[str]  # the question's arms
+    done: set[Job] = field(default_factory=set)
+    workers: int = 1
+    until: float = math.inf  # the end of the clock
+    update_s: float = 0.0  # what the tables and the report take after the last run
+    updated: float = -math.inf  # when they were last written
+    seconds: dict[Job, float] = field(default_factory=dict)  # of whole runs that were measured
+    guess: float | None = None  # of a run, as long as none was measured
+    left: dict[Job, float] = field(default_factory=dict)  # share of the steps of a run that was stopped
+    begun: dict[Job, float] = field(default_factory=dict)  # runs in progress -> when they began
+
+    def next(self, now: float) -> Job | None:
+        """The run that a free worker begins now; None where nothing is ready, or nothing fits."""
+        too_long = set()  # rungs: at other seeds they take as long
+        for unit in self.units:
+            left = [job for job in unit if job not in self.done and job not in self.begun]
+            rungs = tuple(rung for rung, _ in left)
+            if not left or rungs in too_long or not all(map(self._ready, left)):
+                continue
+            if self._fits(left, now):
+                self.begun[left[0]] = now
+                return left[0]
+            too_long.add(rungs)
+        return None
+
+    def finish(self, job: Job, seconds: float) -> None:
+        del self.begun[job]
+        self.done.add(job)
+        self.seconds[job] = seconds
+
+    def report_is_due(self, job: Job, now: float) -> bool:
+        """After a finished run: at the end of each of the question's pairs, and of other units while reports take at
+        most a twentieth of the time."""
+        ended = any(job in unit and self.done.issuperset(unit) for unit in self.units)
+        return ended and (job[0] in self.pair or now - self.updated > 20 * self.update_s)
+
+    def cost(self, job: Job) -> float | None:
+        """Predicted seconds: the mean of the rung's runs, else of its kind's longest rung; None: not known."""
+        kind, known = RUNGS[job[0]].kind, dict[str, list[float]]()
+        for (rung, _), seconds in self.seconds.items():
+            if RUNGS[rung].kind == kind:
+                known.setdefault(rung, []).append(seconds)
+        means = {rung: fmean(seconds) for rung, seconds in known.items()}
+        cost = means.get(job[0], max(means.values(), default=self.guess if kind == "arm" else 0.0))
+        return None if cost is None else cost * self.left.get(job, 1.0)
+
+    def end(self, jobs: Sequence[Job], now: float) -> float | None:
+        """When `jobs`, begun or not, are all done, and shown in the report; None: not known."""
+        costs = {job: self.cost(job) for job in [*self.begun, *jobs]}
+        known = {job: cost for job, cost in costs.items() if cost is not None}
+        if len(known) < len(costs):
+            return None
+        busy = {job: max(0.0, at + known[job] - now) for job, at in self.begun.items()}
+        free = [*busy.values(), *[0.0] * (self.workers - len(busy))]
+        mine = [busy[job] for job in jobs if job in busy]
+        return now + max([ends_in([known[job] for job in jobs if job not in busy], free), *mine]) + self.update_s
+
+    def pair_seconds(self) -> float:
+        """What another pair of runs takes, at best; 0 where that is not known."""
+        return ends_in([self.cost((arm, -1)) or 0.0 for arm in self.pair], [0.0] * self.workers) + self.update_s
+
+    def _ready(self, job: Job) -> bool:
+        """A checkpoint must be there; another rung is worth its time at a seed that the question's pair has, too."""
+        rung, seed = RUNGS[job[0]], job[1]
+        if rung.kind == "scripted":
+            return (rung.below, seed) in self.done
+        if rung.kind == "control" or rung.name in self.pair:
+            return True
+        return all((arm, seed) in self.done or (arm, seed) in self.begun for arm in self.pair)
+
+    def _fits(self, jobs: Sequence[Job], now: float) -> bool:
+        if self.until == math.inf:
+            return True
+        if (end := self.end(jobs, now)) is not None:
+            return end <= self.until
+        # nothing was measured: one pair is begun to find out
+        return all(job[0] in self.pair for job in jobs) and len({seed for _, seed in [*jobs, *self.begun]}) == 1

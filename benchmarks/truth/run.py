@@ -37,8 +37,8 @@ from trainer.benchmark import answer_of, carry_out
 from trainer.config import SELF_FED, Settings, TrainConfig
 from trainer.controls import CONTROLS, score_control
 from trainer.evaluation.benchmark_folder import Benchmark, read_benchmark
-from trainer.evaluation.comparison import compare_runs, metrics_of, settle
-from trainer.evaluation.ladder import CHAIN, NO_LARGER, PRIMARY, ladder_steps, top_rung
+from trainer.evaluation.comparison import CHAIN, NO_LARGER, PRIMARY, compare_runs, metrics_of, settle
+from trainer.evaluation.conclusions import ladder_steps, top_rung
 from trainer.evaluation.report import write_report
 from trainer.plan import Plan
 

@@ -19,11 +19,9 @@ import trainer.benchmark
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.benchmark import TooSlow, benchmark, is_done
-from trainer.cli import main
 from trainer.config import Settings
 from trainer.evaluation.evaluate_scores import hold
-from trainer.plan import Plan, commands_of, ladder, run_of
-from trainer.schedule import Schedule, in_order
+from trainer.plan import Plan, Schedule, in_order, ladder, run_of
 
 ARMS = ("speak", "speak+dst")
 SMALL = replace(CONFIG, model="nano", steps=4, eval_every=2)
@@ -66,7 +64,9 @@ def copy_run(finished, plan, job):
 
 
 def test_each_run_is_told_and_kept(told, plan):
-    assert told[0].startswith("On 6 recordings with 6 events a difference in event F1 under about 0.58")  # at best
+    assert told[0].startswith(
+        "On 6 recordings with 6 events a difference in event F1 could be shown of about 0.58 with 2"
+    )
     runs = [line for line in told if " seed " in line]
     jobs = [(arm, seed) for seed in (0, 1) for arm in ARMS]
     assert [line.partition(":")[0] for line in runs] == [f"{arm} seed {seed}" for arm, seed in jobs]
@@ -96,18 +96,6 @@ def test_tables_hold_every_arm_seed_mode_and_metric(told, plan):
     assert arm["low"] <= arm["value"] <= arm["high"]
     (primary,) = rows(plan.out, "comparisons", primary=True)
     assert [primary[key] for key in ("a", "b", "mode", "metric")] == ["speak+dst", "speak", "self-fed", "event_f1"]
-
-
-def test_its_commands_do_the_same(told, plan, tmp_path):
-    """The two lines that it gives for a run, run by hand elsewhere, give the run's metrics."""
-    for line in commands_of(replace(plan, out=tmp_path), ("speak+dst", 1)):
-        words = line.split()
-        assert words[0] == "prospect-dst"
-        assert main(words[1:]) == 0
-    ours, theirs = (
-        json.loads((out / "runs/speak+dst/seed-1/scores/metrics.json").read_text()) for out in (plan.out, tmp_path)
-    )
-    assert ours == theirs
 
 
 def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path, monkeypatch, pages):
@@ -176,7 +164,7 @@ def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, t
     monkeypatch.setattr(trainer.benchmark, "train", lambda *given, **_: pytest.fail("trained"))
     lines: list[str] = []
     benchmark(more, lines.append)
-    runs = [line.partition(":")[0] for line in lines if " seed " in line]
+    runs = [line.partition(":")[0] for line in lines if "event F1 teacher-forced" in line]
     assert runs == ["metronome seed 0", "history seed 0", "true-state seed 0"]
     assert {row["rung"] for row in rows(more.out, "results")} == {"metronome", "history", "speak+dst", "true-state"}
 
@@ -197,7 +185,7 @@ def test_data_that_cannot_answer_is_refused_before_training(plan, tmp_path):
         benchmark(replace(plan, split="val", out=tmp_path / "out"))
     speaking = [clip_example([turn("assistant", "Hi.", 2, 3)], clip_id=f"c{i}", clip=i) for i in range(2)]
     stateless = write_shards(tmp_path / "stateless", dict.fromkeys(("train", "val", "test"), speaking))
-    with pytest.raises(InputError, match=r"so speak\+dst have nothing to learn from.*silence,.*speak$"):
+    with pytest.raises(InputError, match=r"so speak\+dst have nothing to learn from.*--rungs texts,speak$"):
         benchmark(replace(plan, data=stateless, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

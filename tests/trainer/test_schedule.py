@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.schedule import Schedule, in_order, run_seconds, what_narrows
+from trainer.evaluation.comparison import what_narrows
+from trainer.plan import Schedule, in_order
 
 PAIR = ("speak", "speak+dst")
 RUNGS = ("metronome", "texts", "speak", "speak+markers", "speak+dst", "true-state")
@@ -71,10 +72,6 @@ def test_while_nothing_was_measured_one_pair_is_begun_and_no_more():
     schedule.guess = 30.0
     assert schedule.end([("speak", 0), ("speak+dst", 0)], 10.0) == 30.0
     assert [schedule.next(10.0) for _ in range(3)] == [("speak", 1), ("speak+dst", 1), ("speak", 2)]
-
-
-def test_a_run_takes_what_its_later_steps_took():
-    assert run_seconds([9.0, 9.0, *[0.1] * 8, 0.3, 0.3], steps=100, evaluation=20.0) == pytest.approx(12.0)
 
 
 @pytest.mark.parametrize(

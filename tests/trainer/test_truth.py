@@ -19,7 +19,7 @@ from by_hand import clip_example, dst, turn, write_frames, write_shards
 import trainer.evaluation.plots
 from trainer.benchmark import answer_of, benchmark
 from trainer.config import TrainConfig
-from trainer.evaluation.ladder import QUESTION
+from trainer.evaluation.comparison import QUESTION
 from trainer.plan import Plan
 
 DARK, FLASH, BRIGHT = 20, 120, 250

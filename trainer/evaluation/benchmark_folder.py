@@ -8,7 +8,7 @@ Works from the Parquet files alone, without the shards or a model; holds one run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,22 +16,18 @@ from typing import Any, Final
 
 import numpy as np
 import polars as pl
-from scipy import stats
-from scipy.special import expit
 from sklearn.metrics import precision_recall_curve
 
 from pipeline.errors import InputError
 from pipeline.terminal import command
-from trainer.arms import find_rung
-from trainer.config import MODES, SELF_FED
-from trainer.evaluation.ladder import NO_LARGER, SMALL, UNDECIDED, verdict_of
+from trainer.arms import RUNGS
+from trainer.config import MODES
 from trainer.evaluation.metrics import METRICS, value_at
 from trainer.evaluation.plots import NEVER, Curve, Line, format_number
 from trainer.evaluation.tables import BASELINES
 from trainer.run_log import read_metrics
 
 Row = dict[str, Any]
-IMPROVING: Final = "was still improving"
 MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
 
 
@@ -48,9 +44,9 @@ class Benchmark:
     metrics: dict[tuple[str, int], Row]  # (rung, seed) -> its metrics.json; a run that has none is absent
 
     @property
-    def primary(self) -> tuple[str, str, str]:
-        """(metric, rung, rung) of the question that was fixed beforehand."""
-        return (self.info["primary"]["metric"], *self.info["primary"]["pair"])
+    def pair(self) -> tuple[str, str]:
+        """The rungs of the question that was fixed beforehand."""
+        return tuple(self.info["primary"]["pair"])
 
     @property
     def rungs(self) -> list[str]:
@@ -60,7 +56,7 @@ class Benchmark:
     @property
     def trained(self) -> list[str]:
         """Those of them that are models of their own."""
-        return [rung for rung in self.rungs if find_rung(rung).kind == "arm"]
+        return [rung for rung in self.rungs if RUNGS[rung].kind == "arm"]
 
     @property
     def margin(self) -> float:
@@ -88,10 +84,6 @@ class Benchmark:
     def comparison(self, a: str, b: str, mode: str, metric: str) -> Row:
         """a minus b; {} where the pair was not compared that way round."""
         return self.comparisons.get((a, b, mode, metric), {})
-
-    def threshold(self, rung: str, seed: int) -> float | None:
-        """The logit at which the run speaks; None where none could be chosen, or nothing was measured."""
-        return value_at(self.metrics.get((rung, seed)), "thresholds.event.speaking")
 
     def of_seeds(self, rung: str, mode: str, path: str) -> list[Any]:
         """What the rung's metrics.json hold at `path` in `mode`, one per seed that has it."""
@@ -137,18 +129,20 @@ def baseline(bench: Benchmark, mode: str, metric: str) -> tuple[float, str] | No
 def why_missing(bench: Benchmark, rung: str, mode: str) -> str | None:
     """What follows 'RUNG was' where it has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
     lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((rung, seed), {})]
-    if find_rung(rung).kind == "control":  # one run serves for all seeds
-        lacking = [seed for seed in lacking if (rung, seed) in bench.metrics]
+    unmeasured = [seed for seed in lacking if (rung, seed) not in bench.metrics]
+    if RUNGS[rung].kind == "control":  # one run serves for all seeds
+        lacking, unmeasured = [seed for seed in lacking if seed not in unmeasured], []
     if not lacking:
         return None
-    unmeasured = [seed for seed in lacking if (rung, seed) not in bench.metrics]
-    unfired = [seed for seed in lacking if mode == SELF_FED and bench.threshold(rung, seed) is None]
-    seeds = unmeasured or unfired or lacking
+    seeds = unmeasured or lacking
     named = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
     where = f"(seed{'s' if len(seeds) > 1 else ''} {named})"
-    if unfired and not unmeasured:
-        return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
-    return f"not {'evaluated' if unmeasured else f'scored {mode}'} {where}; run the benchmark again"
+    if unmeasured:
+        return f"not evaluated {where}; run the benchmark again"
+    return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
+
+
+# ---- curves ------------------------------------------------------------------------------------------
 
 
 def speaking_scores(bench: Benchmark, arm: str, mode: str) -> Iterator[pl.DataFrame]:
@@ -159,18 +153,6 @@ def speaking_scores(bench: Benchmark, arm: str, mode: str) -> Iterator[pl.DataFr
         if path.is_file():
             rows = pl.scan_parquet(path, glob=False).filter(pl.col("split") == bench.info["split"])
             yield rows.select(columns).with_columns(pl.col("^speaking.*$").cast(pl.Float64)).collect()
-
-
-def greatest_difference(bench: Benchmark, a: str, b: str, mode: str) -> float | None:
-    """Between two arms' uncorrected speaking probabilities, over all frames and the seeds both have; None if none."""
-    pairs = zip(speaking_scores(bench, a, mode), speaking_scores(bench, b, mode), strict=False)
-    greatest = []
-    for first, second in pairs:
-        if first.is_empty() or not first["clip_id", "frame"].equals(second["clip_id", "frame"]):
-            return None
-        p, q = (expit(scores["speaking_logit"].to_numpy()) for scores in (first, second))
-        greatest.append(float(np.abs(p - q).max()))
-    return max(greatest, default=None)
 
 
 def precision_recall(bench: Benchmark, mode: str) -> tuple[list[Curve], float | None]:
@@ -236,31 +218,6 @@ def state_over_time(bench: Benchmark, mode: str) -> list[Curve]:
         mean = (middles, by_seed.mean(axis=0))
         curves.append(Curve(rung, [(middles, line) for line in by_seed], mean, format_number(whole)))
     return curves
-
-
-def convergence(bench: Benchmark) -> dict[str, str]:
-    """Trained rung -> 'had converged', ...: whether its speaking AP still moved in the last third of its steps.
-
-    A straight line by least squares, with an intercept per seed; its rise over that third is judged as an effect is.
-    """
-    return {curve.rung: _converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
-
-
-def _converged(seeds: Sequence[Line], margin: float) -> str:
-    end = max(steps[-1] for steps, _ in seeds)
-    lasts = [(steps[steps >= end * 2 / 3], aps[steps >= end * 2 / 3]) for steps, aps in seeds]
-    x, y = (np.concatenate([line[axis] - line[axis].mean() for line in lasts if len(line[0])]) for axis in (0, 1))
-    freedom, spread = len(x) - len(lasts) - 1, float(x @ x)
-    if freedom < 1 or not spread:
-        return "was evaluated too seldom to tell whether it had converged"
-    slope = float(x @ y) / spread
-    error = float(stats.t.ppf(0.975, freedom)) * float(np.sqrt(((y - slope * x) ** 2).sum() / freedom / spread))
-    verdict = verdict_of((slope - error) * end / 3, (slope + error) * end / 3, margin)
-    if verdict in (NO_LARGER, SMALL):
-        return "had converged"
-    if verdict == UNDECIDED:
-        return "may or may not have converged"
-    return f"{IMPROVING if slope > 0 else 'was getting worse'} by {abs(slope) * 100:.3f} AP per 100 steps"
 
 
 def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:

@@ -7,7 +7,9 @@
     benchmark.json         what was asked, data, versions, hashes, cost
 
 A pair is compared on the seeds that both have. Holm's correction is over the pairs of interest on one metric in one
-mode; `p_holm` is null for the ladder's other pairs, which only say how high one has to climb.
+mode; `p_holm` is null for the ladder's other pairs, which only say how high one has to climb. A verdict is of one 95%
+interval; that it lies within the margin means "no larger effect" (two one-sided tests at 2.5%, stricter than the usual
+TOST, whose 90% interval would have to).
 
     B draws of the recordings
 """
@@ -15,13 +17,14 @@ mode; `p_holm` is null for the ladder's other pairs, which only say how high one
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,23 +32,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy import stats
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
-from pipeline.terminal import counted
-from trainer.arms import RUNGS, find_rung
+from pipeline.terminal import clock, counted
+from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
 from trainer.evaluation.evaluate_scores import METRICS_FILE
 from trainer.evaluation.event_metrics import references
-from trainer.evaluation.ladder import PRIMARY, ladder_pairs, pairs_of, question_of, verdict_of
 from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
 from trainer.evaluation.scores import read_scores
-from trainer.plan import MOST_SEEDS, Job, Plan, commands_of, jobs_with, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, jobs_with, run_of
 from trainer.run_log import read_metrics
 
+PRIMARY: Final = "event_f1"
+QUESTION: Final = ("speak+dst", "speak")
+CONTROL_PAIRS: Final = (("speak+dst", "speak+markers"), ("speak+dst", "speak+dst-head"))  # what else explains a gain
+CHAIN: Final = ("metronome", "history", "texts", "speak", "speak+dst")  # one source of information after another
+BEATS, WORSE, UNDECIDED = "beats it", "is worse", "undecided"
+SMALL, NO_LARGER = "smaller than the margin, but not zero", "no effect larger than the margin"
+ROUNDING: Final = 1e-9
 PACKAGES: Final = ("prospect-dst", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow")
 TABLES: Final = {  # columns of OUT's tables
     "results": "rung seed mode metric value recordings",
@@ -64,6 +74,49 @@ TYPES: Final = {  # of columns; the others are float64
 Row = dict[str, Any]
 Runs = dict[int, dict[str, Floats]]  # seed -> each metric's `replicate`, [1, 1 + B]
 Measured = dict[tuple[str, str], Runs]  # by (rung, mode)
+
+
+# ---- the ladder --------------------------------------------------------------------------------------
+
+
+def below_of(rung: str, measured: Sequence[str]) -> str | None:
+    """The nearest rung below that was measured; None where there is none."""
+    below = RUNGS[rung].below
+    return below if below is None or below in measured else below_of(below, measured)
+
+
+def question_of(rungs: Sequence[str]) -> tuple[str, str]:
+    """The pair that is to be answered: speak+dst against speak, else the highest rung against the one below it."""
+    return QUESTION if set(QUESTION) <= set(rungs) else [QUESTION, *_steps(rungs)][-1]
+
+
+def _steps(rungs: Sequence[str]) -> list[tuple[str, str]]:
+    return [(rung, below) for rung in RUNGS if rung in rungs and (below := below_of(rung, rungs))]
+
+
+def pairs_of(rungs: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of interest: the question, each rung against the one below it, and the controls of the question."""
+    pairs = dict.fromkeys([question_of(rungs), *_steps(rungs), *CONTROL_PAIRS])
+    return [pair for pair in pairs if set(pair) <= set(rungs)]
+
+
+def ladder_pairs(rungs: Sequence[str]) -> list[tuple[str, str]]:
+    """The other pairs of CHAIN, higher minus lower: a rung may beat the one below it, but not the one below that."""
+    below = combinations([rung for rung in CHAIN if rung in rungs], 2)
+    return [(high, low) for low, high in below if (high, low) not in pairs_of(rungs)]
+
+
+def verdict_of(low: float | None, high: float | None, margin: float) -> str:
+    """What a difference's 95% interval says; its ends belong to it, and so do the margin's."""
+    if low is None or high is None:
+        return UNDECIDED
+    within = max(-low, high) <= margin + ROUNDING
+    if low <= 0 <= high:
+        return NO_LARGER if within else UNDECIDED
+    return SMALL if within else BEATS if low > 0 else WORSE
+
+
+# ---- before and between runs -------------------------------------------------------------------------
 
 
 def metrics_of(plan: Plan, job: Job) -> Row:
@@ -100,14 +153,35 @@ def power_line(plan: Plan, split: Split) -> str:
     values = {job: look_up(metrics_of(plan, job).get(mode, {}), METRICS[PRIMARY]) for job in jobs_with(plan)}
     pairs = [(values.get((a, seed)), values.get((b, seed))) for seed in plan.seeds]
     pilot = [first - second for first, second in pairs if first is not None and second is not None]
-    on = f"On {counted(recordings, 'recording')} with {counted(events, 'event')}"
-    if len(pilot) < 2:
-        least = f"{power_before(recordings, events, len(plan.seeds)):.2f}"
-        return f"{on} a difference in event F1 under about {least} will hardly be shown, however alike the seeds are"
     counts = [len(plan.seeds)] if len(plan.seeds) < MOST_SEEDS else [3, 6, 12]
     sizes = [f"{power_before(recordings, events, count, pilot):.2f} with {counted(count, 'seed')}" for count in counts]
-    found = f"as {len(pilot)} pairs of runs differ"
-    return f"{on} a difference in event F1 could be shown of about {', '.join(sizes)}, {found}"
+    how = f"as {len(pilot)} pairs of runs differ" if len(pilot) > 1 else "at best: were all seeds alike"
+    on = f"On {counted(recordings, 'recording')} with {counted(events, 'event')}"
+    return f"{on} a difference in event F1 could be shown of about {', '.join(sizes)}, {how}"
+
+
+def what_narrows(row: Mapping[str, Any], pair_s: float) -> str:
+    """The question's half-width, and what it would be after twice as many runs or recordings, the better first.
+
+    row: of comparisons.parquet, with an interval; pair_s: seconds of such a pair. Seeds and recordings are taken as
+    independent: the part due to seeds goes with Student's t over the root of their number, the other with the root.
+    """
+    seeds, recordings = row["seeds"], row["recordings"]
+    if seeds == 1:
+        return f"a second pair of runs, about {clock(round(pair_s))}, would tell how much seeds differ"
+    half = (row["high"] - row["low"]) / 2
+    by_recording = half * (1 - row["seed_share"])
+    factor, doubled = (float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n) for n in (seeds, 2 * seeds))
+    by_seed = math.sqrt(half**2 - by_recording**2)
+    more = f"{counted(seeds, 'more pair')} of runs, about {clock(round(seeds * pair_s))}"
+    choices = [
+        (math.hypot(by_seed * doubled / factor, by_recording), more),
+        (math.hypot(by_seed, by_recording / math.sqrt(2)), f"twice the {counted(recordings, 'recording')}"),
+    ]
+    return f"±{half:.3f} now; " + "; ".join(f"with {what}: ±{width:.3f}" for width, what in sorted(choices))
+
+
+# ---- tables ------------------------------------------------------------------------------------------
 
 
 def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
@@ -116,7 +190,7 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     recordings = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
     matches: dict[tuple[str, str], dict[int, Matches]] = {}
-    for rung, mode in product([rung.name for rung in RUNGS], MODES):
+    for rung, mode in product(RUNGS, MODES):
         for seed in sorted(seed for name, seed in metrics if name == rung and mode in metrics[name, seed]):
             chosen, path = metrics[rung, seed]["thresholds"], run_of(plan, (rung, seed)) / "scores" / f"{mode}.parquet"
             stamp = (path, path.stat().st_mtime_ns)
@@ -126,18 +200,19 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
                 matches.setdefault((rung, mode), {})[seed] = events
     val = Split(plan.data, "val") if "val" in split.manifest["splits"] else None
     results = (
-        {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "value": look_up(found[mode], metric)}
+        {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
+        | {"value": look_up(found[mode], metric)}
         for ((rung, seed), found), mode in product(metrics.items(), MODES)
         for metric in (METRICS.values() if mode in found else ())
     )
     intervals = (
-        {"rung": rung, "mode": mode, "metric": name, "seeds": len(runs)}
+        {"rung": rung, "mode": mode, "metric": name, "seeds": len(runs), "recordings": recordings}
         | asdict(interval_of(np.concatenate([run[name] for run in runs.values()]), recordings, metric.bounds))
         for ((rung, mode), runs), (name, metric) in product(measured.items(), METRICS.items())
     )
     rows: dict[str, Iterable[Row]] = {
-        "results": (row | {"recordings": recordings} for row in results),
-        "rungs": (row | {"recordings": recordings} for row in intervals),
+        "results": results,
+        "rungs": intervals,
         "comparisons": _comparison_rows(plan, measured, recordings),
         "windows": window_rows(matches, plan.settings, metronomes(split, val, plan.settings)),
         "groups": group_rows(matches, split, plan.settings, plan.draws),
@@ -167,7 +242,7 @@ def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterato
         rungs, bounds, rows = [rung for rung, known in measured if known == mode], METRICS[metric].bounds, []
         for pair in [*pairs_of(rungs), *(ladder_pairs(rungs) if metric == PRIMARY else ())]:
             runs = [measured[rung, mode] for rung in pair]
-            having = [set(of) for rung, of in zip(pair, runs, strict=True) if find_rung(rung).kind != "control"]
+            having = [set(of) for rung, of in zip(pair, runs, strict=True) if RUNGS[rung].kind != "control"]
             if not (seeds := sorted(set.intersection(*having or map(set, runs)))):
                 continue
             a, b = (np.concatenate([of.get(seed, next(iter(of.values())))[metric] for seed in seeds]) for of in runs)
@@ -186,7 +261,7 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
     """The content of benchmark.json."""
     config = {name: value for name, value in plan.config.to_json().items() if name not in ("arm", "seed")}
     shards = [shard for shard in split.manifest["shards"] if shard["split"] == split.name]
-    trained = [job for job in metrics if find_rung(job[0]).kind == "arm"]
+    trained = [job for job in metrics if RUNGS[job[0]].kind == "arm"]
     cost: dict[str, dict[str, float]] = {}  # of training, as the runs logged it
     for rung, seed in trained:
         lines = [line for line in read_metrics(run_of(plan, (rung, seed))) if "evaluation" not in line]
@@ -197,7 +272,7 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
         total["seconds"] += sum(line["clock"]["seconds"] for line in lines)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "rungs": [rung.name for rung in RUNGS if rung.name in {name for name, _ in metrics}],
+        "rungs": [rung for rung in RUNGS if rung in {name for name, _ in metrics}],
         "planned": list(plan.rungs),
         "seeds": list(plan.seeds) if len(plan.seeds) < MOST_SEEDS else sorted({seed for _, seed in metrics}),
         "margin": plan.margin,
@@ -212,7 +287,7 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
         "config": config,
         "settings": asdict(plan.settings),
         "draws": plan.draws,
-        "commands": [*filter(None, [plan.command]), *(line for job in trained for line in commands_of(plan, job))],
+        "commands": [*filter(None, [plan.command])],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hazards": list(plan.hazards),
         "hashes": {f"{rung}/seed-{seed}": found["model"] for (rung, seed), found in metrics.items()},

@@ -1,53 +1,123 @@
-"""The sentences that the report opens with: the answer, whether the harness can be trusted, what limits the answer.
+"""What the report concludes: the ladder's steps, the lowest rung that reaches the top, and the sentences that say so.
 
-Each is computed from the tables and stands there only if the numbers make it true; none says more than an interval
-allows.
+Each sentence is computed from the tables and stands there only if the numbers make it true; none says more than an
+interval allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Final
+from dataclasses import dataclass, fields
+from typing import Final, NamedTuple
+
+import numpy as np
+from scipy import stats
+from scipy.special import expit
 
 from pipeline.terminal import counted
-from trainer.arms import find_rung
+from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED
-from trainer.evaluation.benchmark_folder import IMPROVING, Benchmark, Row, convergence, greatest_difference, why_missing
+from trainer.evaluation.benchmark_folder import Benchmark, Row, speaking_scores, training_curves, why_missing
 from trainer.evaluation.bootstrap import Comparison, answer
-from trainer.evaluation.ladder import (
+from trainer.evaluation.comparison import (
     BEATS,
     CHAIN,
     CONTROL_PAIRS,
     NO_LARGER,
     PRIMARY,
     QUESTION,
+    ROUNDING,
     SMALL,
     UNDECIDED,
     WORSE,
-    Step,
-    ladder_steps,
-    tells,
-    top_rung,
+    below_of,
+    verdict_of,
 )
-from trainer.evaluation.metrics import METRICS, Metric
-from trainer.evaluation.plots import format_interval, format_number
+from trainer.evaluation.plots import Line, format_interval, format_number
 
 HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
 FEW_SEEDS, FEW_RECORDINGS = 3, 20  # under which the page says so
-WITHOUT_CONTENT: Final = "speak+markers"
-SOURCES: Final = {  # what each rung of CHAIN has more than the one before it
-    "metronome": "the clock",
-    "history": "history",
-    "texts": "texts",
-    "speak": "pictures",
-    "speak+dst": "own state",
-}
+IMPROVING: Final = "was still improving"
+SOURCES: Final = dict(zip(CHAIN, ("the clock", "history", "texts", "pictures", "own state"), strict=True))  # each adds
 
 
-def headline(bench: Benchmark) -> str:
-    """The answer in two sentences."""
-    return " ".join(opening(bench))
+# ---- the ladder --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rung, and what it adds to the one below it; the lowest has no numbers of a step."""
+
+    rung: str
+    below: str | None
+    value: float | None  # event F1
+    low: float | None = None  # of the difference, as `high`
+    high: float | None = None
+    difference: float | None = None  # to `below`
+    verdict: str = ""
+
+
+def ladder_steps(bench: Benchmark, mode: str | None = None) -> list[Step]:
+    """Every rung measured in `mode` (None: that of the answer), from the lowest up."""
+    mode = mode or bench.mode
+    steps, measured = [], [rung for rung in bench.rungs if bench.score(rung, mode, PRIMARY)]
+    for rung in measured:
+        value, below = bench.score(rung, mode, PRIMARY)["value"], below_of(rung, measured)
+        row = bench.comparison(rung, below, mode, PRIMARY) if below else {}
+        low, high = row.get("low"), row.get("high")
+        verdict = verdict_of(low, high, bench.margin) if below else ""
+        steps.append(Step(rung, below, value, low, high, row.get("difference"), verdict))
+    return steps
+
+
+class Top(NamedTuple):
+    """How far up the ladder one has to climb; scripted rungs and variants of a rung are left out."""
+
+    rung: str  # the lowest that no higher rung is shown to beat
+    decided: bool  # whether the rungs above `rung` are shown to add no more than the margin to it
+    chain: list[str]  # the rungs of CHAIN that were measured
+
+
+def _measured_chain(bench: Benchmark, mode: str) -> list[str]:
+    return [rung for rung in CHAIN if bench.score(rung, mode, PRIMARY).get("value") is not None]
+
+
+def _beats(bench: Benchmark, high: str, low: str, mode: str) -> bool:
+    """Whether `high` is shown to be better than `low`, or than another rung below `high` whose value is no less.
+
+    Else a rung with few seeds, whose intervals are wide, would hide a gain that is shown over a better rung.
+    """
+    values = {rung: bench.score(rung, mode, PRIMARY)["value"] for rung in _measured_chain(bench, mode)}
+    return any(
+        values[rung] >= values[low] and (bench.comparison(high, rung, mode, PRIMARY).get("low") or 0.0) > 0
+        for rung in CHAIN[: CHAIN.index(high)]
+        if rung in values
+    )
+
+
+def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
+    """The lowest rung that reaches the top; None where fewer than two rungs of CHAIN were measured."""
+    mode = mode or bench.mode
+    chain = _measured_chain(bench, mode)
+    for place, rung in enumerate(chain if len(chain) > 1 else ()):
+        above = chain[place + 1 :]
+        if not any(_beats(bench, higher, rung, mode) for higher in above):
+            ends = [bench.comparison(higher, rung, mode, PRIMARY).get("high") for higher in above]
+            return Top(rung, all(end is not None and end <= bench.margin + ROUNDING for end in ends), chain)
+    return None
+
+
+def tells(bench: Benchmark) -> list[str]:
+    """The rungs of CHAIN whose source of information is shown to tell: better than every rung below them."""
+    chain = _measured_chain(bench, bench.mode)
+    return [
+        rung
+        for place, rung in enumerate(chain)
+        if place and all(_beats(bench, rung, low, bench.mode) for low in chain[:place])
+    ]
+
+
+# ---- the answer --------------------------------------------------------------------------------------
 
 
 def opening(bench: Benchmark) -> list[str]:
@@ -60,7 +130,9 @@ def opening(bench: Benchmark) -> list[str]:
     beyond = "" if lowest == "metronome" else f"beyond what {lowest} has"
     if told := [source for rung in tells(bench) for source in _sources(steps[rung])]:
         first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
-        if alike := _as_good_without_content(bench) if SOURCES[QUESTION[0]] in told else []:
+        rows = {control: bench.comparison(rung, control, bench.mode, PRIMARY) for rung, control in CONTROL_PAIRS}
+        alike = [control for control, row in rows.items() if row and (row["low"] or 0.0) <= 0]
+        if SOURCES[QUESTION[0]] in told and alike:
             verb = "lacks the state's content, is" if len(alike) == 1 else "lack the state's content, are"
             first += f", or by what comes with it: {_listed(alike)}, which {verb} not shown to be worse"
     else:
@@ -71,21 +143,15 @@ def opening(bench: Benchmark) -> list[str]:
     else:
         name = top.rung.replace("metronome", "a metronome")
         first += f"; no rung is shown to beat {name}, but whether one does, by over {margin}, is undecided"
-    seeds = [bench.score(r, bench.mode, PRIMARY)["seeds"] for r in top.chain if find_rung(r).kind == "arm"] or [1]
+    seeds = [bench.score(r, bench.mode, PRIMARY)["seeds"] for r in top.chain if RUNGS[r].kind == "arm"] or [1]
     size = f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
     size = f"{counted(bench.info['recordings'], 'recording')}, {size}{counted(max(seeds), 'seed')}"
     numbers = [f"{lowest} {format_number(steps[lowest].value)}"]
-    numbers += [f"{_listed(_sources(steps[rung]))} {_step(bench, steps[rung])}" for rung in others]
+    numbers += [f"{_listed(_sources(steps[rung]))} {_added(bench, steps[rung])}" for rung in others]
     text = f"Event F1 ({bench.mode}, {size}): {', '.join(numbers)}"
     if "true-state" in steps and steps["true-state"].below == QUESTION[0]:
-        text += f"; the true state would add {_step(bench, steps['true-state'])}"
+        text += f"; the true state would add {_added(bench, steps['true-state'])}"
     return [f"{first}.", f"{text}."]
-
-
-def _as_good_without_content(bench: Benchmark) -> list[str]:
-    """The controls of the question, without what the updates say, that speak+dst is not shown to beat."""
-    rows = {control: bench.comparison(rung, control, bench.mode, PRIMARY) for rung, control in CONTROL_PAIRS}
-    return [control for control, row in rows.items() if row and (row["low"] or 0.0) <= 0]
 
 
 def _sources(step: Step) -> list[str]:
@@ -94,7 +160,7 @@ def _sources(step: Step) -> list[str]:
     return [SOURCES[rung] for rung in CHAIN[lower + 1 : CHAIN.index(step.rung) + 1]]
 
 
-def _step(bench: Benchmark, step: Step) -> str:
+def _added(bench: Benchmark, step: Step) -> str:
     """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
     small, least = f" (under {bench.margin:g})", f" (no more than {bench.margin:g})"
     words = {BEATS: "", WORSE: " (worse)", UNDECIDED: " (undecided)", SMALL: small, NO_LARGER: least}
@@ -134,62 +200,37 @@ def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
 
 def question(bench: Benchmark) -> str:
     """The answer to the question that was settled beforehand; where its arms were not compared, the reason."""
-    name, a, b = bench.primary
-    metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
-    if row:
+    a, b = bench.pair
+    if row := bench.comparison(a, b, bench.mode, PRIMARY):
         comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
-        return answer(comparison, a, b, metric.label, metric.unit, bench.mode, metric.higher_is_better) + "."
+        return answer(comparison, a, b, "event F1", "", bench.mode) + "."
     reached = []
     for rung in bench.rungs:
-        if row := bench.score(rung, bench.mode, name):
+        if row := bench.score(rung, bench.mode, PRIMARY):
             number, _, interval = format_interval(row["value"], row["low"], row["high"]).partition(" ")
-            reached.append(f"{rung} reaches {number} {_named(metric)} {interval}".rstrip())
+            reached.append(f"{rung} reaches {number} event F1 {interval}".rstrip())
     return f"No answer: {a} and {b} were not compared. {'; '.join(reached) or 'Nothing was measured'} ({bench.mode})."
 
 
-def one_seed(bench: Benchmark) -> str:
-    """A warning that nothing on the page says what other seeds would give; empty with more than one."""
-    if len(bench.info["seeds"]) > 1:
-        return ""
-    if any(row["low"] is not None for row in (*bench.scores.values(), *bench.comparisons.values())):
-        return "One seed: the intervals are about other recordings, not other seeds, and are too narrow for those."
-    return "One seed: nothing here says what other seeds would give."
-
-
-def harness_check(bench: Benchmark) -> tuple[str, str]:
-    """('passed', 'failed' or 'skipped', the sentence): direct and inverted heads are the same model, and must agree."""
-    if not {"silence", "speak"} <= set(bench.rungs):
-        return "skipped", ""
-    difference = greatest_difference(bench, "silence", "speak", TEACHER_FORCED)
-    if difference is None:
-        return "skipped", "Harness not checked: there are no scores of silence and speak on the same frames."
+def harness_check(bench: Benchmark) -> tuple[bool, str] | None:
+    """(whether direct and inverted heads agree, which are the same model; the sentence). None where one was not run."""
+    both = [speaking_scores(bench, arm, TEACHER_FORCED) for arm in ("silence", "speak") if arm in bench.rungs]
+    if len(both) < 2:
+        return None
+    pairs = zip(*([expit(scores["speaking_logit"].to_numpy()) for scores in of_arm] for of_arm in both), strict=False)
+    difference = max(float(np.abs(p - q).max()) for p, q in pairs)
     how = f"probabilities differ by up to {difference:.1e}, 1e-5 is allowed" if difference else "to the last bit"
     if difference <= HARNESS_TOLERANCE:
-        return "passed", f"Harness check passed: silence and speak are the same model and came out equal ({how})."
+        return True, f"Harness check passed: silence and speak are the same model and came out equal ({how})."
     must = "silence and speak are the same model and must come out equal"
-    return "failed", f"Harness check FAILED: {must}, but {how}. Trust no number on this page."
-
-
-def data_size(info: Row) -> str:
-    """What was evaluated, how long training took, and where."""
-    counts = [(len(info["rungs"]), "rung"), (len(info["seeds"]), "seed")]
-    counts += [(info[f"{what}s"], what) for what in ("recording", "clip", "frame")]
-    size, minutes = ", ".join(counted(number, what) for number, what in counts), float(info["seconds"]) / 60
-    where = f"{minutes:,.1f} minutes of training, all runs together, on {info['machine']}"
-    return f"Split {info['split']}: {size}; {where}."
+    return False, f"Harness check FAILED: {must}, but {how}. Trust no number on this page."
 
 
 # ---- what limits the answer --------------------------------------------------------------------------
 
 
-def limits(bench: Benchmark) -> list[str]:
-    """What limits the answer, most important first."""
-    return [*_missing(bench), *_exposure(bench), *_without_content(bench), *_precision(bench), *_stopping(bench)]
-
-
-def _missing(bench: Benchmark) -> Iterator[str]:
-    """Which arms lack the mode that was asked for, and why; and that event F1 shows no skill where nothing is shown to
-    beat a metronome."""
+def limits(bench: Benchmark) -> Iterator[str]:
+    """What limits the answer, most important first: runs that are missing, exposure bias, few data, stopping early."""
     reasons: dict[str, list[str]] = {}
     for rung in bench.rungs:
         if why := why_missing(bench, rung, str(bench.info["primary"]["mode"])):
@@ -200,78 +241,41 @@ def _missing(bench: Benchmark) -> Iterator[str]:
     if top and top.rung == "metronome":
         window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
         yield f"At this window ({window}) event F1 does not show skill; narrow it with --early-s and --late-s."
+    yield from _exposure(bench)
+    seeds, recordings = len(bench.info["seeds"]), bench.info["recordings"]
+    few = [counted(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # one seed has a warning of its own
+    few += [counted(recordings, "recording")] if 1 < recordings < FEW_RECORDINGS else []
+    if few:
+        yield f"{' and '.join(few)} are few: what holds here may not hold for others."
+    for rung, text in convergence(bench).items():
+        if rung in bench.pair and text.startswith(IMPROVING):
+            yield f"{rung} {text} when training ended: more --steps may change the answer."
+    yield from _stopping(bench)
 
 
 def _exposure(bench: Benchmark) -> Iterator[str]:
     """What the winner, or else the first arm, loses when it reads its own text; or that this was not measured."""
-    name, a, b = bench.primary
-    metric = METRICS[name]
     if SELF_FED not in bench.modes:
         yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
         return
-    winner = b if _shown_sign(metric, bench.comparison(a, b, SELF_FED, name)) < 0 else a
-    forced, free = (bench.score(winner, mode, name).get("value") for mode in MODES)
+    a, b = bench.pair
+    winner = b if (bench.comparison(a, b, SELF_FED, PRIMARY).get("high") or 0.0) < 0 else a
+    forced, free = (bench.score(winner, mode, PRIMARY).get("value") for mode in MODES)
     if forced is None or free is None:
         return
-    loss = forced - free if metric.higher_is_better else free - forced
+    loss = format_number(forced - free) if forced > free else "nothing here"
     text = (
-        f"Given the reference's texts {winner} reaches {format_number(forced)} {_named(metric)}; free-running, given "
-        f"its own, {format_number(free)}: exposure bias costs {format_number(loss) if loss > 0 else 'nothing here'}."
+        f"Given the reference's texts {winner} reaches {format_number(forced)} event F1; free-running, given its own, "
+        f"{format_number(free)}: exposure bias costs {loss}."
     )
-    row = bench.comparison(a, b, TEACHER_FORCED, name)
+    row = bench.comparison(a, b, TEACHER_FORCED, PRIMARY)
     known = row.get("difference") is not None
     yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if known else "")
 
 
-def _without_content(bench: Benchmark) -> Iterator[str]:
-    """How much of a gain that was shown is also had from updates without content."""
-    name, a, b = bench.primary
-    metric, control = METRICS[name], WITHOUT_CONTENT
-    values = [bench.score(rung, bench.mode, name).get("value") for rung in (a, control, b)]
-    shown = _shown_sign(metric, bench.comparison(a, b, bench.mode, name)) > 0
-    if not shown or None in values or control in (a, b):
-        return
-    sign = 1 if metric.higher_is_better else -1
-    gain, announced = (sign * (float(value or 0) - float(values[2] or 0)) for value in values[:2])
-    share = f"{announced / gain:.0%}" if 0 < announced < gain else "none" if announced <= 0 else "all"
-    text = (
-        f"{control}, whose state updates carry no content, gains {format_number(announced, signed=True)} over {b}: "
-        f"{share} of the gain comes with the updates (their presence, a second head's labels), not from their content."
-    )
-    row = bench.comparison(a, control, bench.mode, name)
-    yield text + (f" {a} minus {control}: {_difference(row)}." if row.get("difference") is not None else "")
-
-
-def _precision(bench: Benchmark) -> Iterator[str]:
-    """What size would have been missed (`answer` says it where none was shown), what more data would help, and which
-    arms of the question still improved when training ended."""
-    name, a, b = bench.primary
-    metric, row = METRICS[name], bench.comparison(a, b, bench.mode, name)
-    if _shown_sign(metric, row) and row["detectable"] is not None:
-        size = f"{counted(row['recordings'], 'recording')} and {counted(row['seeds'], 'seed')}"
-        missed = f"{format_number(row['detectable'])} {_named(metric)}"
-        yield f"With these {size} a true difference under {missed} could well be missed."
-    if (row.get("seed_share") or 0.0) > 0.5:
-        yield (
-            f"Most of the width of the answer's interval comes from having only {counted(row['seeds'], 'seed')} "
-            f"(Student's t, {counted(row['seeds'] - 1, 'degree')} of freedom); more seeds narrow it faster than more "
-            "recordings."
-        )
-    seeds, recordings = len(bench.info["seeds"]), bench.info["recordings"]
-    few = [counted(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # one seed has a warning of its own
-    few += [counted(recordings, "recording")] if recordings < FEW_RECORDINGS else []
-    if few:
-        verb = "is" if few == ["1 recording"] else "are"
-        yield f"{' and '.join(few)} {verb} few: what holds here may not hold for others."
-    for rung, text in convergence(bench).items():
-        if rung in (a, b) and text.startswith(IMPROVING):
-            yield f"{rung} {text} when training ended: more --steps may change the answer."
-
-
 def _stopping(bench: Benchmark) -> Iterator[str]:
     """Which interval holds where a benchmark was stopped because of what it showed (bootstrap.always_valid)."""
-    name, a, b = bench.primary
-    row = bench.comparison(a, b, bench.mode, name)
+    row = bench.comparison(*bench.pair, bench.mode, PRIMARY)
     if row.get("low") is None or row["seeds"] < 2:
         return
     told = "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"
@@ -282,22 +286,37 @@ def _stopping(bench: Benchmark) -> Iterator[str]:
     yield f"{told}; if you stopped because of what you saw, use {always}, valid at any number of seeds."
 
 
+def convergence(bench: Benchmark) -> dict[str, str]:
+    """Trained rung -> 'had converged', ...: whether its speaking AP still moved in the last third of its steps.
+
+    A straight line by least squares, with an intercept per seed; its rise over that third is judged as an effect is.
+    """
+    return {curve.rung: converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
+
+
+def converged(seeds: Sequence[Line], margin: float) -> str:
+    """The same of one rung's curves."""
+    end = max(steps[-1] for steps, _ in seeds)
+    lasts = [(steps[steps >= end * 2 / 3], aps[steps >= end * 2 / 3]) for steps, aps in seeds]
+    x, y = (np.concatenate([line[axis] - line[axis].mean() for line in lasts if len(line[0])]) for axis in (0, 1))
+    freedom, spread = len(x) - len(lasts) - 1, float(x @ x)
+    if freedom < 1 or not spread:
+        return "was evaluated too seldom to tell whether it had converged"
+    slope = float(x @ y) / spread
+    error = float(stats.t.ppf(0.975, freedom)) * float(np.sqrt(((y - slope * x) ** 2).sum() / freedom / spread))
+    verdict = verdict_of((slope - error) * end / 3, (slope + error) * end / 3, margin)
+    if verdict in (NO_LARGER, SMALL):
+        return "had converged"
+    if verdict == UNDECIDED:
+        return "may or may not have converged"
+    return f"{IMPROVING if slope > 0 else 'was getting worse'} by {abs(slope) * 100:.3f} AP per 100 steps"
+
+
 # ---- words -------------------------------------------------------------------------------------------
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _named(metric: Metric) -> str:
-    return f"{metric.unit} {metric.label}".strip()
-
-
-def _shown_sign(metric: Metric, row: Row) -> int:
-    """1 where the first arm was shown to be better, -1 the second, else 0."""
-    if row.get("low") is None:
-        return 0
-    return (int(row["low"] > 0) - int(row["high"] < 0)) * (1 if metric.higher_is_better else -1)
 
 
 def _difference(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""OUT/report.html and OUT/figures/: the answer in a sentence, figures, all numbers, and the commands that led to them.
+"""OUT/report.html and OUT/figures/: the answer in a sentence, figures, all numbers, and the command that led to them.
 
 Everything is computed from what `benchmark` left in OUT (and, for the timelines, from the shards that it used, while
 they are there), so the page can be written again at any time. No script, nothing loaded; the figures are inlined.
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from pipeline.storage import write_text
 from pipeline.terminal import counted
-from trainer.arms import find_rung
+from trainer.arms import RUNGS
 from trainer.config import MODES
 from trainer.evaluation import conclusions, plots
 from trainer.evaluation.benchmark_folder import (
@@ -26,38 +26,25 @@ from trainer.evaluation.benchmark_folder import (
     Benchmark,
     Row,
     baseline,
-    convergence,
     precision_recall,
     read_benchmark,
     reliability,
     state_over_time,
     training_curves,
 )
-from trainer.evaluation.disagreements import find_disagreements
-from trainer.evaluation.ladder import PRIMARY, ladder_steps, pairs_of
+from trainer.evaluation.clip_pictures import find_disagreements
+from trainer.evaluation.comparison import PRIMARY, pairs_of
+from trainer.evaluation.conclusions import ladder_steps
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.plots import (
-    Curve,
-    Mark,
-    Panel,
-    css_colour,
-    format_interval,
-    format_number,
-    printable,
-    rung_colour,
-)
+from trainer.evaluation.plots import Curve, Mark, Panel, css_colour, format_interval, format_number, printable
 
 MOST_GROUPS: Final = 12  # of a kind, on the page
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
 _FIRST_PAGE: Final = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="refresh" content="20">
-<meta name="color-scheme" content="light dark">
-<title>No result yet</title>
-<p>No pair of runs has ended yet. The report replaces this page when one has; the page reloads itself.</p>
-</html>
+<html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="20">
+<meta name="color-scheme" content="light dark"><title>No result yet</title>
+<p>No pair of runs has ended yet. The report replaces this page when one has; the page reloads itself.</p></html>
 """
 _DIAGONAL: Final = (np.array([0.0, 1.0]), np.array([0.0, 1.0]), "")
 
@@ -88,7 +75,7 @@ def write_first_page(out: Path) -> None:
 
 def page_data(bench: Benchmark) -> dict[str, Any]:
     """All that the template shows; draws the figures into OUT/figures on the way."""
-    info, mode, (metric, a, b) = bench.info, bench.mode, bench.primary
+    info, mode, (a, b) = bench.info, bench.mode, bench.pair
     interest = pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
     rows = [
         row | {"heading": _heading(row["metric"])}
@@ -109,31 +96,28 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "opening": conclusions.opening(bench),
         "leaks": [*conclusions.leaks(bench)],
         "question": conclusions.question(bench),
-        "one_seed": conclusions.one_seed(bench),
         "harness": conclusions.harness_check(bench),
-        "limits": conclusions.limits(bench),
-        "size": conclusions.data_size(info),
+        "limits": [*conclusions.limits(bench)],
         "colours": plots.css_colours(),
-        "rungs": {rung: {"about": find_rung(rung), "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
+        "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(plots.rung_colour(rung))} for rung in bench.rungs},
         "steps": ladder_steps(bench),
         "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
-        "convergence": convergence(bench),
+        "convergence": conclusions.convergence(bench),
         "figures": {name: draw(name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
-        "primary": {"metric": metric, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
+        "primary": {"metric": PRIMARY, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
         "disagreements": about,
         "clips": [
-            {"svg": draw(f"timeline-{i}", partial(plots.timeline, clip.timeline), clip.timeline.title),
-             "lines": clip.lines, "omitted": clip.omitted}
-            for i, clip in enumerate(clips, 1)
+            {"svg": draw(f"timeline-{i}", partial(plots.timeline, timeline), timeline.title), "lines": lines}
+            for i, (timeline, lines) in enumerate(clips, 1)
         ],
         "metrics": _metric_rows(bench),
-        "comparisons": [row for row in rows if row["metric"] == metric],
-        "other_comparisons": [row for row in rows if row["metric"] != metric],
+        "comparisons": [row for row in rows if row["metric"] == PRIMARY],
+        "other_comparisons": [row for row in rows if row["metric"] != PRIMARY],
         "info": info,
         "mode": mode,
         "thresholds_from": sorted({run["thresholds_from"] for run in bench.metrics.values()} - {None}),
-    }  # fmt: skip
+    }
 
 
 def _heading(name: str) -> str:
@@ -210,7 +194,7 @@ def _ladder_rows(bench: Benchmark) -> list[plots.RungRow]:
                 told = format_interval(step.difference, step.low, step.high, signed=True)
                 mark = mark._replace(below=steps[step.below].value, step=told)
             marks[rung].append(mark)
-    return [plots.RungRow(find_rung(rung).label, rung_colour(rung), marks[rung]) for rung in bench.rungs]
+    return [plots.RungRow(RUNGS[rung].label or rung, plots.rung_colour(rung), marks[rung]) for rung in bench.rungs]
 
 
 def _window_panel(bench: Benchmark, mode: str) -> Panel:

@@ -11,19 +11,9 @@ import polars as pl
 import pytest
 
 from trainer.config import MODES
-from trainer.evaluation.benchmark_folder import Benchmark, _converged, precision_recall
-from trainer.evaluation.conclusions import headline, leaks, limits, question
-from trainer.evaluation.ladder import (
-    BEATS,
-    NO_LARGER,
-    SMALL,
-    UNDECIDED,
-    WORSE,
-    ladder_steps,
-    tells,
-    top_rung,
-    verdict_of,
-)
+from trainer.evaluation.benchmark_folder import Benchmark, precision_recall
+from trainer.evaluation.comparison import BEATS, NO_LARGER, SMALL, UNDECIDED, WORSE, verdict_of
+from trainer.evaluation.conclusions import converged, ladder_steps, leaks, limits, opening, question, tells, top_rung
 
 VALUES: dict[tuple[str, str], float | None] = {  # event F1
     ("speak", "teacher-forced"): 0.52, ("speak", "self-fed"): 0.5,
@@ -35,7 +25,6 @@ VALUES: dict[tuple[str, str], float | None] = {  # event F1
 def benchmark(
     values: dict[tuple[str, str], float | None] = VALUES,
     seeds: Sequence[int] = (0, 1),
-    seed_share: float = 0.25,  # of the differences' intervals
     half_width: float | None = 0.04,  # of the differences' intervals; None: there are none
     out: Path = Path("nowhere"),
 ) -> Benchmark:
@@ -52,7 +41,6 @@ def benchmark(
         first, second = values[a, mode], values[b, mode]
         if first is not None and second is not None:
             row |= {"difference": first - second, "p_direction": 0.99, "p_value": 0.02, "detectable": 0.057}
-            row |= {"seed_share": seed_share}
             if half_width is not None:
                 row |= {"low": first - second - half_width, "high": first - second + half_width}
         rows[a, b, mode, "event_f1"] = row | size | {"undefined": 0}
@@ -67,18 +55,14 @@ def benchmark(
 
 def test_the_answer_comes_first_then_what_limits_it():
     bench = benchmark()
-    assert headline(bench) == (
+    assert opening(bench) == [
         "On these data, when to speak is told by own state, beyond what speak has; speak+dst is the lowest "
-        "rung that reaches the top. Event F1 (self-fed, 5 recordings, 2 seeds): speak 0.500, own state +0.100 [+0.060, "
-        "+0.140]."
-    )
-    assert limits(bench)[:4] == [
+        "rung that reaches the top.",
+        "Event F1 (self-fed, 5 recordings, 2 seeds): speak 0.500, own state +0.100 [+0.060, +0.140].",
+    ]
+    assert [*limits(bench)][:2] == [
         "Given the reference's texts speak+dst reaches 0.820 event F1; free-running, given its own, 0.600: exposure "
         "bias costs 0.220. Teacher-forced, speak+dst minus speak would read +0.300 [+0.260, +0.340].",
-        "speak+markers, whose state updates carry no content, gains +0.025 over speak: 25% of the gain comes with the "
-        "updates (their presence, a second head's labels), not from their "
-        "content. speak+dst minus speak+markers: +0.075 [+0.035, +0.115].",
-        "With these 5 recordings and 2 seeds a true difference under 0.057 event F1 could well be missed.",
         "2 seeds and 5 recordings are few: what holds here may not hold for others.",
     ]
 
@@ -86,7 +70,7 @@ def test_the_answer_comes_first_then_what_limits_it():
 def test_the_opening_says_where_a_control_without_the_states_content_does_as_well():
     values = {("speak", "self-fed"): 0.5, ("speak+markers", "self-fed"): 0.6, ("speak+dst", "self-fed"): 0.6}
     told = "or by what comes with it: speak+markers, which lacks the state's content, is not shown to be worse"
-    assert f"is told by own state, beyond what speak has, {told}; " in headline(benchmark(values))
+    assert f"is told by own state, beyond what speak has, {told}; " in opening(benchmark(values))[0]
 
 
 def test_a_rung_that_is_not_better_than_all_below_it_tells_nothing():
@@ -94,30 +78,25 @@ def test_a_rung_that_is_not_better_than_all_below_it_tells_nothing():
     values = {"metronome": 0.1, "history": 0.9, "texts": 0.1, "speak": 0.9}
     bench = benchmark({(rung, "self-fed"): value for rung, value in values.items()})
     assert [step.verdict for step in ladder_steps(bench)] == ["", BEATS, WORSE, BEATS]
-    assert headline(bench).startswith("On these data, when to speak is told by history; history is the lowest rung ")
+    assert opening(bench)[0].startswith("On these data, when to speak is told by history; history is the lowest rung ")
     (text,) = leaks(bench)
     assert text.startswith("Seeing was not needed (self-fed): history, which sees no picture, comes within 0.05 event")
 
 
 LOSS = {**VALUES, ("speak+dst", "self-fed"): 0.3}
-SEEDS = "Most of the width of the answer's interval comes from having only 2 seeds"
 FORCED = {(rung, mode): value for (rung, mode), value in VALUES.items() if mode == "teacher-forced"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said", "unsaid"),
+    ("changes", "said"),
     [
-        ({"half_width": 0.2}, "exposure bias costs 0.220", "not from their content"),
-        ({"values": LOSS}, "speak reaches 0.520 event F1; free-running, given its own, 0.500: exposure", SEEDS),
-        ({"values": {**VALUES, ("speak+markers", "self-fed"): 0.7}}, "all of the gain", "none of"),
-        ({"seed_share": 0.75}, SEEDS, "announced"),
-        ({"values": FORCED}, "No free-running evaluation: each model read the reference's texts", "costs"),
+        ({"half_width": 0.2}, "exposure bias costs 0.220"),
+        ({"values": LOSS}, "speak reaches 0.520 event F1; free-running, given its own, 0.500: exposure"),
+        ({"values": FORCED}, "No free-running evaluation: each model read the reference's texts"),
     ],
 )
-def test_limits_say_what_the_numbers_allow(changes, said, unsaid):
-    text = "\n".join(limits(benchmark(**changes)))
-    assert said in text
-    assert unsaid not in text
+def test_limits_say_what_the_numbers_allow(changes, said):
+    assert said in "\n".join(limits(benchmark(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -140,9 +119,9 @@ def test_an_arm_without_free_running_scores_is_named_with_the_reason():
     bench = benchmark()
     bench.metrics["speak+dst", 1] = {"teacher-forced": {}, "thresholds": {"event": {}}}
     why = "speak+dst was not self-fed: no threshold could be chosen, as val has no frame to speak at (seed 1)."
-    assert limits(bench)[0] == why
+    assert next(limits(bench)) == why
     del bench.metrics["speak+dst", 1]
-    assert limits(bench)[0] == "speak+dst was not evaluated (seed 1); run the benchmark again."
+    assert next(limits(bench)) == "speak+dst was not evaluated (seed 1); run the benchmark again."
 
 
 @pytest.mark.parametrize(
@@ -181,7 +160,7 @@ def test_a_rung_with_few_seeds_does_not_hide_what_is_shown_against_a_better_one(
 )
 def test_convergence_is_told_from_the_last_third(aps, said):
     steps = np.array([100.0, 200.0, 400.0, 500.0, 600.0])[: len(aps)]
-    assert _converged([(steps, np.array(aps))] * 2, 0.05) == said
+    assert converged([(steps, np.array(aps))] * 2, 0.05) == said
 
 
 # ---- curves ------------------------------------------------------------------------------------------
