@@ -1,6 +1,5 @@
 """Every knob of a training run, written once: dataclass fields with their help, which are the command line's options.
 
-A wrong combination fails when the dataclass is made, before a model is built, and says which two fields disagree.
 Defaults are for `--model tiny` (1M parameters, random): both heads are learnt in 200 steps on two CPU cores. For a
 pretrained SmolVLM start from lr 2e-5 and freeze the vision tower.
 """
@@ -8,7 +7,7 @@ pretrained SmolVLM start from lr 2e-5 and freeze the vision tower.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -28,15 +27,14 @@ _ABOVE_ZERO = {
 }
 _PANELS = ("Model", "Optimizer", "Loss", "Speed and memory", "Evaluation while training")
 _model, _optim, _loss, _speed, _evaluation = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
-_events = partial(Option, rich_help_panel="Matching of events")
+_events = partial(Option, rich_help_panel="Matching of events", min=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run is a function of, together with its data: a resume with another value is refused.
 
-    The command line takes `lr_by_part` as name=number items and `freeze` as names; `betas` is no option. Raises
-    InputError where fields disagree.
+    Raises InputError where fields disagree. `betas` is no option of the command line.
     """
 
     arm: Annotated[str, _model(help=f"what it reads of the state: {', '.join(ARMS)}")] = "speak+dst"
@@ -85,29 +83,25 @@ class TrainConfig:
         find_arm(self.arm)
         for name, value in asdict(self).items():
             if isinstance(value, int | float):
-                above = name in _ABOVE_ZERO
-                _require(math.isfinite(value), f"{name} is {value}, expected a number")
-                bound = "above 0" if above else "0 or above"
-                _require(value > 0 if above else value >= 0, f"{name} is {value}, expected {bound}")
-        for name, known in (("balance", BALANCES), ("optimizer", OPTIMIZERS)):
-            value = getattr(self, name)
+                fits = math.isfinite(value) and (value > 0 if name in _ABOVE_ZERO else value >= 0)
+                bound = "above 0" if name in _ABOVE_ZERO else "0 or above"
+                _require(fits, f"{name} is {value}, expected a number, {bound}")
+        for name, value, known in (("balance", self.balance, BALANCES), ("optimizer", self.optimizer, OPTIMIZERS)):
             _require(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
-        _require(self.seed < 2**63, f"seed is {self.seed}, expected below 2**63")
-        learns = self.w_speak + self.w_dst + self.w_lm > 0
-        _require(learns, "w_speak, w_dst and w_lm are all 0: nothing to learn from")
-        warm = f"warmup_steps {self.warmup_steps} > steps {self.steps}; lower it or train longer"
-        _require(self.warmup_steps <= self.steps, warm)
-        k = self.tokens_per_frame
-        _require(math.isqrt(k) ** 2 == k, f"tokens_per_frame is {k}, expected a square number such as 1, 4, 9 or 16")
-        for name in ("freeze", "lr_by_part"):
-            unknown = sorted(set(getattr(self, name)) - set(PARTS))
-            _require(not unknown, f"{name} names {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-        _require("heads" not in self.freeze, "freeze names heads, which start at nothing; leave them out")
+        for name, chosen, parts in (("freeze", self.freeze, PARTS[:3]), ("lr_by_part", self.lr_by_part, PARTS)):
+            unknown = sorted(set(chosen).difference(parts))
+            _require(not unknown, f"{name} names {', '.join(unknown)}; expected some of {', '.join(parts)}")
+        k, both = self.tokens_per_frame, ", ".join(set(self.freeze) & set(self.lr_by_part))
+        adapts_nothing = self.lora_rank > 0 and "text" in self.freeze
+        for wrong, message in (
+            (self.warmup_steps > self.steps, f"warmup_steps {self.warmup_steps} > steps {self.steps}; lower it"),
+            (math.isqrt(k) ** 2 != k, f"tokens_per_frame is {k}, expected a square number such as 1, 4, 9 or 16"),
+            (both, f"{both} is in lr_by_part and in freeze; drop one of them"),
+            (adapts_nothing, f"lora_rank is {self.lora_rank} and text is in freeze; drop one of them"),
+        ):
+            _require(not wrong, message)
         for part, lr in self.lr_by_part.items():
-            _require(part not in self.freeze, f"{part} is in lr_by_part and in freeze; drop one of them")
             _require(0 < lr < math.inf, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
-        idle = f"lora_rank is {self.lora_rank} and text is in freeze: the adapters are the text's; drop one of them"
-        _require(not (self.lora_rank and "text" in self.freeze), idle)
 
     def on(self, device_type: str) -> TrainConfig:
         """With `bf16` decided for 'cuda' or 'cpu': what a run there is a function of."""
@@ -118,10 +112,11 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """The config written by `to_json`; InputError on a name or a value that this version does not know."""
-        unknown = sorted(set(values) - {known.name for known in fields(cls)})
-        _require(not unknown, f"unknown {', '.join(unknown)}; written by another version of prospect-dst")
-        return cls(**values)
+        """What `to_json` wrote; InputError on a name or a value that this version does not know."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"training config: {error}; written by another version of prospect-dst") from None
 
 
 @dataclass(frozen=True)
@@ -134,16 +129,13 @@ class RunOptions:
             help="processes that read two steps ahead each, frames included; default: none on a CPU, one per core but "
             "one, at most 8, on a GPU. Changes no result",
             show_default=False,
+            min=0,
         ),
     ] = None
-    save_every: Annotated[int, Option(help="steps between checkpoints; 0: only the last")] = 100
+    save_every: Annotated[int, Option(help="steps between checkpoints; 0: only the last", min=0)] = 100
     fsdp: Annotated[bool, Option("--fsdp", help="under torchrun: shard the model, not copy it")] = False
     logger: Annotated[str | None, Option("--log", help="also to wandb")] = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "save_every"):
-            _require((getattr(self, name) or 0) >= 0, f"{name} is {getattr(self, name)}, expected 0 or above")
 
 
 @dataclass(frozen=True)
@@ -155,10 +147,6 @@ class Settings:
     refractory_s: Annotated[float, _events(help="seconds of silence after an event")] = 2.0
     reactive_s: float = 2.0  # an event this soon after the user spoke is a reaction
     bins: int = 10  # of the reliability curve
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            _require(0 <= value < math.inf, f"{name} is {value}, expected seconds, 0 or above")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,8 +1,8 @@
 """Process group, DDP and FSDP2 wrapping, collectives. Without torchrun the world is one rank, and each call is free.
 
 Ranks share the clips of a step, so they can hold different numbers of packs: those that run out take blank ones, and
-every parameter gets a gradient (of 0) on every rank, without which the collective would hang. Every method of `World`
-is collective: all ranks call it, in the same order.
+every parameter gets a gradient (of 0) on every rank, without which the collective would hang. All ranks call each
+method of `World`, in the same order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class World:
         return values
 
     def most(self, count: int) -> int:
-        """The largest `count` of any rank."""
         if self.size == 1:
             return count
         value = torch.tensor(count, device=self.device)
@@ -62,21 +61,19 @@ class World:
         return objects
 
     def wait(self) -> None:
-        """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
-    def copy(self, model: nn.Module) -> nn.Module:
-        """`model` under DDP: its gradients are the mean over ranks after the last backward pass of a step."""
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    def wrap(self, model: Any, sharded: bool) -> nn.Module:
+        """`model`, a ProspectModel, on this rank's device: under DDP, or `sharded` by FSDP2, in place, layer by layer.
 
-    def shard(self, model: Any) -> nn.Module:
-        """`model`, a ProspectModel, under FSDP2: sharded in place, layer by layer.
-
-        Under bf16 layers are gathered in it, half the bytes; gradients are added, and heads computed, in float32.
+        Gradients are the mean over ranks after the last backward pass of a step. Under bf16 FSDP gathers layers in it,
+        half the bytes; gradients are added, and heads computed, in float32.
         """
+        if self.size == 1:
+            return cast(nn.Module, model.to(self.device))
+        if not sharded:
+            return DistributedDataParallel(model.to(self.device), gradient_as_bucket_view=True)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -85,8 +82,7 @@ class World:
         policy = half if model.bf16 else MixedPrecisionPolicy()
         for layer in model.body.layers:  # the tower as a whole: ranks run it for different numbers of chunks
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        return model
+        return fully_shard(model, mesh=mesh, reshard_after_forward=False)  # type: ignore[no-any-return]
 
 
 def best_device() -> torch.device:
@@ -97,10 +93,9 @@ def best_device() -> torch.device:
 @contextmanager
 def join() -> Iterator[World]:
     """The world that torchrun's environment describes; leaves it at the end."""
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else CPU
+    size, cuda, device = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), CPU
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if size == 1:
         yield World(device=device)
@@ -109,7 +104,7 @@ def join() -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, device)
     except RuntimeError as error:  # also what a collective says when another rank has gone
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).partition("\n")[0]
         hint = "where this tells of a connection, another rank stopped, and its message says why"
         raise InputError(f"rank {dist.get_rank()}: {reason}; {hint}") from error
     finally:
@@ -119,10 +114,7 @@ def join() -> Iterator[World]:
 @contextmanager
 def synced(model: nn.Module, now: bool) -> Iterator[None]:
     """Backward passes in here exchange gradients only if `now`; otherwise they add up on each rank."""
-    if isinstance(model, DistributedDataParallel):
-        with nullcontext() if now else model.no_sync():
-            yield
-        return
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         cast(Any, model).set_requires_gradient_sync(now)
-    yield
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext():
+        yield

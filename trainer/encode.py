@@ -43,8 +43,8 @@ from trainer.config import RANDOM_MODELS
 from trainer.distributed import best_device
 from trainer.features import LAYERS, STORED, FeatureFile, Features, feature_path, write_features
 from trainer.frame_source import PixelFrames, open_frames
+from trainer.loader import Transfer, fetched
 from trainer.model import load_model
-from trainer.transfer import Transfer, fetched, pinned
 
 DTYPES = ("auto", "float32", "bfloat16")
 READERS = min(16, os.cpu_count() or 1)  # threads that decode
@@ -286,7 +286,7 @@ def _decoded(jobs: Sequence[_Job], source: PixelFrames, batch: int, pin: bool) -
             own.source = PixelFrames(source.root, source.side, cache_bytes=0, open_files=1)
         runs = np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1)
         pixels = np.concatenate([own.source.load(job.clip, int(run[0]), int(run[-1]) + 1) for run in runs])
-        return pinned(torch.from_numpy(pixels)) if pin else torch.from_numpy(pixels)
+        return torch.from_numpy(pixels).pin_memory() if pin else torch.from_numpy(pixels)
 
     ahead: deque[tuple[int, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,27 +1,31 @@
-"""The packs of each optimizer step, built in this process or ahead of it by workers.
+"""The packs of each optimizer step, built in this process or ahead of it by workers, and copied ahead to a GPU.
 
 What step i reads is a pure function of i, so any worker may build it. Workers send packs with their frames through
-shared memory. A step of pixels is gigabytes (786 KB a frame at 512 x 512), so the bytes loaded and not yet used are
-bounded by what /dev/shm had free: workers wait, instead of dying of a bus error.
+shared memory, of which a step of pixels takes gigabytes (786 KB a frame at 512 x 512).
+On CUDA both directions have a stream of their own and go through pinned memory, so neither the host nor the compute
+stream waits for the other; the price is that memory of a copy comes back late (`record_stream`). On a CPU nothing is
+copied and nothing overlaps.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import resource
 import tempfile
 import threading
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cluster import available_cores
@@ -29,12 +33,14 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.config import TrainConfig
 from trainer.frame_source import FrameSource
-from trainer.packing import Pack, pack_windows, windows_of
+from trainer.packing import Loaded, Pack, pack_windows, upload, windows_of
 from trainer.sampler import Sampler
 from trainer.tokenizer import Tokens
 
 SHARED_MEMORY = Path("/dev/shm")
 MOST_WORKERS = 8  # by default on a GPU
+LOOK_AHEAD = 100  # steps, of which the largest decides how many workers fit
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -55,9 +61,25 @@ class StepData(Dataset[list[Pack]]):
     def __len__(self) -> int:
         return self.config.steps
 
+    def places(self, step: int) -> list[tuple[int, int]]:
+        return self.sampler.places(step, self.config.clips_per_step, self.rank, self.size)
+
     def __getitem__(self, step: int) -> list[Pack]:
-        clips = self.sampler.step(step, self.config.clips_per_step, self.rank, self.size)
+        clips = [self.split.clip(*place) for place in self.places(step)]
         return pack_windows(windows_of(clips, self.tokens, self.config), self.frames, self.config.micro_batch_tokens)
+
+
+class _Ahead(Dataset[list[Pack] | InputError]):
+    """Items of `data` with their frames; errors as they are, without a worker's traceback."""
+
+    def __init__(self, data: StepData) -> None:
+        self.data = data
+
+    def __getitem__(self, step: int) -> list[Pack] | InputError:
+        try:
+            return [pack.loaded() for pack in self.data[step]]
+        except InputError as error:
+            return error
 
 
 def default_workers(device: torch.device) -> int:
@@ -71,96 +93,46 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
     pin: packs of workers come in pinned memory. Raises what reading a step raises.
     """
     steps = range(first, len(data))
-    if not workers:
+    if not workers or not steps:
         yield from (data[step] for step in steps)
         return
-    processes = _fork_server()
-    # half of it, shared by this machine's ranks: what else runs here needs some, too
-    flight = InFlight(processes, first, _free_shared_memory() / 2 / _local_ranks())
     ahead = DataLoader(
-        _Ahead(data, flight),
+        _Ahead(data),
         batch_size=None,
         sampler=steps,
-        num_workers=workers,
+        num_workers=_workers_that_fit(data, first, workers),
         pin_memory=pin,
-        multiprocessing_context=processes,
+        multiprocessing_context=_fork_server(),
         worker_init_fn=partial(end_with, os.getpid()),
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
     try:
-        for step, result in zip(steps, ahead, strict=True):
-            if isinstance(result, InputError):
-                raise result
-            packs, size = result
+        for packs in ahead:
+            if isinstance(packs, InputError):
+                raise packs
             yield packs
-            flight.used(step, size)
     except RuntimeError as error:  # torch's words where a tensor's file descriptor could not be received
         if "ancdata" not in str(error):
             raise
         raise InputError("too few files may be open (ulimit -n); raise the limit, or use --workers 0") from None
-    finally:
-        flight.used(len(data), 0)  # no worker waits any longer
 
 
-class _Ahead(Dataset[tuple[list[Pack], int] | InputError]):
-    """Items of `data` with their frames, and the bytes of those; errors as they are, without a worker's traceback."""
-
-    def __init__(self, data: StepData, flight: InFlight) -> None:
-        self.data, self.flight = data, flight
-
-    def __getitem__(self, step: int) -> tuple[list[Pack], int] | InputError:
-        try:
-            packs = self.data[step]
-            first = [pack.loaded() for pack in packs[:1]]  # says how large a frame is
-            size = first[0].frames()[0].nbytes * sum(pack.labels.shape[1] for pack in packs) if packs else 0
-            self.flight.wait(step, size)
-            return [*first, *(pack.loaded() for pack in packs[1:])], size
-        except InputError as error:
-            return error
-
-
-class InFlight:
-    """Bytes that workers have loaded and training has not used yet: at most `limit`.
-
-    The step that is due next may exceed it, if there is room: all others wait for it.
-    """
-
-    def __init__(self, processes: BaseContext, first: int, limit: float) -> None:
-        self.limit = limit
-        self._lock = processes.Lock()
-        self._bytes, self._due = (processes.Value("q", value, lock=False) for value in (0, first))
-
-    def wait(self, step: int, size: int) -> None:
-        """In a worker: until `size` bytes more may be loaded. InputError where they will never fit.
-
-        It looks again and again: a condition's `notify` would wait for ever for a worker that was killed.
-        """
-        while True:
-            with self._lock:
-                if step <= self._due.value or self._bytes.value + size <= self.limit:
-                    if size > (free := _free_shared_memory()):
-                        raise InputError(
-                            f"step {step + 1}: its frames take {size / 1e6:,.0f} MB, {SHARED_MEMORY} has "
-                            f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, "
-                            f"or use --workers 0"
-                        )
-                    self._bytes.value += size
-                    return
-            time.sleep(0.02)
-
-    def used(self, step: int, size: int) -> None:
-        """In the training process: the packs of this step have left shared memory, and the next step is due."""
-        with self._lock:
-            self._bytes.value -= size
-            self._due.value = step + 1
-
-
-def _free_shared_memory() -> float:
-    """Bytes; infinite where the system has no /dev/shm."""
+def _workers_that_fit(data: StepData, first: int, workers: int) -> int:
+    """As many as can be two steps ahead in half of /dev/shm, where a worker without room dies of a bus error."""
     if not SHARED_MEMORY.is_dir():
-        return math.inf
+        return workers
     disk = os.statvfs(SHARED_MEMORY)
-    return disk.f_bavail * disk.f_frsize
+    free = disk.f_bavail * disk.f_frsize / _local_ranks()
+    steps = range(first, min(first + LOOK_AHEAD, len(data)))
+    frames = max(sum(data.split.num_frames(number) for number, _ in data.places(step)) for step in steps)
+    clip = data.split.clip(0)
+    size = frames * data.frames.load(clip, clip.start_frame, clip.start_frame + 1).nbytes
+    if (needed := 8 * size) > free:  # two steps of one worker, one in use, one about to be
+        raise InputError(
+            f"a step's frames take up to {size / 1e6:,.0f} MB, so {SHARED_MEMORY} needs {needed / 1e6:,.0f} MB but has "
+            f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
+        )
+    return min(workers, int(free / (4 * size)) - 1) if size else workers
 
 
 def _local_ranks() -> int:
@@ -184,17 +156,125 @@ def end_with(owner: int, worker: int = 0) -> None:
 def _fork_server() -> BaseContext:
     """The process that workers are forked from, with this module imported: forked from one with threads, they can hang.
 
-    Every tensor that a worker sends is an open file, so their limit is raised; sockets below a long TMPDIR would have
-    names of over 107 bytes. PYTHONSAFEPATH: else a trainer.py in the working folder would be imported instead of ours.
+    Every tensor that a worker sends is an open file, so their limit is raised.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if len(os.fsencode(tempfile.gettempdir())) > 60:
+    if len(os.fsencode(tempfile.gettempdir())) > 60:  # a socket's name has at most 107 bytes
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a trainer.py in the working folder would be imported instead of ours
     forkserver.set_forkserver_preload(["trainer.loader"])
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
     forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONSAFEPATH"]
     return multiprocessing.get_context("forkserver")
+
+
+# ---- copies between the host and the device ----------------------------------------------------------
+
+
+class Transfer:
+    """Copies to and from `device`. All methods start a copy and return a function that gives its result."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.overlaps = device.type == "cuda"
+        self._up, self._down = (torch.cuda.Stream(device) if self.overlaps else None for _ in range(2))
+
+    def up(self, values: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """To the device. The stream that takes the result waits for the copy; the host does not."""
+        if self._up is None:
+            moved = [value.to(self.device) for value in values]
+            return lambda: moved
+        with torch.cuda.stream(self._up):
+            moved = [upload(value, self.device) for value in values]
+            copied = self._up.record_event()
+
+        def take() -> list[Tensor]:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            for value in moved:
+                value.record_stream(stream)
+            return moved
+
+        return take
+
+    def pack(self, pack: Pack) -> Callable[[], Pack]:
+        """A pack, frames included, to the device."""
+        moving = pack.device_tensors
+        take = self.up([pack.frames(), *moving.values()])
+
+        def taken() -> Pack:
+            frames, *moved = take()
+            values: dict[str, Any] = dict(zip(moving, moved, strict=True))
+            return replace(pack, frames=Loaded(frames), **values)
+
+        return taken
+
+    def down(self, value: Tensor) -> Callable[[], Tensor]:
+        """To the host, once what the current stream has been given so far is done. Taking the result waits for that
+        alone, not for what the stream was given since."""
+        if self._down is None:
+            fetched = value.cpu()
+            return lambda: fetched
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            host.copy_(value, non_blocking=True)
+            value.record_stream(self._down)
+            copied = self._down.record_event()
+
+        def take() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return take
+
+
+def fetched(started: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """What each gives, one late: a GPU is given the next pass before the result of the last one is fetched."""
+    waiting: deque[Callable[[], Result]] = deque()
+    for take in started:
+        waiting.append(take)
+        if len(waiting) > 1:
+            yield waiting.popleft()()
+    yield from (take() for take in waiting)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefetched(Pack):
+    """A pack that moves to the device before it is asked for: `to` gives it there, and starts the next one's copy."""
+
+    take: Callable[[], Pack]
+
+    def to(self, device: torch.device) -> Pack:
+        return self.take().to(device)
+
+
+def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[Pack]]:
+    """The steps, whose packs are copied to the device while the one before each is computed; on a CPU as they are.
+
+    Packs must be used once, in order. At most two are on the device at a time.
+    """
+    if not transfer.overlaps:
+        yield from steps
+        return
+    waiting: deque[Pack] = deque()
+    started: deque[Callable[[], Pack]] = deque()
+
+    def start() -> None:
+        if waiting:
+            started.append(transfer.pack(waiting.popleft()))
+
+    def take() -> Pack:
+        moved = started.popleft()()
+        start()
+        return moved
+
+    source = iter(steps)
+    ahead = next(source, None)
+    waiting.extend(ahead or [])
+    while ahead is not None:
+        step, ahead = ahead, next(source, None)
+        waiting.extend(ahead or [])
+        if not started:
+            start()
+        yield [Prefetched(**pack.__dict__, take=take) for pack in step]

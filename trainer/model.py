@@ -135,7 +135,7 @@ class ProspectModel(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden_states(pack)  # [L, H]
             text = self.vlm.lm_head(hidden.index_select(0, pack.lm_index))
-            return Scores(self.decisions(hidden.index_select(0, pack.decision_index)), text)
+            return Scores(self.decisions(hidden.index_select(0, pack.frame_index[:, -1])), text)
 
     def decisions(self, hidden: Tensor) -> Tensor:
         """float32 [2, N] of [N, H] at decision tokens: logits that say *speak* and *DST update*, whatever the arm.

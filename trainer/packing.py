@@ -1,8 +1,8 @@
 """Windows -> packs: laid end to end in one row, so that no token of any forward pass is padding.
 
-The windows of a step are packed to a token budget, longest first into the first pack with room. Heads and text rows
-are addressed by index into the row; windows are kept apart by their lengths alone (`trainer.attention`).
-Frames are loaded when a pack runs, or in a loader's worker: those of a whole step can be gigabytes.
+Heads and text rows are addressed by index into the row; windows are kept apart by their lengths alone
+(`trainer.attention`). Frames are loaded when a pack runs, or in a loader's worker: those of a whole step can be
+gigabytes.
 
     W windows    L tokens    N frames    k tokens per frame    T supervised text tokens
 """
@@ -39,16 +39,11 @@ class Pack:
     position_ids: Tensor  # int64 [L], from 0 in each window
     seg_lens: Tensor  # int64 [W]
     seg_ends: Tensor  # int32 [W + 1]: 0, and where each window ends
-    frame_index: Tensor  # int64 [N, k] where each frame's tokens stand
+    frame_index: Tensor  # int64 [N, k] where each frame's tokens stand; both heads read at the last
     lm_index: Tensor  # int64 [T] positions whose next token is a target
     lm_targets: Tensor  # int64 [T]
     labels: Tensor  # int8 [2, N], of which `loss.supervise` makes indices
     neg_rate: Tensor  # float32 [N]
-
-    @property
-    def decision_index(self) -> Tensor:
-        """[N]: the last token of each frame, where both heads read."""
-        return self.frame_index[:, -1]
 
     @property
     def num_tokens(self) -> int:
@@ -56,14 +51,12 @@ class Pack:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest window."""
         return max(self.seg_lens.tolist())
 
     @property
     def device_tensors(self) -> dict[str, Tensor]:
         """The parts that go to the model's device, frames aside."""
-        parts = self.__dict__.items()
-        return {name: value for name, value in parts if isinstance(value, Tensor) and name not in ON_HOST}
+        return {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor) and k not in ON_HOST}
 
     def to(self, device: torch.device) -> Pack:
         moved: dict[str, Any] = {name: upload(value, device) for name, value in self.device_tensors.items()}
@@ -75,9 +68,7 @@ class Pack:
 
     def pin_memory(self) -> Pack:
         """In pinned memory, frames included: what a DataLoader calls."""
-        moved: dict[str, Any] = {
-            k: value.pin_memory() for k, value in self.__dict__.items() if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {name: value.pin_memory() for name, value in self.device_tensors.items()}
         return replace(self, frames=Loaded(self.frames().pin_memory()), **moved)
 
 
@@ -93,12 +84,8 @@ class Loaded:
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
     """`value` on `device`, through pinned memory: the host would wait for a copy to a GPU from pageable memory."""
-    return (pinned(value) if device.type == "cuda" else value).to(device, non_blocking=True)
-
-
-def pinned(value: Tensor) -> Tensor:
-    """In pinned memory: as it is, where it lies there or on a device already."""
-    return value if value.is_cuda or value.is_pinned() else value.pin_memory()
+    pins = device.type == "cuda" and not (value.is_cuda or value.is_pinned())
+    return (value.pin_memory() if pins else value).to(device, non_blocking=True)
 
 
 def ends_of(seg_lens: Tensor) -> Tensor:
@@ -161,10 +148,7 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
 
 
 def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
-    """One unsupervised `frame` [1, ...]: for a rank that has run out of packs while others have not.
-
-    Its loss is 0 and its gradient is 0 for every parameter, which is not the same as no gradient.
-    """
+    """One unsupervised `frame` [1, ...], for a rank that has run out of packs: every parameter gets a gradient of 0."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return Pack(
         clip_ids=(),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset import HELD_GROUPS, ClipExample, Split
+from pipeline.dataset import HELD_GROUPS, Split
 from pipeline.schema import draws
 
 
@@ -64,10 +64,10 @@ class Sampler:
             self._epoch, self._order = epoch, order(self.seed, epoch, self.split.sizes)
         return int(self._order[position]), epoch
 
-    def step(self, step: int, clips_per_step: int, rank: int = 0, size: int = 1) -> list[ClipExample]:
-        """The clips of an optimizer step that are `rank`'s, in order."""
+    def places(self, step: int, clips_per_step: int, rank: int = 0, size: int = 1) -> list[tuple[int, int]]:
+        """(number on disk, epoch) of the clips of an optimizer step that are `rank`'s, in order."""
         places = [self.place(i) for i in range(step * clips_per_step, (step + 1) * clips_per_step)]
         if size == 1:
-            return [self.split.clip(*place) for place in places]
+            return places
         frames = [self.split.num_frames(number) for number, _ in places]
-        return [self.split.clip(*places[i]) for i in share(frames, rank, size)]
+        return [places[i] for i in share(frames, rank, size)]

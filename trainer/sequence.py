@@ -5,10 +5,8 @@
 
 User text stands before the first frame of its range, DST and assistant text after the last of theirs (after the onset
 frame where labels are onsets), so no event's text precedes a frame that is positive for it. A role's texts at one frame
-are joined, in order; a turn without frames, or wholly outside the clip, gives no text. Training is teacher-forced: the
-context holds the reference's texts, but for what the arm leaves out; without any, the prompt is still there, which says
-the same at every frame. Live decoding builds its context from the same pieces: `prompt_ids`, `Block`, `utterance`,
-`to_repeat`.
+are joined, in order; a turn without frames, or wholly outside the clip, gives no text. Live decoding builds its context
+from the same pieces: `prompt_ids`, `Block`, `utterance`, `to_repeat`.
 
 A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own frames, as
 unsupervised context: at most a third more frame tokens. Every frame is supervised in exactly one window.
@@ -18,7 +16,6 @@ unsupervised context: at most a third more frame tokens. Every frame is supervis
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -49,14 +46,9 @@ class Window:
     first_frame: int  # absolute number of the window's first frame
     context: int
     input_ids: Ints  # [L]
-    frame_positions: Ints  # [F, k] where each frame's image tokens stand
+    frame_positions: Ints  # [F, k] where each frame's image tokens stand; both heads read at the last
     lm_positions: Ints  # [T] positions whose *next* token is a supervised text token
     labels: npt.NDArray[np.int8]  # [2, F]
-
-    @property
-    def decision_positions(self) -> Ints:
-        """[F]: the last token of each frame, where both heads read."""
-        return self.frame_positions[:, -1]
 
     @property
     def end_frame(self) -> int:
@@ -144,14 +136,26 @@ def to_repeat(room: int, coming: int) -> int:
     return min(int(CONTEXT * room), room - coming)
 
 
+def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
+    """InputError where `build_windows` would refuse a clip; it names the budget that would do, up to `longest`."""
+
+    def needed(clip: ClipExample) -> int:
+        prompt = _prompt(clip, tokens, clip.start_frame, arm)
+        return len(prompt) + max(block.cost(k) for block in _blocks(clip, tokens, arm))
+
+    size, worst = max((needed(clip), clip.clip_id) for clip in clips)
+    if size > max_tokens:
+        hint = f"use --max-tokens {size}" if size <= longest else f"the model reads {longest}: shorten its texts"
+        raise InputError(
+            f"clip {worst}: prompt and a frame with its texts have {size} tokens, max_tokens is {max_tokens}; {hint}"
+        )
+
+
 # ---- where texts stand -------------------------------------------------------------------------------
 
 
 def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
-    """The frame that a turn's text stands at (before it for a user, else after it), or None without frames.
-
-    Clipped to the clip where the range overlaps it, outside the clip where the range does, too.
-    """
+    """The frame that a turn's text stands at (before it for a user, else after it), or None without frames."""
     if turn.start_frame is None or turn.end_frame is None or turn.start_frame >= turn.end_frame:
         return None
     if turn.start_frame >= clip.end_frame or turn.end_frame <= clip.start_frame:
@@ -161,12 +165,12 @@ def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
     return turn.start_frame if clip.positive == "onset" else min(turn.end_frame, clip.end_frame) - 1
 
 
-def _blocks(clip: ClipExample, tokens: Tokens | _ByteTokens, arm: Arm) -> list[Block]:
+def _blocks(clip: ClipExample, tokens: Tokens, arm: Arm) -> list[Block]:
     """One block per frame of the clip [F]."""
     blocks = [Block() for _ in range(clip.num_frames)]
     if not arm.texts:
         return blocks
-    for frame, texts in user_texts(clip).items():
+    for frame, texts in texts_at(clip, "user").items():
         blocks[frame - clip.start_frame].before = utterance("user", texts, tokens)
     for role in ("assistant",) if arm.dst_text == "none" else REPLIES:
         for frame, texts in texts_at(clip, role).items():
@@ -185,20 +189,12 @@ def texts_at(clip: ClipExample, role: str) -> dict[int, list[str]]:
     return texts
 
 
-def user_texts(clip: ClipExample) -> dict[int, list[str]]:
-    return texts_at(clip, "user")
-
-
 def reference_updates(clip: ClipExample) -> dict[int, str]:
-    """The text of the reference's state updates by the (absolute) frame after which training puts it.
-
-    Decisions at that frame and before cannot see it. An update without frames has no text; only training prompts know
-    of it.
-    """
+    """The text of the reference's state updates by the (absolute) frame after which training puts it."""
     return {frame: ", ".join(texts) for frame, texts in texts_at(clip, "DST_UPDATE").items()}
 
 
-def utterance(role: str, texts: Sequence[str], tokens: Tokens | _ByteTokens) -> list[int]:
+def utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
     """Ids of a role's marker, its texts joined, and the end."""
     joined = (", " if role == "DST_UPDATE" else " ").join(texts)
     return [tokens.marker[role], *tokens.encode(joined), tokens.end]
@@ -223,16 +219,14 @@ def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
     return replay(initial_state((step for step, _ in clip.steps), clip.initial_state), updates)
 
 
-def _prompt(clip: ClipExample, tokens: Tokens | _ByteTokens, frame: int, arm: Arm) -> list[int]:
-    """Ids of role, task, state before `frame`. A state is one token: the length is the same for any `frame`.
-
-    An arm whose updates carry no content gets the state at the clip's start: live, it could not replay them either.
-    """
+def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int]:
+    """The prompt with the state before `frame`; its length is the same for any frame, as a state is one token."""
+    # an arm whose updates carry no content gets the state at the clip's start: live, it could not replay them either
     known = frame if arm.dst_text == "content" else clip.start_frame
     return prompt_ids(clip, tokens, state_before(clip, known) if arm.state else None)
 
 
-def prompt_ids(clip: ClipExample, tokens: Tokens | _ByteTokens, state: Mapping[str, str] | None) -> list[int]:
+def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | None) -> list[int]:
     """Ids of role, goal and steps, each with its `state` (None: without); of the recipe where there are no steps.
 
     Never the source's system turn: generated ones repeat a state, often one of the future.
@@ -244,35 +238,3 @@ def prompt_ids(clip: ClipExample, tokens: Tokens | _ByteTokens, state: Mapping[s
         ids += [tokens.marker["step"], *tokens.encode(f"{step}: {name}")]
         ids += [] if state is None else [tokens.marker[state[step]]]
     return [*ids, tokens.end]
-
-
-# ---- the budget, before the first step ---------------------------------------------------------------
-
-
-class _ByteTokens:
-    """An upper bound on what any tokenizer needs: one id per byte and one for a space before the text."""
-
-    marker: Mapping[str, int] = defaultdict(int)
-    end = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [0] * (1 + len(text.encode()))
-
-
-def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
-    """InputError where `build_windows` would refuse a clip. It names the budget that would suffice, if the model reads
-    that many tokens (`longest`). A clip is tokenized only if its bytes could exceed `max_tokens`."""
-
-    def needed(clip: ClipExample, tokens: Tokens | _ByteTokens) -> int:
-        prompt = _prompt(clip, tokens, clip.start_frame, arm)
-        return len(prompt) + max(block.cost(k) for block in _blocks(clip, tokens, arm))
-
-    suspects = (clip for clip in clips if needed(clip, _ByteTokens()) > max_tokens)
-    over = [(size, clip.clip_id) for clip in suspects if (size := needed(clip, tokens)) > max_tokens]
-    if over:
-        size, worst = max(over)
-        hint = f"use --max-tokens {size}" if size <= longest else f"the model reads {longest}: shorten its texts"
-        raise InputError(
-            f"clip {worst}: its prompt and one frame with its texts have {size} tokens, max_tokens is {max_tokens} "
-            f"({len(over)} clips need more); {hint}"
-        )

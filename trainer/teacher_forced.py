@@ -30,12 +30,12 @@ from trainer.config import TrainConfig
 from trainer.distributed import World, best_device
 from trainer.features import CachedFeatures, kept_layer
 from trainer.frame_source import BlankFrames, FrameSource, open_frames
+from trainer.loader import Transfer, fetched
 from trainer.loss import lm_sum
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window
 from trainer.tokenizer import Tokens
-from trainer.transfer import Transfer, fetched, upload
 from trainer.vision import fingerprint
 
 
@@ -173,7 +173,7 @@ def _start_pass(
 ) -> Callable[[], list[tuple[npt.NDArray[np.float32], float, int]]]:
     """One forward pass over some windows; the function that it returns waits for their scores: each window's logits of
     its own frames, text loss, number of text tokens."""
-    pack = upload(make_pack(windows, frames), transfer)()
+    pack = transfer.pack(make_pack(windows, frames))()
     scores = model(pack)
     lm_tokens = [len(window.lm_positions) for window in windows]
     texts = zip(scores.text.split(lm_tokens), pack.lm_targets.split(lm_tokens), strict=True)

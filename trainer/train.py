@@ -13,7 +13,6 @@ the weights, bit for bit, of one that never stopped.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -28,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from pipeline.dataset import Split
 from pipeline.errors import InputError, NotFiniteError
 from pipeline.storage import check_space, naming
-from trainer import vision
 from trainer.arms import find_arm
 from trainer.checkpoint import (
     LoadedRun,
@@ -42,15 +40,13 @@ from trainer.checkpoint import (
 from trainer.config import RunOptions, TrainConfig
 from trainer.distributed import World, join, synced
 from trainer.frame_source import FrameSource
-from trainer.loader import StepData, default_workers, step_packs
+from trainer.loader import StepData, Transfer, default_workers, step_packs, uploaded
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
-from trainer.model import ProspectModel
 from trainer.optimizer import make_optimizer
 from trainer.packing import Pack, upload
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import EvalReport, open_source, report, score_split
-from trainer.transfer import Transfer, uploaded
 
 ALONE = World()
 
@@ -71,16 +67,15 @@ class StepResult:
     padding: float  # share of the tokens computed that were none of them
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainReport:
-    run: Path
     steps: int
     resumed_from: int  # steps that were done before
-    seconds: float
-    loss: float | None  # of the last step; None where all had been done before
-    evaluation: EvalReport | None
+    is_main: bool  # whether this process is the one to tell it
     note: str | None  # why there is no evaluation
-    is_main: bool = True  # whether this process is the one to tell it
+    seconds: float = 0
+    loss: float | None = None  # of the last step; None where all had been done before
+    evaluation: EvalReport | None = None
 
 
 # ---- one step ----------------------------------------------------------------------------------------
@@ -173,10 +168,8 @@ def train(
     """
     options = options or RunOptions()
     find_tracker(options.logger)
-    if options.fsdp and config.lora_rank:
-        raise InputError("fsdp and lora_rank exclude each other: adapters alone are small, copies fit; drop --fsdp")
-    if options.fsdp and config.optimizer == "muon":
-        raise InputError("fsdp and optimizer muon exclude each other: muon needs whole matrices; use --optimizer adamw")
+    if options.fsdp and (config.lora_rank or config.optimizer == "muon"):
+        raise InputError("fsdp excludes lora_rank, whose copies are small, and muon, which needs whole matrices")
     with naming(run), join() as world, ExitStack() as stack:
         config = config.on(world.device.type)
         split, held_out, note = Split(data, "train"), None, None
@@ -200,42 +193,23 @@ def train(
             check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, longest, state.model.arm)
         frames = open_source(splits, state.model, frames_root, features)
 
-        sharded = options.fsdp and world.size > 1
-        model = world.shard(state.model) if sharded else state.model.to(world.device)
+        model = world.wrap(state.model, options.fsdp)
         optimizer = make_optimizer(state.model, config)
         if already:
             load_state(run / "last", state.model, optimizer)
-        model = model if sharded else world.copy(model)
         if world.is_main:
             write_options(run, started, stack)
             sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
-        session = _Session(run, model, optimizer, state, options, frames, held_out, world)
-        seconds = session.go(split, cached=features is not None)
+        note = f"all {already} steps had been done before" if already == config.steps else note
+        done = TrainReport(config.steps, already, world.is_main, note)
+        session = _Session(run, model, optimizer, state, options, frames, held_out, world, done)
+        session.go(split, cached=features is not None)
         if world.is_main:
             from trainer.curves import draw  # matplotlib, which only this rank needs, once
 
             draw(run)
-        note = f"all {already} steps had been done before" if already == config.steps else note
-        return TrainReport(run, config.steps, already, seconds, session.loss, session.evaluation, note, world.is_main)
-
-
-def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) -> str:
-    """What training a tower from pixels takes, where a pack has up to `frames`; InputError where `room` has less.
-
-    A lower bound, in bytes: weights, gradients and AdamW's moments in float32, shared by `ranks`; what the tower keeps
-    of each frame (`vision.bytes_to_learn`). What the text body keeps of each token comes on top.
-    """
-    each = vision.bytes_to_learn(model.vlm, model.bf16)
-    held = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) // ranks
-    line = (
-        f"the vision tower learns from pixels: {each / 1e6:,.0f} MB a frame, {frames} frames in a pack, "
-        f"{held / 1e9:.1f} GB of weights and optimizer: at least {(frames * each + held) / 1e9:,.1f} GB of the GPU's "
-        f"{room / 1e9:,.1f} GB"
-    )
-    if frames * each + held > room:
-        raise InputError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
-    return line
+        return done
 
 
 @dataclass
@@ -250,17 +224,14 @@ class _Session:
     frames: FrameSource
     held_out: Split | None
     world: World
+    report: TrainReport
     log: Log | None = None  # the main rank's
-    loss: float | None = None
-    evaluation: EvalReport | None = None
 
-    def go(self, split: Split, cached: bool) -> float:
-        """Do the steps that are left; the seconds they took. Stopped by a loss that is not finite, it saves first."""
+    def go(self, split: Split, cached: bool) -> None:
+        """Do the steps that are left. Stopped by a loss that is not finite, it saves first."""
         began, transfer = time.monotonic(), Transfer(self.world.device)
         config, options, world, first = self.state.config, self.options, self.world, self.state.info["step"]
         data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
-        if not (cached or "vision" in config.freeze or config.checkpointing or first == config.steps):
-            self._check_memory(data[first])
         workers = default_workers(world.device) if options.workers is None else options.workers
         blank = self.state.model.blank_pack(self.state.tokens.image, cached)
         self.model.train()
@@ -276,51 +247,37 @@ class _Session:
                     for group in self.optimizer.param_groups:
                         group["lr"] = group["peak"] * share_of_peak
                     result = train_step(self.model, self.optimizer, of_step, config, world, blank)
-                    seconds = time.monotonic() - before
-                    lr = config.lr * share_of_peak
-                    self.after_step(step + 1, {"step": step + 1, **result.__dict__, "lr": lr, "seconds": seconds})
+                    numbers = {**result.__dict__, "lr": config.lr * share_of_peak, "seconds": time.monotonic() - before}
+                    self.after_step(step + 1, {"step": step + 1, **numbers})
                     before = time.monotonic()
             except NotFiniteError:
                 self.save("last")  # the optimizer has not moved: the weights are those of the last good step
                 raise
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
-                hint = "lower --micro-batch-tokens, or add --checkpointing"
+                hint = "lower --micro-batch-tokens, or add --freeze vision or --checkpointing"
                 raise InputError(f"step {self.state.info['step'] + 1}: {reason}; {hint}") from None
-        return time.monotonic() - began
-
-    def _check_memory(self, packs: Sequence[Pack]) -> None:
-        """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
-        seen = self.state.model.arm.images  # else a pass runs the tower on one grey frame
-        frames = self.world.most(max((pack.labels.shape[1] if seen else 1 for pack in packs), default=0))
-        if self.world.device.type == "cuda":
-            room = torch.cuda.get_device_properties(self.world.device).total_memory
-            line = memory_line(self.state.model, frames, room, self.world.size if self.options.fsdp else 1)
-            if self.options.progress and self.world.is_main:
-                print(line, file=sys.stderr)
+        self.report.seconds = time.monotonic() - began
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
-        self.state.info["step"], self.loss = step, line["loss"]
+        state, config = self.state, self.state.config
+        state.info["step"], self.report.loss = step, line["loss"]
         if self.log is not None:
             self.log(line)
-        every, last = self.state.config.eval_every, step == self.state.config.steps
-        if self.held_out is not None and (last or (every and step % every == 0)):
-            self._evaluate(self.held_out, step)
+        last = step == config.steps
+        if self.held_out is not None and (last or (config.eval_every and step % config.eval_every == 0)):
+            sharded = self.options.fsdp
+            scored = score_split(state.model, state.tokens, self.held_out, self.frames, config, self.world, sharded)
+            self.report.evaluation = found = report(self.held_out.name, scored, state.model.arm)
+            if self.log is not None:
+                self.log({"step": step, "evaluation": found.to_json()})
+            known = [head.ap for head in (found.speaking, found.dst_update) if head.ap is not None]
+            mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
+            if mean > state.info["best"]:
+                state.info["best"] = mean
+                self.save("best")
         if last or (self.options.save_every and step % self.options.save_every == 0):
             self.save("last")
-
-    def _evaluate(self, split: Split, step: int) -> None:
-        state = self.state
-        model, tokens = state.model, state.tokens
-        scored = score_split(model, tokens, split, self.frames, state.config, self.world, self.options.fsdp)
-        self.evaluation = report(split.name, scored, model.arm)
-        if self.log is not None:
-            self.log({"step": step, "evaluation": self.evaluation.to_json()})
-        known = [head.ap for head in (self.evaluation.speaking, self.evaluation.dst_update) if head.ap is not None]
-        mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
-        if mean > state.info["best"]:
-            state.info["best"] = mean
-            self.save("best")
 
     def save(self, name: str) -> None:
         """RUN/last can go on, RUN/best can only score."""

@@ -76,18 +76,6 @@ def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
     return int(vision.image_size // vision.patch_size // scale) ** 2
 
 
-def bytes_to_learn(vlm: SmolVLMForConditionalGeneration, bf16: bool) -> int:
-    """Bytes of one frame's activations for the backward pass, without checkpointing: 383 MB at 256M in bf16.
-
-    Per layer and patch, H_v values: both norms' inputs in float32; queries, keys, values, attention's output, and
-    autocast's copies of inputs. Of the MLP's width: its activation's input and output.
-    """
-    sizes = vlm.config.vision_config
-    patches = (sizes.image_size // sizes.patch_size) ** 2
-    wide, inner = (24, 4) if bf16 else (32, 8)  # bytes
-    return int(sizes.num_hidden_layers * patches * (wide * sizes.hidden_size + inner * sizes.intermediate_size))
-
-
 def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> str:
     """16 hex digits of a SHA-256 over the tower's weights, and for the layer "connector" the connector's."""
     digest = hashlib.sha256()

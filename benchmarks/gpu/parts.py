@@ -39,12 +39,12 @@ from trainer.distributed import World
 from trainer.encode import Tower
 from trainer.live.engine import Engine, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
+from trainer.loader import Transfer, uploaded
 from trainer.model import ProspectModel
 from trainer.packing import Pack, make_pack, pack_windows
 from trainer.sequence import Window
 from trainer.tokenizer import Tokens, train_tiny_tokens
 from trainer.train import make_optimizer, train_step
-from trainer.transfer import Transfer, pinned, uploaded
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = bool(os.environ.get("SMOKE"))
@@ -358,7 +358,7 @@ def _encode(size: str, ceiling: float) -> None:
     side, count = vision.side(vlm), 2 if SMOKE else 30
     blocks = np.random.default_rng(0).integers(0, 256, (4, 2 if SMOKE else 32, 3, side, side), np.uint8)
     tower = Tower(vlm, "random", k=1, keep="vision", store="float16", computed="bfloat16")
-    read = [pinned(torch.from_numpy(block)) if tower.transfer.overlaps else torch.from_numpy(block) for block in blocks]
+    read = [torch.from_numpy(b).pin_memory() if tower.transfer.overlaps else torch.from_numpy(b) for b in blocks]
     ready = read[0].to(device())
 
     def whole() -> None:

@@ -26,7 +26,7 @@ from trainer.live.kv_cache import use_slots
 from trainer.live.rollout import VISION_BATCH
 from trainer.live.session import HEAD_OF, DecodingConfig, Session, token_budget
 from trainer.model import ProspectModel
-from trainer.sequence import prompt_ids, state_before, to_repeat, user_texts, utterance
+from trainer.sequence import prompt_ids, state_before, texts_at, to_repeat, utterance
 from trainer.tokenizer import Tokens
 
 Part = Sequence[int] | Tensor  # ids, or a frame's features [k, H]
@@ -104,7 +104,7 @@ def free_running(
 def _run(context: _Context, frames: FrameSource) -> ScoredClip:
     clip, model = context.clip, context.model
     heads = HEADS if model.arm.dst_head else HEADS[:1]
-    heard = {frame: utterance("user", texts, context.tokens) for frame, texts in user_texts(clip).items()}
+    heard = {frame: utterance("user", texts, context.tokens) for frame, texts in texts_at(clip, "user").items()}
     last = {role: -np.inf for role, head in HEAD_OF.items() if head in heads}
     logits = np.zeros((2, clip.num_frames), np.float32)
     said: list[str | None] = [None] * clip.num_frames

@@ -67,7 +67,7 @@ from trainer.live.session import DecodingConfig, FrameInput, Session, token_budg
 from trainer.live.stream import Stream, decoding_config  # noqa: E402
 from trainer.live.video_input import VideoFrame  # noqa: E402
 from trainer.model import ProspectModel  # noqa: E402
-from trainer.sequence import user_texts  # noqa: E402
+from trainer.sequence import texts_at  # noqa: E402
 from trainer.tokenizer import Tokens  # noqa: E402
 from trainer.train import train  # noqa: E402
 
@@ -354,7 +354,7 @@ def video_of(data: Path, side: int) -> Iterator[tuple[Any, Sequence[str]]]:
     """The test split's clips one after the other, over and over: pixels, and what the user says before them."""
     frames = open_frames(read_manifest(data), None, side)
     clips = [
-        (frames.load(clip, clip.start_frame, clip.end_frame), user_texts(clip), clip.start_frame)
+        (frames.load(clip, clip.start_frame, clip.end_frame), texts_at(clip, "user"), clip.start_frame)
         for clip in Split(data, "test").in_order()
     ]
     for pixels, heard, start in itertools.cycle(clips):

@@ -34,11 +34,11 @@ from transformers import SmolVLMForConditionalGeneration, Trainer, TrainerCallba
 
 from trainer import vision
 from trainer.distributed import World
+from trainer.loader import Transfer, uploaded
 from trainer.model import DecisionHeads, ProspectModel
 from trainer.packing import make_pack, pack_windows
 from trainer.sequence import Window
 from trainer.train import make_optimizer, train_step
-from trainer.transfer import Transfer, uploaded
 
 
 class Clock:
@@ -148,7 +148,7 @@ class Collate:
             mask[row, : len(tokens)] = 1
             targets = torch.from_numpy(window.lm_positions) + 1
             labels[row, targets] = tokens[targets]
-            index.append(torch.from_numpy(window.decision_positions) + row * longest)
+            index.append(torch.from_numpy(window.frame_positions[:, -1]) + row * longest)
         features = [torch.from_numpy(self.frames.load(w.clip, w.first_frame, w.end_frame)) for w in windows]
         decisions = [torch.from_numpy(w.labels) for w in windows]
         return {

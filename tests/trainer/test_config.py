@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
         ({"warmup_steps": 300}, "warmup_steps 300 > steps 200"),
         ({"tokens_per_frame": 3}, "expected a square number"),
         ({"arm": "loud"}, r"arm 'loud': not known, expected one of silence, lm-eos, texts, "),
-        ({"freeze": ("eyes",)}, "freeze names eyes; expected some of vision, connector, text, heads"),
+        ({"freeze": ("eyes",)}, "freeze names eyes; expected some of vision, connector, text"),
         ({"freeze": ("text",), "lora_rank": 4}, "lora_rank is 4 and text is in freeze"),
         ({"freeze": ("text",), "lr_by_part": {"text": 0.1}}, "text is in lr_by_part and in freeze"),
     ],

@@ -85,7 +85,7 @@ def one_step(world: World, owned: list[list[int]], fsdp: bool = False, **more) -
     """The step with packs `owned[rank]`: its numbers, and every weight afterwards, summed in chunks."""
     config = replace(STEP, **more)
     model, packs, blank = model_and_packs(config)
-    wrapped = world.shard(model) if fsdp else world.copy(model)
+    wrapped = world.wrap(model, fsdp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_step(wrapped, optimizer, [packs[i] for i in owned[world.rank]], config, world, blank)
     after = torch.cat([getattr(p, "full_tensor", p.detach)().detach().flatten().double() for p in model.parameters()])
@@ -101,7 +101,8 @@ def all_steps() -> dict:
         if world.rank == 1:
             packs[0].neg_rate.fill_(math.nan)
         try:
-            train_step(world.copy(model), make_optimizer(model, config), [packs[1 - world.rank]], config, world, blank)
+            wrapped = world.wrap(model, sharded=False)
+            train_step(wrapped, make_optimizer(model, config), [packs[1 - world.rank]], config, world, blank)
         except InputError as error:
             return {**steps, "error": str(error)}
         return steps

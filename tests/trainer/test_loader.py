@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_run import CONFIG
 
+from pipeline.dataset import Split
 from pipeline.errors import InputError
-from trainer import loader
-from trainer.loader import InFlight
+from trainer.frame_source import PixelFrames
+from trainer.loader import StepData, Transfer, _workers_that_fit, uploaded
 from trainer.packing import blank_pack
-from trainer.transfer import Transfer, uploaded
 
 GPU = torch.device("cuda")
-PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def numbered(number: int):
@@ -39,20 +38,12 @@ def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
     assert found == list(range(100))
 
 
-def test_workers_wait_until_what_they_load_fits_and_the_step_that_is_due_does_not():
-    flight = InFlight(PROCESSES, first=5, limit=100)
-    flight.wait(6, 60)
-    flight.wait(5, 70)  # due: over the limit, or training would wait for ever
-    done = threading.Event()
-    waiting = threading.Thread(target=lambda: (flight.wait(7, 50), done.set()), daemon=True)
-    waiting.start()
-    flight.used(5, 70)  # 60 are left, and 50 more are too many
-    assert not done.wait(0.05)
-    flight.used(6, 60)
-    assert done.wait(10)
-
-
-def test_a_step_that_shared_memory_cannot_hold_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(loader, "_free_shared_memory", lambda: 64_000_000)
-    with pytest.raises(InputError, match=r"step 1: its frames take 7,500 MB, /dev/shm has 64 MB free; .*--workers 0"):
-        InFlight(PROCESSES, 0, 32_000_000).wait(0, 7_500_000_000)
+def test_workers_are_as_many_as_shared_memory_holds_and_too_little_is_told_in_one_line(data, tokens, monkeypatch):
+    """A step of 3 clips has at most 3 x 14 frames of 3 x 64 x 64 bytes: one worker takes 8 times that."""
+    steps = StepData(Split(data, "train"), tokens, PixelFrames(data / "frames-on-disk", 64), CONFIG)
+    free = SimpleNamespace(f_frsize=1, f_bavail=12 * 42 * 12288)
+    monkeypatch.setattr("trainer.loader.os.statvfs", lambda path: free)
+    assert (_workers_that_fit(steps, 0, 1), _workers_that_fit(steps, 0, 8)) == (1, 2)
+    free.f_bavail = 1_000_000
+    with pytest.raises(InputError, match=r"up to 0 MB, so /dev/shm needs 4 MB but has 1 MB free; .*--workers 0"):
+        _workers_that_fit(steps, 0, 1)

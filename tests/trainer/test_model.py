@@ -69,7 +69,7 @@ def test_a_decision_sees_its_own_frame_and_nothing_that_comes_later(tokens):
     model, window = tiny(tokens), windows(tokens)[2]
     pack = make_pack([window], FRAMES)
     expected, changed = model(pack).decisions, pack.frames()
-    pack.input_ids[int(window.decision_positions[4]) + 1 :] = 55
+    pack.input_ids[int(window.frame_positions[4, -1]) + 1 :] = 55
     assert torch.allclose(model(pack).decisions[:, :5], expected[:, :5], atol=1e-6)
     changed[3] = 255 - changed[3]
     object.__setattr__(pack, "frames", lambda: changed)

@@ -58,6 +58,5 @@ def test_clips_are_shared_by_their_frames():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_ranks_together_read_the_one_stream(data, sampler, ranks):
     for step in (0, 6, 13):  # of 8 clips: the last is past two epochs
-        alone = [(c.clip_id, c.labels.tolist()) for c in sampler.step(step, STEP)]
-        parts = [Sampler(Split(data, "train"), SEED).step(step, STEP, rank, ranks) for rank in range(ranks)]
-        assert sorted((c.clip_id, c.labels.tolist()) for part in parts for c in part) == sorted(alone)
+        parts = [Sampler(Split(data, "train"), SEED).places(step, STEP, rank, ranks) for rank in range(ranks)]
+        assert sorted(place for part in parts for place in part) == sorted(sampler.places(step, STEP))

@@ -35,7 +35,7 @@ def test_user_before_its_first_frame_and_replies_after_their_last():
     text, window, _ = one(clip)
     assert text == f"{PROMPT} F F [user] what now . F F F [assistant] put it down . F"
     base = len(PROMPT.split())
-    assert (window.decision_positions - base).tolist() == [0, 1, 6, 7, 8, 14]
+    assert (window.frame_positions[:, -1] - base).tolist() == [0, 1, 6, 7, 8, 14]
     # predicted: put it down . (the marker is given: the head decided to speak)
     assert (window.lm_positions - base).tolist() == [9, 10, 11, 12]
     assert window.labels.tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]]
@@ -107,7 +107,7 @@ def test_k_tokens_per_frame_and_decision_at_the_last():
     assert text == f"{PROMPT} F F F F F F F F [assistant] ok . F F F F"
     base = len(PROMPT.split())
     assert (window.frame_positions - base).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [11, 12, 13, 14]]
-    assert (window.decision_positions - base).tolist() == [3, 7, 14]
+    assert (window.frame_positions[:, -1] - base).tolist() == [3, 7, 14]
 
 
 def test_prompt_of_a_clip_without_steps_tells_the_recipe():
@@ -179,7 +179,7 @@ def test_no_text_stands_before_a_frame_that_is_positive_for_its_event(events, po
             if word.startswith("text"):
                 own = turns[int(word[4])]
                 frames = range(own.start_frame, own.end_frame if positive == "span" else own.start_frame + 1)
-                after = set(window.first_frame + np.flatnonzero(window.decision_positions > place))
+                after = set(window.first_frame + np.flatnonzero(window.frame_positions[:, -1] > place))
                 assert (max(frames[0], 100) in after) if own.role == "user" else after.isdisjoint(frames)
 
 
@@ -193,7 +193,7 @@ def test_the_budget_that_would_do_is_told_before_the_first_step_and_does():
     """Prompt [system] You are a helpful assistant. end = 7; the frame costs 1, its text 2 with marker and end added."""
     clips = [clip_example([turn("assistant", "w " * n, 2, 3)], 0, 5, clip_id=f"c{n}", steps=()) for n in (3, 40, 30)]
     check_budget(clips, Words(), 1, 7 + 1 + 42, 8192, DEFAULT_ARM)
-    with pytest.raises(InputError, match=r"clip c40: .* have 50 tokens, max_tokens is 30 \(2 clips .* --max-tokens 50"):
+    with pytest.raises(InputError, match=r"clip c40: .* have 50 tokens, max_tokens is 30; use --max-tokens 50"):
         check_budget(clips, Words(), 1, 30, 50, DEFAULT_ARM)
     build_windows(clips[1], Words(), 1, 50)
     with pytest.raises(InputError, match=r"clip c40 frame 2: 43 tokens .* leaves 42 beside"):

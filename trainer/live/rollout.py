@@ -21,7 +21,7 @@ from trainer.frame_source import FrameSource
 from trainer.live.engine import Engine, Steps, slots_for, streaming
 from trainer.live.session import DecodingConfig, FrameInput, FrameOutput, Session, token_budget
 from trainer.model import ProspectModel
-from trainer.sequence import user_texts
+from trainer.sequence import texts_at
 from trainer.tokenizer import Tokens
 
 VISION_BATCH = 64  # frames that go through the vision tower together
@@ -60,7 +60,7 @@ def free_running(
 
 
 def _run(session: Session, model: ProspectModel, source: FrameSource, script: Script | None) -> Steps[ScoredClip]:
-    clip, texts = session.task, user_texts(session.task)
+    clip, texts = session.task, texts_at(session.task, "user")
 
     def read() -> Iterator[FrameInput]:
         for start in range(clip.start_frame, clip.end_frame, VISION_BATCH):

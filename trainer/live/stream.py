@@ -162,5 +162,5 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
         if "speaking" not in thresholds:
             raise
         chosen, rest = {}, Settings.refractory_s
-    rest = Settings(refractory_s=rest if refractory_s is None else refractory_s).refractory_s  # checked
-    return DecodingConfig(dict.fromkeys(HEADS, math.inf) | chosen | dict(thresholds), rest)
+    chosen = dict.fromkeys(HEADS, math.inf) | chosen | dict(thresholds)
+    return DecodingConfig(chosen, rest if refractory_s is None else refractory_s)

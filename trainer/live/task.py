@@ -21,7 +21,7 @@ from pipeline.readers.clip import text_of
 from pipeline.schema import NOT_SAMPLED, TRANSITIONS, State
 from pipeline.state import contradicts
 from pipeline.timeline import find_clip
-from trainer.sequence import user_texts
+from trainer.sequence import texts_at
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def find_task(path: Path | None, clip: str | None, video: str, fps: float | None
         raise InputError(f"clip {example.clip_id}: has {example.fps:g} frames/s, not {fps:g}; leave --fps out")
     if video.isascii() and video.isdigit():
         raise InputError(f"camera {video}: a clip of {path} is a part of a video; name a JSON file with --task")
-    return Task(example, range(example.start_frame, example.end_frame), user_texts(example))
+    return Task(example, range(example.start_frame, example.end_frame), texts_at(example, "user"))
 
 
 def read_task(path: Path | None, name: str, clip: str | None, fps: float) -> ClipExample:
