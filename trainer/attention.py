@@ -1,9 +1,8 @@
 """Attention over windows that lie end to end in one row: each attends to itself, causally, and to nothing else.
 
 On CUDA in half precision all windows go through one launch of torch's `varlen_attn` (FlashAttention), which neither
-pads nor copies grouped keys. Everywhere else SDPA is called once per window: no padding, no mask tensor, 5e-7 from
-each window alone (float32). The library's own packing is off by default and fails silently (sequences see each other:
-logits off by 4e-2), and a dense mask costs 2 to 4 times the time. A KV cache needs `trainer.live.kv_cache` instead.
+pads nor copies grouped keys. Everywhere else SDPA is called once per window: no padding, no mask tensor. The library's
+own packing fails silently (sequences see each other), and a dense mask costs 2 to 4 times the time.
 
     L tokens of the row    W windows    H heads    G key-value heads    D head width
 """
@@ -11,14 +10,13 @@ logits off by 4e-2), and a dense mask costs 2 to 4 times the time. A KV cache ne
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 NAME = "packed_attention"
 # torch 2.15 requires this where heads share keys; 2.11 infers it and has no such argument
@@ -32,7 +30,6 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     seg_lens: Tensor | None = None,
     seg_ends: Tensor | None = None,
     longest: int = 0,
@@ -42,12 +39,12 @@ def packed_attention(
 
     seg_lens: int64 [W] on the CPU, adding up to L. seg_ends: int32 [W + 1] on the device, 0 and each window's end;
     longest: tokens of the longest window. All three come with the pack, so that no layer waits for the GPU.
-    Raises ValueError without them, with a mask, or with a cache: never falls back to attending to all.
+    Raises ValueError without them: never falls back to attending to all.
     """
     if seg_lens is None or attention_mask is not None:
         raise ValueError(f"{NAME}: needs seg_lens and no mask; call the text model with seg_lens=..., use_cache=False")
-    if seg_ends is None or dropout or not takes_varlen(value):
-        return _by_window(query, key, value, scaling, dropout, seg_lens), None
+    if seg_ends is None or not takes_varlen(value):
+        return _by_window(query, key, value, scaling, seg_lens), None
     # RoPE's float32 cosines made q and k float32 again, and autocast does not know the operator
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [L, H or G, D]
     grouped = GROUPED if q.shape[1] != k.shape[1] else {}
@@ -62,41 +59,20 @@ def takes_varlen(value: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def _by_window(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, seg_lens: Tensor
-) -> Tensor:
+def _by_window(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, seg_lens: Tensor) -> Tensor:
     lengths = seg_lens.tolist()
-    if not query.shape[2] == key.shape[2] == sum(lengths):
-        raise ValueError(f"{NAME}: lengths {lengths} for {query.shape[2]} queries and {key.shape[2]} keys")
     windows = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(windows, 2).transpose(1, 2).contiguous()
 
 
 def use_packed(vlm: Any) -> None:
-    """Make the text model of a SmolVLM attend by `packed_attention`; the vision tower stays as it is."""
-    use_attention(vlm, NAME, packed_attention)
+    """Make the text model of a SmolVLM attend by `packed_attention`; the vision tower stays as it is.
 
-
-def use_attention(vlm: Any, name: str, function: Callable[..., Any]) -> None:
-    """Make the text model of a SmolVLM attend by `function`, which is registered as `name` and needs no mask.
-
-    The name is registered without a mask function: with one, transformers would look through `position_ids` for
-    packed sequences in every pass, and wait for the GPU. It would also drop a 2-D mask silently, so the text model
-    refuses any from now on.
+    There is no mask function of that name: with one, transformers would look through `position_ids` for packed
+    sequences in every pass, and wait for the GPU.
     """
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface._global_mapping.pop(name, None)
-    vlm.set_attn_implementation({"text_config": name})
-    body = vlm.model.text_model
-    if _refuse_mask not in body._forward_pre_hooks.values():
-        body.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
-
-
-def _refuse_mask(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    name = body.config._attn_implementation  # type: ignore[union-attr]
-    masked = len(args) > 1 or kwargs.get("attention_mask") is not None
-    if masked and name not in AttentionMaskInterface._global_mapping:
-        raise ValueError(f"{name}: takes no mask; call the text model without one")
+    AttentionInterface.register(NAME, packed_attention)
+    vlm.set_attn_implementation({"text_config": NAME})

@@ -1,9 +1,9 @@
 """The text layers of a training pass as two CUDA graphs, forward and backward: two launches instead of 4,500.
 
-At 256M a host launches kernels more slowly than an H100 runs them; a graph replays them at once. It reads and writes
-the same memory in every replay, so a pack is padded: with tokens up to a multiple of an eighth of the budget, which are
-windows of their own and have gradient 0, and with empty windows. Each length is recorded when it first comes, which
-takes about as long as five passes. On a CPU, where it is tested, the same code runs without graphs.
+At 256M a host launches kernels more slowly than an H100 runs them. A graph reads and writes the same memory in every
+replay, so a pack is padded: with tokens up to a multiple of an eighth of the budget, which are windows of their own and
+have gradient 0, and with empty windows. Each length is recorded when it first comes, which takes about as long as five
+passes. On a CPU, where it is tested, the same code runs without graphs.
 
     L tokens of a pack    M of its padded row    H hidden
 """
@@ -23,8 +23,8 @@ GRAPHED = ("cuda",)  # devices on which text layers that learn are graphs
 Step = Callable[[], None]
 
 
-def record(steps: Sequence[Step], pool: Any = None) -> list[Step] | None:
-    """For each step a function that replays it; None, with a warning, where no graph can be made.
+def record(steps: Sequence[Step], pool: Any = None) -> Sequence[Step]:
+    """For each step a function that replays it; the steps themselves, with a warning, where no graph can be made.
 
     All read and write the same tensors in every call, also each other's. They run in order, three times.
     pool: memory that other graphs use, too, none of which holds a result when these are replayed.
@@ -41,9 +41,8 @@ def record(steps: Sequence[Step], pool: Any = None) -> list[Step] | None:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 step()
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"no CUDA graph could be made ({reason}); slower without", stacklevel=2)
-        return None
+        warnings.warn(f"no CUDA graph could be made ({error}); slower without", stacklevel=2)
+        return steps
     return [graph.replay for graph in graphs]
 
 
@@ -61,9 +60,8 @@ class BodyGraph:
         self._rows: dict[int, _Row] = {}  # by M
         self.pool: Any = None
 
-    def __call__(self, embedded: Tensor, pack: Pack) -> Tensor | None:
-        """[L, H] after the last layer and norm, of the pack's embedded tokens [L, H]; None where no graph can be
-        made."""
+    def __call__(self, embedded: Tensor, pack: Pack) -> Tensor:
+        """[L, H] after the last layer and norm, of the pack's embedded tokens [L, H]."""
         count, longest = embedded.shape[0], pack.longest
         size = -(-count // self._step) * self._step
         fill = size - count
@@ -72,28 +70,21 @@ class BodyGraph:
             if needed > self._room[i]:
                 self._room[i] = 1 << (needed - 1).bit_length()
                 self._rows = {}  # and a new pool with the next
-        windows = self._room[0]
-        self._bind_gradients()
+        if self.parameters[0].grad is None:  # each step starts from 0, in the memory to which the graphs add
+            self._gradients = self._gradients or [torch.zeros_like(p) for p in self.parameters]
+            torch._foreach_zero_(self._gradients)
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+                parameter.grad = gradient
         if not self._rows and embedded.is_cuda:
             self.pool = torch.cuda.graph_pool_handle()
         if size not in self._rows:
             self._rows[size] = _Row(self, embedded.new_zeros(size, embedded.shape[1]), *self._room)
         row = self._rows[size]
-        ends = ends_of(torch.tensor(lengths + [0] * (windows - len(lengths))))
-        if not row.replay(embedded.detach(), pack.position_ids, upload(ends, embedded.device)):
-            self._rows, self.off = {}, True
-            return None
+        ends = ends_of(torch.tensor(lengths + [0] * (self._room[0] - len(lengths))))
+        row.replay(embedded.detach(), pack.position_ids, upload(ends, embedded.device))
         if not embedded.requires_grad:  # or autograd would not come by
             embedded = embedded.detach().requires_grad_()
         return _Replayed.apply(embedded, row)  # type: ignore[no-untyped-call, no-any-return]
-
-    def _bind_gradients(self) -> None:
-        """Each step starts from 0, in the memory to which the graphs add."""
-        if self.parameters[0].grad is None:
-            self._gradients = self._gradients or [torch.zeros_like(p) for p in self.parameters]
-            torch._foreach_zero_(self._gradients)
-            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-                parameter.grad = gradient
 
 
 class _Row:
@@ -107,19 +98,17 @@ class _Row:
         self.of_hidden = torch.zeros_like(embedded, requires_grad=False)  # the gradient
         self.hidden = self.of_hidden
         self.of_embedded: Tensor | None = None
-        self.steps: list[Step] | None = None
+        self.steps: Sequence[Step] = ()
 
-    def replay(self, embedded: Tensor, positions: Tensor, ends: Tensor) -> bool:
-        """Read embedded [L, H], positions [L] and the ends of all windows; False where no graph can be made."""
+    def replay(self, embedded: Tensor, positions: Tensor, ends: Tensor) -> None:
+        """Read embedded [L, H], positions [L] and the ends of all windows."""
         self.embedded.detach()[: len(embedded)].copy_(embedded)
         self.positions[: len(positions)].copy_(positions)
         self.ends.copy_(ends)
-        if self.steps is None:
+        if not self.steps:
             steps = [self._forward, self._backward]
             self.steps = record(steps, self.owner.pool) if embedded.is_cuda else steps
-        if self.steps is not None:
-            self.steps[0]()
-        return self.steps is not None
+        self.steps[0]()
 
     def _forward(self) -> None:
         autocast = torch.autocast(self.embedded.device.type, torch.bfloat16, cache_enabled=False)

@@ -1,8 +1,8 @@
 """SmolVLM with two decision heads, and the three ways to get one: random weights, a folder, a name on the hub.
 
-Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack: the same call in
-transformers 5.17 and 5.23. The language-model head runs on supervised text rows only (a third less memory and a quarter
-less time per step at 256M than on all rows), and on decision rows where the arm decides by it (`lm-eos`, `token`).
+Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack. The language-model
+head runs on supervised text rows only (a third less memory and a quarter less time per step at 256M than on all rows),
+and on decision rows where the arm decides by it (`lm-eos`, `token`).
 
     L tokens of a pack    N frames    H hidden    k tokens per frame    S side in pixels    T text rows    V vocabulary
 """
@@ -27,7 +27,7 @@ from trainer.attention import use_packed
 from trainer.body_graph import BodyGraph
 from trainer.config import TrainConfig
 from trainer.hub import hub_options, model_folder, not_loaded
-from trainer.packing import Pack, blank_pack
+from trainer.packing import Pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
 GREY = 128  # of each colour, 0 to 255: what an arm without images sees
@@ -167,9 +167,8 @@ class ProspectModel(nn.Module):
         features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
         filled = embedded.index_copy(0, pack.frame_index.flatten(), features.flatten(0, 1))
         learns = self.training and torch.is_grad_enabled() and self.bf16 and self.device.type in body_graph.GRAPHED
-        graphed = learns and not (self._graph.off or torch.distributed.is_initialized())
-        if graphed and (hidden := self._graph(filled, pack)) is not None:
-            return hidden
+        if learns and not (self._graph.off or torch.distributed.is_initialized()):
+            return self._graph(filled, pack)
         out = self.body(
             inputs_embeds=filled[None], position_ids=pack.position_ids[None], use_cache=False,
             seg_lens=pack.seg_lens, seg_ends=pack.seg_ends, longest=pack.longest,
@@ -177,11 +176,9 @@ class ProspectModel(nn.Module):
         return out.last_hidden_state[0]
 
     def frame_features(self, frames: Tensor) -> Tensor:
-        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept of them: [N, k, D], or after the connector
-        [N, k, H].
+        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept: [N, k, D], after the connector [N, k, H].
 
-        An arm without images reads nothing of `frames` but N: each is the same picture, all pixels GREY before
-        normalisation, which goes through the tower once.
+        An arm without images reads nothing of `frames` but N: each is GREY, and goes through the tower once.
         """
         count = len(frames)
         if not self.arm.images:
@@ -194,12 +191,6 @@ class ProspectModel(nn.Module):
         features = features if self.arm.images else features.expand(count, -1, -1)
         assert features.shape == (count, self.tokens_per_frame, self.hidden)
         return features
-
-    def blank_pack(self, image: int, cached: bool) -> Pack:
-        """A pack without anything to learn from; `image` is the image token, `cached`: of features, not pixels."""
-        pixels = torch.full((1, 3, self.side, self.side), 127, dtype=torch.uint8)
-        features = torch.zeros(1, self.tokens_per_frame, vision.width(self.vlm))
-        return blank_pack(image, features if cached else pixels, self.tokens_per_frame)
 
 
 def exact_float32() -> None:
@@ -247,10 +238,8 @@ def merge_adapters(vlm: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForConditionalGeneration:
-    """A SmolVLM in float32: 'tiny' or 'nano' (random weights from `seed`), a folder, a run or a hub name (its weights).
-
-    Raises InputError where the name can't be loaded or has fewer embeddings than the `vocabulary` needs.
-    """
+    """A SmolVLM in float32: 'tiny' or 'nano' (for a `vocabulary`, random weights from `seed`), or the weights of a
+    folder, a run or a hub name; InputError where it can't be loaded."""
     exact_float32()
     if name in RANDOM:
         torch.manual_seed(seed)
@@ -273,8 +262,6 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
-    if vlm.get_input_embeddings().num_embeddings < vocabulary:
-        raise InputError(f"{name}: fewer embeddings than its tokenizer's {vocabulary} tokens; get it again")
     return vlm
 
 

@@ -147,19 +147,8 @@ def make_pack(windows: Sequence[Window], frames: FrameSource) -> Pack:
     )
 
 
-def blank_pack(image: int, frame: Tensor, k: int) -> Pack:
-    """One unsupervised `frame` [1, ...], for a rank that has run out of packs: every parameter gets a gradient of 0."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Pack(
-        clip_ids=(),
-        frames=Loaded(frame),
-        input_ids=torch.full((k,), image),
-        position_ids=torch.arange(k),
-        seg_lens=torch.tensor([k]),
-        seg_ends=torch.tensor([0, k], dtype=torch.int32),
-        frame_index=torch.arange(k)[None],
-        lm_index=nothing,
-        lm_targets=nothing,
-        labels=torch.full((2, 1), NOT_SAMPLED, dtype=torch.int8),
-        neg_rate=torch.ones(1),
-    )
+def blank_pack(clip: ClipExample, tokens: Tokens, frames: FrameSource, k: int) -> Pack:
+    """A clip's first frame, unsupervised: a rank without packs gets from it a gradient of 0 for every parameter."""
+    nothing, labels = np.zeros(0, np.int64), np.full((2, 1), NOT_SAMPLED, np.int8)
+    ids, places = np.full(k, tokens.image), np.arange(k)[None]
+    return make_pack([Window(clip, clip.start_frame, 1, ids, places, nothing, labels)], frames)

@@ -43,7 +43,7 @@ from trainer.frame_source import FrameSource
 from trainer.loader import StepData, Transfer, default_workers, step_packs, uploaded
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
 from trainer.optimizer import make_optimizer
-from trainer.packing import Pack, upload
+from trainer.packing import Pack, blank_pack, upload
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import EvalReport, open_source, report, score_split
@@ -203,8 +203,7 @@ def train(
             check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
         note = f"all {already} steps had been done before" if already == config.steps else note
         done = TrainReport(config.steps, already, world.is_main, note)
-        session = _Session(run, model, optimizer, state, options, frames, held_out, world, done)
-        session.go(split, cached=features is not None)
+        _Session(run, model, optimizer, state, options, frames, held_out, world, done).go(split)
         if world.is_main:
             from trainer.curves import draw  # matplotlib, which only this rank needs, once
 
@@ -227,13 +226,13 @@ class _Session:
     report: TrainReport
     log: Log | None = None  # the main rank's
 
-    def go(self, split: Split, cached: bool) -> None:
+    def go(self, split: Split) -> None:
         """Do the steps that are left. Stopped by a loss that is not finite, it saves first."""
         began, transfer = time.monotonic(), Transfer(self.world.device)
         config, options, world, first = self.state.config, self.options, self.world, self.state.info["step"]
         data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
         workers = default_workers(world.device) if options.workers is None else options.workers
-        blank = self.state.model.blank_pack(self.state.tokens.image, cached)
+        blank = blank_pack(split.clip(0), self.state.tokens, self.frames, config.tokens_per_frame)
         self.model.train()
         with ExitStack() as stack:
             if world.is_main:

@@ -411,9 +411,7 @@ def _live(name: str, stream: Camera) -> np.ndarray:
         took, logits = stream.step(20 if SMOKE else 200)
         rate, found = len(took) / sum(took), launches(lambda: stream.step(1))
     ms, worst = 1e3 * statistics.median(took), 1e3 * max(took)
-    graph = stream.engine._static is not None and bool(
-        stream.engine._static._graph._replay
-    )  # on a CPU the same without one
+    graph = stream.engine._static is not None and device() == "cuda"  # on a CPU the same without one
     say("live", name, decisions_per_s=rate, ms=ms, worst_ms=worst, context=stream.context.used, graph=graph, **found)
     return logits
 

@@ -21,7 +21,7 @@ from trainer.checkpoint import load_run
 from trainer.config import TrainConfig
 from trainer.distributed import World, join
 from trainer.model import DecisionHeads, ProspectModel, load_model
-from trainer.packing import make_pack
+from trainer.packing import blank_pack, make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import train_tiny_tokens
 from trainer.train import make_optimizer, train_step
@@ -68,7 +68,7 @@ def model_and_packs(config: TrainConfig = STEP):
     ]
     assert (chosen[2].labels == -100).all()
     packs = [make_pack(build_windows(c, tokens, 1, 200), FRAMES) for c in chosen]
-    return model, packs, model.blank_pack(tokens.image, cached=False)
+    return model, packs, blank_pack(chosen[0], tokens, FRAMES, 1)
 
 
 STEPS = {  # packs of each rank, FSDP instead of DDP, what differs, how close

@@ -13,8 +13,7 @@ from test_model import gradient
 import trainer.attention
 from trainer.checkpoint import LoadedRun, load_run
 from trainer.config import TrainConfig
-from trainer.live.cuda_graph import StaticVision
-from trainer.live.engine import streaming
+from trainer.live.engine import StaticVision, streaming
 from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.live.stream import Stream

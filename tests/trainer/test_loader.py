@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import CONFIG
+from small_run import CONFIG, clip
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.frame_source import PixelFrames
 from trainer.loader import StepData, Transfer, _workers_that_fit, uploaded
-from trainer.packing import blank_pack
+from trainer.packing import Loaded, blank_pack
 
 GPU = torch.device("cuda")
 
 
 def numbered(number: int):
-    return blank_pack(number, torch.full((1, 1, 4), float(number)), 1)
+    blank = blank_pack(clip(0), SimpleNamespace(image=0), None, 1)
+    return replace(blank, frames=Loaded(torch.full((1, 1, 4), float(number))))
 
 
 @pytest.mark.gpu

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from by_hand import NoisyFrames
-from test_model import gradient, tiny, windows
+from test_model import clips, gradient, tiny, windows
 
-from trainer.packing import make_pack, pack_windows, plan
+from trainer.packing import blank_pack, make_pack, pack_windows, plan
 
 FRAMES = NoisyFrames()
 
@@ -60,7 +60,7 @@ def test_the_gradient_of_a_pack_equals_that_of_its_windows(tokens, more):
 
 def test_a_blank_pack_gives_every_parameter_a_gradient_of_zero(tokens):
     model = tiny(tokens)
-    scores = model(model.blank_pack(tokens.image, cached=False))
+    scores = model(blank_pack(clips(1)[0], tokens, FRAMES, 1))
     assert scores.text.shape[0] == 0
     (scores.text.sum() + scores.decisions[:, :0].sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -128,11 +128,6 @@ def upload(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[Tensor]
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def download(result: Tensor) -> npt.NDArray[np.float32]:
-    """The result of a pass: the one thing in it that the host waits for."""
-    return result.cpu().numpy()
-
-
 def kv_shape(vlm: Any) -> tuple[int, int, int]:
     """Layers, heads of keys and values, D."""
     text = vlm.config.text_config
@@ -144,10 +139,7 @@ def kv_shape(vlm: Any) -> tuple[int, int, int]:
 
 
 def use_slots(vlm: Any) -> None:
-    """Make the text model of a SmolVLM attend by `slot_sdpa`.
-
-    It has no mask function: with one, transformers scans the positions in every pass, for which the host waits.
-    """
+    """Make the text model of a SmolVLM attend by `slot_sdpa`, which has no mask function (`attention.use_packed`)."""
     AttentionInterface.register(NAME, slot_sdpa)
     vlm.set_attn_implementation({"text_config": NAME})
 

@@ -26,8 +26,7 @@ from pipeline.terminal import command
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
-from trainer.live.cuda_graph import StaticVision
-from trainer.live.engine import Engine, streaming
+from trainer.live.engine import Engine, StaticVision, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
 from trainer.live.video_input import VideoFrame
 from trainer.sequence import utterance

@@ -13,7 +13,7 @@ from live_model import ALWAYS, FRAMES, TURNS, Reads, Writes, example, logits_of,
 from pipeline.dataset import ClipExample
 from pipeline.errors import NotFiniteError
 from trainer.arms import ARMS
-from trainer.live.cuda_graph import StaticPass
+from trainer.live.engine import StaticPass
 from trainer.live.session import DecodingConfig
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
@@ -101,9 +101,9 @@ def static_reads(monkeypatch) -> list[int]:
     """A single session's short reads have a fixed shape on the CPU, too; the tokens of each."""
     read, lengths = StaticPass.read, []
 
-    def noted(self, parts, prefix):
-        lengths.append(sum(map(len, parts)))
-        return read(self, parts, prefix)
+    def noted(self, request):
+        lengths.append(len(request))
+        return read(self, request)
 
     monkeypatch.setattr("trainer.live.engine.GRAPHED", ("cpu",))
     monkeypatch.setattr(StaticPass, "read", noted)
