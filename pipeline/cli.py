@@ -50,9 +50,6 @@ def _all_commands(
 ) -> None: ...
 
 
-# ---- options from dataclasses ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Given:
     """Values of the options that `with_options` added to a command, and the names of those that the user wrote."""
@@ -122,9 +119,6 @@ def numbers(option: str, given: list[str] | None) -> dict[str, float]:
 def names(given: list[str] | None) -> list[str]:
     """The items of a repeatable option, split at commas."""
     return [item.strip() for item in ",".join(given or []).split(",") if item.strip()]
-
-
-# ---- commands ----------------------------------------------------------------------------------------
 
 
 @app.command(epilog="Example: prospect-dst preprocess conversations/ --out labels --frames-root frames/")

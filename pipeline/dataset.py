@@ -1,8 +1,8 @@
 """Reads the folder that `preprocess` writes: the manifest, and clips by number with the labels of any epoch.
 
-A split's shards are compared with the manifest's SHA-256 when it is opened. Labels follow from the table `clips` by the
-rule that wrote `frames` (`pipeline.labels`), so the rows of `frames` are not read. At most HELD_GROUPS row groups (of
-up to 256 clips) are in memory: an order that stays within so many at a time reads each once (`trainer.sampler`).
+Labels follow from the table `clips` by the rule that wrote `frames` (`pipeline.labels`), so `frames` is not read. At
+most HELD_GROUPS row groups (of up to 256 clips) are in memory: an order that stays within so many at a time reads each
+once (`trainer.sampler`).
 
     F frames of a clip or of a row group    C clips of a row group    T turns
 """
@@ -30,9 +30,6 @@ from pipeline.schema import MANIFEST, NOT_SAMPLED, ROLES, SCHEMA_HASH, SCHEMA_VE
 from pipeline.storage import sha256
 
 HELD_GROUPS = 4
-
-
-# ---- a clip ------------------------------------------------------------------------------------------
 
 
 class Turn(NamedTuple):
@@ -73,9 +70,6 @@ class ClipExample:
     @property
     def end_frame(self) -> int:
         return self.start_frame + self.num_frames
-
-
-# ---- the folder --------------------------------------------------------------------------------------
 
 
 def read_manifest(data: Path) -> dict[str, Any]:
@@ -186,8 +180,6 @@ class Split:
         return _row_group(*self._groups[at], self.key), number - self._starts[at]
 
 
-# ---- one row group in memory -------------------------------------------------------------------------
-
 _ROLE = "turns.list.element.role"
 _NUMBERS = [
     *("start_frame", "num_frames", "sampling_seed", "neg_rate", "positive", "steps.list.element.id"),
@@ -226,7 +218,7 @@ class _RowGroup:
             steps=np.diff(flat_lists(table["steps"])[0]),
             onset=np.array(table["positive"].to_pylist()) == "onset",
         )
-        self._frame_at = np.concatenate([[0], np.cumsum(self.rule.sizes)])
+        self.frame_at = np.concatenate([[0], np.cumsum(self.rule.sizes)])
         self._drawn: tuple[tuple[int, float | None], Labels] | None = None  # the labels asked for last
 
     def _read(self, columns: list[str] | None = None) -> pa.Table:
@@ -240,11 +232,9 @@ class _RowGroup:
             self._drawn = (epoch, rate), epoch_labels(self.rule, epoch, rate)
         return self._drawn[1]
 
-    def own(self, row: int, labels: Labels) -> Labels:
-        return labels[:, self._frame_at[row] : self._frame_at[row + 1]].copy()
-
     def clip(self, row: int, labels: Labels) -> ClipExample:
-        return ClipExample(**self._clips[row], labels=self.own(row, labels))
+        own = labels[:, self.frame_at[row] : self.frame_at[row + 1]].copy()
+        return ClipExample(**self._clips[row], labels=own)
 
     @cached_property
     def _clips(self) -> list[dict[str, Any]]:

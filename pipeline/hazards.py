@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +31,7 @@ Hazard = tuple[str, str, str]
 def find_hazards(
     sources: list[Source], splits: Mapping[str, Mapping[str, Any]], frames_root: str | None
 ) -> Iterator[Hazard]:
-    """All hazards of a run: of labels, of the texts around decisions, of files and recordings, of frames on disk.
-
-    splits: the manifest's counts by split.
-    """
+    """All hazards of a run; splits: the manifest's counts by split."""
     by_split: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
         by_split[source.split].append(source)
@@ -83,10 +81,8 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     infos = [info for source in sources for info in source.kept()]
     told, decisions = (sum(info.clip.given_away[i] for info in infos) for i in (0, 1))
     if told > BY_CHANCE * decisions:
-        text = (
-            f"{told:,} of {decisions:,} speaking decisions are told by the file's `dialog`, which grows exactly after"
-        )
-        text += " an interrupt: it is not read here; do not show a model later entries or their number"
+        text = f"{told:,} of {decisions:,} speaking decisions are told by the file's `dialog`, which grows exactly"
+        text += " after an interrupt: it is not read here; do not show a model later entries or their number"
         yield "dialog history tells the answers", split, text
     given = [info for info in infos if info.clip.initial_state is not None]
     wrong = 0  # given states that the replay, or the clip's own updates, contradict
@@ -123,14 +119,11 @@ def recordings(sources: list[Source]) -> dict[str, set[str]]:
 
 
 def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
-    """Recordings (by split) that stand in more than one split."""
-    together: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name in sorted(set().union(*splits.values())):
-        together[tuple(sorted(split for split, names in splits.items() if name in names))].append(name)
-    for where, names in sorted(together.items()):
-        if len(where) > 1:
-            text = f"{counted(len(names), 'recording')} in {' and '.join(where)}, {_examples(names)}"
-            yield "recording in several splits", "+".join(where), f"{text}: results flatter; split by recording"
+    """Recordings (by split) that stand in two splits."""
+    for a, b in combinations(sorted(splits), 2):
+        if names := sorted(splits[a] & splits[b]):
+            text = f"{counted(len(names), 'recording')} in {a} and {b}, {_examples(names)}"
+            yield "recording in several splits", f"{a}+{b}", f"{text}: results flatter; split by recording"
 
 
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:

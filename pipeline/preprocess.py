@@ -1,14 +1,10 @@
 """Conversations -> Parquet shards, in two passes over bounded pieces of the input.
 
-Pass 1 (`extract`) decodes and checks clips, spools what is kept as Arrow, and collects what only the whole input
-can decide (`resolve`): the file's frame convention, duplicate ids, every clip's bounds and number. Pass 2
-(`write_part`) turns one spooled part into labels and shards. Both work on parts of at most 2,048 clips, each a
-pure function of the part, so that any number of workers, here or on a cluster (cluster.py), writes the same bytes
-and memory is bounded by one part per worker. The spool trades 0.4 of the input's size on disk for decoding the JSON
-once.
-
-Everything is written below OUT/.staging-* and renamed into place at the end, the manifest last: a run killed at any
-point leaves the old complete output, or (in the moment of the renames) none, and never blocks the next one.
+Pass 1 (`extract`) decodes and checks clips, spools them as Arrow, and collects what only the whole input can decide
+(`resolve`); pass 2 (`write_part`) makes labels and shards of the spool. Both work on parts of at most 2,048 clips, each
+a pure function of the part: any number of workers, here or on a cluster, writes the same bytes, in bounded memory.
+The spool trades 0.4 of the input's size on disk for decoding the JSON once. Everything is written below OUT/.staging-*
+and renamed into place at the end, the manifest last: a run killed at any point leaves the old output, or none.
 """
 
 from __future__ import annotations
@@ -65,58 +61,35 @@ def preprocess(
     """
     options = options or Options()
     files, skipped = find_inputs(inputs, options)
-    sources = []
-    for number, path in enumerate(files):
-        progress("hashing", number, len(files))
-        stat = path.stat()
-        sources.append(Source(path, split_of(path, options), stat.st_size, stat.st_mtime_ns, sha256(path)))
+    sources = [Source(path, split_of(path, options), path.stat().st_size, sha256(path)) for path in files]
     splits = {source.split for source in sources}
     if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
         there = ", ".join(sorted(splits))
         raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
-    on_disk = _listing(Path(options.frames_root)) if options.frames_root else []
+    root = options.frames_root
+    walked = os.walk(root, followlinks=True) if root else ()
+    paths = [os.path.join(folder, name) for folder, _, names in walked for name in names]
+    frames = [path for path in paths if path.lower().endswith((".arrow", *VIDEOS, *IMAGES)) and os.path.exists(path)]
+    on_disk = sorted((os.path.relpath(path, root), os.path.getsize(path)) for path in frames)
     read = [(source.path.name, source.split, source.sha256) for source in sources]
     of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # what the output is a function of
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
         if read_manifest(out).get("key") == key and (out / CARD).exists():
             return verify(out), True
-    with naming(out), _staging(out) as folder, without_gc():
-        manifest = {"key": key} | _run(sources, options, folder, mapper or pool(workers), progress)
-        manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
-        _commit(folder, out, manifest)
-    return manifest, False
-
-
-def _listing(root: Path) -> list[tuple[str, int]]:
-    """Name and size of every file that may hold frames; links are followed, those that lead nowhere left out."""
-    paths = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.lower().endswith((".arrow", *VIDEOS, *IMAGES))
-    ]
-    return sorted((os.path.relpath(path, root), os.path.getsize(path)) for path in paths if os.path.exists(path))
-
-
-# ---- the output folder -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """An empty folder inside `out`, gone afterwards; InputError where another run is at work, or a user's frames lie.
-
-    What is left of killed runs goes, too; a worker may outlive its run and write there for a moment.
-    """
     make_folder(out)
-    with lock(out / LOCK, InputError(f"{out}: another run is writing there; wait for it, or choose another --out")):
+    taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
+    with naming(out), lock(out / LOCK, taken), without_gc():
         for path in (path for table in ("frames", "clips") for path in (out / table).rglob("*")):
-            if path.is_file() and not path.match("split=*/part-*.parquet"):
+            if path.is_file() and not path.match("split=*/part-*.parquet"):  # a user's videos, say
                 raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
-        for left in out.glob(f"{STAGING}*"):
+        for left in out.glob(f"{STAGING}*"):  # of killed runs, whose workers may have outlived them
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=STAGING, dir=out, ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
+            manifest = {"key": key} | _run(sources, options, Path(folder), mapper or pool(workers), progress)
+            manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
+            _commit(Path(folder), out, manifest)
+    return manifest, False
 
 
 def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
@@ -141,25 +114,18 @@ def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
     sync(out)
 
 
-# ---- a run -------------------------------------------------------------------------------------------
-
-
 def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, progress: Progress) -> dict[str, Any]:
     """Both passes, into the staging folder; returns the manifest."""
     (staged / "try").mkdir()
     spool = (staged / "try").rename(staged / "spool")  # a disk that refuses it is found out before the work is done
-    alone = len(sources) == 1 or options.on_error == "fail"
     owners = []
     for number, source in enumerate(sources):
-        owners += [(source, call) for call in _parts(source, f"{spool}/{number}", options, alone)]
+        owners += [(source, call) for call in _parts(source, f"{spool}/{number}", options)]
     calls = [call for _, call in owners]
     for (source, _), part in zip(owners, _map(mapper, extract, calls, "reading", progress), strict=True):
         source.parts.append(part)
         for refusal in part.refused:
             source.refuse(*refusal)
-    for source in sources:
-        if (stat := source.path.stat()) and (stat.st_size, stat.st_mtime_ns) != (source.bytes, source.mtime_ns):
-            raise InputError(f"{source.path}: changed while it was read; run again once it is complete")
     resolve(sources, options)
     plans = _plans(sources, options, staged)
     refused = [r for s in sources for r in sorted(s.refused, key=lambda r: (r["byte_start"], r["clip"] or 0))]
@@ -191,13 +157,11 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     return manifest
 
 
-def _parts(source: Source, spool: str, options: Options, alone: bool) -> Iterator[tuple[Any, ...]]:
-    """Calls of `extract`, one a part of a file; none (and a refusal) where it is no such file and it is not `alone`."""
+def _parts(source: Source, spool: str, options: Options) -> Iterator[tuple[Any, ...]]:
+    """Calls of `extract`, one a part of a file; none, and a refusal, where it is not one of clips."""
     try:
         clips = index(source.path)
     except InputError as error:
-        if alone:
-            raise
         what = str(error).removeprefix(f"{source.path}: ").removeprefix("found ")
         source.refuse(None, ClipError("file", what, "clips"), (0, source.bytes))
         return

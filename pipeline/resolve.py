@@ -33,7 +33,6 @@ class Source:
     path: Path
     split: str
     bytes: int
-    mtime_ns: int
     sha256: str = ""
     convention: str = "event"
     votes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # turns; of those, lead-in, event, window

@@ -53,11 +53,7 @@ Written = tuple[str, list[dict[str, Any]], Counts]  # a part's split, its shards
 
 
 def write_part(plan: Plan) -> Written:
-    """Label and write one part.
-
-    Its shards are written beside the spool and renamed into place: two tries of one part, where a cluster lost sight
-    of the first, do not meet, and a late one finds its folder gone.
-    """
+    """Label and write one part: beside the spool, then renamed, so that two tries of it on a cluster do not meet."""
     new = {table: Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}") for table in ("frames", "clips")}
     counts: Counts = defaultdict(Counter)
     with _parquet_writer(new["frames"], "frames") as frames, _parquet_writer(new["clips"], "clips") as clips:
@@ -95,8 +91,6 @@ def counts_by_split(written: list[Written]) -> dict[str, dict[str, Any]]:
         for split, total in splits.items()
     }
 
-
-# ---- Parquet -----------------------------------------------------------------------------------------
 
 # Ids of frames are written from a dictionary. Encodings are chosen, not defaulted: 17 million frames take 8 MB
 # instead of 116, in half the time.
@@ -141,9 +135,6 @@ def _parquet_writer(path: Path, table: str) -> Iterator[pq.ParquetWriter]:
         writer.close()
     finally:
         writer.is_open = False  # after a failure: the file stays as it is, unfinished
-
-
-# ---- one row group -----------------------------------------------------------------------------------
 
 
 def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, slice]]:
@@ -215,9 +206,17 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
     seconds = (frame / batch.column("fps").to_numpy()[clip]).astype(np.float32)
     by_id = pa.DictionaryArray.from_arrays(pa.array(clip), ids)
     rows = [by_id, *map(pa.array, (clip + np.int32(first), frame.astype(np.int32), seconds, *group.labels))]
+    states = batch.column("initial_state")  # as the source has them; replayed ones hold every step of the clip
+    if any(info.state is not None for info in group.clips):
+        own: list[Any] = states.to_pylist()
+        for i, (steps, info) in enumerate(zip(batch.column("steps").to_pylist(), group.clips, strict=True)):
+            if info.state is not None:
+                replayed = initial_state((step["id"] for step in steps), info.state)
+                own[i] = [{"id": step, "state": state} for step, state in replayed.items()]
+        states = pa.array(own, states.type)
     unlabelled: list[list[Range]] = [[] for _ in sizes]
-    for owner, *own in zip(*(column.tolist() for column in group.unlabelled), strict=True):
-        unlabelled[owner].append(tuple(own))
+    for owner, *bounds in zip(*(column.tolist() for column in group.unlabelled), strict=True):
+        unlabelled[owner].append(tuple(bounds))
     at, turns = flat_lists(batch.column("turns"))
     absent = group.turns.end == labels.NO_FRAMES[1]
     changed = {
@@ -234,7 +233,7 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
         "start_frame": rule.starts.astype(np.int32),
         "end_frame": (rule.starts + sizes).astype(np.int32),
         "num_frames": sizes.astype(np.int32),
-        "initial_state": _initial_states(batch, group.clips),
+        "initial_state": states,
         "turns": pa.ListArray.from_arrays(pa.array(at), turns, type=type_),
         "sampling_seed": rule.seeds,
         "neg_rate": rule.rates,
@@ -245,19 +244,6 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
         "n_supervised": group.per_clip((group.labels != NOT_SAMPLED).any(axis=0)),
     }
     return pa.RecordBatch.from_arrays(rows, schema=FRAMES_WRITTEN), pa.RecordBatch.from_pydict(columns, CLIPS)
-
-
-def _initial_states(batch: pa.RecordBatch, clips: list[ClipInfo]) -> pa.Array:
-    """Replayed states hold every step of the clip; given ones are as the source has them."""
-    column = batch.column("initial_state")
-    if all(clip.state is None for clip in clips):
-        return column
-    rows: list[Any] = column.to_pylist()
-    for i, (steps, clip) in enumerate(zip(batch.column("steps").to_pylist(), clips, strict=True)):
-        if clip.state is not None:
-            states = initial_state((step["id"] for step in steps), clip.state)
-            rows[i] = [{"id": step, "state": state} for step, state in states.items()]
-    return pa.array(rows, column.type)
 
 
 def _count(group: _Group, positive: str, counts: Counts) -> None:

@@ -29,9 +29,6 @@ def split_order(name: str) -> tuple[int, str]:
     return {"train": 0, "val": 1, "test": 2}.get(name, 3), name
 
 
-# ---- the table ---------------------------------------------------------------------------------------
-
-
 def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
     """A table (one column per split), then the inputs and hazards; 100 columns wide."""
     splits = manifest["splits"]
@@ -93,9 +90,6 @@ def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     for why, names in skipped.items():
         more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
         yield f"left out, {plain(why)}: {plain(', '.join(names[:6]))}{more}"
-
-
-# ---- the dataset card --------------------------------------------------------------------------------
 
 
 def card_text(manifest: Mapping[str, Any]) -> str:

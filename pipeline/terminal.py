@@ -46,9 +46,6 @@ def progress_bar() -> Iterator[Callable[..., None]]:
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-# ---- words ---------------------------------------------------------------------------------------------
-
-
 def plain(value: object) -> str:
     """Text on one line with nothing a terminal obeys: controls and direction overrides show as \ufffd."""
     return _OBEYED.sub("\ufffd", " ".join(str(value).split()))

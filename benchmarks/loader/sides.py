@@ -135,7 +135,8 @@ def label_stream(split: Any, epoch: int) -> Iterator[Sample]:
     for number in order(0, epoch, split.sizes).tolist():
         group, row = split.find(number)
         turns = group.turns[group.turn_at[row] : group.turn_at[row + 1]]
-        yield Sample(number, int(group.rule.starts[row]), 0, 0.0, group.own(row, group.labels(epoch)), turns)
+        labels = group.labels(epoch)[:, group.frame_at[row] : group.frame_at[row + 1]].copy()
+        yield Sample(number, int(group.rule.starts[row]), 0, 0.0, labels, turns)
 
 
 def ours(shards: Path, _: Path) -> Epochs:
