@@ -58,7 +58,6 @@ from trainer.evaluation.evaluate_scores import EvalSplits, hold
 from trainer.evaluation.metrics import METRICS, look_up
 from trainer.evaluation.plots import format_number
 from trainer.evaluation.report import PAGE, write_first_page, write_report
-from trainer.frame_source import keep_frames
 from trainer.loader import end_with
 from trainer.plan import MOST_SEEDS, Job, Plan, Schedule, check_plan, config_of, in_order, jobs_with, run_of
 from trainer.run_log import read_metrics
@@ -229,12 +228,8 @@ def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tu
         return job, result
 
     if schedule.workers == 1 and schedule.until == math.inf:  # in this process
-        keep_frames()
-        try:
-            while job := schedule.next(time.monotonic()):
-                yield finish(job, carry_out(plan, job))
-        finally:
-            keep_frames(False)
+        while job := schedule.next(time.monotonic()):
+            yield finish(job, carry_out(plan, job))
         return
     running = dict[Future[Result], Job]()
     ended: list[tuple[Job, Result]] = []
@@ -305,7 +300,6 @@ def _start_worker(places: Any, threads: int, owner: int) -> None:
     """In a new process: take a GPU, or a share of the cores; end when the benchmark does, however that ends."""
     end_with(owner)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's business
-    keep_frames()
     gpu = places.get()
     torch.set_num_threads(min(threads, torch.get_num_threads()))  # OMP_NUM_THREADS may ask for fewer
     if gpu is not None:

@@ -51,7 +51,6 @@ from trainer.tokenizer import Tokens, load_tokens, train_tiny_tokens
 FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
 OPTIONS = "options.json"
-SOURCES = ("train data", "evaluation data", "frames")  # of options.json, beside the config
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter; Muon no squares
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; other ranks take part and get nothing
 
@@ -166,18 +165,13 @@ def model_card(run: LoadedRun) -> str:
 library_name: transformers
 tags: [smolvlm, dialog-state-tracking, when-to-speak]
 ---
-# When should the assistant speak?
-
-A SmolVLM (from `{config.model}`) with two linear heads, {info.get("step", "?")} of {config.steps} steps of
-prospect-dst train, arm `{config.arm}`: {find_arm(config.arm).description}.
-Both heads read the last of the {config.tokens_per_frame} token(s) of a frame.
+A SmolVLM (from `{config.model}`) with two heads on the last token of a frame (`{HEADS}`); {info.get("step", "?")} of
+{config.steps} steps of prospect-dst train, arm `{config.arm}`: {find_arm(config.arm).description}.
 A logit above 0 says: the assistant speaks, or the task's state changes, at this frame.
 
     import trainer
     run = trainer.load("this folder")
     for clip in run.score("labels", "test"): print(clip.clip.clip_id, clip.logits.shape)
-
-`SmolVLMForConditionalGeneration.from_pretrained` loads the body alone; the heads are in `{HEADS}`.
 
 Silent frames were sampled at rate {info.get("neg_rate", 1.0):g} (mean over clips).
 To read a logit's sigmoid as a probability, {how}.
@@ -195,8 +189,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     training, LoRA adapters apart from the weights that they adapt.
     """
     folder = _checkpoint_folder(run)
-    info = _read_info(folder)
-    _verify(folder, info.pop("files"), to_train)
+    info = _verified_info(folder, to_train)
     config = TrainConfig.from_json(info.pop("config"))
     tokens = load_tokens(folder.resolve())
     adapted = to_train and config.lora_rank
@@ -231,7 +224,7 @@ def verify_model(name: str) -> None:
     """InputError where `name` is a run or a checkpoint of ours with a damaged file; any other model passes."""
     folder = Path(model_folder(name))
     if (folder / RUN_INFO).is_file():
-        _verify(folder, _read_info(folder)["files"], to_train=False)
+        _verified_info(folder)
 
 
 def run_hash(run: Path) -> str:
@@ -245,26 +238,20 @@ def _checkpoint_folder(run: Path) -> Path:
     return next((folder for folder in places if (folder / RUN_INFO).is_file()), run)
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
-    """run.json, its config and files still as JSON."""
+def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:
+    """run.json but for `files`, which must be there, byte for byte as they were written; STATE only `to_train`."""
     path = folder / RUN_INFO
     if not path.is_file():
         raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first")
     info: dict[str, Any] = json.loads(path.read_bytes())
     if (version := info.pop("format")) != FORMAT:
         raise InputError(f"{path}: format {version}, expected {FORMAT}; use the version that wrote it")
-    return info
-
-
-def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> None:
-    """InputError where a file is missing or is not, byte for byte, what was written; STATE only if it is needed."""
-    for name, expected in files.items():
+    for name, expected in info.pop("files").items():
         path = folder / name
-        if name == STATE and not to_train:
-            continue
-        if not path.is_file() or sha256(path) != expected["sha256"]:
+        if (to_train or name != STATE) and not (path.is_file() and sha256(path) == expected["sha256"]):
             what = "damaged, its SHA-256 differs" if path.is_file() else "not found"
             raise InputError(f"{path}: {what}; train again, or get the whole folder again")
+    return info
 
 
 # ---- the run: its options, its start -----------------------------------------------------------------
@@ -272,16 +259,14 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], to_train: bool) -> N
 
 def run_options(config: TrainConfig, split: Split, held_out: Split | None, features: Path | None) -> dict[str, Any]:
     """The content of options.json. InputError where a part is to be trained whose output is cached in `features`."""
-    layer = None if features is None else kept_layer(features)
-    frames, *frozen = {
-        None: ["pixels"],
-        "vision": ["features", "vision"],
-        "connector": ["connector's features", "vision", "connector"],
-    }[layer]
-    if not set(frozen) <= set(config.freeze):
-        raise InputError(f"{features}: these features are for frozen parts; add --freeze {','.join(frozen)}")
-    sources = (split.key, held_out.key if held_out else None, frames)
-    return {"config": config.to_json(), **dict(zip(SOURCES, sources, strict=True))}
+    frames = "pixels"
+    if features is not None:
+        after = kept_layer(features) == "connector"
+        frames, frozen = ("connector's features", "vision,connector") if after else ("features", "vision")
+        if not set(frozen.split(",")) <= set(config.freeze):
+            raise InputError(f"{features}: these features are for frozen parts; add --freeze {frozen}")
+    keys = {"train data": split.key, "evaluation data": held_out.key if held_out else None}
+    return {"config": config.to_json(), **keys, "frames": frames}
 
 
 def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitStack) -> None:
@@ -304,15 +289,8 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
 
 def check_resume(run: Path, options: dict[str, Any]) -> None:
     """InputError that names what the run was started with and `options` has otherwise."""
-    before = read_options(run)
-    changed = [
-        f"{name}: {options[name]}, the run has {before[name]}" for name in SOURCES if options[name] != before[name]
-    ]
-    changed += [
-        f"{name} is {value!r}, the run has {before['config'][name]!r}"
-        for name, value in options["config"].items()
-        if value != before["config"][name]
-    ]
+    before, now = ({**each, **each["config"], "config": None} for each in (read_options(run), options))
+    changed = [f"{name} is {now[name]!r}, the run has {before[name]!r}" for name in now if now[name] != before[name]]
     if changed:
         raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with the same, or train into a new folder")
 

@@ -11,6 +11,7 @@ frame is 786 KB and decoding costs milliseconds: run the vision tower once inste
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,19 +115,12 @@ class PixelFrames:
         return PixelFrames, (self.root, self.side, self._cache_bytes, self._open_files)
 
 
-_kept: dict[tuple[Path, int], PixelFrames] | None = None
-
-
-def keep_frames(keep: bool = True) -> None:
-    """Whether the runs that this process does one after the other share the frames that were decoded."""
-    global _kept
-    _kept = {} if keep else None
-
-
 def open_frames(manifest: dict[str, Any], root: Path | None, side: int) -> PixelFrames:
     """Frames below `root`, or where the manifest says that `preprocess` looked for them."""
     stored = manifest.get("options", {}).get("frames_root")
     if root is None and stored is None:
         raise InputError(f"{MANIFEST}: names no frames_root; say where the videos' frames are: --frames-root")
-    root = Path(stored) if root is None else root
-    return PixelFrames(root, side) if _kept is None else _kept.setdefault((root, side), PixelFrames(root, side))
+    return _pixel_frames(Path(stored) if root is None else root, side)
+
+
+_pixel_frames = lru_cache(maxsize=2)(PixelFrames)  # what one run of a process decoded the next one has

@@ -34,7 +34,6 @@ Log = Callable[[Line], object]
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 LOSSES: Final = {"loss": "loss/total", **{term: f"loss/{term}" for term in (*HEADS, "lm")}}
-_QUIET_S: Final = 30.0
 
 
 @contextmanager
@@ -135,14 +134,12 @@ def _whole_lines(run: Path) -> list[bytes]:
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Log]:
-    """A bar on a terminal; a line for the first step, the last, each tenth of the run, and after 30 s without."""
+    """A bar on a terminal; a line for the first step, each tenth of the run, and the last."""
     began = time.monotonic()
-    tenth, said = -1, 0.0
     with progress_bar() as bar:
 
         def write(line: Line) -> None:
-            nonlocal tenth, said
-            step, now = line["step"], time.monotonic()
+            step = line["step"]
             if "evaluation" in line:
                 found = line["evaluation"]
                 heads = (
@@ -150,14 +147,12 @@ def _progress(total: int, done: int) -> Iterator[Log]:
                 )
                 print(f"step {step}/{total}  on {found['split']}: {'  '.join(heads)}", file=sys.stderr)
                 return
-            eta = clock(round((total - step) * (now - began) / (step - done)))
+            eta = clock(round((total - step) * (time.monotonic() - began) / (step - done)))
             pace = f"{line['clock']['tokens_per_s']:,.0f} tok/s  eta {eta}"
             bar("train", step, total, f"loss {short(line['loss'])}  {pace}")
-            if tenth != step * 10 // total or now - said >= _QUIET_S:
-                tenth, said = step * 10 // total, now
-                losses = {name: None if line[f"n_{name}"] == 0 else line[name] for name in (*HEADS, "lm")}
-                shown = [f"{name} {short(value)}" for name, value in {"loss": line["loss"], **losses}.items()]
-                print("  ".join([f"step {step}/{total}", *shown, pace]), file=sys.stderr)
+            if step in (done + 1, total) or step % max(1, total // 10) == 0:
+                terms = (f"{name} {short(line[name] if line[f'n_{name}'] else None)}" for name in (*HEADS, "lm"))
+                print(f"step {step}/{total}  loss {short(line['loss'])}  {'  '.join(terms)}  {pace}", file=sys.stderr)
 
         yield write
 

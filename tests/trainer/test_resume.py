@@ -85,7 +85,7 @@ def test_other_options_are_refused_by_name(data, cut, changed, message):
 
 @pytest.mark.parametrize(("size", "which"), [({"clips": 6}, "train data"), ({"val": 2}, "evaluation data")])
 def test_other_data_is_refused(cut, tmp_path, size, which):
-    with pytest.raises(InputError, match=rf"{which}: [0-9a-f]{{16}}, the run has [0-9a-f]{{16}}"):
+    with pytest.raises(InputError, match=rf"{which} is '[0-9a-f]{{16}}', the run has '[0-9a-f]{{16}}'"):
         go(write_data(tmp_path / "other", **size), cut, resume=True)
 
 
