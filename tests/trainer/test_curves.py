@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.curves import draw, make_figure, read_curves, running_mean
+from trainer.curves import draw, make_figure, read_curve, running_mean
 
 STEP = {"loss": 1.0, "speaking": 0.5, "dst_update": 0.25, "lm": 0.125, "grad_norm": 2.0, "lr": 0.001}
 STEP |= {"n_speaking": 9.0, "n_dst_update": 9.0, "n_lm": 5.0}
@@ -28,12 +28,10 @@ def evaluation(step: int, speaking: float | None, dst: float | None) -> dict:
     return {"step": step, "evaluation": {"split": "val", **heads, "lm_loss": None}}
 
 
-def test_a_term_with_nothing_to_supervise_is_no_point(tmp_path):
+def test_a_term_with_nothing_to_supervise_is_no_point():
     lines = [*steps(2), {**STEP, "step": 3, "lm": 0.0, "n_lm": 0.0}, {**STEP, "step": 4, "loss": None}]
-    curves = read_curves(written(tmp_path, lines))
-    assert curves.steps.tolist() == [1, 2, 3, 4]
-    np.testing.assert_array_equal(curves.values["lm"], [0.125, 0.125, math.nan, 0.125])
-    np.testing.assert_array_equal(curves.values["loss"], [1, 1, 1, math.nan])
+    np.testing.assert_array_equal(read_curve(lines, "lm", 1).values, [0.125, 0.125, math.nan, 0.125])
+    np.testing.assert_array_equal(read_curve(lines, "loss", 1).values, [1, 1, 1, math.nan])
 
 
 def test_running_mean_is_of_sums_over_sums_in_both_directions():
@@ -46,8 +44,9 @@ def test_running_mean_is_of_sums_over_sums_in_both_directions():
 
 
 def test_figure_shows_steps_means_and_average_precision_against_chance(tmp_path):
-    run = written(tmp_path / "kettle", [*steps(400), evaluation(200, 0.5, None), evaluation(400, 0.875, 0.004)])
-    loss, precision, _, rate = make_figure(read_curves(run)).axes
+    lines = [*steps(400), evaluation(200, 0.5, None), evaluation(400, 0.875, 0.004)]
+    run = written(tmp_path / "kettle", lines)
+    loss, precision, _, rate = make_figure("kettle", lines).axes
     drawn = {line.get_label(): line.get_xydata() for line in loss.lines}
     assert [text.get_text() for text in loss.get_legend().texts] == [
         *("total 1.000", "speaking 0.500", "DST 0.250", "text 0.125")
