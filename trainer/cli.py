@@ -67,13 +67,12 @@ def encode(
     from pipeline.cluster import ray_cluster
     from pipeline.dataset import read_manifest
     from pipeline.terminal import command, plain
+    from trainer.encode import encode as run
 
     if not re.fullmatch("[0-9]+/[0-9]+", part):
         raise UsageError(f"--part {part!r}: expected something like 3/16")
     number, parts = map(int, part.split("/"))
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
-    from trainer.encode import encode as run  # after the paths are checked: it imports torch
-
     needed = [data, *(Path(place) for place in (root, model) if place and Path(place).exists())]
     with ray_cluster(ray, out, needed, gpu=True) as mapper:
         report = run(
@@ -110,10 +109,7 @@ def train(
     given: Given,
 ) -> int:
     """Train SmolVLM with a speaking and a DST-update head; torchrun starts it on several GPUs."""
-    from pipeline.dataset import read_manifest
     from pipeline.terminal import command, console, plain
-
-    read_manifest(data)  # reports a wrong path before torch is imported
     from trainer.checkpoint import resolve_config
     from trainer.train import train as fit
 

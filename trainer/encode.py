@@ -1,9 +1,8 @@
 """Runs the vision tower once over every frame that a data folder needs, so that training needs no pixels.
 
-At 256M a frame's pass costs seconds of a CPU core, in every epoch; the features of a frozen tower (features.py) cost
-24 KB a frame and one read. A file is written when its video is complete: a killed run continues where it was, and a
-second run over the same data does nothing. Many machines share the work as parts, or by a `mapper`
-(pipeline/cluster.py) that runs a task per video; either way a video's file has the same bytes.
+A file is written when its video is complete: a killed run continues where it was, and a second run over the same data
+does nothing. Many machines share the work as parts, or by a `mapper` (pipeline/cluster.py) that runs a task per video;
+either way a video's file has the same bytes.
 
     n frames of a pass    k tokens per frame    D length of a feature    S side in pixels
 """
@@ -88,29 +87,34 @@ def encode(
 ) -> EncodeReport:
     """Write the features of all videos of all splits of `data` into the folder `out`, k tokens per frame.
 
-    `model`: a folder, a hub name or a run of ours. `dtype`, to compute in: float32, bfloat16, or auto, which is
-    bfloat16 on CUDA and float32 elsewhere; `store`: float16 or float32. `keep`: "vision", the features before the
-    connector, or "connector", those after it. `part` (i, n): only the i-th of n shares of the videos, i from 1; runs
-    of other parts may write into `out` at the same time. `mapper` runs the tower in other processes; None: here. A
-    video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left,
-    or an option is wrong.
+    `model`: a folder, a hub name or a run of ours. `dtype`, to compute in: auto is bfloat16 on CUDA, float32 elsewhere.
+    `keep`: "vision", features before the connector, or "connector", after it. `part` (i, n): the i-th of n shares of
+    the videos, i from 1; other parts may run at the same time. `mapper` runs the tower in other processes; None: here.
+    A video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left.
     """
     for name, value, known in (("dtype", dtype, DTYPES), ("store", store, STORED), ("keep", keep, LAYERS)):
         if value not in known:
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
-    videos = _clips_by_video(data, part)
     [there] = (mapper or here)(best_device, [()])  # on the machine that computes
     computed = dtype if dtype != "auto" else "bfloat16" if there.type == "cuda" else "float32"
     tower = load_tower(model, k, keep, store, computed)
-    root = open_frames(read_manifest(data), frames_root, tower.side).root
-    source = PixelFrames(root, tower.side, cache_bytes=0)
+    manifest = read_manifest(data)
+    source = PixelFrames(open_frames(manifest, frames_root, tower.side).root, tower.side, cache_bytes=0)
     report, started = EncodeReport(computed), time.monotonic()
+
+    videos = defaultdict(list)  # clips without turns and labels: what holds those is freed
+    for split in dict.fromkeys(shard["split"] for shard in manifest["shards"] if shard["clips"]):
+        for clip in Split(data, split).in_order(rate=None):
+            digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
+            if int.from_bytes(digest[:8], "big") % part[1] == part[0] - 1:
+                lean = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))
+                videos[clip.video_uid, clip.fps].append(lean)
     make_folder(out)
     taken = InputError(f"{out}: another run of part {part[0]}/{part[1]} is writing there; choose another --out")
     with lock(out / f"{LOCK}-{part[0]}-of-{part[1]}", taken), progress_bar() as show:
-        jobs = [job for clips in videos if (job := _plan(clips, source, out, tower, report)) is not None]
+        jobs = [job for clips in videos.values() if (job := _plan(clips, source, out, tower, report)) is not None]
         frames = sum(len(job.frames) for job in jobs)
         if mapper is None:
             results = _encode_all(tower, jobs, source, batch, lambda done: show("encode", done, frames))
@@ -126,41 +130,30 @@ def encode(
                 show("encode", report.frames, frames)
     report.seconds = time.monotonic() - started
     if report.refused and not report.videos and not report.skipped:
-        raise InputError(f"{root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
+        raise InputError(f"{source.root}: none of {len(videos)} videos can be encoded; {report.refused[0]}")
     return report
-
-
-def _clips_by_video(data: Path, part: tuple[int, int]) -> list[list[ClipExample]]:
-    """The clips, without turns and labels, of every video of every split that falls to the part."""
-    videos = defaultdict(list)
-    for split in dict.fromkeys(shard["split"] for shard in read_manifest(data)["shards"] if shard["clips"]):
-        for clip in Split(data, split).in_order(rate=None):
-            digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
-            if int.from_bytes(digest[:8], "big") % part[1] == part[0] - 1:
-                lean = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))  # frees its row group
-                videos[clip.video_uid, clip.fps].append(lean)
-    return list(videos.values())
 
 
 def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower, report: EncodeReport) -> _Job | None:
     """A video's job; None where a complete file is there, or no frames are. Frames that a file of the same kind has
     stay in it. What is wrong with the video goes into the report."""
-    clip, frames = clips[0], np.array([], np.int32)
+    clip = clips[0]
+    frames = np.unique(np.concatenate([np.arange(c.start_frame, c.end_frame, dtype=np.int32) for c in clips]))
     try:
         paths = {source.find(clip) for clip in clips}
         count = source.count(clip)
         if len(paths) > 1:
             raise InputError(f"its clips name several frames_files: {', '.join(sorted(map(str, paths)))}; keep one")
-        frames = np.unique(np.concatenate([np.arange(c.start_frame, c.end_frame, dtype=np.int32) for c in clips]))
-        if frames[-1] >= count:
-            needed, frames = frames[-1] + 1, frames[frames < count]
-            raise InputError(f"{count} frames, but its clips need {needed}; those that are there are encoded")
     except InputError as error:
         report.refused.append(f"video {clip.video_uid}: {error}")
-    if not len(frames):
         return None
-    path = feature_path(out, clip.video_uid, clip.fps)
-    header = tower.header(clip, paths.pop())
+    if (needed := frames[-1] + 1) > count:
+        what = f"{count} frames, but its clips need {needed}; those that are there are encoded"
+        report.refused.append(f"video {clip.video_uid}: {what}")
+        frames = frames[frames < count]
+        if not len(frames):
+            return None
+    path, header = feature_path(out, clip.video_uid, clip.fps), tower.header(clip, paths.pop())
     before = _frames_of_same(path, header)
     if np.isin(frames, before).all():
         report.skipped += 1
