@@ -176,7 +176,7 @@ def test_a_run_is_done_only_with_its_own_data_options_and_settings(told, plan, t
     with pytest.raises(InputError, match=r"lr is 0\.1, the run has 0\.002; resume with the same, or train into a new"):
         is_done(replace(plan, config=replace(SMALL, lr=0.1)), job, splits, trained_on)
     other = write_data(tmp_path / "data", 7, 4, 6, lambda clips: clips[:-1])  # one clip less in val, too
-    with pytest.raises(InputError, match=r"train data: \w+, the run has \w+; evaluation data: "):
+    with pytest.raises(InputError, match=r"train data is '\w+', the run has '\w+'; evaluation data is "):
         is_done(replace(plan, data=other), job, hold(other, "test"), Split(other, "train"))
 
 
