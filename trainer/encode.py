@@ -36,11 +36,23 @@ from pipeline.errors import InputError
 from pipeline.media import images_in
 from pipeline.storage import LOCK, lock, make_folder
 from pipeline.terminal import progress_bar
-from trainer import vision
 from trainer.checkpoint import verify_model
 from trainer.config import RANDOM_MODELS
 from trainer.distributed import best_device
-from trainer.features import LAYERS, STORED, FeatureFile, Features, feature_path, write_features
+from trainer.features import (
+    LAYERS,
+    STORED,
+    FeatureFile,
+    Features,
+    feature_path,
+    feature_width,
+    fingerprint,
+    frame_side,
+    most_tokens,
+    run_connector,
+    run_tower,
+    write_features,
+)
 from trainer.frame_source import PixelFrames, open_frames
 from trainer.loader import Transfer, fetched
 from trainer.model import load_model
@@ -184,8 +196,8 @@ class Tower:
     def __init__(self, vlm: Any, model: str, k: int, keep: str, store: str, computed: str) -> None:
         """`model` is the name of the SmolVLM `vlm`, which is on the device already."""
         self.vlm, self.model, self.k, self.keep, self.store, self.computed = vlm, model, k, keep, store, computed
-        self.side, self.width = vision.side(vlm), vision.width(vlm, keep)
-        self.fingerprint = vision.fingerprint(vlm, keep)
+        self.side, self.width = frame_side(vlm), feature_width(vlm, keep)
+        self.fingerprint = fingerprint(vlm, keep)
         self.transfer = Transfer(next(vlm.model.vision_model.parameters()).device)
 
     def header(self, clip: ClipExample, path: Path) -> dict[str, Any]:
@@ -214,8 +226,8 @@ class Tower:
     def _look(self, pixels: Tensor) -> Tensor:
         bf16 = self.computed == "bfloat16"
         with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            features = vision.look(self.vlm, pixels, self.k, chunk=len(pixels))
-            return vision.project(self.vlm, features) if self.keep == "connector" else features
+            features = run_tower(self.vlm, pixels, self.k, chunk=len(pixels))
+            return run_connector(self.vlm, features) if self.keep == "connector" else features
 
 
 def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Tower:
@@ -224,7 +236,7 @@ def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Towe
         raise InputError(f"model is {model}: its tower knows nothing before it is trained; name a run, or a real model")
     verify_model(model)
     vlm = load_model(model, vocabulary=0)
-    if not 1 <= k <= (most := vision.most_tokens(vlm)) or math.isqrt(k) ** 2 != k:
+    if not 1 <= k <= (most := most_tokens(vlm)) or math.isqrt(k) ** 2 != k:
         raise InputError(f"tokens_per_frame is {k}, expected a square number, at most the {most} of {model}")
     vlm.model.text_model = vlm.lm_head = None
     vlm.model.to(best_device())

@@ -1,38 +1,115 @@
-"""The vision tower's features on disk: one safetensors file per video, written by `encode`, read instead of pixels.
+"""What the vision tower sees of a frame: k feature vectors, computed here, and kept on disk by `encode`.
 
-They are `vision.look`'s, before the connector, which can go on learning: 24 KB a frame at 256M (k = 1, float16), where
-pixels are 786 KB and the tower takes seconds of a CPU core. The layer "connector" is its output, 1 KB, for training
-that freezes it. A file names the weights that made it, by fingerprint, and has a checksum per frame, compared when the
-frame is read. Files are memory-mapped: a window reads its own rows, and an open file holds no file descriptor.
+    run_tower      pixels -> tower -> pixel shuffle -> pooled to k        frozen: run once by `encode`
+    run_connector  features -> the connector's one linear layer           cheap: run in every step, may be trained
 
-    F frames asked for    N frames of a file    k tokens per frame    D length of a feature
+The connector has no bias and no activation, so pooling before it gives the same numbers as after it (to float
+rounding) at 1/64 of its cost for k = 1, and what is cached still lets the connector learn. The price is size: at 256M a
+token is 24 KB in float16 (D = 12,288) where the connector's output, the layer "connector", has 1 KB and pixels 786 KB.
+The tower's parts are called directly: the model's own image path drops frames that are exactly zero after
+normalisation, waits for the GPU to look whether patches are masked, and in bfloat16 transformers 5.17 gives them wrong
+positions. Here every patch of a square frame is there, and its position is its number.
+A file holds a video's features. It names the weights that made it, by fingerprint, and has a checksum per frame,
+compared when the frame is read. It is memory-mapped: a window reads its own rows, without a file descriptor.
+
+    N frames of a pass or a file    F frames asked for    S side in pixels    k tokens per frame    H hidden
+    D length of a feature: vision width x scale factor^2
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from pipeline.storage import replacing
 from pipeline.terminal import command
-from trainer import vision
+
+if TYPE_CHECKING:
+    from transformers import SmolVLMForConditionalGeneration
 
 Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 FORMAT = "2"
 ENCODE = "run prospect-dst encode"
 LAYERS = ("vision", "connector")  # before the connector, after it
 STORED = ("float16", "float32")
+VISION_CHUNK = 64  # frames per pass of the vision tower
+
+
+# ---- computing ---------------------------------------------------------------------------------------
+
+
+def frame_side(vlm: SmolVLMForConditionalGeneration) -> int:
+    """S: side of the square frames it takes, in pixels."""
+    return int(vlm.config.vision_config.image_size)
+
+
+def feature_width(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> int:
+    """D: length of one feature vector; H after the layer "connector"."""
+    if layer == "connector":
+        return int(vlm.config.text_config.hidden_size)
+    return int(vlm.config.vision_config.hidden_size) * int(vlm.config.scale_factor) ** 2
+
+
+def run_tower(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int, chunk: int = VISION_CHUNK) -> Tensor:
+    """float [N, k, D] of RGB pixels 0..255 [N, 3, S, S], `chunk` frames at a time."""
+    assert pixels.shape[1:] == (3, frame_side(vlm), frame_side(vlm)), tuple(pixels.shape)
+    return torch.cat([_run_tower(vlm, part, k) for part in pixels.split(chunk)])
+
+
+def _run_tower(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int) -> Tensor:
+    normalised = (pixels.float() / 255 - 0.5) / 0.5
+    tower = vlm.model.vision_model
+    # [N, P, H_v], contiguous: strided additions and copies of all layers took 20 of 63 ms on an H100 (64 frames)
+    patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT.contiguous()
+    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    placed = patches + tower.embeddings.position_embedding(positions)
+    hidden = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
+    return pool(vlm.model.connector.pixel_shuffle(hidden, vlm.config.scale_factor), k)
+
+
+def run_connector(vlm: SmolVLMForConditionalGeneration, features: Tensor) -> Tensor:
+    """[N, k, H] of `run_tower`'s features [N, k, D]."""
+    return vlm.model.connector.modality_projection(features)
+
+
+def pool(features: Tensor, k: int) -> Tensor:
+    """[N, n, D] -> [N, k, D]: the n vectors, row by row of a square grid, averaged down to k."""
+    old, new = math.isqrt(features.shape[1]), math.isqrt(k)
+    grid = features.mT.unflatten(2, (old, old))  # [N, D, old, old]
+    return F.adaptive_avg_pool2d(grid, new).flatten(2).mT
+
+
+def most_tokens(vlm: SmolVLMForConditionalGeneration) -> int:
+    """Tokens a frame has before pooling: 64 or 81 for the released models, 1 for tiny."""
+    vision, scale = vlm.config.vision_config, vlm.config.scale_factor
+    return int(vision.image_size // vision.patch_size // scale) ** 2
+
+
+def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> str:
+    """16 hex digits of a SHA-256 over the tower's weights, and for the layer "connector" the connector's."""
+    digest = hashlib.sha256()
+    parts = [vlm.model.vision_model, *([vlm.model.connector] if layer == "connector" else [])]
+    for name, value in (item for part in parts for item in sorted(part.state_dict().items())):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# ---- on disk -----------------------------------------------------------------------------------------
 
 
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
@@ -90,7 +167,7 @@ def kept_layer(folder: Path) -> str:
 
 
 class CachedFeatures:
-    """A FrameSource of what `encode` wrote into `folder`, by weights of that `vision.fingerprint`.
+    """A FrameSource of what `encode` wrote into `folder`, by weights of that `fingerprint`.
 
     k may be smaller than the files', where their square grid divides into k's: pooling again is exact.
     May be pickled; open files stay behind.
@@ -107,7 +184,7 @@ class CachedFeatures:
         if found is None:
             what = f"damaged in the frames {start} to {end - 1} (checksums differ)"
             raise InputError(f"{file.path}: {what}; delete it, {ENCODE}")
-        return found if found.shape[1] == self.k else vision.pool(torch.from_numpy(found).float(), self.k).numpy()
+        return found if found.shape[1] == self.k else pool(torch.from_numpy(found).float(), self.k).numpy()
 
     def check(self, clip: ClipExample) -> None:
         """InputError unless every frame of the clip is there."""

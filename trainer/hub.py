@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,17 @@ def model_folder(name: str) -> str:
     return str(last) if last.is_dir() else name
 
 
-def hub_options(name: str | Path) -> dict[str, Any]:
-    """Options of from_pretrained: for a hub name, only the cache where the hub can't be reached.
-
-    Left to itself the library retries for minutes.
-    """
-    return {} if Path(name).exists() or _hub_answers() else {"local_files_only": True}
-
-
-def not_loaded(name: str | Path, what: str, error: Exception, options: dict[str, Any]) -> InputError:
-    """The error for a model's part (`what`) that can't be loaded; `options` are those of `hub_options`."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if options:
-        reason = "offline: the hub does not answer, and its cache has no such model"
-    return InputError(f"{name}: {what} could be loaded ({reason}); give a folder, or tiny")
+@contextlib.contextmanager
+def loading(name: str | Path, what: str) -> Iterator[dict[str, Any]]:
+    """Options of from_pretrained: only the hub's cache where the hub can't be reached (left to itself the library
+    retries for minutes). Whatever is raised, by a damaged file among others, becomes an InputError."""
+    options = {} if Path(name).exists() or _hub_answers() else {"local_files_only": True}
+    try:
+        yield options
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "offline: the hub does not answer, and its cache has no such model" if options else reason
+        raise InputError(f"{name}: no {what} could be loaded ({reason}); give a folder, or tiny") from None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """SmolVLM with two decision heads, and the three ways to get one: random weights, a folder, a name on the hub.
 
-Frames become features in `trainer.vision`, then `text_model(inputs_embeds=...)` reads a whole pack. The language-model
+Frames become features (features.py), then `text_model(inputs_embeds=...)` reads a whole pack. The language-model
 head runs on supervised text rows only (a third less memory and a quarter less time per step at 256M than on all rows),
 and on decision rows where the arm decides by it (`lm-eos`, `token`).
 
@@ -21,12 +21,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import InputError
-from trainer import body_graph, vision
+from trainer import body_graph
 from trainer.arms import find_arm
 from trainer.attention import use_packed
 from trainer.body_graph import BodyGraph
 from trainer.config import TrainConfig
-from trainer.hub import hub_options, model_folder, not_loaded
+from trainer.features import feature_width, frame_side, most_tokens, run_connector, run_tower
+from trainer.hub import loading, model_folder
 from trainer.packing import Pack
 
 transformers_logging.disable_progress_bar()  # stderr is the caller's
@@ -87,7 +88,7 @@ class ProspectModel(nn.Module):
         self.vlm, self.heads, self.choices = vlm, heads, choices
         self.arm, self.tokens_per_frame, self._bf16 = find_arm(config.arm), config.tokens_per_frame, config.bf16
         assert choices or self.arm.decides not in ("lm-eos", "token")
-        if (k := config.tokens_per_frame) > (most := vision.most_tokens(vlm)):
+        if (k := config.tokens_per_frame) > (most := most_tokens(vlm)):
             raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
         use_packed(vlm)
@@ -116,7 +117,7 @@ class ProspectModel(nn.Module):
     @property
     def side(self) -> int:
         """S: side of the square frames it takes, in pixels."""
-        return vision.side(self.vlm)
+        return frame_side(self.vlm)
 
     @property
     def hidden(self) -> int:
@@ -185,9 +186,9 @@ class ProspectModel(nn.Module):
             frames = torch.full((1, 3, self.side, self.side), GREY, dtype=torch.uint8, device=frames.device)
         if frames.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
-                frames = vision.look(self.vlm, frames, self.tokens_per_frame)
-        projected = frames.shape[-1] != vision.width(self.vlm)  # `encode` keeps nothing else of another width
-        features = frames.float() if projected else vision.project(self.vlm, frames.float())
+                frames = run_tower(self.vlm, frames, self.tokens_per_frame)
+        projected = frames.shape[-1] != feature_width(self.vlm)  # `encode` keeps nothing else of another width
+        features = frames.float() if projected else run_connector(self.vlm, frames.float())
         features = features if self.arm.images else features.expand(count, -1, -1)
         assert features.shape == (count, self.tokens_per_frame, self.hidden)
         return features
@@ -245,8 +246,7 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration(tiny_config(vocabulary, *RANDOM[name]))
     name = model_folder(name)
-    where = hub_options(name)
-    try:
+    with loading(name, "SmolVLM") as where:
         config = AutoConfig.from_pretrained(name, **where)  # first: without, the library builds the full-size model
         if config.model_type == "idefics3":  # SmolVLM 1: the same architecture, its weights have the same names
             values = config.to_dict() | {"model_type": "smolvlm"}
@@ -254,13 +254,10 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
             config = SmolVLMConfig.from_dict(values)
         if not isinstance(config, SmolVLMConfig):
             raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
-        vlm, loading = SmolVLMForConditionalGeneration.from_pretrained(
+        vlm, found = SmolVLMForConditionalGeneration.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
         )
-    except Exception as error:  # a damaged file raises whatever its parser does
-        raise not_loaded(name, "no SmolVLM", error, where) from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
+    if missing := sorted(found["missing_keys"]):
         raise InputError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
     return vlm
 

@@ -28,7 +28,7 @@ from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
 from trainer.distributed import World, best_device
-from trainer.features import CachedFeatures, kept_layer
+from trainer.features import CachedFeatures, fingerprint, kept_layer
 from trainer.frame_source import BlankFrames, FrameSource, open_frames
 from trainer.loader import Transfer, fetched
 from trainer.loss import lm_sum
@@ -36,7 +36,6 @@ from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window
 from trainer.tokenizer import Tokens
-from trainer.vision import fingerprint
 
 
 class ClipScores(NamedTuple):

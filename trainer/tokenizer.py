@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import InputError
 from pipeline.schema import STATES
-from trainer.hub import hub_options, not_loaded
+from trainer.hub import loading
 
 IMAGE, END = "<image>", "<end_of_utterance>"
 MARKERS = ("system", "user", "assistant", "DST_UPDATE", "step", *STATES)
@@ -70,14 +70,11 @@ class Tokens:
 
 def load_tokens(name: str | Path) -> Tokens:
     """The tokenizer of a folder or of a model on the hub. Truncation and padding that a tool left in it are off."""
-    where = hub_options(name)
-    try:
+    with loading(name, "tokenizer") as where:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         return Tokens(tokenizer)
-    except Exception as error:  # a damaged file raises whatever its parser does
-        raise not_loaded(name, "no tokenizer", error, where) from None
 
 
 def train_tiny_tokens(texts: Iterable[str]) -> Tokens:

@@ -32,11 +32,11 @@ from shared import CachedNoise, Case, build, make_window, pool_lengths
 
 import trainer.body_graph
 import trainer.live.engine
-from trainer import vision
 from trainer.checkpoint import LoadedRun, load_run, load_state, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.encode import Tower
+from trainer.features import frame_side, run_tower
 from trainer.live.engine import Engine, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
 from trainer.loader import Transfer, uploaded
@@ -355,7 +355,7 @@ def _encode(size: str, ceiling: float) -> None:
     vlm, _ = build(case_of(size))
     vlm.model.text_model = vlm.lm_head = None
     vlm.eval()
-    side, count = vision.side(vlm), 2 if SMOKE else 30
+    side, count = frame_side(vlm), 2 if SMOKE else 30
     blocks = np.random.default_rng(0).integers(0, 256, (4, 2 if SMOKE else 32, 3, side, side), np.uint8)
     tower = Tower(vlm, "random", k=1, keep="vision", store="float16", computed="bfloat16")
     read = [torch.from_numpy(b).pin_memory() if tower.transfer.overlaps else torch.from_numpy(b) for b in blocks]
@@ -368,7 +368,7 @@ def _encode(size: str, ceiling: float) -> None:
     def look() -> None:
         with torch.inference_mode(), torch.autocast(device(), torch.bfloat16):
             for _ in range(count):
-                vision.look(vlm, ready, 1)
+                run_tower(vlm, ready, 1)
 
     look()
     whole()

@@ -23,7 +23,7 @@ from shared import Case, build, model_config, windows_of
 from torch import nn
 from transformers import SmolVLMForConditionalGeneration
 
-from trainer import vision
+from trainer.features import feature_width, frame_side, run_tower
 from trainer.sequence import Window
 
 ROUNDS = 5
@@ -42,13 +42,13 @@ def encode(case: Case, clock: Any) -> dict[str, float]:
     vlm, _ = build(case)
     vlm.eval()
     number = 64 * case.steps if case.device == "cuda" else 2 * case.steps
-    side = vision.side(vlm)
+    side = frame_side(vlm)
     pixels = torch.randint(0, 256, (number, 3, side, side), dtype=torch.uint8, device=case.device)
     clock.base()
     with torch.inference_mode(), torch.autocast(case.device, torch.bfloat16):
-        vision.look(vlm, pixels[:64], 1)
+        run_tower(vlm, pixels[:64], 1)
         clock.start()
-        vision.look(vlm, pixels, 1)
+        run_tower(vlm, pixels, 1)
         clock.stop()
     return clock.found | {"frames": number, "flop": number * look_flop(vlm), "ceiling": matmul_rate(case.device)}
 
@@ -60,7 +60,7 @@ def step_flop(vlm: Any, windows: Sequence[Window]) -> float:
     rows = sum(len(w.lm_positions) for w in windows)
     frames = sum(len(w.frame_positions) for w in windows)
     hidden = text.hidden_size
-    head, connector = text.vocab_size * hidden * rows, vision.width(vlm) * hidden * frames
+    head, connector = text.vocab_size * hidden * rows, feature_width(vlm) * hidden * frames
     return 6.0 * (linear_weights(body.layers) * sum(lengths) + attention + head) + 4.0 * connector
 
 

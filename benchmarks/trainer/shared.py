@@ -27,8 +27,8 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pipeline.dataset import ClipExample
-from trainer import vision
 from trainer.config import TrainConfig
+from trainer.features import feature_width
 from trainer.model import DecisionHeads, tiny_config
 from trainer.sequence import Window
 
@@ -132,7 +132,7 @@ class CachedNoise:
     """Stands in for the features that `encode` keeps: float16 [N, 1, D], read from memory."""
 
     def __init__(self, vlm: SmolVLMForConditionalGeneration) -> None:
-        values = np.random.default_rng(1).standard_normal((FEATURES, 1, vision.width(vlm)), np.float32)
+        values = np.random.default_rng(1).standard_normal((FEATURES, 1, feature_width(vlm)), np.float32)
         self.table = values.astype(np.float16)
 
     def load(self, clip: ClipExample, start: int, end: int) -> np.ndarray:

@@ -32,8 +32,8 @@ from shared import AS_IT_COMES, CachedNoise, Case, build, computed_tokens, windo
 from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-from trainer import vision
 from trainer.distributed import World
+from trainer.features import run_connector
 from trainer.loader import Transfer, uploaded
 from trainer.model import DecisionHeads, ProspectModel
 from trainer.packing import make_pack, pack_windows
@@ -115,7 +115,7 @@ class Padded(nn.Module):
     ) -> dict[str, Tensor]:
         body = self.vlm.model.text_model
         embedded = body.embed_tokens(input_ids)
-        seen = vision.project(self.vlm, features.float()).flatten(0, 1).to(embedded.dtype)
+        seen = run_connector(self.vlm, features.float()).flatten(0, 1).to(embedded.dtype)
         filled = embedded.flatten(0, 1).index_copy(0, frame_index, seen).view_as(embedded)
         hidden = body(inputs_embeds=filled, attention_mask=attention_mask, use_cache=False).last_hidden_state
         # From here on what SmolVLMForConditionalGeneration does itself with `labels`.

@@ -11,9 +11,8 @@ from by_hand import clip_example, write_frames, write_shards
 from PIL import Image
 from transformers import SmolVLMForConditionalGeneration
 
-from trainer import vision
 from trainer.encode import encode
-from trainer.features import CachedFeatures, FeatureFile
+from trainer.features import CachedFeatures, FeatureFile, fingerprint, run_connector, run_tower
 from trainer.frame_source import PixelFrames
 from trainer.model import tiny_config
 
@@ -71,12 +70,12 @@ def live(vlm, root, video, frames, k=1, keep="vision") -> np.ndarray:
     source = PixelFrames(root, 64)
     pixels = np.concatenate([source.load(clip_example([], video=video), n, n + 1) for n in frames])
     with torch.inference_mode():
-        features = vision.look(vlm, torch.from_numpy(pixels), k)
-        return (vision.project(vlm, features) if keep == "connector" else features).numpy()
+        features = run_tower(vlm, torch.from_numpy(pixels), k)
+        return (run_connector(vlm, features) if keep == "connector" else features).numpy()
 
 
 def cached(vlm, out, video, frames, k=1, keep="vision") -> np.ndarray:
-    source = CachedFeatures(out, vision.fingerprint(vlm, keep), k)
+    source = CachedFeatures(out, fingerprint(vlm, keep), k)
     return np.concatenate([source.load(clip_example([], video=video), n, n + 1) for n in frames])
 
 

@@ -10,8 +10,7 @@ import torch
 from by_hand import clip_example
 
 from pipeline.errors import InputError
-from trainer import vision
-from trainer.features import CachedFeatures, FeatureFile, feature_path, kept_layer, write_features
+from trainer.features import CachedFeatures, FeatureFile, feature_path, kept_layer, pool, write_features
 
 TOWER = "0123456789abcdef"
 
@@ -52,7 +51,7 @@ def test_more_tokens_than_asked_for_are_pooled(tmp_path):
     assert found.dtype == np.float32
     assert np.allclose(found[0, :, 0], [1.25, 1.45, 2.05, 2.25], atol=2e-3)
     whole = torch.from_numpy(numbered([1, 2], 16)).float()
-    assert np.allclose(CachedFeatures(tmp_path, TOWER, 1).load(clip(), 1, 3), vision.pool(whole, 1).numpy(), atol=1e-6)
+    assert np.allclose(CachedFeatures(tmp_path, TOWER, 1).load(clip(), 1, 3), pool(whole, 1).numpy(), atol=1e-6)
     with pytest.raises(InputError, match=r"16 tokens per frame, .* to 9; .*--tokens-per-frame 9"):
         CachedFeatures(tmp_path, TOWER, 9).load(clip(), 1, 3)
 

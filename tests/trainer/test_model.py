@@ -8,8 +8,8 @@ import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from trainer import vision
 from trainer.config import TrainConfig
+from trainer.features import most_tokens, pool, run_connector, run_tower
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
@@ -106,7 +106,7 @@ def test_no_frame_is_dropped(tokens):
     """TRAPS 26: transformers' image path drops frames that are 0 after normalisation."""
     model, grey = tiny(tokens), torch.full((5, 3, 64, 64), 127.5)  # no uint8 is exactly 0 afterwards; this is
     grey[1] = 200.0
-    features = vision.project(model.vlm, vision.look(model.vlm, grey, 1))
+    features = run_connector(model.vlm, run_tower(model.vlm, grey, 1))
     assert features.shape == (5, 1, 128)
     assert torch.equal(features[0], features[4])
     assert not torch.equal(features[0], features[1])
@@ -122,7 +122,7 @@ def test_a_patch_s_position_is_its_number_as_the_library_has_it(side, patch):
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), np.uint8))
     with torch.no_grad():
         whole = vlm.model.vision_model(pixel_values=(frames.float() / 255 - 0.5) / 0.5).last_hidden_state
-        assert torch.equal(vision.look(vlm, frames, vision.most_tokens(vlm)), whole)
+        assert torch.equal(run_tower(vlm, frames, most_tokens(vlm)), whole)
 
 
 def test_features_are_pooled_to_k_tokens_before_the_connector_as_after_it(tokens):
@@ -136,7 +136,7 @@ def test_features_are_pooled_to_k_tokens_before_the_connector_as_after_it(tokens
     assert torch.allclose(quarter[:, 0], full[:, [0, 1, 4, 5]].mean(1), atol=1e-6)
     assert torch.allclose(one[:, 0], full.mean(1), atol=1e-6)
     normalised = (pixels().float() / 255 - 0.5) / 0.5
-    after = vision.pool(vlm.model.connector(vlm.model.vision_model(pixel_values=normalised).last_hidden_state), 4)
+    after = pool(vlm.model.connector(vlm.model.vision_model(pixel_values=normalised).last_hidden_state), 4)
     assert torch.allclose(quarter, after, atol=1e-6)
 
 
