@@ -172,7 +172,7 @@ def inspect(
     elif html is None:
         console().print(render_summary(manifest))
     if html is not None:
-        viewer.write_page(folder, html, manifest=manifest)
+        viewer.write_page(html, f"{folder.resolve().name} - labels", viewer.labels_page(folder, manifest))
         typer.echo(f"wrote {plain(html)} ({html.stat().st_size / 1000:,.0f} kB)")
     return 0
 
@@ -180,14 +180,14 @@ def inspect(
 @app.command(epilog="Example: prospect-dst synth raw --train 40 --val 8 --test 8")
 def synth(
     out: Annotated[Path, Argument(help="new folder for {split}_training.json and frames/*.arrow")],
-    train: Annotated[int, Option(help="recordings in the train split")] = 190,
-    val: Annotated[int, Option(help="recordings in the val split")] = 15,
-    test: Annotated[int, Option(help="recordings in the test split")] = 15,
-    views: Annotated[int, Option(help="camera views per recording")] = 2,
-    difficulty: Annotated[float, Option(help="how hard the pictures are to read: 0 easy .. 1 hard")] = 0.25,
+    train: Annotated[int, Option(help="recordings in the train split", min=0)] = 190,
+    val: Annotated[int, Option(help="recordings in the val split", min=0)] = 15,
+    test: Annotated[int, Option(help="recordings in the test split", min=0)] = 15,
+    views: Annotated[int, Option(help="camera views per recording", min=1)] = 2,
+    difficulty: Annotated[float, Option(help="of reading the pictures: 0 easy .. 1 hard", min=0, max=1)] = 0.25,
     tells: Annotated[str, Option(help=TELLS_HELP)] = "vision",
-    px: Annotated[int, Option(help="side of the square frames, pixels")] = 64,
-    seed: Annotated[int, Option(help="same seed, same bytes")] = 0,
+    px: Annotated[int, Option(help="side of the square frames, pixels", min=32)] = 64,
+    seed: Annotated[int, Option(help="same seed, same bytes", min=0)] = 0,
 ) -> int:
     """Make task videos with conversations, in the file formats that users have."""
     from pipeline.synth import SynthConfig, parse_tells

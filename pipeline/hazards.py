@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.media import count_and_delay, find_frames
+from pipeline.media import count_frames, find_frames
 from pipeline.readers.clip import EVERYWHERE
 from pipeline.resolve import Source
 from pipeline.schema import HEAD_TITLES, HEADS
@@ -136,7 +136,7 @@ def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (split, uid, frames_file, dataset, fps), end in ends.items():
         path = find_frames(root, uid, frames_file, dataset)
-        there, late_s = count_and_delay(path, fps) if path else (None, 0.0)
+        there, late_s = count_frames(path, fps) if path else (None, 0.0)
         if late_s:
             late = f"{uid} (at {late_s:.3g} s; frames before it show it, too)"
             problems["first picture comes late", split].append(late)

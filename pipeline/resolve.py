@@ -216,7 +216,7 @@ def _pad(clips: list[ClipInfo], options: Options) -> None:
         starts, ends = (sorted(bounds) for bounds in zip(*(clip.bounds for clip in members), strict=True))
         one, root, there = members[0].clip, options.frames_root, None  # frames on disk
         if root and (path := find_frames(Path(root), one.video_uid, one.frames_file, one.dataset)):
-            there = count_frames(path, one.fps)
+            there, _ = count_frames(path, one.fps)
         for clip in members:
             start, end = clip.bounds
             pad = int(options.pad_s * clip.clip.fps + labels.FLOOR_TOLERANCE)

@@ -1,17 +1,9 @@
 """Synthetic task videos with conversations, in the same files a user has: something to try every command on.
 
-    OUT/{train,val,test}_training.json    clips in the prospect schema, `event` frame convention
-    OUT/frames/nusar-*.arrow              one video each: Arrow IPC stream, column `frame`, base64 JPEG
-
 A recording is one task of 8 to 12 steps, filmed by several cameras (`views`): same events, other pictures. Before a
-moving background with coloured clutter and a passing hand, three things happen, 5 to 8 frames apart:
-
-    placement   a white jig with a coloured part is in view for 3 frames. One frame after it appears the step is
-                complete and the next one starts (two DST_UPDATE turns)
-    lamp        a magenta lamp lights up for 3 frames; the assistant speaks one frame after it appears
-    question    the user asks; the assistant answers one frame later. Nothing to see
-
-Clips are cut from mid-task, in the quiet around their events; no picture shows how far the task has come.
+moving background with clutter and a passing hand, three things happen, 5 to 8 frames apart: a *placement* (a white jig
+with a coloured part is in view for 3 frames; one frame after it appears the step is complete, the next one starts), a
+*lamp* (magenta; the assistant speaks one frame after it appears), a *question* of the user's, answered one frame later.
 What tells when the assistant speaks is drawn for each step from the shares in `tells`:
 
     vision     a coin decides whether the completed step is spoken about; the lamp shows it
@@ -20,7 +12,8 @@ What tells when the assistant speaks is drawn for each step from the shares in `
     history    the user asks; the assistant answers one frame later and speaks again FOLLOW_UPS frames after that
     nothing    it speaks REMARKS times a frame, on average, whatever happens
 
-Lamps of their own and answered questions stand between the steps of `vision` and `state` alone.
+Clips are cut from mid-task, in the quiet around their events: no picture shows how far the task has come. Lamps of
+their own and answered questions stand between the steps of `vision` and `state` alone.
 
     F frames of a video, P pixels of a side
 """
@@ -32,10 +25,8 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -45,7 +36,6 @@ from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.state import replay
-from pipeline.storage import is_vacant, make_folder
 
 SPLITS: Final = ("train", "val", "test")
 SOURCES: Final = ("state", "vision", "user", "history", "nothing")  # of what tells when to speak
@@ -53,11 +43,8 @@ FPS: Final = 2
 CUE_FRAMES: Final = 3  # a cue is in view for frame, frame + 1, frame + 2
 FOLLOW_UPS: Final = (6, 14)  # frames
 REMARKS: Final = 0.1  # per frame
-ROWS_PER_BATCH: Final = 100
 
-_PARTS: Final = tuple(
-    "axle wheel gear lever spring bolt plate handle hook ring cap tube crank panel hinge pin".split()  # noqa: SIM905
-)
+_PARTS: Final = "axle wheel gear lever spring bolt plate handle hook ring cap tube crank panel hinge pin".split()  # noqa: SIM905
 # Which of a toy's steps are spoken about (a) and which pass quietly (q), where the plan decides.
 _PLANS: Final = {"Crane": "aaqaqqqaaqaqaqqa", "Truck": "qaqqaaaqqaqaqaaq", "Robot": "aqqaaqaqaaqqqaqa"}
 _SAID: Final = {  # by the user in a question or an aside to others, by the assistant
@@ -90,29 +77,17 @@ class SynthConfig:
     tells: Mapping[str, float] = field(default_factory=lambda: {"vision": 1.0})
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        counts, shares = self.recordings, self.tells.values()
-        known = set(self.tells) <= set(SOURCES) and all(share >= 0 for share in shares)
-        for name, holds, expected in (
-            ("recordings", counts and set(counts) <= {*SPLITS} and min(counts.values()) > 0, f"1 or more of {SPLITS}"),
-            ("views", self.views >= 1, "1 or more"),
-            ("steps", 3 <= self.steps[0] <= self.steps[1] <= len(_PARTS), f"3 <= fewest <= most <= {len(_PARTS)}"),
-            ("px", 32 <= self.px <= 1024, "32 to 1024"),
-            ("difficulty", 0 <= self.difficulty <= 1, "a number from 0 to 1"),
-            ("tells", known and abs(sum(shares) - 1) < 1e-9, f"shares of {', '.join(SOURCES)} that add up to 1"),
-            ("seed", 0 <= self.seed < 2**63, "0 <= seed < 2**63"),
-        ):
-            if not holds:
-                raise UsageError(f"{name}: found {getattr(self, name)}; expected {expected}")
-
 
 def parse_tells(text: str) -> dict[str, float]:
-    """'user', or shares such as 'state=0.7,vision=0.3'. UsageError where it is neither."""
+    """'user', or shares such as 'state=0.7,vision=0.3'. UsageError where they are no shares of SOURCES."""
     items = [item.partition("=") for item in text.split(",")]
     try:
-        return {name.strip(): float(share) if equals else 1.0 for name, equals, share in items}
+        shares = {name.strip(): float(share) if equals else 1.0 for name, equals, share in items}
     except ValueError:
-        raise UsageError(f"--tells {text!r}: expected a name, or name=share items with commas") from None
+        shares = {}
+    if not set(shares) <= {*SOURCES} or min(shares.values(), default=-1) < 0 or abs(sum(shares.values()) - 1) > 1e-9:
+        raise UsageError(f"--tells {text!r}: expected {', '.join(SOURCES)}, or NAME=SHARE,... that add up to 1")
+    return shares
 
 
 # ---- what happens in a recording ---------------------------------------------------------------------
@@ -120,12 +95,11 @@ def parse_tells(text: str) -> dict[str, float]:
 
 @dataclass
 class Event:
-    """Something at `frame`: a placement (of step `step`, from 0), a lamp, a question, an aside of the user's to others,
-    a remark of the assistant's. Its turns start one later, an aside and a question at once."""
+    """Its turns start one frame later, an aside's and a question's at once."""
 
-    kind: str
+    kind: str  # placement, lamp, question, aside (the user speaks to others) or remark (of the assistant)
     frame: int = 0
-    step: int = -1
+    step: int = -1  # of a placement, from 0
     speaks: bool = True  # the assistant says something
     lamp: bool = False  # and the picture shows it
     follow_ups: tuple[int, ...] = ()  # it speaks again, frames after it spoke
@@ -273,6 +247,7 @@ def make_clips(recording: Recording, view: int, rng: Generator) -> list[dict[str
         for number, (start, end, name) in enumerate(zip([0.0, *ends[:-1]], ends, recording.step_names, strict=True), 1)
     ]
     uid = f"synth_{recording.name}__view{view}"
+    numbered = [f"{i}. {name}" for i, name in enumerate(recording.step_names, 1)]
     system = {"role": "system", "content": "You are a helpful assistant.", "start_frame": 0, "end_frame": 1}
     clips = []
     for number, (start, end) in enumerate(recording.clips):
@@ -288,9 +263,7 @@ def make_clips(recording: Recording, view: int, rng: Generator) -> list[dict[str
             "id": f"{uid}_{number}",
             "video_uid": uid,
             "inferred_goal": recording.goal,
-            "inferred_knowledge": "\n".join(
-                [recording.goal, *(f"{i}. {name}" for i, name in enumerate(recording.step_names, 1))]
-            ),
+            "inferred_knowledge": "\n".join([recording.goal, *numbered]),
             "video_labels": {},
             "conversation": [system | {"labels": "system|generic"}, *said],
             "dst": steps,
@@ -339,52 +312,44 @@ def _updates(turn: dict[str, Any]) -> list[tuple[str, str]]:
 # ---- files -------------------------------------------------------------------------------------------
 
 
-def synth(out: Path, config: SynthConfig | None = None) -> dict[str, int]:
-    """Write a data set into the folder `out`, the same bytes for the same config; the number of clips by split.
+def synth(out: Path, config: SynthConfig) -> dict[str, int]:
+    """Write a data set into the new folder `out`, the same bytes for the same config; the number of clips by split.
 
-    Written inside `out` and renamed into place at the end. UsageError where `out` holds something already.
+    OUT/{split}_training.json, and one OUT/frames/nusar-*.arrow per video. Written beside `out` and renamed at the end.
     """
-    config = config or SynthConfig()
-    if not is_vacant(out):
+    if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
-    is_new = not out.exists()
-    make_folder(out)
-    for left in out.glob(".*.new"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+    out = out.absolute()
+    new = out.with_name(f".{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    (new / "frames").mkdir(parents=True)
+    counts = {split: 0 for split in SPLITS if split in config.recordings}
     try:
-        with TemporaryDirectory(prefix=".", suffix=".new", dir=out, ignore_cleanup_errors=True) as building:
-            (Path(building) / "frames").mkdir()  # in it, as it may be a mount point
-            counts = {name: _write_split(Path(building), name, config) for name in SPLITS if name in config.recordings}
-            for path in sorted(Path(building).iterdir()):
-                path.rename(out / path.name)
+        for split in counts:
+            clips: list[dict[str, Any]] = []
+            for number in range(config.recordings[split]):
+                # a generator of its own for the plan (0), the words (1) and each view (2 and on)
+                key = [config.seed, SPLITS.index(split), number]
+                recording = plan_recording(f"nusar-{split}-{number:04d}", default_rng([*key, 0]), config)
+                for view in range(config.views):
+                    clips += make_clips(recording, view, default_rng([*key, 1]))
+                    pixels = draw_view(recording, default_rng([*key, 2 + view]), config)
+                    write_frames(new / "frames" / f"{recording.name}__view{view}.arrow", pixels)
+            (new / f"{split}_training.json").write_text(json.dumps(clips, indent=2) + "\n", encoding="utf-8")
+            counts[split] = len(clips)
+        new.replace(out)
     finally:
-        if is_new:
-            with suppress(OSError):
-                out.rmdir()  # of a run that failed
+        shutil.rmtree(new, ignore_errors=True)
     return counts
-
-
-def _write_split(folder: Path, split: str, config: SynthConfig) -> int:
-    clips: list[dict[str, Any]] = []
-    for number in range(config.recordings[split]):
-        # a generator of its own for the plan (0), the words (1) and each view (2 and on)
-        key = [config.seed, SPLITS.index(split), number]
-        recording = plan_recording(f"nusar-{split}-{number:04d}", default_rng([*key, 0]), config)
-        for view in range(config.views):
-            clips += make_clips(recording, view, default_rng([*key, 1]))
-            pixels = draw_view(recording, default_rng([*key, 2 + view]), config)
-            write_frames(folder / "frames" / f"{recording.name}__view{view}.arrow", pixels)
-    (folder / f"{split}_training.json").write_text(json.dumps(clips, indent=2) + "\n", encoding="utf-8")
-    return len(clips)
 
 
 def write_frames(path: Path, frames: np.ndarray) -> None:
     """Write uint8 frames [F, P, P, 3] as ProAssist does: an Arrow IPC stream, `frame` base64 JPEG."""
     schema = pa.schema([pa.field("frame", pa.string())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for first in range(0, len(frames), ROWS_PER_BATCH):
+        for first in range(0, len(frames), 100):
             encoded = []
-            for frame in frames[first : first + ROWS_PER_BATCH]:
+            for frame in frames[first : first + 100]:
                 buffer = io.BytesIO()
                 Image.fromarray(frame).save(buffer, "JPEG", quality=80, optimize=True)  # 18% smaller
                 encoded.append(base64.b64encode(buffer.getvalue()).decode("ascii"))

@@ -3,7 +3,7 @@
 Reads one row group of the shards. Each sign on the tracks means one thing, so that a timeline reads without
 colour too; where a clip is too long for the screen, one column shows the strongest label of several frames.
 
-    F frames of a clip, K frames in one terminal column
+    F frames of a clip
 """
 
 from __future__ import annotations
@@ -53,19 +53,13 @@ def read_clips(folder: Path, split: str, part: str, clips: list[int]) -> Iterato
 
 def clip_index(folder: Path) -> pl.DataFrame:
     """clip, clip_id, split and part (a file name) of every clip, in order."""
-    paths = sorted(
-        folder.glob("clips/split=*/part-*.parquet"), key=lambda path: (*split_order(_split(path)), path.name)
-    )
+    paths = [(path.parent.name.removeprefix("split="), path) for path in folder.glob("clips/split=*/part-*.parquet")]
     return pl.concat(
         pl.scan_parquet(path, hive_partitioning=False, glob=False)
         .select("clip", "clip_id")
-        .with_columns(split=pl.lit(_split(path)), part=pl.lit(path.name))
-        for path in paths
+        .with_columns(split=pl.lit(split), part=pl.lit(path.name))
+        for split, path in sorted(paths, key=lambda item: (*split_order(item[0]), item[1].name))
     ).collect()
-
-
-def _split(path: Path) -> str:
-    return path.parent.name.removeprefix("split=")
 
 
 def find_clip(folder: Path, clip: str) -> ClipView:
@@ -75,24 +69,15 @@ def find_clip(folder: Path, clip: str) -> ClipView:
     needle = clip
     if colon and rest and split in set(index["split"]):
         index, needle = index.filter(pl.col("split") == split), rest
-    for matches in (
-        index.filter(pl.col("clip_id").is_in([clip, needle])),
-        index.filter(pl.col("clip").cast(pl.String) == needle),
-        index.filter(pl.col("clip_id").str.contains(needle, literal=True)),
-    ):
-        if matches.height > 1:
-            short = f"{matches['split'][0]}:{matches['clip'][0]}"
-            found = f"{matches.height:,} clips: {_some(matches)}"
-            raise InputError(f"clip {plain(clip)!r} fits {found}; name one of them, like {plain(short)}")
-        if matches.height:
-            row = matches.row(0, named=True)
-            return next(read_clips(folder, row["split"], row["part"], [row["clip"]]))
-    raise InputError(f"no clip {plain(clip)!r} in {plain(folder)}; there are e.g. {_some(index)}")
-
-
-def _some(index: pl.DataFrame, count: int = 4) -> str:
-    names = [f"{row['split']}:{plain(row['clip_id'])}" for row in index.head(count).iter_rows(named=True)]
-    return ", ".join(names) + (", ..." if index.height > count else "")
+    by_id, by_number = pl.col("clip_id").is_in([clip, needle]), pl.col("clip").cast(pl.String) == needle
+    by_part = pl.col("clip_id").str.contains(needle, literal=True)
+    fitting = next((some for by in (by_id, by_number, by_part) if (some := index.filter(by)).height), index.clear())
+    if fitting.height == 1:
+        row = fitting.row(0, named=True)
+        return next(read_clips(folder, row["split"], row["part"], [row["clip"]]))
+    rows = (fitting if fitting.height else index).head(4).iter_rows(named=True)
+    some = ", ".join(f"{row['split']}:{plain(row['clip_id'])}" for row in rows)
+    raise InputError(f"{plain(folder)}: {fitting.height:,} clips fit {plain(clip)!r}, expected one, e.g. {some}")
 
 
 def states_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -104,9 +89,37 @@ def states_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return states
 
 
+def turn_seconds(row: Mapping[str, Any], turn: Mapping[str, Any]) -> float | None:
+    """A turn's own time, else that of its first frame."""
+    start, time = turn["start_frame"], turn["time_s"]
+    return start / row["fps"] if time is None and start is not None else time
+
+
+def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
+    """Why a turn that could label frames of the clip labels none, or only some; '' where it labels all of its own."""
+    start, end = turn["start_frame"], turn["end_frame"]
+    if turn["role"] not in ("assistant", "DST_UPDATE"):
+        return ""
+    if start is None:
+        return "(no frames: labels nothing)"
+    reason = drops(start, end, row["start_frame"], row["end_frame"], row["positive"])
+    if reason >= 0:
+        return f"({DROP_REASONS[reason]}: labels nothing)"
+    return "(cut to the clip)" if start < row["start_frame"] or end > row["end_frame"] else ""
+
+
+def state_line(state: Mapping[str, str]) -> str:
+    """'state: completed S1 S2 | in progress S3 | not started S4', steps in order."""
+    order = {"completed": 0, "in_progress": 1, "not_started": 3}
+    names = sorted(dict.fromkeys(state.values()), key=lambda name: order.get(name, 2))
+    steps = {name: " ".join(step for step, its in state.items() if its == name) for name in names}
+    return "state: " + " | ".join(f"{name.replace('_', ' ')} {steps[name]}" for name in names)
+
+
+# ---- in a terminal -----------------------------------------------------------------------------------
+
 LABELS: Final = {1: "positive", 0: "supervised silence", NOT_SAMPLED: "not sampled"}
-_MARGIN = 9  # width of the track names
-_MAX_ROWS = 20  # wrapped rows; a longer clip has K frames in a column, which shows the strongest label
+_MARGIN, _MAX_ROWS = 9, 20  # width of the track names; wrapped rows: of a longer clip a column shows several frames
 
 
 @dataclass(frozen=True)
@@ -116,33 +129,32 @@ class Timeline:
     view: ClipView
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        row = self.view.row
+        start, end, fps = row["start_frame"], row["end_frame"], row["fps"]
+        counts = f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised"
+        rule = f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}"
+        times = f"{clock(start / fps)} to {clock(end / fps)}"
+        facts = {
+            "clip": f"{row['clip_id']}  ({self.view.split}, number {row['clip']})",
+            "video": row["video_uid"],
+            "recording": row["recording_id"],
+            "frames": f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {times}",
+            "labels": f"{counts}; {rule}",
+            "goal": row["goal"],
+        }
+        grid = Table.grid(Column(min_width=_MARGIN + 1, style="dim"), Column(overflow="fold"))
+        for name, value in facts.items():
+            if value:
+                grid.add_row(name, Text(plain(value)))
+        yield grid
         glyphs = dict(zip(LABELS, "#-." if options.ascii_only else "█─·", strict=True))
         columns = max(20, (min(options.max_width, 170) - _MARGIN) // 20 * 20)
         per_column = -(-len(self.view.speaking) // (columns * _MAX_ROWS))
-        yield _header(self.view.row, self.view.split)
         legend = "   ".join(f"{glyphs[label]} {name}" for label, name in LABELS.items())
         many = f"\none column = {per_column:,} frames, the strongest label shown" if per_column > 1 else ""
         yield Text(f"\n{legend}   numbers: turns below{many}\n", style="dim")
         yield from _tracks(self.view, glyphs, columns, per_column)
-        yield _turns(self.view.row)
-
-
-def _header(row: Mapping[str, Any], split: str) -> Table:
-    start, end, fps = row["start_frame"], row["end_frame"], row["fps"]
-    facts = {
-        "clip": f"{row['clip_id']}  ({split}, number {row['clip']})",
-        "video": row["video_uid"],
-        "recording": row["recording_id"],
-        "frames": f"{start}..{end}, {row['num_frames']:,} at {fps:g} fps, {clock(start / fps)} to {clock(end / fps)}",
-        "labels": f"{row['n_speaking']:,} speaking, {row['n_dst_update']:,} DST, {row['n_supervised']:,} supervised; "
-        f"{row['frame_convention']} convention, {row['positive']} positives, rate {row['neg_rate']:g}",
-        "goal": row["goal"],
-    }
-    grid = Table.grid(Column(min_width=_MARGIN + 1, style="dim"), Column(overflow="fold"))
-    for name, value in facts.items():
-        if value:
-            grid.add_row(name, Text(plain(value)))
-    return grid
+        yield _turns(row)
 
 
 def _tracks(view: ClipView, glyphs: Mapping[int, str], columns: int, per_column: int) -> Iterator[Text]:
@@ -179,48 +191,16 @@ def _place(labels: Mapping[int, str], left: int, width: int) -> str:
 
 def _turns(row: Mapping[str, Any]) -> Table:
     right, left = (partial(Column, no_wrap=True, justify=justify) for justify in ("right", "left"))
-    columns = (
-        right("#", style="dim"),
-        right("time"),
-        left("frames"),
-        left("role"),
-        Column("text", overflow="fold", ratio=1),
-    )
+    text = Column("text", overflow="fold", ratio=1)
+    columns = (right("#", style="dim"), right("time"), left("frames"), left("role"), text)
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
     for number, (turn, state) in enumerate(zip(row["turns"], states_of(row)[1:], strict=True), 1):
         start, time = turn["start_frame"], turn_seconds(row, turn)
-        text = Text(plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]) or turn["text"]))
+        what = Text(plain(", ".join(f"{u['id']}→{u['transition']}" for u in turn["updates"]) or turn["text"]))
         for note in (turn_note(row, turn), state_line(state) if turn["updates"] else ""):
-            text.append(f"\n{plain(note)}" if note else "", style="dim")
+            what.append(f"\n{plain(note)}" if note else "", style="dim")
         seconds = "-" if time is None else clock(time, tenths=True)
         frames = "-" if start is None else f"{start}..{turn['end_frame']}"
-        table.add_row(str(number), seconds, frames, Text(turn["role"], style=hues.get(turn["role"], "")), text)
+        table.add_row(str(number), seconds, frames, Text(turn["role"], style=hues.get(turn["role"], "")), what)
     return table
-
-
-def turn_seconds(row: Mapping[str, Any], turn: Mapping[str, Any]) -> float | None:
-    """A turn's own time, else that of its first frame."""
-    start, time = turn["start_frame"], turn["time_s"]
-    return start / row["fps"] if time is None and start is not None else time
-
-
-def turn_note(row: Mapping[str, Any], turn: Mapping[str, Any]) -> str:
-    """Why a turn that could label frames of the clip labels none, or only some; '' where it labels all of its own."""
-    start, end = turn["start_frame"], turn["end_frame"]
-    if turn["role"] not in ("assistant", "DST_UPDATE"):
-        return ""
-    if start is None:
-        return "(no frames: labels nothing)"
-    reason = drops(start, end, row["start_frame"], row["end_frame"], row["positive"])
-    if reason >= 0:
-        return f"({DROP_REASONS[reason]}: labels nothing)"
-    return "(cut to the clip)" if start < row["start_frame"] or end > row["end_frame"] else ""
-
-
-def state_line(state: Mapping[str, str]) -> str:
-    """'state: completed S1 S2 | in progress S3 | not started S4', steps in order."""
-    order = {"completed": 0, "in_progress": 1, "not_started": 3}
-    names = sorted(dict.fromkeys(state.values()), key=lambda name: order.get(name, 2))
-    steps = {name: " ".join(step for step, its in state.items() if its == name) for name in names}
-    return "state: " + " | ".join(f"{name.replace('_', ' ')} {steps[name]}" for name in names)

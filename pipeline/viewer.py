@@ -2,7 +2,7 @@
 
 The template holds style and script, without libraries and without network; Python adds one block of JSON. Text from the
 data reaches the page as JSON and is set with `textContent`, never as markup, and a content policy with the script's own
-hash lets nothing else run. Labels are run-length coded (about 1 byte a frame at rate 0.5), timelines stop at MAX_BYTES.
+hash lets nothing else run. Labels are run-length coded: about 1 byte a frame at rate 0.5.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,73 +22,32 @@ import jinja2
 import numpy as np
 import polars as pl
 
-from pipeline.dataset import verify
-from pipeline.errors import InputError
 from pipeline.schema import HEADS, NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.terminal import plain
 from pipeline.timeline import ClipView, clip_index, read_clips, state_line, states_of, turn_note, turn_seconds
 
-MAX_BYTES: Final = 5_000_000  # of timelines; at least one is always shown
-MAX_FRAMES: Final = 20_000  # shown of one clip
-MAX_TURNS: Final = 400  # shown of one clip
-MAX_TEXT: Final = 400  # characters shown of one text
+MAX_CLIPS: Final = 200  # shown, evenly spaced, at least one of each split
 GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is open
 
 
-# ---- any page ----------------------------------------------------------------------------------------
-
-
-def page_around_data(title: str) -> tuple[str, str]:
-    """What stands before and after the page's JSON, which may be long and is written by the caller (`coded`)."""
+def write_page(path: Path, title: str, data: Mapping[str, Any]) -> None:
+    """Write a page as a whole: `data` is JSON of one of the two kinds that viewer.html shows. ValueError on NaN."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("pipeline", "."), autoescape=True)
     page = environment.get_template("viewer.html").render(title=plain(title), policy="\1", data="\0")
     policy = "default-src 'none'; img-src data:"
     for tag in ("script", "style"):
         body = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0]
         policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
-    before, after = page.replace("\1", policy).split("\0")
-    return before, after
-
-
-def coded(data: Any) -> str:
-    """Data as JSON for a script element: ASCII, on one line, `<`, `>` and `&` as \\uXXXX; ValueError on NaN."""
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    coded = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+        coded = coded.replace(sign, f"\\u{ord(sign):04x}")
+    write_text(path, page.replace("\1", policy).replace("\0", coded))
 
 
-def short(text: str) -> str:
-    """Text to show, at most MAX_TEXT characters of it."""
-    text = plain(text)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-
-
-# ---- the page of an output folder --------------------------------------------------------------------
-
-
-def write_page(folder: Path, out: Path, max_clips: int = 200, manifest: Mapping[str, Any] | None = None) -> None:
-    """Write the page to `out`, whole or not at all; `manifest`: what `verify` gave, if it was called already."""
-    manifest = verify(folder) if manifest is None else manifest
-    before, after = page_around_data(f"{folder.resolve().name} - labels")
-    page = before + coded(page_data(folder, manifest, max_clips)) + after
-    if out.is_dir():
-        raise InputError(f"{plain(out)}: is a folder; --html wants the name of a file, e.g. {plain(out)}/labels.html")
-    write_text(out, page)
-
-
-def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict[str, Any]:
-    """Everything the page shows, as JSON types."""
-    order = list(manifest["splits"])
+def labels_page(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Data of the page of an output folder, as JSON types; `manifest`: what `dataset.verify` gave."""
     recordings = pl.scan_parquet(folder / "clips" / "**" / "*.parquet").select(pl.col("recording_id").n_unique())
-    clips: list[dict[str, Any]] = []
-    spent = 0
-    for clip in _clips(folder, max_clips):
-        spent += len(json.dumps(clip))
-        if clips and spent > MAX_BYTES:
-            break
-        clips.append(clip)
     kept = ("clips", "quarantined", "frame_convention", "sha256")
     return {
         "page": "labels",
@@ -101,7 +60,7 @@ def page_data(folder: Path, manifest: Mapping[str, Any], max_clips: int) -> dict
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
             for source in manifest.get("inputs") or []
         ],
-        "clips": sorted(clips, key=lambda clip: (order.index(clip["split"]), clip["clip"])),
+        "clips": [_clip(view) for view in _views(folder)],
     }
 
 
@@ -130,54 +89,36 @@ def _split(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _clips(folder: Path, max_clips: int) -> Iterator[dict[str, Any]]:
-    """Clips of all splits in turn, so that a page cut short has lost from each."""
-
-    def views(rows: list[tuple[str, str, int]]) -> Iterator[ClipView]:
-        for (split, part), wanted in groupby(rows, key=lambda row: row[:2]):
-            yield from read_clips(folder, split, part, [clip for *_, clip in wanted])
-
-    rows = clip_index(folder).select("split", "part", "clip").rows()
-    by_split = [list(of_split) for _, of_split in groupby(rows, key=lambda row: row[0])]
-    for clips in zip_longest(*map(views, spread(by_split, max_clips))):
-        yield from (clip_data(view) for view in clips if view)
+def _views(folder: Path) -> Iterator[ClipView]:
+    index = clip_index(folder)
+    every = -(-index.height // MAX_CLIPS)
+    for _, rows in index.group_by("split", maintain_order=True):
+        chosen = rows.gather_every(every).select("split", "part", "clip").rows()
+        for (split, part), clips in groupby(chosen, key=lambda row: row[:2]):
+            yield from read_clips(folder, split, part, [clip for *_, clip in clips])
 
 
-def spread(by_split: list[list[Any]], most: int) -> list[list[Any]]:
-    """At most `most` rows, evenly spaced: equal shares for the splits, what small ones leave for others."""
-    picked: list[list[Any]] = [[] for _ in by_split]
-    left = most
-    for rank, i in enumerate(sorted(range(len(by_split)), key=lambda i: len(by_split[i]))):
-        rows = by_split[i]
-        share = min(len(rows), left // (len(by_split) - rank))
-        left -= share
-        picked[i] = [rows[k * len(rows) // share] for k in range(share)]
-    return picked
-
-
-def clip_data(view: ClipView) -> dict[str, Any]:
+def _clip(view: ClipView) -> dict[str, Any]:
     """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, state after it]."""
     row, states = view.row, states_of(view.row)
     turns = []
-    for turn, state in list(zip(row["turns"], states[1:], strict=True))[:MAX_TURNS]:
-        start, end = turn["start_frame"], turn["end_frame"]
-        updates = [[short(u["id"]), u["transition"]] for u in turn["updates"][:100]]
-        shown = [turn["role"], short(turn["text"]), start, end, turn_seconds(row, turn), updates, turn_note(row, turn)]
-        turns.append([*shown, short(state_line(state)) if updates else ""])
+    for turn, state in zip(row["turns"], states[1:], strict=True):
+        updates = [[plain(u["id"]), u["transition"]] for u in turn["updates"]]
+        shown = [turn["role"], plain(turn["text"]), turn["start_frame"], turn["end_frame"], turn_seconds(row, turn)]
+        turns.append([*shown, updates, turn_note(row, turn), plain(state_line(state)) if updates else ""])
     return {
-        "id": short(row["clip_id"]),
+        "id": plain(row["clip_id"]),
         "split": view.split,
         "clip": row["clip"],
-        "recording": short(row["recording_id"]),
-        "goal": short(row["goal"] or ""),
+        "recording": plain(row["recording_id"]),
+        "goal": plain(row["goal"] or ""),
         "fps": row["fps"],
         "start": row["start_frame"],
         "frames": row["num_frames"],
-        "initial": short(state_line(states[0])) if row["steps"] else "",
-        "steps": [[short(step["id"]), short(step["name"])] for step in row["steps"][:100]],
+        "initial": plain(state_line(states[0])) if row["steps"] else "",
+        "steps": [[plain(step["id"]), plain(step["name"])] for step in row["steps"]],
         "turns": turns,
-        "more_turns": max(0, len(row["turns"]) - MAX_TURNS),
-        "labels": run_lengths(view.speaking[:MAX_FRAMES], view.dst[:MAX_FRAMES]),
+        "labels": run_lengths(view.speaking, view.dst),
     }
 
 

@@ -267,15 +267,12 @@ def stream(
     run: Annotated[Path, Argument(help="a run of train that was evaluated: its thresholds are those chosen on val")],
     video: Annotated[str, Argument(help="a video, a folder of images, an .arrow file, or a camera's number")],
     task: Annotated[
-        Path | None, _input(help="goal and steps: a JSON file of them, of conversations, or a folder of preprocess")
+        Path | None, _input(help='JSON, {"goal": "Tea", "steps": ["Boil water", "Pour"]}, or a folder of preprocess')
     ] = None,
     clip: Annotated[
-        str | None, _input(help="which clip of --task; one of preprocess gives its frames and user, too")
+        str | None, _input(help="which clip of the folder: it gives its part of the video and its user, too")
     ] = None,
-    fps: Annotated[float | None, _input(help="frames per second that the model reads; default: as trained")] = None,
-    source_fps: Annotated[
-        float | None, _input(help="at which a folder's images were taken; default: each is a frame")
-    ] = None,
+    fps: Annotated[float | None, _input(help="that the model reads; default: as trained", min=0.01, max=1000)] = None,
     realtime: Annotated[bool, _input("--realtime", help="read a file in real time, skip late frames")] = False,
     stdin: Annotated[bool, _input("--stdin", help="read user lines from a file or a pipe, too")] = False,
     threshold: Thresholds = None,
@@ -289,29 +286,27 @@ def stream(
     """Run a trained model live: it reads frame after frame, speaks, keeps the state; type to talk to it."""
     from pipeline.terminal import console, plain
     from trainer.checkpoint import load_run
-    from trainer.live.sinks import html_page, json_lines, terminal_log
-    from trainer.live.stream import Stream, decoding_config
-    from trainer.live.task import find_task
+    from trainer.live.stream import Stream, decoding_config, find_task, html_page, json_lines, terminal_log
     from trainer.live.video_input import UserInput, open_video_input
 
     loaded = load_run(run)
     decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
-    about = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
+    about, heard = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
+    part = range(about.start_frame, about.end_frame) or None
     with contextlib.ExitStack() as stack:
-        source = open_video_input(video, about.clip.fps, loaded.model.side, realtime, source_fps, about.frames)
-        frames = stack.enter_context(source)
-        live = stack.enter_context(Stream(loaded, about.clip, decoding, max_tokens))
+        frames = stack.enter_context(open_video_input(video, about.fps, loaded.model.side, realtime, part))
+        live = stack.enter_context(Stream(loaded, about, decoding, max_tokens))
         info = live.info(f"camera {video}" if video.isdigit() else video, str(run))
-        sinks = [html_page(html, info)] if html else []
-        sinks += [json_lines(sys.stdout) if json else terminal_log(console(), info)]
-        shows = [stack.enter_context(sink) for sink in sinks]
+        shows = [stack.enter_context(html_page(html, info))] if html else []
+        shows.append(json_lines if json else stack.enter_context(terminal_log(console(), info)))
         reads_stdin = stdin or (sys.stdin is not None and sys.stdin.isatty())  # else a shell loop may own it
         user = UserInput(sys.stdin if reads_stdin else None)
         _stop_as_by_ctrl_c()
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
             for frame in frames:
-                texts = [*about.texts_before(frame.frame, frame.skipped), *user.due(frame.time_s)]
-                output = live.step(frame, texts)
+                since = range(frame.frame - frame.skipped, frame.frame + 1)
+                scripted = [text for number in since for text in heard.get(number, ())]
+                output = live.step(frame, [*scripted, *user.due(frame.time_s)])
                 for show in shows:
                     show(output, frame.image)
     if html is not None and html.exists():

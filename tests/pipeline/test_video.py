@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made_up import quarters, seen
 
-from pipeline.media import count_and_delay, count_frames, open_pictures
+from pipeline.media import Video, count_frames, open_pictures
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (128, 128, 128), (16, 16, 16), (240, 240, 240)]
 
@@ -126,7 +126,7 @@ def test_a_video_is_sampled_by_time(tmp_path, ending):
     assert shown(path, 10, range(10)) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert shown(path, 30, range(30)) == list(range(30))
     assert shown(path, 60, range(6)) == [0, 0, 1, 1, 2, 2]
-    assert [count_frames(path, fps) for fps in (2, 1, 30, 60, 0.5)] == [2, 1, 30, 60, 1]
+    assert [count_frames(path, fps)[0] for fps in (2, 1, 30, 60, 0.5)] == [2, 1, 30, 60, 1]
 
 
 def test_a_rate_of_29_97_and_a_variable_rate(tmp_path):
@@ -143,7 +143,7 @@ def test_a_track_that_starts_late_is_shown_at_the_players_time(tmp_path, ending)
     path = video(tmp_path / f"v.{ending}", greys(20), pts=range(20, 40), audio_s=4)
     assert shown(path, 2, range(8)) == [0, 0, 0, 0, 0, 5, 10, 15]  # the first picture at 2.0 s
     assert shown(path, 10, (19, 20, 21, 39)) == [0, 0, 1, 19]
-    frames, late_s = count_and_delay(path, 10)
+    frames, late_s = count_frames(path, 10)
     assert (frames, round(late_s, 3)) == (40, 2.0)
 
 
@@ -151,6 +151,6 @@ def test_a_track_that_starts_late_is_shown_at_the_players_time(tmp_path, ending)
 def test_jumps_and_reordered_pictures_change_nothing(tmp_path, monkeypatch, ending, options):
     path = video(tmp_path / f"v.{ending}", greys(63, 3), gop_size=6, options={"bf": "3", **options})
     assert shown(path, 10, range(63), 3) == list(range(63))
-    monkeypatch.setattr("pipeline.video.WORTH_A_JUMP", 4)
+    monkeypatch.setattr(Video, "_worth_a_jump", 4)
     numbers = [62, 3, 50, 7, 6, 61, 0, 40, 41, 12, 5, 60]
     assert shown(path, 10, numbers, 3) == numbers

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from made_up import HOSTILE, run, toy_clip
 
 from pipeline import viewer
+from pipeline.dataset import verify
 
 
 class Tags(HTMLParser):
@@ -21,7 +22,7 @@ class Tags(HTMLParser):
 
 
 def page_of(folder, out):
-    viewer.write_page(folder, out)
+    viewer.write_page(out, "labels", viewer.labels_page(folder, verify(folder)))
     page = out.read_text()
     data = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
     return page, json.loads(data)
@@ -51,10 +52,9 @@ def test_hostile_text_stays_text_and_the_page_runs_its_own_script_alone(toy, tmp
     assert "unsafe" not in policy
 
 
-def test_many_or_long_clips_are_thinned_out_evenly_over_splits(toy, tmp_path, monkeypatch):
-    picked = viewer.spread([list(range(90)), list(range(3)), list(range(50))], 20)
-    assert picked == [list(range(0, 90, 10)), [0, 1, 2], [0, 6, 12, 18, 25, 31, 37, 43]]
-    for limit, value in (("MAX_BYTES", 1), ("MAX_TURNS", 5), ("MAX_FRAMES", 7)):
-        monkeypatch.setattr(viewer, limit, value)
-    (clip,) = page_of(toy.folder, tmp_path / "page.html")[1]["clips"]
-    assert (len(clip["turns"]), clip["more_turns"], clip["frames"], clip["labels"]) == (5, 2, 10, "ahe4b")
+def test_of_many_clips_some_are_shown_of_each_split(toy, monkeypatch):
+    monkeypatch.setattr(viewer, "MAX_CLIPS", 2)
+    assert [clip["id"] for clip in viewer.labels_page(toy.folder, verify(toy.folder))["clips"]] == [
+        "toy_a#0",
+        "toy_c#0",
+    ]

@@ -1,4 +1,4 @@
-"""A trained model on one video, frame by frame, for as long as frames come.
+"""A trained model on one video, frame by frame, for as long as frames come: its task, its steps, its outputs.
 
 A clip streamed with its own user's texts gives the numbers of free-running evaluation: both run `session`. A frame and
 each written token cost one forward pass; memory is that of one context. Thresholds are those that `evaluate` chose on
@@ -7,31 +7,44 @@ val for this checkpoint, or the user's; there is no default.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Self
+from typing import Any, Final, Self
 
+import msgspec
 import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
-from pipeline.dataset import ClipExample
-from pipeline.errors import InputError, NotFiniteError
-from pipeline.schema import HEADS
+from pipeline.dataset import ClipExample, Split
+from pipeline.errors import InputError
+from pipeline.schema import HEADS, NOT_SAMPLED, State
 from pipeline.state import Updates
-from pipeline.terminal import command
+from pipeline.storage import make_folder
+from pipeline.summary import HUES
+from pipeline.terminal import clock, command, counted, plain
+from pipeline.timeline import find_clip
+from pipeline.viewer import write_page
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
 from trainer.live.engine import Engine, StaticVision, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
 from trainer.live.video_input import VideoFrame
-from trainer.sequence import utterance
+from trainer.sequence import texts_at, utterance
 
-ELLIPSIS_TOKENS = 8  # room for the end of a user text that is cut
+MAX_PICTURES: Final = 1500  # of a page: one every 2 s and one per event: the first 50 minutes of a quiet stream
+_MARKS: Final = {"not_started": "[ ]", "in_progress": "[>]", "completed": "[x]"}
+_STYLES: Final = {"user": "bold green", "says": f"bold {HUES['speaking']}", "state": f"bold {HUES['DST']}"}
 
 
 @dataclass(frozen=True)
@@ -54,26 +67,24 @@ class StreamFrame:
 
 
 @dataclass(frozen=True)
-class StreamInfo:
+class StreamInfo:  # all text is safe to show
     video: str
     run: str
     arm: str
     fps: float  # of the model's frames
     heads: Sequence[str]  # "speaking" and, where the arm has it, "dst_update"
-    threshold_probabilities: dict[str, float]  # by head; 1 where it never fires
+    goal: str
     steps: Sequence[tuple[str, str]]  # id and name; none for an arm without state
-    goal: str | None
+    thresholds: Sequence[float]  # probabilities, of heads; 1 where it never fires
 
 
-class Stream:
-    """One run over one video; a context manager. `task`: the clip whose prompt it starts with (`trainer.live.task`).
-
-    max_tokens: of the context, instead of those that the run was trained with.
-    """
+class Stream(ExitStack):
+    """One run over one video; a context manager. `task`: the clip whose prompt it starts with (`find_task`)."""
 
     def __init__(
         self, run: LoadedRun, task: ClipExample, decoding: DecodingConfig, max_tokens: int | None = None
     ) -> None:
+        super().__init__()
         run.model.to(best_device())
         self.run, self.task, self.decoding = run, task, decoding
         self._config = replace(run.config, max_tokens=max_tokens or run.config.max_tokens)
@@ -82,31 +93,21 @@ class Stream:
         self._vision = StaticVision(run.model)
         self._session = Session(run.model, run.tokens, task, self._config, decoding)
         self._has_state = run.model.arm.dst_text == "content"
-        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._open.enter_context(streaming(self.run.model, self._config))
+        self.enter_context(streaming(self.run.model, self._config))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
     def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
-        """One frame's result. User texts that do not fit an empty context with the frame are cut to their beginning,
-        with an ellipsis.
-
-        NotFiniteError where a logit is not finite.
-        """
+        """One frame's result. User texts that do not fit an empty context with the frame are cut, with an ellipsis."""
         started, session, tokens = time.perf_counter(), self._session, self.run.tokens
         restarts, room = session.restarts, session.room - session.k
         if user_texts and len(utterance("user", user_texts, tokens)) > room:
             ids = tokens.encode(" ".join(user_texts))
-            user_texts = [tokens.decode(ids[: max(0, room - 2 - ELLIPSIS_TOKENS)]) + "…"]
+            user_texts = [tokens.decode(ids[: max(0, room - 10)]) + "…"]  # two markers, up to 8 for the ellipsis
         features = self._vision(video_frame.pixels)
         [output] = self._engine.run(session.step([FrameInput(video_frame.frame, user_texts, features)]))
         logits = dict(zip(session.heads, output.logits.tolist(), strict=False))
-        if not all(map(math.isfinite, logits.values())):
-            raise NotFiniteError(f"frame {video_frame.frame}: the scores are not finite; train again with a lower --lr")
         probabilities = {head: self.probability(logit) for head, logit in logits.items()}
         state = session.state if self._has_state else {}
         return StreamFrame(
@@ -121,45 +122,170 @@ class Stream:
 
     def info(self, video: str, run: str) -> StreamInfo:
         heads = self._session.heads
-        at = {head: self.probability(self.decoding.thresholds.get(head, math.inf)) for head in heads}
-        steps = self.task.steps if self._has_state else ()
-        return StreamInfo(video, run, self.run.config.arm, self.task.fps, heads, at, steps, self.task.goal)
-
-
-def evaluated_thresholds(run: Path) -> tuple[dict[str, float], float]:
-    """(logit by head, refractory time in seconds) that `evaluate` chose on val for the checkpoint in `run`.
-
-    InputError where the run has no evaluation, or none of this checkpoint with a threshold for speaking.
-    """
-    checkpoint, problem = run_hash(run), "was not evaluated, so no threshold was chosen on val"
-    metrics_files = (path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json")))
-    for path in [*metrics_files, run / "scores" / "metrics.json"]:  # a benchmark's runs have the latter
-        if not path.exists():
-            continue
-        metrics = json.loads(path.read_bytes())
-        thresholds = metrics["thresholds"]["event"]
-        if metrics.get("model") != checkpoint:
-            problem = f"{path} is of another checkpoint"
-        elif "speaking" in thresholds:
-            return thresholds, metrics["settings"]["refractory_s"]
-        else:
-            reason = "nobody speaks in val, or val itself was measured, or there is none"
-            problem = f"evaluated, but {path} has no threshold for speaking: {reason}; preprocess another val"
-            break
-    again = command("evaluate", run, "DATA")
-    raise InputError(f"{run}: {problem}; run {again}, or give --threshold speaking=LOGIT")
+        thresholds = [self.probability(self.decoding.thresholds.get(head, math.inf)) for head in heads]
+        steps = [(plain(step), plain(name)) for step, name in self.task.steps] if self._has_state else []
+        arm, goal = self.run.config.arm, plain(self.task.goal or "")
+        return StreamInfo(plain(video), plain(run), arm, self.task.fps, heads, goal, steps, thresholds)
 
 
 def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: float | None) -> DecodingConfig:
-    """The evaluation's thresholds and refractory time, or what is given instead. A head without one never fires."""
+    """The thresholds (logits) and the refractory time that `evaluate` chose on val for the checkpoint in `run`, or
+    what is given instead. A head without one never fires; InputError where that is speaking."""
     for head, value in thresholds.items():
         if head not in HEADS or math.isnan(value):
             raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
+    chosen, rest, checkpoint = {}, Settings.refractory_s, run_hash(run)
+    paths = [path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json"))]
+    for path in [*paths, *run.glob("scores/metrics.json")]:  # a benchmark's runs have the latter
+        metrics = json.loads(path.read_bytes())
+        if metrics.get("model") == checkpoint:
+            chosen, rest = metrics["thresholds"]["event"], metrics["settings"]["refractory_s"]
+            break
+    chosen = chosen | dict(thresholds)
+    if "speaking" not in chosen:
+        again = f"run {command('evaluate', run, 'DATA')}, with speech in val, or give --threshold speaking=LOGIT"
+        raise InputError(f"{run}: no evaluation of this checkpoint has a threshold for speaking; {again}")
+    return DecodingConfig(dict.fromkeys(HEADS, math.inf) | chosen, rest if refractory_s is None else refractory_s)
+
+
+# ---- the task ------------------------------------------------------------------------------------------
+
+
+class _TaskFile(msgspec.Struct):
+    goal: str | None = None
+    knowledge: str | None = None
+    steps: list[str] = []  # names; ids are S1, S2, ...
+    initial_state: dict[str, State] = {}  # by id
+
+
+def find_task(
+    path: Path | None, clip: str | None, video: str, fps: float | None, trained_fps: float
+) -> tuple[ClipExample, dict[int, list[str]]]:
+    """A clip from whose fields prompts are built, and the user's texts by the frame that they stand before.
+
+    path: a JSON file, for a clip without frames; with `clip`, an output folder of preprocess; None: nothing is known.
+    """
+    if path is not None and path.is_dir():
+        if clip is None:
+            raise InputError(f"{path}: is a folder; name one of its clips: --clip test:0")
+        view = find_clip(path, clip)
+        example = Split(path, view.split).clip(view.row["clip"], rate=1.0)
+        if fps not in (None, example.fps):
+            raise InputError(f"clip {example.clip_id}: has {example.fps:g} frames/s, not {fps:g}; leave --fps out")
+        return example, texts_at(example, "user")
+    if clip is not None:
+        raise InputError(f"clip {clip!r}: --clip needs --task, the output folder of preprocess that the clip is in")
     try:
-        chosen, rest = evaluated_thresholds(run)
-    except InputError:
-        if "speaking" not in thresholds:
-            raise
-        chosen, rest = {}, Settings.refractory_s
-    chosen = dict.fromkeys(HEADS, math.inf) | chosen | dict(thresholds)
-    return DecodingConfig(chosen, rest if refractory_s is None else refractory_s)
+        task = _TaskFile() if path is None else msgspec.json.decode(path.read_bytes(), type=_TaskFile)
+    except msgspec.DecodeError as error:
+        form = '{"goal": "Tea", "knowledge": "", "steps": ["Boil water", "Pour"], "initial_state": {"S1": "completed"}}'
+        raise InputError(f"{path}: {error}; expected something like {form}") from None
+    steps = {f"S{number}": name for number, name in enumerate(task.steps, 1)}
+    if not task.initial_state.keys() <= steps.keys():
+        raise InputError(f"{path} initial_state: expected ids of its steps: {', '.join(steps)}")
+    name = Path(video).name
+    example = ClipExample(
+        clip_id=name, clip=0, video_uid=name, recording_id=name, fps=fps or trained_fps, start_frame=0, num_frames=0,
+        frames_file=None, goal=task.goal, knowledge=task.knowledge, steps=tuple(steps.items()),
+        initial_state=tuple(task.initial_state.items()), turns=(), sampling_seed=0, neg_rate=0.0, positive="onset",
+        labels=np.full((2, 0), NOT_SAMPLED, np.int8),
+    )  # fmt: skip
+    return example, {}
+
+
+# ---- outputs, given one frame and its picture at a time; whole also after an error or Ctrl-C -------------
+
+Show = Callable[[StreamFrame, Image.Image], None]
+
+
+def json_lines(frame: StreamFrame, image: Image.Image) -> None:
+    """One JSON object per frame and line on stdout."""
+    print(json.dumps(asdict(frame)), flush=True)
+
+
+def events_at(frame: StreamFrame) -> Iterator[tuple[str, str, str]]:
+    """(kind, text, note) of what happened at a frame, in order; all text safe to show."""
+    if frame.skipped:
+        yield "lost", f"{counted(frame.skipped, 'frame')} that came too fast", ""
+    if frame.started_over:
+        yield "context", "full; the prompt was rebuilt" + (" with the state" if frame.state else ""), ""
+    for text in frame.user_texts:
+        yield "user", plain(text), ""
+    if frame.updates:
+        changes = ", ".join(f"{plain(step)} {transition}" for step, transition in frame.updates)
+        yield "state", changes, " ".join(f"{_MARKS.get(s, '[-]')} {plain(step)}" for step, s in frame.state.items())
+    elif frame.updates is not None:
+        text = plain(frame.dst_text or "")
+        yield "state", f"fired, but changes nothing: {text}" if text else "fired, without a text", ""
+    if frame.assistant_text is not None:
+        yield "says", plain(frame.assistant_text) or "(nothing)", ""
+
+
+@contextmanager
+def terminal_log(console: Console, info: StreamInfo) -> Iterator[Show]:
+    """One line per event; counts at the end."""
+    seconds: list[float] = []  # by frame
+    counts = Counter[str]()
+
+    def show(frame: StreamFrame, image: Image.Image) -> None:
+        seconds.append(frame.seconds)
+        spoken, changes = frame.assistant_text is not None, len(frame.updates or ())
+        counts.update(spoken=spoken, changes=changes, restarts=frame.started_over, skipped=frame.skipped)
+        counts["end"] = frame.frame + 1
+        for kind, text, note in events_at(frame):
+            line = Text(f"{clock(frame.time_s, tenths=True):>9}  ", "dim")
+            line.append(f"{kind:<9}", _STYLES.get(kind, "dim")).append(text, "not dim")
+            console.print(line.append(f"  {note}" if note else ""), soft_wrap=True)
+
+    console.print(Text(f"{info.video}: {info.arm} of {info.run}, {info.fps:g} frames/s"), soft_wrap=True)
+    try:
+        yield show
+    finally:
+        if seconds:
+            ms = np.percentile(seconds, (50, 99), method="inverted_cdf") * 1000
+            median, p99 = (f"{one:.2g} ms" if one < 10 else f"{one:,.0f} ms" for one in ms)
+            parts = [
+                f"{counted(len(seconds), 'frame')} ({clock(counts['end'] / info.fps)})",
+                f"{counts['skipped']:,} skipped" if counts["skipped"] else "",
+                f"spoke {counted(counts['spoken'], 'time')}",
+                counted(counts["changes"], "state change") if counts["changes"] else "",
+                f"context rebuilt {counted(counts['restarts'], 'time')}" if counts["restarts"] else "",
+                f"median {median} a frame, p99 {p99}",
+            ]
+            console.print(Text("; ".join(filter(None, parts))), soft_wrap=True)
+
+
+@contextmanager
+def html_page(path: Path, info: StreamInfo) -> Iterator[Show]:
+    """Collects a stream for the HTML viewer; writes the page at the end, if there was a frame."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --html wants the name of a file, e.g. {path}/stream.html")
+    make_folder(path.parent)
+    rows: list[list[Any]] = []  # frames since the last, tokens, ms, probabilities in 1/10,000, events
+    last, state, picture_due_s = -1, dict[str, str](), -math.inf
+    pictures: dict[str, str] = {}  # base64 JPEG by frame
+
+    def show(frame: StreamFrame, image: Image.Image) -> None:
+        nonlocal last, state, picture_due_s
+        shares = [round(10_000 * frame.probabilities[head]) for head in info.heads]
+        row = [frame.frame - last, frame.tokens, round(1000 * frame.seconds, 1), *shares]
+        more: dict[str, Any] = {}
+        if events := list(map(list, events_at(frame))):
+            more = {"events": events, "changes": len(frame.updates or ()), "lost": frame.skipped}
+        if frame.state != state:
+            more["state"] = {plain(step): name for step, name in frame.state.items()}
+        if (more or frame.time_s >= picture_due_s) and len(pictures) < MAX_PICTURES:
+            picture_due_s = picture_due_s if more else frame.time_s + 2
+            small, file = image.convert("RGB"), BytesIO()
+            small.thumbnail((192, 192), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            small.save(file, "JPEG", quality=68)
+            pictures[str(frame.frame)] = base64.b64encode(file.getvalue()).decode()
+        rows.append([*row, more] if more else row)
+        last, state = frame.frame, frame.state
+
+    try:
+        yield show
+    finally:
+        if rows:
+            data = {"page": "stream", "about": asdict(info), "frames": rows, "pictures": pictures}
+            write_page(path, f"{info.video} - stream", data)

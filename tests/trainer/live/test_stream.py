@@ -24,8 +24,7 @@ from trainer.evaluate import evaluate
 from trainer.frame_source import PixelFrames
 from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig, Session
-from trainer.live.stream import Stream, decoding_config
-from trainer.live.task import Task, read_task
+from trainer.live.stream import Stream, decoding_config, find_task
 from trainer.live.video_input import VideoFrame
 
 SHARED = Path(__file__).parents[4] / "shared" / "real"
@@ -68,12 +67,10 @@ def test_a_streamed_clip_has_the_logits_and_texts_of_the_free_running_evaluation
     assert [f["user_texts"] for f in frames][:3] == [[], ["What now, <image>?"], []]
 
 
-def test_texts_before_skipped_frames_are_read_cut_to_the_context_and_probabilities_corrected(splits_run):
-    task = Task(clip_example([]), range(9), {1: ["a"], 2: ["b"], 4: ["c"]})
-    assert (task.texts_before(3, skipped=2), task.texts_before(4, skipped=0)) == (["a", "b"], ["c"])
+def test_texts_are_cut_to_the_context_and_probabilities_corrected(splits_run):
     loaded = load_run(splits_run)
     loaded = replace(loaded, info=loaded.info | {"neg_rate": 0.5})
-    with Stream(loaded, read_task(None, "v", None, 2), NEVER) as stream:
+    with Stream(loaded, clip_example([]), NEVER) as stream:
         output = stream.step(frame(0), ["What now? " * 200, "and then?"])
         assert output.tokens <= loaded.config.max_tokens
         assert re.fullmatch("What now[?] What now[?] .*…", *output.user_texts)
@@ -104,7 +101,9 @@ def test_memory_is_bounded_and_the_state_outlives_the_context(splits_run, monkey
 def test_thresholds_are_the_evaluation_s_or_the_user_s_and_never_another_checkpoint_s(splits_run, splits, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(splits_run / "last", run / "last")
-    with pytest.raises(InputError, match=r"was not evaluated, .* run prospect-dst evaluate .* or give --threshold"):
+    with pytest.raises(
+        InputError, match=r"no evaluation of this checkpoint .* run prospect-dst evaluate .* or give --threshold"
+    ):
         decoding_config(run, {}, None)
     evaluate(run, splits, live=False)
     path = run / "evaluation-test" / "metrics.json"
@@ -115,7 +114,7 @@ def test_thresholds_are_the_evaluation_s_or_the_user_s_and_never_another_checkpo
     mixed = DecodingConfig({"speaking": chosen["speaking"], "dst_update": 3.0}, 0.5)
     assert decoding_config(run, {"dst_update": 3.0}, 0.5) == mixed
     path.write_text(json.dumps(metrics | {"model": "0" * 64}))
-    with pytest.raises(InputError, match=r"metrics.json is of another checkpoint; run prospect-dst evaluate"):
+    with pytest.raises(InputError, match=r"no evaluation of this checkpoint"):
         decoding_config(run, {}, None)
     own = DecodingConfig({"speaking": 3.0, "dst_update": np.inf}, 2.0)
     assert decoding_config(run, {"speaking": 3.0}, None) == own
@@ -129,33 +128,28 @@ def task_file(tmp_path: Path, content) -> Path:
     return tmp_path / "task.json"
 
 
-STEPS = (("S1", "Boil water"), ("S2", "Pour"))
-
-
-def test_a_task_is_given_by_names_by_ids_or_by_a_clip(tmp_path):
-    by_names = read_task(task_file(tmp_path, {"goal": "Tea", "steps": ["Boil water", "Pour"]}), "v", None, 2)
-    assert (by_names.goal, by_names.steps, by_names.initial_state) == ("Tea", STEPS, ())
-    one = {"id": "a", "inferred_goal": "Tea", "inferred_knowledge": ["Boil", "Pour"],
-           "dst": [{"id": i, "name": name, "start_ts": 0} for i, name in STEPS],
-           "initial_dst_state": {"S1": "completed"}, "conversation": [{"role": "user", "content": "Hi"}]}  # fmt: skip
-    lines = "".join(json.dumps(one | {"id": i}) + "\r\n" for i in ("b\u2028", "a"))
-    for content, name in (([one], None), ([one | {"id": "b"}, one], "1"), (lines, "a")):
-        task = read_task(task_file(tmp_path, content), "v", name, 2)
-        assert (task.goal, task.knowledge, task.steps) == ("Tea", "Boil\nPour", STEPS)
-        assert (task.initial_state, task.turns) == ((("S1", "completed"),), ())
-    updates = [{"role": "DST_UPDATE", "content": [{"id": "S1", "transition": "start"}]}]
-    late = task_file(tmp_path, one | {"conversation": updates})  # generators write the state at the clip's end
-    assert read_task(late, "v", None, 2).initial_state == ()
+def test_a_task_file_has_the_goal_the_steps_by_name_and_their_states(tmp_path):
+    content = {
+        "goal": "Tea",
+        "knowledge": "Boil",
+        "steps": ["Boil water", "Pour"],
+        "initial_state": {"S1": "completed"},
+    }
+    task, heard = find_task(task_file(tmp_path, content), None, "at/v.mp4", None, 2.0)
+    assert (task.clip_id, task.fps, task.num_frames, heard) == ("v.mp4", 2.0, 0, {})
+    assert (task.goal, task.knowledge, task.turns) == ("Tea", "Boil", ())
+    assert task.steps == (("S1", "Boil water"), ("S2", "Pour"))
+    assert task.initial_state == (("S1", "completed"),)
 
 
 def test_a_task_of_another_form_is_an_error(tmp_path):
     for content, message in (
-        ("{", "task.json: not JSON"),
-        ([{"id": "a"}, {"id": "b"}], "task.json: 2 clips fit, expected one; name it with --clip, e.g. a, b"),
-        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "initial_state: 'S2' is none of the steps"),
+        ("{", "task.json: .*; expected something like"),
+        ([{"id": "a"}], "task.json: Expected `object`, got `array`"),
+        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "initial_state: expected ids of steps"),
     ):
         with pytest.raises(InputError, match=message):
-            read_task(task_file(tmp_path, content), "v", None, 2)
+            find_task(task_file(tmp_path, content), None, "v", None, 2.0)
 
 
 # ---- from the command line -----------------------------------------------------------------------------
@@ -163,7 +157,8 @@ def test_a_task_of_another_form_is_an_error(tmp_path):
 
 def test_a_video_runs_start_to_end_with_the_user_s_lines_and_a_page(splits_run, tmp_path, capsys, monkeypatch):
     path = write_video(tmp_path / "v.mp4", 120)
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n@1.2 and now?\n"))
+    (tmp_path / "script").write_text("hello\n@1.2 and now?\n")
+    monkeypatch.setattr("sys.stdin", (tmp_path / "script").open())
     frames = streamed(capsys, splits_run, path, *THRESHOLDS, "--stdin", "--html", tmp_path / "v.html")
     assert [(f["frame"], f["time_s"]) for f in frames] == [(i, i / 2) for i in range(8)]
     assert [f["user_texts"] for f in frames][:5] == [["hello"], [], [], ["and now?"], []]
@@ -191,8 +186,6 @@ def test_without_stdin_a_shell_s_loop_keeps_its_lines_and_ctrl_c_keeps_the_page(
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_the_real_video_runs_with_the_real_clip_as_its_task(splits_run, capsys):
-    task = SHARED / "prospect_clip.json"
-    frames = streamed(capsys, splits_run, SHARED / "drive.mp4", "--task", task, *THRESHOLDS, "--max-tokens", 600)
+def test_the_real_video_runs(splits_run, capsys):
+    frames = streamed(capsys, splits_run, SHARED / "drive.mp4", *THRESHOLDS, "--max-tokens", 600)
     assert len(frames) == 33
-    assert set(frames[-1]["state"]) == {"S1", "S2", "S3", "S4", "S5", "S6"}

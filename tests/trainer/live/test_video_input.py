@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
 import math
 import queue
 import time
@@ -66,28 +66,18 @@ def test_a_video_gives_the_frames_that_training_reads(tmp_path, ending, rate, fp
     assert np.array_equal(np.stack([one.pixels for one in frames]), source.load(clip, 0, count))
 
 
-def test_images_and_rows_are_frames_or_sampled_by_the_rate_they_were_taken_at(tmp_path):
-    folder = write_images(tmp_path / "v", 12)
-    assert numbers(read(folder, 29.97)) == numbers(read(folder, 29.97, source_fps=29.97)) == list(range(12))
-    # at 0, 0.5, 1 .. seconds, of one picture each 0.2 s: 0, 2.5, 5, 7.5, 10; 12.5 is over
-    assert numbers(read(folder, 2, source_fps=5)) == [0, 2, 5, 7, 10]
-    assert numbers(read(folder, 4, source_fps=2)) == [i // 2 for i in range(24)]
-    path = write_frames(tmp_path / "v.arrow", [grey(10 * i) for i in range(6)])
-    assert numbers(read(path)) == list(range(6))
-    assert numbers(read(path, 1, source_fps=2)) == [0, 2, 4]
+def test_each_image_and_each_row_is_a_frame(tmp_path):
+    assert numbers(read(write_images(tmp_path / "v", 12), 29.97)) == list(range(12))
+    assert numbers(read(write_frames(tmp_path / "v.arrow", [grey(10 * i) for i in range(6)]))) == list(range(6))
 
 
-def test_a_part_of_a_file_is_read_and_a_file_without_its_end_is_told(tmp_path):
+def test_a_part_of_a_file_is_read(tmp_path):
     path = write_video(tmp_path / "v.mp4", 31, 10, step=6)
     whole, part = read(path), read(path, frames=range(4, 6))
     assert [(one.frame, one.time_s, one.skipped) for one in part] == [(4, 2.0, 0), (5, 2.5, 0)]
     assert np.array_equal(part[0].pixels, whole[4].pixels)
-    with pytest.raises(InputError, match=r"v.mp4: ends at frame 6, but its clip at 7; get the whole file"):
+    with pytest.raises(InputError, match=r"v.mp4: has 7 frames, expected 8 or more; get the whole file"):
         read(path, frames=range(4, 8))
-    path = write_video(tmp_path / "v.mkv", 240)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(InputError, match=r"v.mkv: ends after [\d.]+ of 8 seconds; get the whole file"):
-        read(path)
 
 
 def test_people_see_the_whole_picture_and_the_model_its_middle(tmp_path):
@@ -116,7 +106,7 @@ def test_in_real_time_no_frame_is_early_and_late_ones_are_counted(tmp_path, monk
 
 def test_what_is_nowhere_or_no_video_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"hello")
-    for name, wrong in (("nowhere.mp4", "no such file or folder"), ("a.mp4", "not a video"), ("", "holds no frame")):
+    for name, wrong in (("nowhere.mp4", ".*No such file"), ("a.mp4", "not a video"), ("", "has 0 frames")):
         with pytest.raises(InputError, match=f"{name}: {wrong}"):
             read(tmp_path / name)
 
@@ -124,19 +114,17 @@ def test_what_is_nowhere_or_no_video_is_refused(tmp_path):
 # ---- cameras -----------------------------------------------------------------------------------------
 
 
-class Camera:
+class Camera(contextlib.nullcontext):
     """Stands for PyAV's container: gives a picture when the test puts one."""
 
     def __init__(self, monkeypatch) -> None:
+        super().__init__()
         self.shades = queue.Queue()
-        monkeypatch.setattr(video_input, "_open_camera", lambda index: self)
+        monkeypatch.setattr(av, "open", lambda device, format: self)
 
     def decode(self, video: int):
         while (shade := self.shades.get(timeout=20)) is not None:
             yield av.VideoFrame.from_ndarray(grey(shade), "rgb24")
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_camera_gives_its_newest_picture_at_each_tick_until_it_stops(monkeypatch):
@@ -144,15 +132,15 @@ def test_a_camera_gives_its_newest_picture_at_each_tick_until_it_stops(monkeypat
     with open_video_input("0", 2, 64) as frames:
         shades.put(10)
         found = [next(frames)]
-        camera = frames.gi_frame.f_locals["self"]
+        camera = frames.gi_frame.f_locals["image"].__self__
         shades.put(40)
-        while camera.image().getpixel((0, 0))[0] < 35:  # until the thread has it
+        while camera.image(0).getpixel((0, 0))[0] < 35:  # until the thread has it
             time.sleep(0.005)
         clock.sleep(1.7)  # the model's time: frame 3 is due
         found += [next(frames), next(frames)]
         shades.put(None)
         camera._thread.join(20)
-        with pytest.raises(InputError, match="camera 0: it gave its last picture; is it still plugged in"):
+        with pytest.raises(InputError, match="camera 0: gives no picture; is it still plugged in"):
             next(frames)
     assert numbers(found) == [1, 4, 4]
     assert [(one.frame, one.skipped) for one in found] == [(0, 0), (3, 2), (4, 0)]
@@ -161,14 +149,21 @@ def test_a_camera_gives_its_newest_picture_at_each_tick_until_it_stops(monkeypat
 # ---- the user's lines ----------------------------------------------------------------------------------
 
 
-def due(text: str) -> list[list[str]]:
-    user = UserInput(io.StringIO(text))
+def due(path: Path, text: str) -> list[list[str]]:
+    path.write_text(text)
+    with path.open() as file:
+        user = UserInput(file)
     return [user.due(time) for time in (0.0, 0.5, 1.0, math.inf)]
 
 
-def test_a_script_s_lines_are_due_at_their_times_and_else_at_once():
+def test_a_script_s_lines_are_due_at_their_times_and_else_at_once(tmp_path):
     assert UserInput(None).due(0.0) == []
     script = "what now?\n\n  \n@0.5 and now?\nplease\n@0.7   later\n@.2 soon\n@9 never\n@1 done"
-    assert due(script) == [["what now?", "please"], ["soon", "and now?"], ["later", "done"], ["never"]]
+    assert due(tmp_path / "script", script) == [
+        ["what now?", "please"],
+        ["soon", "and now?"],
+        ["later", "done"],
+        ["never"],
+    ]
     lines = ["@joe hello", "@ 5 hello", "@nan hello", "@5hello"]
-    assert due("\n".join(lines))[0] == lines  # only a time is a time
+    assert due(tmp_path / "script", "\n".join(lines))[0] == lines  # only a time is a time

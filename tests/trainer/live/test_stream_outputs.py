@@ -12,15 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.errors import InputError
-from trainer.live.sinks import html_page, terminal_log
-from trainer.live.stream import StreamFrame, StreamInfo
+from trainer.live.stream import StreamFrame, StreamInfo, html_page, terminal_log
 
 HOSTILE = "</script><script>alert(1)</script><!-- {{DATA}} \x1b[2J \u202e"
 SHOWN = "</script><script>alert(1)</script><!-- {{DATA}} \ufffd[2J \ufffd"
 PICTURE = Image.new("RGB", (64, 36), "#ff0000")
 STEPS = [("S1", "Attach the wheels"), ("S2", "Fix the roof")]
 HEADS = ("speaking", "dst_update")
-INFO = StreamInfo("truck.mp4", "runs/a", "speak+dst", 2.0, HEADS, dict.fromkeys(HEADS, 0.2), STEPS, HOSTILE)
+INFO = StreamInfo("truck.mp4", "runs/a", "speak+dst", 2.0, HEADS, SHOWN, STEPS, [0.2, 0.2])
 
 
 def frame(number: int, speak=0.1, dst=0.1, state=("not_started", "not_started"), **more) -> StreamFrame:
