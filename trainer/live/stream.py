@@ -151,7 +151,7 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
 # ---- the task ------------------------------------------------------------------------------------------
 
 
-class _TaskFile(msgspec.Struct):
+class _TaskFile(msgspec.Struct, forbid_unknown_fields=True):
     goal: str | None = None
     knowledge: str | None = None
     steps: list[str] = []  # names; ids are S1, S2, ...

@@ -145,8 +145,8 @@ def test_a_task_file_has_the_goal_the_steps_by_name_and_their_states(tmp_path):
 def test_a_task_of_another_form_is_an_error(tmp_path):
     for content, message in (
         ("{", "task.json: .*; expected something like"),
-        ([{"id": "a"}], "task.json: Expected `object`, got `array`"),
-        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "initial_state: expected ids of steps"),
+        ({"inferred_goal": "Tea"}, "task.json: Object contains unknown field `inferred_goal`"),
+        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "initial_state: expected ids of its steps: S1"),
     ):
         with pytest.raises(InputError, match=message):
             find_task(task_file(tmp_path, content), None, "v", None, 2.0)
