@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from trainer.cli import main
-from trainer.evaluation.evaluate_scores import evaluate_submission
+from trainer.evaluation.metrics import evaluate_submission
 
 DOC = (Path(__file__).parents[1] / "docs/egoproactive.md").read_text(encoding="utf-8")
 SESSIONS = Path("wearable-ai/egoproactive/sessions_test.jsonl")

@@ -54,8 +54,7 @@ from trainer.evaluation.comparison import (
     what_narrows,
 )
 from trainer.evaluation.conclusions import opening
-from trainer.evaluation.evaluate_scores import EvalSplits, hold
-from trainer.evaluation.metrics import METRICS, look_up
+from trainer.evaluation.metrics import METRICS, EvalSplits, hold, look_up
 from trainer.evaluation.plots import format_number
 from trainer.evaluation.report import PAGE, write_first_page, write_report
 from trainer.loader import end_with

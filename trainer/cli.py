@@ -170,11 +170,11 @@ def evaluate(
     if scores is not None and scores.suffix == ".jsonl":
         if chunks is None or places:
             raise UsageError(f"{scores}: to score a submission takes --scores and --chunks alone, and perhaps --out")
-        from trainer.evaluation.evaluate_scores import evaluate_submission
+        from trainer.evaluation.metrics import evaluate_submission
 
         result = evaluate_submission(scores, chunks, out)
     elif scores is not None:
-        from trainer.evaluation.evaluate_scores import evaluate_scores
+        from trainer.evaluation.metrics import evaluate_scores
 
         shards, thresholds = (places[-1] if places else None), numbers("--threshold", threshold)
         result = evaluate_scores(scores, shards, split, out, settings, thresholds, chunks, submission, draws)

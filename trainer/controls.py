@@ -30,7 +30,7 @@ from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS, ROLE_OF
 from trainer.config import Settings
-from trainer.evaluation import evaluate_scores as scoring
+from trainer.evaluation import metrics as scoring
 from trainer.evaluation.event_metrics import (
     TOLERANCE,
     Beat,
@@ -80,6 +80,7 @@ def score_control(
         "data": str(data.resolve()),
         "data_key": {part: s.key for part, s in held.all.items()},
         "model": control_key(name, train, seed),
+        "arm": name,
     }
     scored = {part: list(control.teacher_forced(list(s.in_order()))) for part, s in held.all.items()}
 
@@ -101,7 +102,7 @@ def score_control(
 
     notes: list[str] = []
     live_pass = free_running_pass if live else None
-    evaluation = scoring.write_evaluation(out, scored, held, settings, origin, name, live_pass)
+    evaluation = scoring.write_evaluation(out, scored, held, settings, origin, live_pass)
     return replace(evaluation, notes=(*evaluation.notes, *notes))
 
 

@@ -27,7 +27,7 @@ from trainer.evaluation.clip_pictures import blocks, busiest_clip, render_clip
 from trainer.evaluation.tables import render_evaluation
 
 if TYPE_CHECKING:
-    from trainer.evaluation.evaluate_scores import Evaluation
+    from trainer.evaluation.metrics import Evaluation
 
 RECORDINGS = {"train": 300, "val": 20, "test": 40}  # of `synthetic_data`
 

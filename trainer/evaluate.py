@@ -6,11 +6,12 @@
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else; the free-running pass uses them. All metrics follow
-from the two Parquet files and the shards: `evaluation.evaluate_scores` gives the same digits without the model.
+from the two Parquet files and the shards: `evaluation.metrics.evaluate_scores` gives the same digits without the model.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,18 @@ import numpy as np
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
-from pipeline.schema import DST_UPDATE, SPEAKING
+from pipeline.schema import HEADS
 from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
-from trainer.evaluation.evaluate_scores import METRICS_FILE, Evaluation, hold, write_evaluation
-from trainer.evaluation.metrics import Thresholds
+from trainer.evaluation.metrics import METRICS_FILE, Evaluation, Thresholds, hold, write_evaluation
 from trainer.evaluation.scores import ScoredClip
 from trainer.frame_source import FrameSource
 from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
 from trainer.sequence import reference_updates
 from trainer.teacher_forced import open_source, score_clips
-
-UPDATES = ("own", "reference")  # whose state updates a free-running model reads
 
 
 def evaluate(
@@ -47,7 +45,7 @@ def evaluate(
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
-    updates: str = UPDATES[0],
+    updates: str = "own",
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
@@ -61,10 +59,9 @@ def evaluate(
     """
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
-    if updates not in UPDATES:
-        raise InputError(f"updates is {updates!r}, expected one of {', '.join(UPDATES)}")
-    if updates == "reference" and loaded.model.arm.dst_text != "content":
-        raise InputError(f"{run}: its arm, {loaded.config.arm}, reads no updates; take a run of speak+dst")
+    arm = loaded.model.arm
+    if updates != "own" and (updates != "reference" or arm.dst_text != "content"):
+        raise InputError(f"updates {updates!r}: expected own, or, for an arm that reads updates, reference")
     sessions = None if chunks is None else read_sessions(chunks)
     if sessions:
         match_clips(sessions, list(held.test.in_order()))  # what does not fit is refused before anything is scored
@@ -76,36 +73,29 @@ def evaluate(
         "data": str(data.resolve()),
         "data_key": {name: s.key for name, s in held.all.items()},
         "model": run_hash(run),
+        "arm": loaded.config.arm,
         "updates": updates,
     }
-    scored = {name: teacher_forced(loaded, s, frames) for name, s in held.all.items()}
+    heads = HEADS if arm.dst_head else HEADS[:1]
+    scored = {
+        name: [
+            _with_probabilities(loaded, ScoredClip(one.clip, dict(zip(heads, one.logits, strict=False)), {}))
+            for one in score_clips(loaded.model, loaded.tokens, part.in_order(), frames, loaded.config)
+        ]
+        for name, part in held.all.items()
+    }
 
-    def free_running_pass(thresholds: Thresholds) -> list[ScoredClip]:
-        return run_live(loaded, held.test, frames, thresholds, settings, updates)
+    def run_live(thresholds: Thresholds) -> list[ScoredClip]:
+        return _run_live(loaded, held.test, frames, thresholds, settings, updates)
 
-    return write_evaluation(
-        folder, scored, held, settings, origin, loaded.config.arm, free_running_pass if live else None,
-        sessions, submission, draws,
-    )  # fmt: skip
-
-
-def teacher_forced(run: LoadedRun, split: Split, frames: FrameSource) -> list[ScoredClip]:
-    """All clips of the split, scored with the reference's texts in the context."""
-    heads = {"speaking": SPEAKING, "dst_update": DST_UPDATE} if run.model.arm.dst_head else {"speaking": SPEAKING}
-    clips = []
-    for scored in score_clips(run.model, run.tokens, split.in_order(), frames, run.config):
-        logits = {head: scored.logits[row] for head, row in heads.items()}
-        clips.append(ScoredClip(scored.clip, logits, _probabilities(logits, run.logit_correction)))
-    return clips
+    live_pass = run_live if live else None
+    return write_evaluation(folder, scored, held, settings, origin, live_pass, sessions, submission, draws)
 
 
-def run_live(
-    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings, updates: str = "own"
+def _run_live(
+    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings, updates: str
 ) -> list[ScoredClip]:
-    """All clips of the split, free-running; `updates` as for `evaluate`.
-
-    Which clips share a pass moves last digits, so they go by clip_id: the order of the shards changes none.
-    """
+    """All clips of the split, free-running. Which clips share a pass moves last digits, so they go by clip_id."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     given = {clip.clip_id: reference_updates(clip) if updates == "reference" else {} for clip in clips}
 
@@ -114,19 +104,17 @@ def run_live(
 
     own = {head: at for head, at in thresholds.event.items() if updates == "own" or head != "dst_update"}
     decoding = DecodingConfig(own, settings.refractory_s)
-    scored = [
-        ScoredClip(s.clip, s.logits, _probabilities(s.logits, run.logit_correction), s.said, s.updates)
-        for s in free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
-    ]
-    return sorted(scored, key=lambda s: s.clip.clip)
+    passes = free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
+    return sorted((_with_probabilities(run, scored) for scored in passes), key=lambda scored: scored.clip.clip)
 
 
-def _probabilities(logits: dict[str, Any], correction: float | None) -> dict[str, Any]:
+def _with_probabilities(run: LoadedRun, scored: ScoredClip) -> ScoredClip:
     """float32 [F] by head: of the logits after the correction for sampling; none where that is not known."""
-    if correction is None:
-        return {}
+    if (correction := run.logit_correction) is None:
+        return scored
     with np.errstate(over="ignore"):
-        return {
+        probabilities = {
             head: (1 / (1 + np.exp(-(values.astype(np.float64) + correction)))).astype(np.float32)
-            for head, values in logits.items()
+            for head, values in scored.logits.items()
         }
+    return replace(scored, probabilities=probabilities)

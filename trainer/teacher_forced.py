@@ -1,9 +1,9 @@
 """Teacher-forced scores: both heads' logits at every frame of a split, and their average precision.
 
 The context holds the reference's texts, which flatters (a DST text, whatever it says, announces that speech is near):
-`trainer.live.rollout` is free-running, `trainer.evaluate` reports both. Every frame is supervised, whatever rate the
-shards were written with. On a CPU each window has a forward pass to itself, so no score depends on what else is scored;
-on a GPU windows are packed as in training, which moves a logit by rounding (float32: under 1e-3).
+`trainer.live.rollout` is free-running, `trainer.evaluate` reports both. Every frame is supervised. On a CPU each window
+has a forward pass to itself, so no score depends on what else is scored; on a GPU windows are packed as in training,
+which moves a logit by rounding (float32: under 1e-3).
 
     F frames of a clip    N frames of a pass    W windows of a pass
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,10 @@ from trainer.tokenizer import Tokens
 
 
 class ClipScores(NamedTuple):
-    """One clip's frames, in order: `logits` float32 [2, F] and `labels` int8 [2, F] (speaking, DST_UPDATE)."""
+    """One clip's frames, in order."""
 
     clip: ClipExample
-    logits: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int8]
+    logits: npt.NDArray[np.float32]  # [2, F] speaking, DST_UPDATE
     lm_loss: float  # nats, summed over the clip's supervised text
     lm_tokens: int
 
@@ -66,9 +65,6 @@ class EvalReport:
     dst_update_only: int
     both: int
     lm_loss: float | None  # nats per supervised text token
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Run(LoadedRun):
@@ -120,7 +116,7 @@ def score_split(
     """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
     rank, size = (0, 1) if together else (world.rank, world.size)
     mine = itertools.islice(split.in_order(), rank, None, size)
-    scored = [(s.logits, s.labels, s.lm_loss, s.lm_tokens) for s in score_clips(model, tokens, mine, frames, config)]
+    scored = [one[1:] for one in score_clips(model, tokens, mine, frames, config)]
     by_rank = [scored] if size == 1 else world.gather(scored)
     return [ClipScores(clip, *by_rank[i % size][i // size]) for i, clip in enumerate(split.in_order())]
 
@@ -133,7 +129,7 @@ def score_clips(
     config: TrainConfig,
     budget: int | None = None,
 ) -> Iterator[ClipScores]:
-    """Each clip's scores, in the order of `clips`; `config` gives k and the token budget of a window.
+    """Each clip's scores, in the order of `clips`.
 
     budget: tokens of a forward pass, 0 for one window alone; None: 0 on a CPU, `config.micro_batch_tokens` on a GPU.
     """
@@ -162,7 +158,7 @@ def score_clips(
     for first in scored:
         clip, count = pending.popleft()
         logits, losses, counts = zip(first, *itertools.islice(scored, count - 1), strict=True)
-        yield ClipScores(clip, np.concatenate(logits, 1), clip.labels, sum(losses), sum(counts))
+        yield ClipScores(clip, np.concatenate(logits, 1), sum(losses), sum(counts))
     model.train(training)
 
 
@@ -194,11 +190,10 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
     """
     from sklearn.metrics import average_precision_score  # scoring alone needs none of it
 
-    bad = [s.clip.clip_id for s in scored if not np.isfinite(s.logits).all()]
-    if bad:
-        raise NotFiniteError(f"the scores are not finite at clips {', '.join(bad)}; train anew with a lower --lr")
     logits = np.concatenate([s.logits for s in scored], 1)
-    labels = np.concatenate([s.labels for s in scored], 1)
+    labels = np.concatenate([s.clip.labels for s in scored], 1)
+    if not np.isfinite(logits).all():
+        raise NotFiniteError("scores of held-out clips are not finite; train anew with a lower --lr")
     speaks, updates = labels == 1
 
     def head(row: int, has_scores: bool = True) -> HeadReport:
@@ -209,7 +204,12 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
 
     text_tokens = sum(s.lm_tokens for s in scored)
     return EvalReport(
-        split, len(scored), head(SPEAKING), head(DST_UPDATE, arm.dst_head), int((speaks & ~updates).sum()),
-        int((updates & ~speaks).sum()), int((updates & speaks).sum()),
-        sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
-    )  # fmt: skip
+        split=split,
+        clips=len(scored),
+        speaking=head(SPEAKING),
+        dst_update=head(DST_UPDATE, arm.dst_head),
+        speaking_only=int((speaks & ~updates).sum()),
+        dst_update_only=int((updates & ~speaks).sum()),
+        both=int((updates & speaks).sum()),
+        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
+    )

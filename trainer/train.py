@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ class _Session:
             scored = score_split(state.model, state.tokens, self.held_out, self.frames, config, self.world, sharded)
             self.report.evaluation = found = report(self.held_out.name, scored, state.model.arm)
             if self.log is not None:
-                self.log({"step": step, "evaluation": found.to_json()})
+                self.log({"step": step, "evaluation": asdict(found)})
             known = [head.ap for head in (found.speaking, found.dst_update) if head.ap is not None]
             mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
             if mean > state.info["best"]:

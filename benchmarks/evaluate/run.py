@@ -96,7 +96,7 @@ def said(scored: Any) -> Any:
 
 
 def evaluate(work: Path, mode: str, draws: int) -> dict[str, float]:
-    from trainer.evaluation.evaluate_scores import evaluate_scores
+    from trainer.evaluation.metrics import evaluate_scores
 
     started = time.perf_counter()
     evaluate_scores(work / f"{mode}.parquet", out=work / mode, draws=draws)

@@ -20,7 +20,7 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.benchmark import TooSlow, benchmark, is_done
 from trainer.config import Settings
-from trainer.evaluation.evaluate_scores import hold
+from trainer.evaluation.metrics import hold
 from trainer.plan import Plan, Schedule, in_order, ladder, run_of
 
 ARMS = ("speak", "speak+dst")

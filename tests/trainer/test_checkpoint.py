@@ -94,8 +94,8 @@ def test_a_loaded_run_scores_every_frame_with_the_model_s_logit(whole, data):
     loaded = trainer.load(str(whole))
     scored = list(loaded.score(str(data), "val"))
     assert [s.clip.clip_id for s in scored] == ["val0", "val1", "val2"]
-    assert all(s.logits.shape == s.labels.shape and s.logits.dtype == np.float32 for s in scored)
-    assert scored[0].labels.tolist() == [
+    assert all(s.logits.shape == s.clip.labels.shape and s.logits.dtype == np.float32 for s in scored)
+    assert scored[0].clip.labels.tolist() == [
         [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0],
         [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0],
     ]

@@ -14,7 +14,7 @@ from small_run import clip, go, write_data
 
 from trainer.cli import main
 from trainer.evaluate import evaluate
-from trainer.evaluation.evaluate_scores import evaluate_scores
+from trainer.evaluation.metrics import evaluate_scores
 
 MODES = ("teacher-forced", "self-fed")
 
@@ -68,7 +68,7 @@ def test_thresholds_come_from_val_alone(found, splits, tmp_path):
 def test_without_val_nothing_is_chosen_and_it_says_so(splits_run, splits, tmp_path):
     found = evaluate(splits_run, splits, split="val", out=tmp_path / "out")
     assert found.notes == (
-        "val itself is measured: no threshold could be chosen, so no events from scores",
+        "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one",
         "not self-fed: no threshold for speaking",
     )
     report = found.metrics["teacher-forced"]["speaking"]
@@ -124,6 +124,6 @@ def test_a_strangers_oracle_is_perfect(splits, tmp_path, capsys):
 def test_a_strangers_test_scores_need_a_threshold_that_is_given(splits, tmp_path):
     path = strangers_oracle(tmp_path / "test.parquet", test=6)
     (note,) = evaluate_scores(path, splits).notes
-    assert note.startswith("no scores of val: no threshold was chosen; score it, or give one")
+    assert note.startswith("no scores of val beside those of the split: no threshold was chosen")
     found = evaluate_scores(path, splits, given={"speaking": 0.0})
     assert found.metrics["scores"]["speaking"]["events"]["f1"] == 1.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -105,12 +106,12 @@ def test_a_run_logs_each_step_and_each_evaluation_and_says_what_it_is(whole, dat
     run = trainer.load(whole)
     scored = list(run.score(data, "val"))
     labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(3)], 1)
-    assert np.array_equal(np.concatenate([s.labels for s in scored], 1), labels)
+    assert np.array_equal(np.concatenate([s.clip.labels for s in scored], 1), labels)
     found = report("val", scored, run.model.arm)
     assert (found.clips, found.speaking.frames) == (3, labels.shape[1])
     assert found.speaking.chance == pytest.approx(6 / labels.shape[1])
     assert (found.speaking_only, found.dst_update_only, found.both) == (6, 3, 0)
-    assert lines[-1]["evaluation"] == found.to_json()
+    assert lines[-1]["evaluation"] == asdict(found)
 
 
 def test_training_learns_white_frames(data, tmp_path):

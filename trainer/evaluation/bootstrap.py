@@ -1,13 +1,10 @@
 """Confidence intervals over recordings and seeds: a bootstrap clustered by recording, widened to Student's t.
 
 One matrix of draws serves all arms, metrics and seeds, so differences are paired. Deviations are scaled to Student's t
-with R - 1 degrees of freedom: with 8 recordings 89 to 96 of 100 intervals hold the truth, not 83 to 90. Each draw gets
-a t deviate of S - 1 degrees of freedom times the standard error of the seeds' mean: with 3 seeds that matter twice as
-much as recordings 97 of 100 hold the truth, not 85 as with redrawn seeds (`benchmarks/coverage`).
-
-A 95% interval is right for a number of seeds that was settled, or that the clock decided. Looking after each pair of
-runs and stopping at the first interval that excludes 0 claims a false effect in up to 21 of 100 cases (2 to 12 seeds).
-`always_valid` may be looked at after every pair, at the price of 1.3 to 2.8 times the width.
+with R - 1 degrees of freedom, and each draw gets a t deviate of S - 1 degrees of freedom times the standard error of
+the seeds' mean; what that covers is measured in `benchmarks/coverage`. A 95% interval is right for a number of seeds
+that was settled, or that the clock decided; `always_valid` also if it is looked at after every pair of runs, at 1.3 to
+2.8 times the width.
 
     B draws    R recordings    S seeds
 """
@@ -29,15 +26,14 @@ from pipeline.terminal import counted
 Weights = npt.NDArray[np.number]  # [B, R] how often each recording is drawn; recordings sorted by id
 Floats = npt.NDArray[np.float64]
 Estimator = Callable[[Weights], Floats]  # [B, R] -> [B], NaN where undefined
+Bounds = tuple[float, float]  # of a metric
 
-FEW_RECORDINGS: Final = 5  # with fewer no interval is to be trusted
+ANY: Final[Bounds] = (-math.inf, math.inf)
 BLOCK: Final = 256  # draws at a time: bounds the memory
 MAX_UNDEFINED: Final = 0.05  # the largest share of draws that may be undefined
 DECIMALS: Final = 12  # smaller differences come from the order of a sum
 EQUAL: Final = 5e-7  # differences below this are reported as equal
 DETECTABLE: Final = float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(0.975))  # 1.43 half-widths
-ANY: Final = (-math.inf, math.inf)
-
 ALPHA_SEEDS: Final = 0.04  # of `always_valid`, over all looks together
 ALPHA_RECORDINGS: Final = 0.01  # once: every look is at the same recordings
 SPREAD: Final = 20.0  # variance of the prior over effects in a seed's standard deviations: narrow at 3 to 12 seeds
@@ -123,17 +119,16 @@ def _limits(replicates: Floats, recordings: int, count_seeds: bool = True) -> tu
     return min(low, float(mean[0])), max(high, float(mean[0])), values
 
 
-def interval_of(replicates: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Interval:
+def interval_of(replicates: Floats, recordings: int, bounds: Bounds = ANY) -> Interval:
     """One arm's value and 95% interval from the result of `replicate`, cut to `bounds`, the metric's range."""
-    value, (least, most) = float(replicates[:, 0].mean()), bounds or ANY
+    value = float(replicates[:, 0].mean())
     if math.isnan(value) or (limits := _limits(replicates, recordings)) is None:
         return Interval(None if math.isnan(value) else value, None, None)
-    return Interval(value, max(limits[0], least), min(limits[1], most))
+    return Interval(value, max(limits[0], bounds[0]), min(limits[1], bounds[1]))
 
 
-def compare_of(a: Floats, b: Floats, recordings: int, bounds: tuple[float, float] | None = None) -> Comparison:
+def compare_of(a: Floats, b: Floats, recordings: int, bounds: Bounds = ANY) -> Comparison:
     """`a` minus `b` from the results of `replicate`, the same seeds in the same order; `bounds`: the metric's range."""
-    assert len(a) == len(b) > 0, f"paired by seed, but {len(a)} against {len(b)}"
     replicates, seeds = np.round(a - b, DECIMALS), len(a)
     value = float(replicates[:, 0].mean())
     undefined = int(np.isnan(replicates[:, 1:]).any(axis=0).sum())
@@ -142,15 +137,15 @@ def compare_of(a: Floats, b: Floats, recordings: int, bounds: tuple[float, float
         return Comparison(known, None, None, None, None, None, recordings, seeds, undefined)
     low, high, values = limits
     alone_low, alone_high, _ = _limits(replicates, recordings, count_seeds=False) or limits
-    least, most = bounds or ANY
+    widest = bounds[1] - bounds[0]
     beyond = min((values <= 0).mean(), (values >= 0).mean())  # 0 itself counts on both sides
     return Comparison(
         difference=value,
-        low=max(low, least - most),
-        high=min(high, most - least),
+        low=max(low, -widest),
+        high=min(high, widest),
         p_direction=float((values * value > 0).mean()) if value else 0.5,
         p_value=float(np.clip(2 * beyond, 1 / (len(values) + 1), 1)),
-        detectable=min((high - low) / 2 * DETECTABLE, most - least),
+        detectable=min((high - low) / 2 * DETECTABLE, widest),
         recordings=recordings,
         seeds=seeds,
         undefined=undefined,
@@ -174,33 +169,26 @@ def answer(
     """The result of comparing the arms `a` and `b` in one sentence that claims no more than its interval does: the
     better arm comes first, and the numbers are its own minus the other's."""
     difference, low, high = comparison.difference, comparison.low, comparison.high
-    recordings, seeds = comparison.recordings, comparison.seeds
-    where = f"on {counted(recordings, 'recording')}, {counted(seeds, 'seed')} ({mode})"
-    caveats = f"; undefined in {comparison.undefined} draws of the recordings" if low is None and recordings > 1 else ""
-    caveats += "; too few recordings for an interval to be trusted" if recordings < FEW_RECORDINGS else ""
-    caveats += "; one seed: says nothing about others" if seeds == 1 else ""
+    where = f"on {counted(comparison.recordings, 'recording')}, {counted(comparison.seeds, 'seed')} ({mode})"
     what = f"{unit} {metric_label}".strip()
     if difference is None:
         return f"No answer: {metric_label} is undefined for {a}, {b} or both, {where}"
     if low is None or high is None:
-        return f"No answer: {a} minus {b} is {_signed(difference, 3)} {what} {where}, but without an interval{caveats}"
+        why = "for one recording" if comparison.recordings == 1 else f"undefined in {comparison.undefined} draws"
+        return f"No answer: {a} minus {b} is {difference:+.3f} {what} {where}, but without an interval ({why})"
     if max(abs(difference), abs(low), abs(high)) < EQUAL:
-        return f"{a} and {b} came out equal in {metric_label}, to 6 decimals, {where}{caveats}"
+        return f"{a} and {b} came out equal in {metric_label}, to 6 decimals, {where}"
     digits = next(d for d in range(3, 16) if all(round(x, d) for x in (low, high) if abs(x) > 1e-12) or d == 15)
     open_ended = low <= 0 <= high
     if not open_ended and (difference > 0) != higher_is_better:
         a, b, difference, low, high = b, a, -difference, -high, -low
-    numbers = f"{_signed(difference, digits)} {what} [{low + 0.0:.{digits}f}, {high + 0.0:.{digits}f}]"
+    numbers = f"{round(difference, digits) + 0.0:+.{digits}f} {what} [{low + 0.0:.{digits}f}, {high + 0.0:.{digits}f}]"
     if open_ended:
         missed = f"{comparison.detectable or 0.0:.{digits}f} {unit}".strip()
         power = f"a true difference under {missed} could well have been missed"
-        return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}{caveats}"
+        return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}"
     less = "" if higher_is_better else " (less is better)"
-    return f"{a} beats {b} by {numbers}{less} {where}{caveats}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
+    return f"{a} beats {b} by {numbers}{less} {where}"
 
 
 def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
@@ -216,9 +204,7 @@ def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
     return math.sqrt((seeds - 1) * (most - 1) / (1 - most / ratio)) if seeds > 1 and most < ratio else math.inf
 
 
-def always_valid(
-    replicates: Floats, recordings: int, bounds: tuple[float, float] | None = None
-) -> tuple[float | None, float | None]:
+def always_valid(replicates: Floats, recordings: int, bounds: Bounds = ANY) -> tuple[float, float] | tuple[None, None]:
     """(low, high) of a difference `replicates` [S, 1 + B] by seed: 95% for all numbers of seeds together.
 
     The recordings are drawn once and common to all looks. Their 99% interval and the seeds' 96% confidence sequence are
@@ -232,16 +218,16 @@ def always_valid(
         return None, None
     value, reach = float(replicates[:, 0].mean()), bound * float(replicates[:, 0].std(ddof=1)) / math.sqrt(seeds)
     down, up = np.abs(np.quantile(limits[2], (ALPHA_RECORDINGS / 2, 1 - ALPHA_RECORDINGS / 2)) - value).tolist()
-    least, most = bounds or ANY
-    return max(value - math.hypot(down, reach), least - most), min(value + math.hypot(up, reach), most - least)
+    widest = bounds[1] - bounds[0]
+    return max(value - math.hypot(down, reach), -widest), min(value + math.hypot(up, reach), widest)
 
 
 def power_before(recordings: int, events: int, seeds: int, pilot: Sequence[float] = ()) -> float:
-    """The difference in event F1 that `seeds` pairs of runs could show with 80% power.
+    """The difference in event F1 that `seeds` pairs of runs could show with 80% power: of the data alone a guess.
 
-    Of the data alone it is a guess of what recordings leave open. (Measured on synth, 40 recordings, 256 events: 0.053
-    and 0.058 half-widths with 1 seed, 0.036 with 2; here 0.057, 0.049.) pilot: differences of two or more pairs of runs
-    that are there already, whose spread is added; without it seeds are taken to be all alike.
+    pilot: differences of two or more pairs of runs, whose spread is added; without it seeds are taken to be all alike.
+    (Half-widths measured on synth, 40 recordings, 256 events: 0.053 and 0.058 with 1 seed, 0.036 with 2; here 0.057,
+    0.049.)
     """
     unlike = DISCORDANT * (1 + 1 / seeds) / max(events, 1)
     half = stats.t.ppf(0.975, max(recordings - 1, 1)) * math.sqrt(unlike)

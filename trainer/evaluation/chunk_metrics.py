@@ -10,6 +10,7 @@ ratio is undefined, chunks without a prediction left out and counted. The interv
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -54,23 +55,16 @@ def is_interrupt(answer: str) -> bool:
 
 def read_sessions(path: Path) -> list[Session]:
     """The sessions of a JSON Lines file in EgoProactive's format. Raises InputError, naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"{path}: {reason}, expected JSON Lines") from None
     sessions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             session = msgspec.json.decode(line, type=Session)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except msgspec.MsgspecError as error:
             what = f"answers [{SILENT} or {INTERRUPT}TEXT, ...], video_intervals [[start_s, end_s], ...], video_path"
             raise InputError(f"{path} line {number}: {error}; expected a JSON object with {what}") from None
         session.where = f"{path} line {number} ({session.video_path})"
-        if bad := next((pair for pair in session.video_intervals if not pair[0] <= pair[1]), None):
-            raise InputError(f"{session.where}: video_intervals holds {list(bad)}, expected [start, end] in seconds")
         sessions.append(session)
     return sessions
 
@@ -83,8 +77,7 @@ def read_submission(path: Path, sessions: Sequence[Session]) -> list[tuple[str, 
         raise InputError(f"{path}: {len(lines)} lines, expected one for each of the {len(sessions)} sessions, in order")
     for session, line in zip(sessions, lines, strict=True):
         if line.video not in ("", session.video):
-            expected = f"expected {session.video_path!r} as in {session.where}"
-            raise InputError(f"{line.where}: video_path is {line.video_path!r}, {expected}")
+            raise InputError(f"{line.where}: expected the video {session.video_path!r} as in {session.where}")
     return [line.answers for line in lines]
 
 
@@ -105,31 +98,25 @@ def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> li
     Of several such clips, the first of the split that is left. Clips without a session are left over. Raises
     InputError, naming the session, where there is none.
     """
+
+    def fits(session: Session, clip: ClipExample) -> bool:
+        own = np.clip(chunk_frames(session, clip.fps) - clip.start_frame, 0, clip.num_frames).tolist()
+        return len(own) == len(session.answers) and all(
+            (clip.labels[SPEAKING, start:end] == 1).any() == is_interrupt(answer)
+            for (start, end), answer in zip(own, session.answers, strict=True)
+            if end > start
+        )
+
     waiting = sorted(clips, key=lambda clip: clip.clip)
     found = []
     for session in sessions:
-        if len(session.video_intervals) != len(session.answers):
-            numbers = f"{len(session.video_intervals)} video_intervals, {len(session.answers)} answers"
-            raise InputError(f"{session.where}: {numbers}, expected one of each per chunk")
-        same = [clip for clip in waiting if clip.video_uid == session.video]
-        agreeing = [clip for clip in same if _agrees(session, clip)]
-        if not agreeing:
-            lack = " whose speaking labels are its interrupt chunks" if same else ""
-            what = f"the split has no clip of video {session.video!r}{lack}"
+        fitting = [clip for clip in waiting if clip.video_uid == session.video and fits(session, clip)]
+        if not fitting:
+            what = f"the split has no clip of video {session.video!r} whose speaking labels are its interrupt chunks"
             raise InputError(f"{session.where}: {what}; give the sessions file that the split was made from")
-        found.append(agreeing[0])
-        waiting.remove(agreeing[0])
+        found.append(fitting[0])
+        waiting.remove(fitting[0])
     return found
-
-
-def _agrees(session: Session, clip: ClipExample) -> bool:
-    speaking = clip.labels[SPEAKING] == 1
-    own = np.clip(chunk_frames(session, clip.fps) - clip.start_frame, 0, clip.num_frames)
-    return all(
-        speaking[start:end].any() == is_interrupt(answer)
-        for (start, end), answer in zip(own.tolist(), session.answers, strict=True)
-        if end > start
-    )
 
 
 def answers_of(session: Session, scored: ScoredClip, threshold: float | None, refractory_s: float) -> list[str]:
@@ -177,12 +164,11 @@ def report_chunks(
     sessions: Sequence[Session],
     answers: Sequence[Sequence[str]],
     recordings: Sequence[str] | None = None,
-    draws: int = 10_000,
 ) -> dict[str, Any]:
     """The official scorer's results, plain numbers of 4 decimals, with 95% intervals (None: too few recordings).
 
-    answers: [S] as in a submission; recordings: [S] the recording of each, None: its video; draws: of the recordings,
-    0: no intervals. `skipped_chunks` are those that only one side has.
+    answers: [S] as in a submission; recordings: [S] the recording of each, None: its video. `skipped_chunks` are those
+    that only one side has.
     """
     counts, skipped = np.zeros((len(sessions), 4), np.int64), 0
     for own, session, predicted in zip(counts, sessions, answers, strict=True):
@@ -193,22 +179,22 @@ def report_chunks(
     tasks = np.array([str(session.task) for session in sessions], object)
     members = {task: tasks == task for task in sorted({*tasks})}
     return {
-        "overall": _report_group(counts, names, draws),
-        "per_task": {task: _report_group(counts[own], names[own], draws) for task, own in members.items()},
+        "overall": _report_group(counts, names),
+        "per_task": {task: _report_group(counts[own], names[own]) for task, own in members.items()},
         "total_sessions": len(sessions),
         "skipped_chunks": skipped,
     }
 
 
-def _report_group(counts: Ints, recordings: Any, draws: int) -> dict[str, Any]:
+def _report_group(counts: Ints, recordings: Any) -> dict[str, Any]:
     """The metrics of one group of sessions, from its counts [S, 4] and recordings [S]."""
     totals, (names, place) = counts.sum(0), np.unique(recordings, return_inverse=True)
     rates = chunk_rates(totals)
-    intervals: dict[str, list[float] | None] = dict.fromkeys(rates)
-    if len(names) > 1 and draws:
+    intervals: dict[str, Any] = dict.fromkeys(rates)
+    if len(names) > 1:
         sums = np.zeros((len(names), 4))
         np.add.at(sums, place, counts)
-        drawn = np.concatenate([totals[None], draw_recordings(len(names), draws) @ sums])
+        drawn = np.concatenate([totals[None], draw_recordings(len(names)) @ sums])
         classes = np.stack([drawn[:, 0] + drawn[:, 3], drawn[:, 1] + drawn[:, 2]], axis=1)  # interrupts, silent chunks
         lacking = ((classes == 0) & (classes[0] > 0)).any(axis=1)  # a draw without a class says nothing
         for name, values in chunk_rates(drawn).items():

@@ -41,11 +41,9 @@ from pipeline.terminal import clock, counted
 from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
-from trainer.evaluation.breakdown import HEAD, Matches, count_matches, group_rows, metronomes, window_rows
-from trainer.evaluation.evaluate_scores import METRICS_FILE
-from trainer.evaluation.event_metrics import references
-from trainer.evaluation.metrics import METRICS, Thresholds, look_up, replicates
-from trainer.evaluation.scores import read_scores
+from trainer.evaluation.event_metrics import count_matches, group_rows, metronomes, references, window_rows
+from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, look_up, replicates
+from trainer.evaluation.scores import Ints, read_scores
 from trainer.plan import MOST_SEEDS, Job, Plan, jobs_with, run_of
 from trainer.run_log import read_metrics
 
@@ -189,7 +187,7 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     metrics = {job: found for job in jobs if (found := metrics_of(plan, job))}
     recordings = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
-    matches: dict[tuple[str, str], dict[int, Matches]] = {}
+    matches: dict[tuple[str, str], dict[int, Ints]] = {}
     for rung, mode in product(RUNGS, MODES):
         for seed in sorted(seed for name, seed in metrics if name == rung and mode in metrics[name, seed]):
             chosen, path = metrics[rung, seed]["thresholds"], run_of(plan, (rung, seed)) / "scores" / f"{mode}.parquet"
@@ -227,11 +225,11 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
 @cache
 def _read_run(
     file: tuple[Path, int], thresholds: str, split: Split, settings: Settings, draws: int
-) -> tuple[dict[str, Floats], Matches | None]:
+) -> tuple[dict[str, Floats], Ints | None]:
     """(each metric's [1, 1 + B], its events if it has a threshold) of a scores file, named with its time: read once."""
     found, clips = json.loads(thresholds), read_scores(file[0], {split.name: split})[split.name]
     chosen = Thresholds(found["frame"], found["event"])
-    return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get(HEAD), settings)
+    return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get("speaking"), settings)
 
 
 def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[Row]:

@@ -3,33 +3,36 @@
 References are turns, one per instant; predictions are frames at which the score reaches the threshold, followed by
 silence for the refractory time, or what a free-running model did. Both are matched one to one inside a window of
 seconds around the reference (2 s early to 4 s late; ProAssist's is the other way round, docs/prior-work.md): the most
-matches, then the least sum of |latency|. To choose a threshold or a metronome the number of matches suffices.
+matches, then the least sum of |latency|. For thresholds, metronomes and F1 by window or group their number suffices.
 
-    C clips    E reference events    P predicted events    F frames of a clip    M matches    T ticks' phases
+    C clips    E reference events    P predicted events    F frames of a clip    M matches    W widths of the window
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from pipeline.dataset import ClipExample, Turn
+from pipeline.dataset import ClipExample, Split, Turn
 from pipeline.labels import labels_a_frame
 from pipeline.schema import ROLE_OF
 from trainer.config import Settings
+from trainer.evaluation.bootstrap import draw_recordings, interval_of
 from trainer.evaluation.frame_metrics import Mask, between, fires, plain, ratio
-from trainer.evaluation.scores import Floats, Ints, ScoredClip, canonical
+from trainer.evaluation.scores import Floats, Ints, ScoredClip
 
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
 FAR: Final = 1e-3  # seconds: more than any rounding, less than any frame
 CUTS: Final = 50  # thresholds tried, twice: coarsely over all ranks, then finely around the best
-PHASES: Final = np.arange(8) / 8  # [T] of a metronome's period
+PHASES: Final = np.arange(8) / 8  # of a metronome's period
+WIDTHS: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # seconds of a window
+MOST_GROUPS: Final = 50  # data sets, or tasks, those with most speech
 
 
 def is_event(turn: Turn, clip: ClipExample) -> bool:
@@ -58,7 +61,7 @@ def tracked(clip: ClipExample, head: str = "dst_update") -> bool:
 
 
 def annotated(clip: ClipExample) -> Mask:
-    """bool [F]: frames that somebody annotated. What a model does at others is neither right nor wrong."""
+    """bool [F]: what a model does at frames that nobody annotated is neither right nor wrong."""
     known = np.ones(clip.num_frames, bool)
     for start, end in clip.unlabelled:
         known[max(0, start - clip.start_frame) : max(0, end - clip.start_frame)] = False
@@ -115,7 +118,7 @@ def match(reference: Floats, predicted: Floats, early_s: float, late_s: float) -
 
 
 class Counted(NamedTuple):
-    """Counts by clip, of events or of state changes, and the latencies of their matches."""
+    """Counts by clip, of events or of state changes."""
 
     clips: list[ScoredClip]  # [C] by clip_id
     counts: Sequence[dict[str, Any]]  # [C] of the same names
@@ -131,9 +134,9 @@ class Counted(NamedTuple):
 
 def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Counted | None:
     """The events of one head; None where no clip has such events, or scores or a threshold are missing."""
-    chosen = [s for s in canonical(clips) if tracked(s.clip, head)]
-    scores_do = threshold is not None
-    if not chosen or not all(actions_of(s, head) is not None or (scores_do and head in s.logits) for s in chosen):
+    chosen = [s for s in clips if tracked(s.clip, head)]
+    known = threshold is not None
+    if not chosen or not all(actions_of(s, head) is not None or (known and head in s.logits) for s in chosen):
         return None
     counted = (_count_events(scored, head, threshold, settings) for scored in chosen)
     return Counted(chosen, *zip(*counted, strict=True))  # type: ignore[arg-type]
@@ -175,10 +178,7 @@ def _count_events(
 
 
 def _reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
-    """bool, as `times`: a user turn began at that moment or up to `reactive_s` before.
-
-    As in the model's input, a user turn begins at its first frame or at its time, whichever comes first.
-    """
+    """bool, as `times`: a user turn began (its first frame or its time) at that moment or up to `reactive_s` before."""
     reacts = np.zeros(len(times), bool)
     for turn in clip.turns:
         frame_time = None if turn.start_frame is None else turn.start_frame / clip.fps
@@ -189,11 +189,10 @@ def _reactive(clip: ClipExample, times: Floats, reactive_s: float) -> Mask:
 
 
 def event_rates(c: dict[str, Any]) -> dict[str, Any]:
-    """Rates from summed counts, numbers or arrays; NaN where undefined.
+    """Rates from summed counts, numbers or arrays; NaN where undefined. f1 is 0 for a model that is always silent.
 
-    f1 is 0 for a model that is always silent, undefined only without reference and prediction. Of reactive and of
-    proactive events, recall goes by the reference's kind, precision by the prediction's; their f1 is the harmonic mean,
-    0 where one is 0 or undefined.
+    Of reactive and of proactive events, recall goes by the reference's kind, precision by the prediction's; their f1 is
+    the harmonic mean, 0 where one is 0 or undefined.
     """
     rates: dict[str, Any] = {
         "precision": ratio(c["matched"], c["predictions"]),
@@ -209,27 +208,16 @@ def event_rates(c: dict[str, Any]) -> dict[str, Any]:
         recall, precision = ratio(found, due), ratio(right, predicted)
         f1 = np.nan_to_num(ratio(2 * recall * precision, recall + precision))
         f1 = np.where(np.isnan(recall) & np.isnan(precision), np.nan, f1)
-        rates[kind] = {"references": due, "predictions": predicted, "precision": precision, "recall": recall, "f1": f1}
+        rates[kind] = {"precision": precision, "recall": recall, "f1": f1}
     return rates
 
 
-def report_events(events: Counted, head: str, threshold: float | None) -> dict[str, Any]:
-    """Plain numbers, None where undefined; `threshold` is None where all clips are free-running."""
+def report_events(events: Counted) -> dict[str, Any]:
+    """Counts and rates, plain numbers, None where undefined."""
     sums, latencies = events.sums(), np.concatenate(events.latencies)
-    rates, live = plain(event_rates(sums)), all(actions_of(scored, head) is not None for scored in events.clips)
-    for kind in ("reactive", "proactive"):
-        rates[kind] |= {name: int(rates[kind][name]) for name in ("references", "predictions")}
-        if head != "speaking":
-            del rates[kind]
-    return {
-        "live": live,
-        "threshold": None if live else threshold,
-        **{name: int(sums[name]) for name in ("references", "predictions", "matched", "duplicates", "false_alarms")},
-        "quiet_hours": float(sums["quiet_hours"]),
-        **rates,
-        "median_latency_s": float(np.median(latencies)) if len(latencies) else None,
-        "latency_quartiles_s": np.quantile(latencies, [0.25, 0.75]).tolist() if len(latencies) else None,
-    }
+    counts = {name: float(n) if name == "quiet_hours" else int(n) for name, n in sums.items()}
+    median = float(np.median(latencies)) if len(latencies) else None
+    return counts | plain(event_rates(sums)) | {"median_latency_s": median}
 
 
 # ---- choosing by the number of matches ---------------------------------------------------------------
@@ -365,3 +353,79 @@ def best_beat(clips: Iterable[ClipExample], head: str, settings: Settings) -> Be
     coarse = max(map(f1, np.unique(np.round(np.geomspace(shortest, 60, 60) * 2) / 2).tolist()))
     fine = np.arange(-9, 10) * 0.05 + coarse[1].period_s
     return max([coarse, *map(f1, fine[fine >= shortest - TOLERANCE].tolist())])[1]
+
+
+# ---- event F1 of speaking taken apart ------------------------------------------------------------------
+
+
+def windows(settings: Settings) -> dict[float, Settings]:
+    """Width in seconds -> the settings at that width, split into early and late as their own is; ascending [W]."""
+    own = settings.early_s + settings.late_s
+    share = settings.early_s / own if own else 0.5
+    made = {w: replace(settings, early_s=w * share, late_s=w * (1 - share)) for w in WIDTHS}
+    return dict(sorted((made | {own: settings}).items()))
+
+
+def count_matches(clips: Sequence[ScoredClip], threshold: float | None, settings: Settings) -> Ints | None:
+    """int64 [1 + W, C]: references and predictions together, then the matches at each width.
+
+    The threshold stays the one that was chosen at the settings' own window. None without one, unless free-running.
+    """
+    if threshold is None and any(scored.said is None for scored in clips):
+        return None
+    fired = [predicted_frames(s, "speaking", threshold, settings.refractory_s) - s.clip.start_frame for s in clips]
+    targets = [targets_of([s.clip for s in clips], "speaking", at) for at in windows(settings).values()]
+    events = [target.references + len(own) for target, own in zip(targets[0], fired, strict=True)]
+    return np.array(
+        [events, *([most_matches(t.windows, own) for t, own in zip(of, fired, strict=True)] for of in targets)]
+    )
+
+
+@cache
+def metronomes(test: Split, val: Split | None, settings: Settings) -> dict[float, float | None]:
+    """Width -> the event F1 on test of the metronome that is best on val at that width."""
+    if val is None:
+        return {}
+    on_val, on_test = (list(split.in_order()) for split in (val, test))
+    beats = {width: (best_beat(on_val, "speaking", at), at) for width, at in windows(settings).items()}
+    return {width: beat.f1(on_test, "speaking", at) if beat else None for width, (beat, at) in beats.items()}
+
+
+def window_rows(
+    matches: Mapping[tuple[str, str], Mapping[int, Ints]], settings: Settings, beside: Mapping[float, float | None]
+) -> Iterator[dict[str, Any]]:
+    """By (rung, mode) and seed, with the result of `count_matches`: event F1 at each width, with the metronome's."""
+    for (rung, mode), of_seeds in matches.items():
+        for seed, counts in of_seeds.items():
+            events, *matched = counts.sum(axis=1)
+            for (width, at), hits in zip(windows(settings).items(), matched, strict=True):
+                row = {"rung": rung, "seed": seed, "mode": mode, "width_s": width, "early_s": at.early_s}
+                yield row | {
+                    "late_s": at.late_s,
+                    "f1": float(ratio(2 * hits, events)),
+                    "metronome_f1": beside.get(width),
+                }
+
+
+def group_rows(
+    matches: Mapping[tuple[str, str], Mapping[int, Ints]], split: Split, settings: Settings, draws: int
+) -> Iterator[dict[str, Any]]:
+    """By data set and by task, (rung, mode): event F1 at the settings' window, with its interval over recordings."""
+    clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
+    own = 1 + [*windows(settings)].index(settings.early_s + settings.late_s)
+    speech = np.array([target.references for target in targets_of(clips, "speaking", settings)])
+    for by, names in (("dataset", [c.dataset for c in clips]), ("task", [c.goal or "(none given)" for c in clips])):
+        members = {name: np.flatnonzero([name == other for other in names]) for name in sorted(set(names))}
+        for name in sorted(members, key=lambda name: (-speech[members[name]].sum(), name))[:MOST_GROUPS]:
+            group = members[name]
+            ids, of_clip = np.unique([clips[i].recording_id for i in group], return_inverse=True)
+            weights = np.concatenate([np.ones((1, len(ids)), np.int64), draw_recordings(len(ids), draws)])
+            for (rung, mode), of_seeds in matches.items():
+                pairs = [
+                    [np.bincount(of_clip, row[group], len(ids)) for row in (c[own], c[0])] for c in of_seeds.values()
+                ]
+                f1 = np.stack([ratio(2 * (weights @ matched), weights @ events) for matched, events in pairs])
+                found = interval_of(f1, len(ids), (0.0, 1.0))
+                row = {"by": by, "group": name, "rung": rung, "mode": mode, "seeds": len(pairs), "recordings": len(ids)}
+                row |= {"events": int(speech[group].sum())}
+                yield row | {"value": found.value, "low": found.low, "high": found.high}

@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.schema import HEADS
 from trainer.evaluation.bootstrap import Floats, Weights
-from trainer.evaluation.scores import Ints, ScoredClip, Singles, canonical
+from trainer.evaluation.scores import Ints, ScoredClip, Singles
 
 Mask = npt.NDArray[np.bool_]
 
@@ -44,7 +44,6 @@ class HeadFrames:
 
 def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str]) -> HeadFrames | None:
     """The head's supervised frames; None where the model lacks the head. `recordings`: sorted, at least the clips'."""
-    clips = canonical(clips)
     if not clips or any(head not in scored.logits for scored in clips):
         return None
     row = HEADS.index(head)
@@ -62,29 +61,32 @@ def head_frames(clips: Sequence[ScoredClip], head: str, recordings: Sequence[str
 
 
 def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dict[str, Any]:
-    """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities.
-
-    `calibration`: the expected calibration error and the reliability curve.
-    """
-    any_event = frames.positive | (frames.other == 1)
-    sums = bin_sums(frames, bins)
-    calibration = None
+    """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities."""
+    sums, calibration = bin_sums(frames, bins), None
     if sums is not None and len(frames.positive):
         total = sums.sum(0)
-        means = {"probability": ratio(total[1], total[0]), "positive": ratio(total[2], total[0])}
         curve = [
-            {"low": i / bins, "high": (i + 1) / bins, "frames": int(n)} | plain({k: v[i] for k, v in means.items()})
-            for i, n in enumerate(total[0])
+            {"low": i / bins, "high": (i + 1) / bins, "frames": int(n)}
+            | plain({"probability": ratio(probability, n), "positive": ratio(positives, n)})
+            for i, (n, probability, positives) in enumerate(total.T)
         ]
         calibration = {"ece": float(calibration_error(total)), "bins": curve}
     return {
         **_ranking(frames),
-        "threshold": threshold,
         **plain(confusion_rates(confusion(frames, threshold).sum(0))),
         "calibration": calibration,
         "alone": _ranking(frames.only(frames.other == 0)),
-        "both": _ranking(frames.only(frames.other == frames.positive)),
-        "auroc_against_other": _ranking(frames.only(any_event & (frames.other >= 0)))["auroc"],
+    }
+
+
+def _ranking(frames: HeadFrames) -> dict[str, Any]:
+    n, positives = len(frames.positive), int(frames.positive.sum())
+    return {
+        "frames": n,
+        "positives": positives,
+        "ap": float(average_precision_score(frames.positive, frames.scores)) if positives else None,
+        "chance": positives / n if n else None,  # the average precision of guessing
+        "auroc": float(roc_auc_score(frames.positive, frames.scores)) if 0 < positives < n else None,
     }
 
 
@@ -111,17 +113,6 @@ def weighted_frames(
     return rates
 
 
-def _ranking(frames: HeadFrames) -> dict[str, Any]:
-    n, positives = len(frames.positive), int(frames.positive.sum())
-    return {
-        "frames": n,
-        "positives": positives,
-        "ap": float(average_precision_score(frames.positive, frames.scores)) if positives else None,
-        "chance": positives / n if n else None,  # the average precision of guessing
-        "auroc": float(roc_auc_score(frames.positive, frames.scores)) if 0 < positives < n else None,
-    }
-
-
 def ranking(frames: HeadFrames) -> Callable[[Weights], Floats]:
     """Average precision and AUROC, [2, B] for weights [B, R] of the recordings; tied scores as in scikit-learn. NaN
     where a class that it needs is not drawn.
@@ -129,8 +120,7 @@ def ranking(frames: HeadFrames) -> Callable[[Weights], Floats]:
     Frames are counted by recording and cell, the highest scores first: each score of a positive frame is a cell, and
     each run of other scores between. Up to K cells this is exact. Beyond, K cells hold equal shares of the positives,
     whose order inside a cell is taken as even, and the values are shifted by the difference that this makes to the
-    unweighted one, which is exact (largest error found: benchmarks/evaluate). A draw costs two dense rows of R x K
-    products, whatever N is.
+    unweighted one, which is exact (largest error found: benchmarks/evaluate).
     """
     _, place = np.unique(-frames.scores, return_inverse=True)
     begins = np.bincount(place, frames.positive) > 0
@@ -161,10 +151,8 @@ def _count(positive: Mask, recording: Ints, cell: Ints, num_recordings: int) -> 
 
 
 def _rates(positives: npt.NDArray[Any], negatives: npt.NDArray[Any], spread: float) -> Floats:
-    """float64 [2, B] average precision and AUROC from counts [B, K], the highest scores first.
-
-    spread: 0 where the frames of a cell tie, 0.5 where positives and negatives lie evenly in it.
-    """
+    """[2, B] average precision and AUROC from counts [B, K], the highest scores first; spread: 0 where the frames of a
+    cell tie, 0.5 where positives and negatives lie evenly in it."""
     hits, alarms = (np.cumsum(counts, axis=1, dtype=np.float64) for counts in (positives, negatives))
     below = alarms[:, -1:] - alarms + negatives / 2
     auroc = ratio((positives * below).sum(1), hits[:, -1] * alarms[:, -1])
@@ -183,16 +171,16 @@ def between(above: float, below: float) -> float:
     return middle if np.float32(middle) > below else above
 
 
-def best_threshold(scores: Singles, positive: Mask) -> float | None:
+def best_threshold(frames: HeadFrames) -> float | None:
     """The threshold (`>=` fires) of the best F1, the highest of equals; None without a positive frame."""
-    if not positive.any():
+    if not frames.positive.any():
         return None
-    rising, rank = np.unique(scores, return_inverse=True)
+    rising, rank = np.unique(frames.scores, return_inverse=True)
     best = len(rising) - 1
     if best:
         fired = np.cumsum(np.bincount(rank)[:0:-1])  # at each cut but the lowest, at which all frames fire
-        hits = np.cumsum(np.bincount(rank, positive)[:0:-1])
-        best -= int((2 * hits / (fired + positive.sum())).argmax())
+        hits = np.cumsum(np.bincount(rank, frames.positive)[:0:-1])
+        best -= int((2 * hits / (fired + frames.positive.sum())).argmax())
     return between(float(rising[best]), float(rising[max(0, best - 1)]))
 
 

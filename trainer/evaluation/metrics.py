@@ -1,7 +1,8 @@
-"""All metrics of one model in one mode: `measure` gives the metrics JSON, `weighted` its scalars by recording's weight.
+"""All metrics of one model in one mode, and `evaluate --scores`: from a Parquet file of scores, anybody's, to metrics.
 
-Thresholds are chosen on `val` and handed in; nothing here looks for one on the clips that it measures. `weighted` reads
-sums per recording, or ranks sorted once; with all weights 1 it equals the numbers in the JSON.
+Thresholds come from `val` or from the user, never from the split that is measured. `measure` gives the metrics JSON,
+`weighted` its scalars by recording's weight: of sums per recording, or ranks sorted once; with all weights 1 the two
+are equal. Needs no torch.
 
     B draws    R recordings    M matches
 """
@@ -9,18 +10,33 @@ sums per recording, or ranks sorted once; with all weights 1 it equals the numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from pipeline.dataset import Split
+from pipeline.errors import InputError
 from pipeline.schema import HEADS
-from trainer.config import Settings
-from trainer.evaluation import event_metrics, frame_metrics, state_metrics
-from trainer.evaluation.bootstrap import Estimator, Floats, Weights, draw_recordings, interval_of, replicate
+from pipeline.storage import write_json
+from trainer.config import SELF_FED, TEACHER_FORCED, Settings
+from trainer.evaluation import chunk_metrics, event_metrics, frame_metrics, state_metrics
+from trainer.evaluation.bootstrap import (
+    ANY,
+    Bounds,
+    Estimator,
+    Floats,
+    Weights,
+    draw_recordings,
+    interval_of,
+    replicate,
+)
 from trainer.evaluation.event_metrics import Beat, Counted
-from trainer.evaluation.scores import Ints, ScoredClip, canonical
+from trainer.evaluation.scores import Ints, ScoredClip, read_info, read_scores, write_scores
+
+METRICS_FILE: Final = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Metric:
     path: str  # in the result of `measure`, with dots
     unit: str = ""  # "" for shares
     higher_is_better: bool = True
-    bounds: tuple[float, float] | None = (0.0, 1.0)  # its range; None: any number
+    bounds: Bounds = (0.0, 1.0)  # its range
     meaning: str = ""  # for the report's reader
 
 
@@ -65,7 +81,7 @@ METRICS: Final[dict[str, Metric]] = {
                meaning="speech in no reference event's window, per hour outside all windows"),
         Metric("duplicates_per_event", "duplicates per event", "speaking.events.duplicates_per_event", "", False,
                _POSITIVE, meaning="further speech within a reference event's window, per reference event"),
-        Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, None,
+        Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, ANY,
                meaning="how long after the reference it spoke, at matched events; negative: earlier"),
         Metric("speaking_ap", "speaking AP", "speaking.frames.ap",
                meaning="average precision: how well it ranks frames to speak at before silent ones; guessing gets "
@@ -91,47 +107,56 @@ METRICS: Final[dict[str, Metric]] = {
 
 
 def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Thresholds:
-    """The thresholds of the best frame F1 and of the best event F1 on `val`; ties go to the higher.
+    """The thresholds of the best frame F1 and of the best event F1 on `val`, ties go to the higher; the best metronome.
 
     A head without scores, or without a positive frame (an event) on `val`, gets none.
     """
-    frames = {head: frame_metrics.head_frames(val, head, recordings_of(val)) for head in HEADS}
-    best = {head: f and frame_metrics.best_threshold(f.scores, f.positive) for head, f in frames.items()}
-    event = {head: event_metrics.best_event_threshold(val, head, settings) for head in HEADS}
-    beats = {head: event_metrics.best_beat([s.clip for s in val], head, settings) for head in HEADS}
-    return Thresholds(*({k: v for k, v in found.items() if v is not None} for found in (best, event, beats)))  # type: ignore[arg-type]
+    chosen = Thresholds({}, {}, {})
+    for head in HEADS:
+        frames = frame_metrics.head_frames(val, head, recordings_of(val))
+        if frames and (best := frame_metrics.best_threshold(frames)) is not None:
+            chosen.frame[head] = best
+        if (best := event_metrics.best_event_threshold(val, head, settings)) is not None:
+            chosen.event[head] = best
+        if beat := event_metrics.best_beat([scored.clip for scored in val], head, settings):
+            chosen.metronome[head] = beat
+    return chosen
 
 
-def measure(clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings) -> dict[str, Any]:
+def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Settings) -> dict[str, Any]:
     """The metrics JSON: plain types, None where undefined; the same digits whatever the order of the clips.
 
-    Without thresholds, what needs one is None; free-running clips (`said`, `updates`) need none for their events.
+    What lacks its threshold is None; free-running clips (`said`, `updates`) need none for their events.
     """
-    clips, given = canonical(clips), thresholds or Thresholds({}, {})
-    recordings, (speaking, updating) = recordings_of(clips), np.concatenate([s.clip.labels for s in clips], axis=1)
+    clips, recordings = _by_clip_id(clips), recordings_of(clips)
+    speaking, updating = np.concatenate([s.clip.labels for s in clips], axis=1)
     both_known = (speaking >= 0) & (updating >= 0)
     cells = np.bincount((speaking + 2 * updating)[both_known], minlength=4).tolist()
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
-        "hours": sum(scored.clip.num_frames / scored.clip.fps for scored in clips) / 3600,
         # positive for which heads, of the frames supervised for both
         "cells": dict(zip(("neither", "speaking_only", "dst_update_only", "both"), cells, strict=True)),
     }
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)
-        events = event_metrics.find_events(clips, head, given.event.get(head), settings)
+        events = event_metrics.find_events(clips, head, thresholds.event.get(head), settings)
         report[head] = {
-            "frames": frames and frame_metrics.report_frames(frames, given.frame.get(head), settings.bins),
-            "events": events and event_metrics.report_events(events, head, given.event.get(head)),
+            "frames": frames and frame_metrics.report_frames(frames, thresholds.frame.get(head), settings.bins),
+            "events": events and event_metrics.report_events(events),
         }
         if events is not None:
-            beat = given.metronome.get(head)
+            beat = thresholds.metronome.get(head)
             f1 = beat and beat.f1([scored.clip for scored in clips], head, settings)
             report[head]["events"]["metronome"] = beat and {**asdict(beat), "f1": f1}
     states = state_metrics.find_states(clips, settings)
     return report | {"state": states and state_metrics.report_states(states)}
+
+
+def _by_clip_id(clips: Sequence[ScoredClip]) -> list[ScoredClip]:
+    """Sums in this order do not depend on the order given."""
+    return sorted(clips, key=lambda scored: scored.clip.clip_id)
 
 
 def recordings_of(clips: Sequence[ScoredClip]) -> list[str]:
@@ -153,19 +178,19 @@ def value_at(nested: Any, path: str) -> Any:
 
 
 def weighted(
-    clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, recordings: Sequence[str]
+    clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Settings, recordings: Sequence[str]
 ) -> Callable[[Weights], dict[str, Floats]]:
     """METRICS as a function of how often each recording is drawn.
 
     recordings: sorted and unique, at least those of the clips. The function takes int64 [B, R] and gives float64 [B]
     each, NaN where a draw leaves it undefined; throughout, where `measure` gives None.
     """
-    clips, given = canonical(clips), thresholds or Thresholds({}, {})
+    clips = _by_clip_id(clips)
     parts: dict[str, dict[str, Any]] = {}
     latency: Estimator = _undefined
     for head in HEADS:
-        frames, threshold = frame_metrics.head_frames(clips, head, recordings), given.frame.get(head)
-        events = event_metrics.find_events(clips, head, given.event.get(head), settings)
+        frames, threshold = frame_metrics.head_frames(clips, head, recordings), thresholds.frame.get(head)
+        events = event_metrics.find_events(clips, head, thresholds.event.get(head), settings)
         speaking = head == "speaking"  # some metrics are of this head alone
         parts[head] = {
             "frames": frames and frame_metrics.weighted_frames(frames, threshold, settings.bins, alone=speaking),
@@ -189,28 +214,6 @@ def weighted(
     return rates
 
 
-def replicates(
-    clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
-) -> dict[str, Floats]:
-    """Each of METRICS: float64 [1, 1 + B], as `replicate` gives it for one run, over draws of the clips' recordings."""
-    recordings = recordings_of(clips)
-    rates = weighted(clips, thresholds, settings, recordings)
-    draws = draw_recordings(len(recordings), num_draws)
-    (values,) = replicate([lambda weights: np.stack([*rates(weights).values()])], draws)
-    return dict(zip(METRICS, values[:, None], strict=True))
-
-
-def intervals(
-    clips: Sequence[ScoredClip], thresholds: Thresholds | None, settings: Settings, num_draws: int
-) -> dict[str, list[float] | None]:
-    """The 95% interval of each of METRICS, one run's; None where there is none."""
-    recordings, limits = len(recordings_of(clips)), {}
-    for name, values in replicates(clips, thresholds, settings, num_draws).items():
-        found = interval_of(values, recordings, METRICS[name].bounds)
-        limits[name] = None if found.low is None or found.high is None else [found.low, found.high]
-    return limits
-
-
 def _weighted_counts(counted: Counted, recordings: Sequence[str], rates: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`rates` of counts as a function of weights [B, R]: the counts are summed per recording once."""
     sums = np.zeros((len(recordings), len(counted.counts[0])))
@@ -229,16 +232,179 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
 
     def median(weights: Weights) -> Floats:
         found = _undefined(weights)
-        if not len(values):
-            return found
-        rows = max(1, 4_000_000 // len(values))  # draws at a time: 32 MB
-        for first in range(0, len(weights), rows):
+        rows = max(1, 4_000_000 // max(1, len(values)))  # draws at a time: 32 MB
+        for first in range(0, len(weights) if len(values) else 0, rows):
             up_to = np.cumsum(weights[first : first + rows, recording], axis=1)  # [b, M]
             total = up_to[:, -1:]
-            middle = [
-                values[(up_to < half).sum(1).clip(max=len(values) - 1)] for half in ((total + 1) // 2, total // 2 + 1)
-            ]
-            found[first : first + rows] = np.where(total[:, 0] > 0, (middle[0] + middle[1]) / 2, np.nan)
+            at = [(up_to < half).sum(1).clip(max=len(values) - 1) for half in ((total + 1) // 2, total // 2 + 1)]
+            found[first : first + rows] = np.where(total[:, 0] > 0, values[at].mean(0), np.nan)
         return found
 
     return median
+
+
+def replicates(
+    clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Settings, num_draws: int
+) -> dict[str, Floats]:
+    """Each of METRICS: float64 [1, 1 + B], as `replicate` gives it for one run, over draws of the clips' recordings."""
+    recordings = recordings_of(clips)
+    rates = weighted(clips, thresholds, settings, recordings)
+    draws = draw_recordings(len(recordings), num_draws)
+    (values,) = replicate([lambda weights: np.stack([*rates(weights).values()])], draws)
+    return dict(zip(METRICS, values[:, None], strict=True))
+
+
+# ---- files of scores ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics` is the content of metrics.json, `notes` what it lacks and why."""
+
+    split: str
+    metrics: dict[str, Any]
+    notes: tuple[str, ...]
+    folder: Path | None = None  # where the files are
+
+
+@dataclass(frozen=True)
+class EvalSplits:
+    """The split to measure on, and the one to choose thresholds on, if there is one."""
+
+    test: Split
+    val: Split | None
+
+    @property
+    def all(self) -> dict[str, Split]:
+        return {split.name: split for split in (self.val, self.test) if split is not None}
+
+
+def hold(data: Path, split: str) -> EvalSplits:
+    test = Split(data, split)
+    return EvalSplits(test, Split(data, "val") if "val" in test.manifest["splits"] and split != "val" else None)
+
+
+def evaluate_scores(
+    path: Path,
+    data: Path | None = None,
+    split: str = "test",
+    out: Path | None = None,
+    settings: Settings | None = None,
+    given: Mapping[str, float] | None = None,
+    chunks: Path | None = None,
+    submission: Path | None = None,
+    draws: int = 0,
+) -> Evaluation:
+    """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
+
+    Thresholds are `given` (logits by head), those that a free-running file was made with, or chosen on the file's own
+    `val` rows; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
+    chunks: a sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format.
+    draws: of the recordings, for 95% intervals; 0: none.
+    """
+    settings, info = settings or Settings(), read_info(path)
+    if data is None and "data" not in info:
+        raise InputError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
+    held = hold(data or Path(info["data"]), split)
+    scored = read_scores(path, held.all, optional=held.all.keys() - {split})
+    if wrong := (given or {}).keys() - HEADS:
+        raise InputError(f"threshold of {', '.join(sorted(wrong))}: expected one of {', '.join(HEADS)}")
+    thresholds, source, notes = pick_thresholds(scored, held, settings)
+    if given:
+        thresholds, source, notes = Thresholds(dict(given), dict(given)), "given", []
+    elif "thresholds" in info and scored[split][0].said is not None:
+        was, source, notes = info["thresholds"], held.val.name if held.val else None, []
+        beats = {head: Beat(**beat) for head, beat in was.get("metronome", {}).items()}
+        thresholds = Thresholds(was["frame"], was["event"], beats)
+    by_mode = {str(info.get("mode", "scores")): scored[split]}
+    sessions = None if chunks is None else chunk_metrics.read_sessions(chunks)
+    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
+    metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds), "thresholds_from": source}
+    if out is not None:
+        write_json(out / METRICS_FILE, metrics)
+    return Evaluation(split, metrics, (*notes, *missing), out)
+
+
+def evaluate_submission(path: Path, chunks: Path, out: Path | None = None) -> Evaluation:
+    """EgoProactive's metrics of a submission (predictions in its format) against the sessions file `chunks`."""
+    sessions = chunk_metrics.read_sessions(chunks)
+    report = chunk_metrics.report_chunks(sessions, chunk_metrics.read_submission(path, sessions))
+    metrics = {"submission": {"chunks": report}, "file": str(path), "sessions": str(chunks)}
+    if out is not None:
+        write_json(out / METRICS_FILE, metrics)
+    return Evaluation(chunks.stem, metrics, (), out)
+
+
+def write_evaluation(
+    folder: Path,
+    scored: Mapping[str, Sequence[ScoredClip]],
+    held: EvalSplits,
+    settings: Settings,
+    origin: dict[str, Any],
+    run_live: Callable[[Thresholds], list[ScoredClip]] | None,
+    sessions: Sequence[chunk_metrics.Session] | None = None,
+    submission: Path | None = None,
+    draws: int = 0,
+) -> Evaluation:
+    """The metrics and files of what was just scored: the Parquet files first, metrics.json last.
+
+    scored: teacher-forced, by split. origin: what the files say of their data and model. run_live: the measured split,
+    free-running; None where that was not asked for. The last three are as for `all_metrics`.
+    """
+    split = held.test.name
+    thresholds, source, notes = pick_thresholds(scored, held, settings)
+    origin = {**origin, "thresholds": asdict(thresholds), "thresholds_from": source}
+    write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
+    by_mode = {TEACHER_FORCED: scored[split]}
+    if run_live is not None and "speaking" in thresholds.event:  # a DST head without a threshold never fires
+        by_mode[SELF_FED] = run_live(thresholds)
+        write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
+    elif run_live is not None:
+        notes.append("not self-fed: no threshold for speaking")
+    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
+    metrics |= origin | {"split": split}
+    write_json(folder / METRICS_FILE, metrics)
+    return Evaluation(split, metrics, (*notes, *missing), folder)
+
+
+def pick_thresholds(
+    scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings
+) -> tuple[Thresholds, str | None, list[str]]:
+    """(thresholds, the split they were chosen on, notes). Without scores of val: no thresholds, None, the reason."""
+    if held.val is not None and held.val.name in scored:
+        return choose_thresholds(scored[held.val.name], settings), held.val.name, []
+    note = "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one"
+    return Thresholds({}, {}), None, [note]
+
+
+def all_metrics(
+    by_mode: Mapping[str, Sequence[ScoredClip]],
+    thresholds: Thresholds,
+    settings: Settings,
+    sessions: Sequence[chunk_metrics.Session] | None = None,
+    submission: Path | None = None,
+    draws: int = 0,
+) -> tuple[dict[str, Any], list[str]]:
+    """(each mode's metrics and the settings; what could not be measured, and why).
+
+    draws: adds `intervals`, by name of METRICS. sessions: adds EgoProactive's metrics as `chunks`, and writes the last
+    mode's answers to `submission`. Raises InputError where a session has no clip.
+    """
+    metrics: dict[str, Any] = {}
+    answers: list[list[str]] = []
+    for mode, clips in by_mode.items():
+        metrics[mode] = measure(clips, thresholds, settings)
+        if draws:
+            limits = metrics[mode]["intervals"] = {}
+            for name, values in replicates(clips, thresholds, settings, draws).items():
+                found = interval_of(values, metrics[mode]["recordings"], METRICS[name].bounds)
+                limits[name] = None if found.low is None else [found.low, found.high]
+        if sessions is not None:
+            report, answers = chunk_metrics.report_clips(
+                sessions, clips, thresholds.event.get("speaking"), settings.refractory_s
+            )
+            metrics[mode]["chunks"] = report
+    if submission is not None and answers:
+        chunk_metrics.write_submission(submission, sessions or (), answers)
+    notes = ["no chunk metrics and no submission: no threshold for speaking"] if sessions and not answers else []
+    return metrics | {"settings": asdict(settings)}, notes

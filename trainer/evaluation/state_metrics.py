@@ -2,14 +2,14 @@
 
 Both start from the state at the clip's start. Joint accuracy asks at the end of every frame whether all steps agree, so
 one missed update counts until the state is right again; it is shown over the clip's time and beside a model that never
-updates. Transitions are matched one to one in the window of the event metrics, by step and kind.
+updates. Transitions are matched one to one in the window of the event metrics, by step and kind; those that `fail` or
+`reset` are mistakes.
 
 Beside these stand the metrics of procedure step recognition (IndustReal: Schoonbeek et al., WACV 2024, section 3.2, and
-`determine_performance` in PSR/psr_utils.py of github.com/TimSchoonbeek/IndustReal at ad86a35): the order of completed
-steps, their F1, in which an early completion is false and none is too late, and their delay. On 1,000 random cases
-without an early or a repeated completion F1's counts and the delay equal that code's; it pairs some early ones with
-other steps; here they are false. Counts are pooled over clips, where theirs are means over recordings.
-Mistakes are transitions `fail` and `reset`, matched as all are.
+`determine_performance` in PSR/psr_utils.py of github.com/TimSchoonbeek/IndustReal at ad86a35): the F1 of completed
+steps, in which an early completion is false and none is too late, and their delay. On 1,000 random cases without an
+early or a repeated completion both equal that code's; it pairs some early ones with other steps; here they are false.
+Counts are pooled over clips, where theirs are means over recordings.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.dataset import ClipExample
-from pipeline.schema import TRANSITIONS
 from pipeline.state import Update, initial_state, replay, replay_frames
 from trainer.config import Settings
 from trainer.evaluation.event_metrics import TOLERANCE, Counted, instant, is_event, match, tracked
 from trainer.evaluation.frame_metrics import plain, ratio
-from trainer.evaluation.scores import Floats, ScoredClip, canonical
+from trainer.evaluation.scores import Floats, ScoredClip
 
 MISTAKES: Final = ("fail", "reset")
 PARTS: Final = 10  # of a clip's time, in which joint accuracy is shown
@@ -34,7 +33,7 @@ PARTS: Final = 10  # of a clip's time, in which joint accuracy is shown
 
 def find_states(clips: Sequence[ScoredClip], settings: Settings) -> Counted | None:
     """None where the updates are unknown, or all empty (speak+markers), or no clip has a dialog state."""
-    chosen = [scored for scored in canonical(clips) if tracked(scored.clip)]
+    chosen = [scored for scored in clips if tracked(scored.clip)]
     if not chosen or any(scored.updates is None for scored in chosen):
         return None
     updates = [update for scored in chosen for update in scored.updates or () if update is not None]
@@ -78,7 +77,6 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
     made = [(i, update) for i, updates in enumerate(scored.updates or ()) for update in updates or ()]
     happened = [(frame - clip.start_frame, update) for frame, update in changes(clip) if frame >= clip.start_frame]
     truth, own, never = (replay_frames(start, given, clip.num_frames) for given in (happened, made, ()))
-    right, right_never = (own == truth).all(axis=1), (never == truth).all(axis=1)
     due = [  # (seconds, first frame from the clip's start, update)
         (instant(turn, clip), max(turn.start_frame or 0, clip.start_frame) - clip.start_frame, update)
         for turn in clip.turns
@@ -92,66 +90,44 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         latencies[update] = predicted[columns] - reference[rows]
     late = np.concatenate([np.zeros(0), *latencies.values()])
     counts = {
-        "frames": clip.num_frames,
-        "right": right.sum(),  # frames at whose end all steps agree
-        "right_never": right_never.sum(),  # the same for a model that never updates
         "references": len(due),
         "predictions": len(made),
         "matched": len(late),
-        "unknown": sum(step not in start or transition not in TRANSITIONS for _, (step, transition) in made),
         "mistake references": sum(kind in MISTAKES for _, _, (_, kind) in due),
         "mistake predictions": sum(kind in MISTAKES for _, (_, kind) in made),
         "mistake matched": sum(len(found) for (_, kind), found in latencies.items() if kind in MISTAKES),
     }
-    counts |= _count_completions(  # one is early before its first positive frame, not before its time within the range
-        sorted((frame, step) for _, frame, (step, kind) in due if kind == "complete"),
-        [(i, step) for i, (step, kind) in made if kind == "complete"],
-    )
-    counts["completion frames late"] /= clip.fps
+    completed = sorted((frame, step) for _, frame, (step, kind) in due if kind == "complete")
+    counts |= _count_completions(completed, [(i, step) for i, (step, kind) in made if kind == "complete"], clip.fps)
     part = np.arange(clip.num_frames) * PARTS // clip.num_frames
-    for name, marked in (("frames", None), ("right", right), ("right_never", right_never)):
+    for name, marked in (  # frames at whose end all steps agree; the same for a model that never updates
+        ("frames", np.ones(clip.num_frames)),
+        ("right", (own == truth).all(axis=1)),
+        ("right_never", (never == truth).all(axis=1)),
+    ):
+        counts[name] = marked.sum()
         counts |= {f"{name} {i}": count for i, count in enumerate(np.bincount(part, marked, PARTS))}
     return counts, late
 
 
-def _count_completions(reference: Sequence[tuple[int, str]], predicted: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def _count_completions(due: Sequence[tuple[int, str]], made: Sequence[tuple[int, str]], fps: float) -> dict[str, Any]:
     """Counts of procedure step recognition from (frame, step) in order: each reference takes the first prediction of
     its step that is left and not earlier. A step predicted early is no miss, as in IndustReal's code."""
     delays, missed = [], 0
-    for step in dict.fromkeys(step for _, step in reference):
-        own, left = ([i for i, other in side if other == step] for side in (reference, predicted))
+    for step in dict.fromkeys(step for _, step in due):
+        own, left = ([i for i, other in side if other == step] for side in (due, made))
         missed += max(0, len(own) - len(left))
-        for due in own:
-            if (late := next((i for i in left if i >= due), None)) is not None:
+        for first in own:  # one is early before its first positive frame, not before its time within the range
+            if (late := next((i for i in left if i >= first), None)) is not None:
                 left.remove(late)
-                delays.append(late - due)
-    distance = edit_distance(*([step for _, step in side] for side in (reference, predicted)))
+                delays.append(late - first)
     return {
-        "completion references": len(reference),
-        "completion predictions": len(predicted),
+        "completion references": len(due),
+        "completion predictions": len(made),
         "completion matched": len(delays),
         "completion missed": missed,
-        "completion frames late": float(sum(delays)),
-        "orders": len(reference) > 0,
-        "order similarity": 1 - min(1, distance / len(reference)) if reference else 0,
+        "completion seconds late": float(sum(delays)) / fps,
     }
-
-
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Damerau-Levenshtein distance, unrestricted: insertion, deletion and transposition cost 1, substitution 2, as in
-    IndustReal's `procedure_order_similarity`."""
-    far, seen = len(a) + len(b), dict.fromkeys([*a, *b], 0)
-    d = np.full((len(a) + 2, len(b) + 2), far)
-    d[1:, 1], d[1, 1:] = range(len(a) + 1), range(len(b) + 1)
-    for i, x in enumerate(a, 1):
-        last = 0  # the latest place in b that equals x
-        for j, y in enumerate(b, 1):
-            k, m = seen[y], last
-            last = j if x == y else last
-            swapped = d[k, m] + (i - k - 1) + 1 + (j - m - 1)
-            d[i + 1, j + 1] = min(d[i, j] + 2 * (x != y), d[i + 1, j] + 1, d[i, j + 1] + 1, swapped)
-        seen[x] = i
-    return int(d[-1, -1])
 
 
 def state_rates(c: dict[str, Any]) -> dict[str, Any]:
@@ -161,18 +137,15 @@ def state_rates(c: dict[str, Any]) -> dict[str, Any]:
         f1 = ratio(2 * matched, references + predictions)
         return {"precision": ratio(matched, predictions), "recall": ratio(matched, references), "f1": f1}
 
-    done = {name: c[f"completion {name}"] for name in ("matched", "missed", "predictions", "frames late")}
+    done, missed = c["completion matched"], c["completion missed"]
     return {
         "over_time": {i: ratio(c[f"right {i}"], c[f"frames {i}"]) for i in range(PARTS)},
         "over_time_never_updating": {i: ratio(c[f"right_never {i}"], c[f"frames {i}"]) for i in range(PARTS)},
         "joint_accuracy": ratio(c["right"], c["frames"]),
         "joint_accuracy_never_updating": ratio(c["right_never"], c["frames"]),
         "transitions": rates(c["matched"], c["predictions"], c["references"]),
-        "completions": {
-            **rates(done["matched"], done["predictions"], done["matched"] + done["missed"]),
-            "delay_s": ratio(done["frames late"], done["matched"]),
-            "order_similarity": ratio(c["order similarity"], c["orders"]),
-        },
+        "completions": rates(done, c["completion predictions"], done + missed)
+        | {"delay_s": ratio(c["completion seconds late"], done)},
         "mistakes": rates(c["mistake matched"], c["mistake predictions"], c["mistake references"]),
     }
 
@@ -182,8 +155,7 @@ def report_states(states: Counted) -> dict[str, Any]:
     sums, latencies = states.sums(), np.concatenate(states.latencies)
     rates = plain(state_rates(sums))
     rates |= {name: list(rates[name].values()) for name in ("over_time", "over_time_never_updating")}
-    rates["transitions"] |= {name: int(sums[name]) for name in ("references", "predictions", "matched", "unknown")}
-    for name in ("completion", "mistake"):
-        rates[f"{name}s"] |= {n: int(sums[f"{name} {n}"]) for n in ("references", "predictions", "matched")}
+    for kind, prefix in (("transitions", ""), ("completions", "completion "), ("mistakes", "mistake ")):
+        rates[kind] |= {name: int(sums[prefix + name]) for name in ("references", "predictions", "matched")}
     rates["transitions"]["median_latency_s"] = float(np.median(latencies)) if len(latencies) else None
     return rates | {"clips": len(states.clips), "frames": int(sums["frames"])}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.bootstrap import (
+    ANY,
     Comparison,
     always_valid,
     answer,
@@ -26,11 +27,11 @@ from trainer.evaluation.bootstrap import (
 DRAWS = draw_recordings(40, 2_000)
 
 
-def interval(arm, draws=DRAWS, bounds=None):
+def interval(arm, draws=DRAWS, bounds=ANY):
     return interval_of(replicate(arm, draws), draws.shape[1], bounds)
 
 
-def compare(a, b, draws=DRAWS, bounds=None):
+def compare(a, b, draws=DRAWS, bounds=ANY):
     return compare_of(replicate(a, draws), replicate(b, draws), draws.shape[1], bounds)
 
 

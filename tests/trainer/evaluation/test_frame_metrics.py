@@ -22,7 +22,7 @@ from trainer.evaluation.frame_metrics import (
     ranking,
     report_frames,
 )
-from trainer.evaluation.metrics import Settings, measure
+from trainer.evaluation.metrics import Settings, Thresholds, measure
 
 RECORDINGS = [f"r{i}" for i in range(5)]
 
@@ -44,7 +44,7 @@ def test_ranking_of_four_frames_by_hand():
     assert report["ap"] == pytest.approx((1 / 1 + 2 / 3) / 2, abs=1e-15)
     assert (report["chance"], report["auroc"]) == (0.5, 0.75)  # 3 of the 4 pairs are in order
     assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
-    assert (report["frames"], report["positives"], report["threshold"]) == (4, 2, 2.5)
+    assert (report["frames"], report["positives"]) == (4, 2)
     ties = report_frames(frames_of([2, 2, 2, 1], [1, 0, 1, 0]), None, 10)
     assert (ties["ap"], ties["auroc"]) == (2 / 3, (2 * 0.5 + 2 * 1) / 4)
 
@@ -78,8 +78,6 @@ def test_a_heads_own_events_are_told_from_the_others():
     report = report_frames(frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, -100]), None, 10)
     alone = report["alone"]
     assert (alone["frames"], alone["positives"], alone["ap"], alone["chance"]) == (3, 1, 0.5, 1 / 3)
-    assert (report["both"]["positives"], report["both"]["ap"]) == (1, 1.0)
-    assert report["auroc_against_other"] == 0.5  # of own (1), both (6) against other (5)
 
 
 def test_frames_are_counted_by_both_labels():
@@ -87,7 +85,7 @@ def test_frames_are_counted_by_both_labels():
     scored = clip_of(frames=6, speaking=range(6), updating=range(6))
     scored = replace(scored, clip=replace(scored.clip, labels=labels))
     cells = {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
-    assert measure([scored], None, Settings())["cells"] == cells
+    assert measure([scored], Thresholds({}, {}), Settings())["cells"] == cells
     speaking = head_frames([scored], "speaking", ["r-c0"])
     assert (speaking.scores.tolist(), speaking.other.tolist()) == ([0, 1, 2, 3, 5], [0, 1, 1, 0, -100])
     assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]
@@ -103,7 +101,7 @@ def test_frames_are_counted_by_both_labels():
     ],
 )
 def test_the_best_threshold_lies_midway_between_scores(scores, positive, threshold):
-    assert best_threshold(np.float32(scores), np.array(positive, bool)) == threshold
+    assert best_threshold(frames_of(scores, positive)) == threshold
 
 
 def test_numbers_are_scikit_learns():
@@ -116,7 +114,7 @@ def test_numbers_are_scikit_learns():
     assert report["recall"] == recall_score(y, fired)
     assert report["f1"] == f1_score(y, fired)
     assert report["balanced_accuracy"] == balanced_accuracy_score(y, fired)
-    best = f1_score(y, frames.scores >= best_threshold(frames.scores, y))
+    best = f1_score(y, frames.scores >= best_threshold(frames))
     assert best == max(f1_score(y, frames.scores > cut) for cut in np.unique(frames.scores))
 
 

@@ -21,8 +21,7 @@ from trainer.evaluation.benchmark_folder import Benchmark, read_benchmark
 from trainer.evaluation.clip_pictures import find_disagreements
 from trainer.evaluation.comparison import BEATS, NO_LARGER, compare_runs, settle
 from trainer.evaluation.conclusions import harness_check, ladder_steps, leaks, opening, top_rung
-from trainer.evaluation.evaluate_scores import all_metrics
-from trainer.evaluation.metrics import Thresholds
+from trainer.evaluation.metrics import Thresholds, all_metrics
 from trainer.evaluation.report import write_report
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.plan import Plan, run_of

@@ -119,23 +119,23 @@ def test_infinite_logits_and_certain_probabilities_become_large_finite_logits(tm
 REFUSED = {
     "missing": (
         lambda t: t.filter(~pl.col("frame").is_in([11, 12])),
-        "scores.parquet split test: 2 frames have no row, the first is clip b frame 11; expected one row",
+        "scores.parquet split test: 2 frames have no row; the first is clip b frame 11",
     ),
     "relative": (
         lambda t: t.with_columns(pl.col("frame") - pl.col("frame").min().over("clip_id")),
-        "6 rows are of no frame of their clip, the first is clip b frame 0, expected 10 to 15; frames are absolute",
+        "6 rows are of frames that the shards lack; the first is clip b frame 0 (frames are absolute",
     ),
     "labels one frame late": (
         lambda t: t.with_columns(pl.col("speaking_label").shift(1, fill_value=0)),
-        "split test: clip a frame 2: speaking_label is 0, the shards say 1 (4 frames differ)",
+        "4 frames have another speaking_label in the shards; the first is clip a frame 2",
     ),
     "NaN": (
         lambda t: t.with_columns(pl.col("speaking_logit").replace({2.5: math.nan})),
-        "clip b frame 15: speaking_logit is NaN or null (1 such frames)",
+        "1 frames have no speaking_logit; the first is clip b frame 15",
     ),
     "logits named probability": (
         lambda t: t.rename({"speaking_logit": "speaking_probability"}),
-        "expected 0 to 1; if these are logits, name the column speaking_logit",
+        "frames have a speaking_probability beyond 0 to 1: are these logits?",
     ),
 }
 
