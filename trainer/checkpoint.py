@@ -5,7 +5,7 @@ A checkpoint is a folder that `transformers` opens, plus our heads:
     model.safetensors, config.json   the SmolVLM, by save_pretrained, LoRA adapters merged in
     heads.safetensors                both heads
     tokenizer.json, ...              the tokenizer
-    run.json                         TrainConfig, step, label statistics, key of the data, SHA-256 of each file
+    run.json                         TrainConfig, step, sampling rate, fps, SHA-256 of each file
     state.safetensors                `last` alone: the optimizer's moments and the random generators' states
     README.md                        the model card
 
@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pipeline import schema
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.storage import LOCK, is_vacant, lock, make_folder, sha256, sync, write_json
@@ -57,8 +56,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A model and where it comes from (`info`: steps done, best AP, label statistics, the data's key), which training
-    updates. `load_run` gives it ready to score."""
+    """A model and what training updates of it (`info`: step, best mean AP, neg_rate, fps)."""
 
     model: ProspectModel
     tokens: Tokens
@@ -345,19 +343,10 @@ def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> Loa
     if config.max_tokens > (longest := text.max_position_embeddings):
         raise InputError(f"max_tokens is {config.max_tokens}, but {config.model} reads {longest}; lower --max-tokens")
     statistics = split.statistics()
-    rates = statistics.positive_rates(of_all=config.reweigh)
-    heads = DecisionHeads(int(text.hidden_size), (0.5, 0.5) if config.balance == "mean" else rates)
+    rates = (0.5, 0.5) if config.balance == "mean" else statistics.positive_rates(of_all=config.reweigh)
+    heads = DecisionHeads(int(text.hidden_size), rates)
     if find_arm(config.arm).decides == "inverted":
         heads.speak.bias.data.neg_()
-    kinds = ("negative", "positive", "not_sampled")
-    counts = zip(schema.HEADS, statistics.counts.tolist(), strict=True)
-    info = {
-        "step": 0,
-        "best": -1.0,  # mean AP on the evaluation split
-        "data_key": split.key,
-        "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},
-        "positive_rates": statistics.positive_rates(),
-        "neg_rate": statistics.neg_rate,
-        "fps": next(split.in_order()).fps,
-    }
+    best = -1.0  # mean AP on the evaluation split
+    info = {"step": 0, "best": best, "neg_rate": statistics.neg_rate, "fps": next(split.in_order()).fps}
     return LoadedRun(ProspectModel(vlm, heads, config, tokens.choices), tokens, config, info)

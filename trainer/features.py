@@ -36,7 +36,6 @@ from torch import Tensor
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from pipeline.storage import replacing
-from pipeline.terminal import command
 
 if TYPE_CHECKING:
     from transformers import SmolVLMForConditionalGeneration
@@ -120,16 +119,16 @@ def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
 
 def write_features(path: Path, header: dict[str, Any], frames: npt.NDArray[np.int32], features: Features) -> None:
     """A video's file from the features [N, k, D] of its `frames` [N] (ascending); `header` as `encode` makes it."""
-    sums = [_checksum(row, number) for row, number in zip(features, frames.tolist(), strict=True)]
-    arrays = {"features": features, "frames": frames, "checksums": np.array(sums, np.uint32)}
+    arrays = {"features": features, "frames": frames, "checksums": _checksums(features, frames)}
     provenance = {name: str(value) for name, value in {**header, "format": FORMAT}.items()}
     with replacing(path) as new:
         new.write_bytes(save(arrays, {"provenance": json.dumps(provenance)}))  # of several keys the order varies
 
 
-def _checksum(row: Features, number: int) -> int:
-    """CRC-32 of a frame's features [k, D] and its number."""
-    return zlib.crc32(np.ascontiguousarray(row).data, number)
+def _checksums(features: Features, frames: npt.NDArray[np.int32]) -> npt.NDArray[np.uint32]:
+    """[N]: CRC-32 of each frame's features [k, D] and its number."""
+    rows = zip(features, frames.tolist(), strict=True)
+    return np.array([zlib.crc32(np.ascontiguousarray(row).data, number) for row, number in rows], np.uint32)
 
 
 class FeatureFile:
@@ -144,7 +143,7 @@ class FeatureFile:
             if self.header.get("format") != FORMAT:
                 raise SafetensorError(f"format {self.header.get('format')}, expected {FORMAT}")
             self.frames: npt.NDArray[np.int32] = file.get_tensor("frames").numpy()
-            self.checksums: list[int] = file.get_tensor("checksums").tolist()
+            self.checksums: npt.NDArray[np.uint32] = file.get_tensor("checksums").numpy()
             self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
             raise InputError(
@@ -154,23 +153,22 @@ class FeatureFile:
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""
         found = self.features[first:end]
-        sums = [_checksum(row, number) for row, number in zip(found, self.frames[first:end].tolist(), strict=True)]
-        return found if sums == self.checksums[first:end] else None
+        sums = _checksums(found, self.frames[first:end])
+        return found if np.array_equal(sums, self.checksums[first:end]) else None
 
 
 def kept_layer(folder: Path) -> str:
     """The layer whose features are in the folder, by the first file there; "vision" where there is none."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected features; run {command('encode', '--out', folder)}")
+        raise InputError(f"{folder}: no such folder, expected features; {ENCODE}")
     first = next(folder.rglob("[!.]*.safetensors"), None)
     return "vision" if first is None else FeatureFile(first).header["layer"]
 
 
 class CachedFeatures:
-    """A FrameSource of what `encode` wrote into `folder`, by weights of that `fingerprint`.
+    """A FrameSource of what `encode` wrote into `folder`, by weights of that `fingerprint`; may be pickled.
 
     k may be smaller than the files', where their square grid divides into k's: pooling again is exact.
-    May be pickled; open files stay behind.
     """
 
     def __init__(self, folder: Path, fingerprint: str, k: int = 1) -> None:

@@ -52,17 +52,9 @@ def theirs(folder: Path, pack: Pack, which=AutoModelForImageTextToText):
 
 
 def test_run_json_says_what_the_scores_depend_on(whole):
-    """Seven clips of 12 to 14 frames: 2 speak, 1 updates the state, and each is silence for the other head."""
     info = json.loads((whole / "last" / "run.json").read_bytes())
     assert TrainConfig.from_json(info["config"]) == CONFIG.on("cpu")
     assert (info["step"], info["neg_rate"]) == (10, 0.5)
-    frames, drawn = 3 * 12 + 2 * 13 + 2 * 14, sum(int((clip(i).labels == 0).all(0).sum()) for i in range(7))
-    assert 0 < drawn < frames - 21
-    assert info["labels"] == {
-        "speaking": {"positive": 14, "negative": 7 + drawn, "not_sampled": frames - 21 - drawn},
-        "dst_update": {"positive": 7, "negative": 14 + drawn, "not_sampled": frames - 21 - drawn},
-    }
-    assert info["positive_rates"] == pytest.approx([14 / (21 + drawn), 7 / (21 + drawn)])
 
 
 # ---- with transformers alone -------------------------------------------------------------------------
