@@ -10,8 +10,8 @@ A checkpoint is a folder that `transformers` opens, plus our heads:
     README.md                        the model card
 
 It is written beside its place, run.json last, and renamed: whenever a process is killed, the old one or the new one is
-complete. Logits are bit-equal after loading (with LoRA to float rounding, as merging rounds once; a resume keeps the
-adapters apart, bit for bit). options.json is written just before the first step; every resume is compared with it.
+complete. Logits are bit-equal after loading (with LoRA to float rounding; a resume keeps the adapters apart, bit for
+bit). options.json is written just before the first step; every resume is compared with it.
 """
 
 from __future__ import annotations
@@ -65,11 +65,8 @@ class LoadedRun:
 
     @property
     def logit_correction(self) -> float | None:
-        """To add to a logit before it is read as a probability: ln(neg_rate), or 0 where the loss was reweighed.
-
-        Exact only where no silent frame was kept because the other head is positive there (DESIGN.md, Loss). None with
-        `balance="mean"`, which shifts logits otherwise: calibrate on held-out clips.
-        """
+        """To add to a logit before it is read as a probability: ln(neg_rate), or 0 where the loss was reweighed; None
+        with `balance="mean"`. Exact but where a silent frame is kept for the other head (DESIGN.md, Loss)."""
         if self.config.balance == "mean":
             return None
         return 0.0 if self.config.reweigh else math.log(max(self.info.get("neg_rate", 1.0), 2**-32))
@@ -268,11 +265,8 @@ def run_options(config: TrainConfig, split: Split, held_out: Split | None, featu
 
 
 def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitStack) -> None:
-    """Lock the folder if it exists (until `held` is closed), restore its checkpoints, refuse what this run can't use.
-
-    InputError for files of somebody else, a run without `resume`, and a run of other options. A run that stopped
-    before its first checkpoint may be started anew, with any options.
-    """
+    """Lock the folder if it exists (until `held` is closed), restore its checkpoints; InputError for what this run
+    can't go on from. One that stopped before its first checkpoint may be started anew, with any options."""
     if is_vacant(run):
         return
     lock_folder(run, held)
@@ -317,10 +311,7 @@ def read_options(run: Path) -> dict[str, Any]:
 
 
 def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
-    """The config of `values`; a resumed run keeps its own but for the fields that were `chosen`.
-
-    A warm-up that was not chosen is cut to the number of steps.
-    """
+    """The config of `values`, an unchosen warm-up cut to the steps; a resumed run's own but for the `chosen` fields."""
     if resume and (run / OPTIONS).is_file():
         return TrainConfig.from_json(read_options(run)["config"] | {name: values[name] for name in chosen})
     if "warmup_steps" not in chosen:
@@ -329,10 +320,8 @@ def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], r
 
 
 def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> LoadedRun:
-    """RUN/last as it was left (its optimizer is `load_state`'s); a new model where there is none.
-
-    The biases of new heads start at the log-odds of the positives that the loss sees.
-    """
+    """RUN/last as it was left (its optimizer is `load_state`'s), or a new model, whose heads' biases start at the
+    log-odds of the positives that the loss sees."""
     if resume and (run / "last").is_dir():
         return load_run(run / "last", to_train=True)
     verify_model(config.model)

@@ -33,15 +33,12 @@ RECORDINGS = {"train": 300, "val": 20, "test": 40}  # of `synthetic_data`
 
 
 def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig | None = None) -> Evaluation:
-    """Do it all below the new folder `out`; returns the held-out report. UsageError if `out` is in use.
-
-    config: other data than the default; its seed is replaced by `seed`.
-    """
+    """Do it all below the new folder `out`; returns the held-out report. `config` (but its seed): of the data."""
     from trainer.evaluate import evaluate
     from trainer.train import train
 
     if not is_vacant(out):
-        raise UsageError(f"{out}: found files there, expected a new folder; remove it, or choose another --out")
+        raise UsageError(f"{out}: found files there, expected a new folder; choose another --out")
     raw, data, run, picture = out / "raw", out / "data", out / "run", out / "learned.svg"
     began = time.monotonic()
 

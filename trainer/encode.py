@@ -36,23 +36,10 @@ from pipeline.errors import InputError
 from pipeline.media import images_in
 from pipeline.storage import LOCK, lock, make_folder
 from pipeline.terminal import progress_bar
+from trainer import features
 from trainer.checkpoint import verify_model
 from trainer.config import RANDOM_MODELS
 from trainer.distributed import best_device
-from trainer.features import (
-    LAYERS,
-    STORED,
-    FeatureFile,
-    Features,
-    feature_path,
-    feature_width,
-    fingerprint,
-    frame_side,
-    most_tokens,
-    run_connector,
-    run_tower,
-    write_features,
-)
 from trainer.frame_source import PixelFrames, open_frames
 from trainer.loader import Transfer, fetched
 from trainer.model import load_model
@@ -104,7 +91,8 @@ def encode(
     the videos, i from 1; other parts may run at the same time. `mapper` runs the tower in other processes; None: here.
     A video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left.
     """
-    for name, value, known in (("dtype", dtype, DTYPES), ("store", store, STORED), ("keep", keep, LAYERS)):
+    choices = (("dtype", dtype, DTYPES), ("store", store, features.STORED), ("keep", keep, features.LAYERS))
+    for name, value, known in choices:
         if value not in known:
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if not 1 <= part[0] <= part[1]:
@@ -165,7 +153,7 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
         frames = frames[frames < count]
         if not len(frames):
             return None
-    path, header = feature_path(out, clip.video_uid, clip.fps), tower.header(clip, paths.pop())
+    path, header = features.feature_path(out, clip.video_uid, clip.fps), tower.header(clip, paths.pop())
     before = _frames_of_same(path, header)
     if np.isin(frames, before).all():
         report.skipped += 1
@@ -176,7 +164,7 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
 def _frames_of_same(path: Path, header: dict[str, Any]) -> npt.NDArray[np.int32]:
     """Frames of an undamaged file of the same source and options."""
     try:
-        file = FeatureFile(path)
+        file = features.FeatureFile(path)
     except InputError:
         return np.array([], np.int32)
     differs = {name for name, value in header.items() if file.header[name] != str(value)} - {"model", "revision"}
@@ -187,17 +175,14 @@ def _frames_of_same(path: Path, header: dict[str, Any]) -> npt.NDArray[np.int32]
     return file.frames if whole else np.array([], np.int32)
 
 
-# ---- computing ---------------------------------------------------------------------------------------
-
-
 class Tower:
     """A model's vision tower on the device, and how `encode` runs it."""
 
     def __init__(self, vlm: Any, model: str, k: int, keep: str, store: str, computed: str) -> None:
         """`model` is the name of the SmolVLM `vlm`, which is on the device already."""
         self.vlm, self.model, self.k, self.keep, self.store, self.computed = vlm, model, k, keep, store, computed
-        self.side, self.width = frame_side(vlm), feature_width(vlm, keep)
-        self.fingerprint = fingerprint(vlm, keep)
+        self.side, self.width = features.frame_side(vlm), features.feature_width(vlm, keep)
+        self.fingerprint = features.fingerprint(vlm, keep)
         self.transfer = Transfer(next(vlm.model.vision_model.parameters()).device)
 
     def header(self, clip: ClipExample, path: Path) -> dict[str, Any]:
@@ -217,17 +202,17 @@ class Tower:
             "layer": self.keep,
         }
 
-    def features(self, passes: Iterable[Tensor]) -> Iterator[Features]:
+    def features(self, passes: Iterable[Tensor]) -> Iterator[npt.NDArray[Any]]:
         """[n, k, D] of pixels [n, 3, S, S], a pass late."""
         store = getattr(torch, self.store)
         started = (self.transfer.down(self._look(*self.transfer.up([pixels])()).to(store)) for pixels in passes)
-        return (features.numpy() for features in fetched(started))
+        return (block.numpy() for block in fetched(started))
 
     def _look(self, pixels: Tensor) -> Tensor:
         bf16 = self.computed == "bfloat16"
         with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            features = run_tower(self.vlm, pixels, self.k, chunk=len(pixels))
-            return run_connector(self.vlm, features) if self.keep == "connector" else features
+            seen = features.run_tower(self.vlm, pixels, self.k, chunk=len(pixels))
+            return features.run_connector(self.vlm, seen) if self.keep == "connector" else seen
 
 
 def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Tower:
@@ -236,7 +221,7 @@ def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Towe
         raise InputError(f"model is {model}: its tower knows nothing before it is trained; name a run, or a real model")
     verify_model(model)
     vlm = load_model(model, vocabulary=0)
-    if not 1 <= k <= (most := most_tokens(vlm)) or math.isqrt(k) ** 2 != k:
+    if not 1 <= k <= (most := features.most_tokens(vlm)) or math.isqrt(k) ** 2 != k:
         raise InputError(f"tokens_per_frame is {k}, expected a square number, at most the {most} of {model}")
     vlm.model.text_model = vlm.lm_head = None
     vlm.model.to(best_device())
@@ -254,10 +239,10 @@ def _encode_all(
     with closing(_decoded(jobs, source, batch, tower.transfer.overlaps)) as decoded:
         for number, passes in groupby(decoded, key=itemgetter(0)):
             job, filled = jobs[number], 0
-            features = np.empty((len(job.frames), tower.k, tower.width), tower.store)
+            values = np.empty((len(job.frames), tower.k, tower.width), tower.store)
             try:
                 for block in tower.features(future.result() for _, future in passes):
-                    features[filled : filled + len(block)] = block
+                    values[filled : filled + len(block)] = block
                     filled += len(block)
                     show(done + filled)
             except InputError as error:
@@ -265,10 +250,10 @@ def _encode_all(
                     future.cancel()
                 yield str(error)
                 continue
-            if not np.isfinite(features).all():
+            if not np.isfinite(values).all():
                 what = f"features that are no numbers, or too large for {tower.store}"
                 raise InputError(f"video {job.clip.video_uid}: {what}; use --store float32, or another --model")
-            write_features(job.path, job.header, job.frames, features)
+            features.write_features(job.path, job.header, job.frames, values)
             done += filled
             yield None
 

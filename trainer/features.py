@@ -48,9 +48,6 @@ STORED = ("float16", "float32")
 VISION_CHUNK = 64  # frames per pass of the vision tower
 
 
-# ---- computing ---------------------------------------------------------------------------------------
-
-
 def frame_side(vlm: SmolVLMForConditionalGeneration) -> int:
     """S: side of the square frames it takes, in pixels."""
     return int(vlm.config.vision_config.image_size)
@@ -106,9 +103,6 @@ def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> 
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-# ---- on disk -----------------------------------------------------------------------------------------
 
 
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:

@@ -1,9 +1,8 @@
 """Pixels of a clip's frames, from the Arrow file, the video file or the folder of images that `pipeline.media` finds.
 
-Frames are cropped to a square around the centre, then resized. A window that starts where the last one ended is read on
-without seeking. Decoded 64x64 frames cost 12 KB each, so a small data set is decoded once and kept, up to
-`cache_bytes`; nothing is evicted, as under epoch-wise access an LRU cache that is too small never hits. At 512x512 a
-frame is 786 KB and decoding costs milliseconds: run the vision tower once instead (`encode`), train from its features.
+Decoded 64x64 frames cost 12 KB each, so a small data set is decoded once and kept, up to `cache_bytes`; nothing is
+evicted, as under epoch-wise access an LRU cache that is too small never hits. At 512x512 a frame is 786 KB and decoding
+costs milliseconds: run the vision tower once instead (`encode`), train from its features.
 
     F frames    S side of the model's square input in pixels
 """
@@ -38,8 +37,7 @@ class FrameSource(Protocol):
 
 
 class BlankFrames:
-    """Frames for an arm without images: no video is looked for, and a frame is one byte that no model reads
-    (`ProspectModel.frame_features`)."""
+    """For an arm without images: no video is looked for; a frame is a byte (`ProspectModel.frame_features`)."""
 
     def check(self, clip: ClipExample) -> None:
         pass

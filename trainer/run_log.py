@@ -1,8 +1,8 @@
 """The log of a run: RUN/metrics.jsonl, TensorBoard, wandb if asked for, and progress on stderr.
 
-metrics.jsonl is the record: each line is flushed, so kill -9 costs at most the line being written, and `rewind` cuts it
-to the checkpoint that a resumed run starts from. What depends on the clock stands apart under "clock"; the rest is the
-same, bit for bit, whether a run was interrupted or not. Strict JSON: what is not finite is null.
+Each line of metrics.jsonl is flushed, so kill -9 costs at most the line being written; a resumed run cuts it to its
+checkpoint. What depends on the clock stands apart under "clock"; the rest is the same, bit for bit, whether a run was
+interrupted or not. What is not finite is null.
 
     {"step": 3, "loss": 1.2, "speaking": 0.6, "dst_update": 0.4, "lm": 0.2, "n_speaking": 390.0, ..., "grad_norm": 0.9,
      "lr": 2e-3, "tokens": 3400, "padding": 0.01, "clock": {"seconds": 0.8, "tokens_per_s": 4250.0}}
@@ -32,7 +32,7 @@ from pipeline.terminal import clock, progress_bar
 Line = dict[str, Any]
 Log = Callable[[Line], object]
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS: Final = "metrics.jsonl"
 LOSSES: Final = {"loss": "loss/total", **{term: f"loss/{term}" for term in (*HEADS, "lm")}}
 
 
@@ -48,7 +48,7 @@ def open_log(
     """A function that logs a line: a step's numbers (`step` from 1, `seconds`, ...), or {"step", "evaluation"}.
 
     What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`; a resumed run is a new one of
-    the same name and group there. shown: progress on stderr. OSError, also later, where the disk is full.
+    the same name and group there. shown: progress on stderr.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -56,7 +56,7 @@ def open_log(
     with ExitStack() as stack:
         file = stack.enter_context((run / METRICS).open("ab", buffering=0))
         # purge_step: what a killed run logged after its checkpoint is not shown
-        board: Any = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+        board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
         stack.enter_context(board)
         progress = stack.enter_context(_progress(total_steps, done)) if shown else None
         if wandb := find_tracker(tracker):
@@ -108,9 +108,6 @@ def scalars(line: Line) -> dict[str, float]:
     return {name: float(v) for name, v in named.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
-# ---- metrics.jsonl -----------------------------------------------------------------------------------
-
-
 def read_metrics(run: Path) -> list[Line]:
     """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file."""
     return [json.loads(text) for text in _whole_lines(run)]
@@ -127,9 +124,6 @@ def _whole_lines(run: Path) -> list[bytes]:
     path = run / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [text for text in lines if text.endswith(b"\n")]
-
-
-# ---- on stderr ---------------------------------------------------------------------------------------
 
 
 @contextmanager
