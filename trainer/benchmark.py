@@ -5,9 +5,8 @@
     OUT/report.html, figures/       the answer so far
     OUT/seconds.json                what each run took, to predict others
 
-All arms see the same clips in the same order with the same draws, for the same number of steps under the same loss
-balance. A finished run is recognised by the hashes of its checkpoint, data and settings; one that was stopped is
-resumed. The question (pair, metric, mode) is settled before anything is trained: `primary`. Tables and report are a
+All arms see the same clips in the same order with the same draws, for the same number of steps. A finished run is
+recognised by the hashes of its checkpoint, data and settings; one that was stopped is resumed. Tables and report are a
 function of the finished runs; which runs a clock leaves time for depends on the machine, their numbers do not.
 """
 
@@ -43,13 +42,13 @@ from trainer.config import MODES, RunOptions
 from trainer.controls import control_key, score_control
 from trainer.distributed import best_device
 from trainer.evaluate import evaluate
-from trainer.evaluation.benchmark_folder import read_benchmark
 from trainer.evaluation.comparison import (
     PRIMARY,
     compare_runs,
     metrics_of,
     power_line,
     question_of,
+    read_benchmark,
     settle,
     what_narrows,
 )
@@ -68,19 +67,13 @@ FIRST_STEPS: Final = 10  # of a run, that its duration is predicted from
 SECONDS: Final = "seconds.json"
 
 
-class TooSlow(InputError):
-    """No pair of runs would end in time."""
-
-
 def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None, until: float = math.inf) -> Path:
     """Do what is not done yet, the most telling first, with a new report after each pair; the report's path.
 
     until: of time.monotonic(): no run is begun that would end later, and one that still runs then is stopped.
-    report_line: gets a line per finished run, and what would narrow the interval. After other runs there is a report
-    while reports take at most a twentieth of the time; whatever stops it but a kill, there is one of all finished runs.
-
-    InputError before anything is trained where no threshold could be chosen, where another process works in the same
-    folder, and where runs are there that were started otherwise; after a few steps where no pair would end in time.
+    report_line: gets a line per finished run, and what would narrow the interval. Whatever stops it but a kill, there
+    is a report of all finished runs. InputError before anything is trained where the data can't answer, where another
+    process works in the folder, and where runs were started otherwise; later where no pair of runs would end in time.
     """
     check_plan(plan)
     splits, trained_on = hold(plan.data, plan.split), Split(plan.data, "train")
@@ -89,14 +82,14 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         lock_folder(plan.out, held)
         settle(plan)
         schedule = _schedule(plan, splits, trained_on, until)
-        jobs, there = {job for unit in schedule.units for job in unit}, len(schedule.done)
-        of = f" of {len(jobs)}" if len(plan.seeds) < MOST_SEEDS else ""
-        if there:
-            report_line(f"{there}{of} runs are there already")
+        count, there = sum(map(len, schedule.units)), len(schedule.done)
+        of = f" of {count}" if len(plan.seeds) < MOST_SEEDS else ""
         update = partial(_update, plan, schedule, splits.test, report_line)
         write_first_page(plan.out)
         try:
-            if there < len(jobs):
+            if there:
+                report_line(f"{there}{of} runs are there already")
+            if there < count:
                 report_line(power_line(plan, splits.test))
                 if there:  # a kill may have come between the end of a run and its report
                     update(in_progress=True)
@@ -108,12 +101,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
                     report_line(f"{name}: event F1 {words} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:
                         report_line(f"{name}: {note}")
-                    if schedule.report_is_due(job, time.monotonic()) and len(schedule.done) < len(jobs):
+                    if schedule.report_is_due(job, time.monotonic()) and len(schedule.done) < count:
                         update(in_progress=True)
-        except TooSlow:  # with fewer steps, they could not go on
-            for job in schedule.begun.keys() - schedule.left.keys():
-                shutil.rmtree(run_of(plan, job), ignore_errors=True)
-            raise
         finally:
             if schedule.done:
                 update()
@@ -153,15 +142,11 @@ def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -
     done = {job for job in jobs_with(plan) if job in asked and is_done(plan, job, splits, trained_on)}
     schedule = Schedule(units, pair, done, plan.jobs or len(_gpus()) or available_cores(), until)
     with suppress(OSError, ValueError):  # without it the first run is measured anew
-        kept = json.loads((plan.out / SECONDS).read_bytes())
-        schedule.seconds = {job: kept[_name(job)] for job in done if _name(job) in kept}
+        kept = {(rung, seed): seconds for rung, seed, seconds in json.loads((plan.out / SECONDS).read_bytes())}
+        schedule.seconds = {job: kept[job] for job in done if job in kept}
     begun = [job for job in jobs_with(plan, "last") if job in asked - done]
     schedule.left = {job: 1 - len(_step_seconds(plan, job)) / plan.config.steps for job in begun}
     return schedule
-
-
-def _name(job: Job) -> str:
-    return f"{job[0]}/seed-{job[1]}"
 
 
 def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool:
@@ -223,40 +208,41 @@ def _run_all(plan: Plan, schedule: Schedule, splits: EvalSplits) -> Generator[tu
 
     def finish(job: Job, result: Result) -> tuple[Job, Result]:
         schedule.finish(job, result[0])
-        write_json(plan.out / SECONDS, {_name(job): seconds for job, seconds in schedule.seconds.items()})
+        write_json(plan.out / SECONDS, [[*job, seconds] for job, seconds in schedule.seconds.items()])
         return job, result
 
     if schedule.workers == 1 and schedule.until == math.inf:  # in this process
         while job := schedule.next(time.monotonic()):
             yield finish(job, carry_out(plan, job))
         return
-    running = dict[Future[Result], Job]()
-    ended: list[tuple[Job, Result]] = []
+    running, ended, too_slow = dict[Future[Result], Job](), list[tuple[Job, Result]](), ""
     with _workers(schedule.workers) as pool:
-        while True:
+        while not too_slow:
             while len(running) < schedule.workers and (job := schedule.next(time.monotonic())):
                 running[pool.submit(carry_out, plan, job)] = job
-            yield from ended
+            yield from ended  # after that, as a report takes seconds
             if not running or time.monotonic() > schedule.until:
                 return  # what still runs is resumed from its checkpoint next time
             done = wait(running, POLL_S if schedule.until < math.inf else None, FIRST_COMPLETED).done
             ended = [finish(running.pop(future), future.result()) for future in done]
             if schedule.until < math.inf:
-                _predict(plan, schedule, splits)
+                too_slow = _predict(plan, schedule, splits)
+    for job in schedule.begun.keys() - schedule.left.keys():  # with fewer steps, they could not go on
+        shutil.rmtree(run_of(plan, job), ignore_errors=True)
+    raise InputError(too_slow)
 
 
-def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
-    """From the first steps of the first runs: what a run takes. TooSlow where no pair would end in time.
+def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> str:
+    """From the first steps of the first runs: what a run takes. Where no pair would end in time: that, in words.
 
     First steps may take twice what later ones do, as frames are decoded: until a fifth of them is done, half counts.
     """
-    if any(RUNGS[rung].kind == "arm" for rung, _ in schedule.seconds):
-        return
-    steps, test = plan.config.steps, len(splits.test)
-    clips = sum(map(len, splits.all.values())) + len(splits.val or ()) * (steps // (plan.config.eval_every or steps))
-    evaluation = (clips + 3 * test * plan.live) / plan.config.clips_per_step  # free-running goes frame by frame
-    for job in [job for job in schedule.begun if RUNGS[job[0]].kind == "arm"]:
-        first, now = _step_seconds(plan, job), time.monotonic()
+    steps, config, now = plan.config.steps, plan.config, time.monotonic()
+    clips = sum(map(len, splits.all.values())) + len(splits.val or ()) * (steps // (config.eval_every or steps))
+    evaluation = (clips + 3 * len(splits.test) * plan.live) / config.clips_per_step  # free-running: frame by frame
+    measured = any(RUNGS[rung].kind == "arm" for rung, _ in schedule.seconds)
+    for job in [] if measured else [job for job in schedule.begun if RUNGS[job[0]].kind == "arm"]:
+        first = _step_seconds(plan, job)
         if len(first) < min(FIRST_STEPS, steps):
             continue
         schedule.guess = median(first[-FIRST_STEPS:]) * (steps + evaluation)
@@ -265,7 +251,8 @@ def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> None:
         if takes * (1.0 if len(first) >= steps / 5 else 0.5) > left:
             what = f"{' and '.join(schedule.pair)} need about {clock(round(takes))} more, {clock(round(left))} are left"
             fewer = f"lower --steps to about {int(steps * left / takes)}"
-            raise TooSlow(f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time")
+            return f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time"
+    return ""
 
 
 @contextmanager

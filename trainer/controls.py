@@ -4,11 +4,11 @@
     history      gradient boosting on what the context holds before a frame, without its texts and without pictures: how
                  long ago the assistant spoke, the state changed and the user spoke, how often, the last gaps, the clock
 
-`score_control` writes what `trainer.evaluate` writes of a run. Free-running, `history` conditions on its own speech and
-updates; its threshold is that of the best event F1 of free-running passes over val. Where the metronome is better on
-val, it speaks as the metronome does: it has the clock, too, and a rung that does worse than the one below it would make
-the next one look good. Both are fitted on all annotated frames of train (of at most MAX_FRAMES), as an arm sees them
-over its epochs: so probabilities need no correction.
+Free-running, `history` conditions on its own speech and updates; its threshold is that of the best event F1 of
+free-running passes over val. Where the metronome is better on val, it speaks as the metronome does: it has the clock,
+too, and a rung that does worse than the one below it would make the next one look good. Both are fitted on all
+annotated frames of train (of at most MAX_FRAMES), as an arm sees them over its epochs: so probabilities need no
+correction.
 
     C clips    F frames of the longest clip    K features
 """
@@ -65,11 +65,11 @@ Thresholds = Mapping[str, Floats]  # by head [C]
 def score_control(
     name: str, data: Path, split: str, out: Path, seed: int, settings: Settings, live: bool = True
 ) -> scoring.Evaluation:
-    """Fit the control on train, score val and `split`, and write scores and metrics.json into the folder `out`."""
-    held, train = scoring.hold(data, split), Split(data, "train")
-    (out / scoring.METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
+    """Fit the control on train, score val and `split`, and write into `out` what `trainer.evaluate` writes of a run."""
     if name not in CONTROLS:
         raise InputError(f"control {name!r}: not known, expected one of {', '.join(CONTROLS)}")
+    held, train = scoring.hold(data, split), Split(data, "train")
+    (out / scoring.METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
     shards = [shard for shard in train.manifest["shards"] if (shard["split"], shard["table"]) == (train.name, "frames")]
     share = min(1.0, MAX_FRAMES / sum(shard["rows"] for shard in shards))
     drawn = np.random.default_rng(seed).permutation(len(train))[: math.ceil(share * len(train))]
@@ -83,24 +83,21 @@ def score_control(
         "arm": name,
     }
     scored = {part: list(control.teacher_forced(list(s.in_order()))) for part, s in held.all.items()}
+    notes: list[str] = []
 
     def free_running_pass(thresholds: scoring.Thresholds) -> list[ScoredClip]:
-        chosen = {head: thresholds.event.get(head, math.inf) for head in HEADS}
         assert held.val is not None  # thresholds were chosen there
         val, measured = scored[held.val.name], [one.clip for one in scored[split]]
+        chosen = {head: thresholds.event.get(head, math.inf) for head in HEADS}
         chosen["speaking"], f1 = _best_free_running(control, val, chosen, settings)
-        runs: Metronome | History = control
-        if "speaking" in clock.beats:
-            beaten_by = clock.beats["speaking"].f1([one.clip for one in val], "speaking", settings) or 0.0
-            if name == "history" and beaten_by >= f1:
-                runs, chosen = clock, dict.fromkeys(HEADS, 0.0)
-                notes.append(
-                    f"self-fed it speaks as the metronome, whose event F1 on val is {beaten_by:.3f}, not {f1:.3f}"
-                )
+        own, beat = control, clock.beats.get("speaking")
+        ticking = (beat and beat.f1([one.clip for one in val], "speaking", settings)) or 0.0
+        if name == "history" and beat and ticking >= f1:
+            own, chosen = clock, dict.fromkeys(HEADS, 0.0)
+            notes.append(f"self-fed it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}")
         rows = {head: np.full(len(measured), value) for head, value in chosen.items()}
-        return list(runs.free_running(measured, rows, settings.refractory_s))
+        return list(own.free_running(measured, rows, settings.refractory_s))
 
-    notes: list[str] = []
     live_pass = free_running_pass if live else None
     evaluation = scoring.write_evaluation(out, scored, held, settings, origin, live_pass)
     return replace(evaluation, notes=(*evaluation.notes, *notes))
@@ -121,6 +118,8 @@ def _best_free_running(
     references = sum(target.references for target in targets)
     ranks = np.geomspace(max(1, references // 4), len(falling), CUTS).astype(int) - 1
     tried = np.setdiff1d(falling[ranks], falling[-1:])[::-1].astype(np.float64)  # the lowest is no cut
+    if not len(tried):
+        return thresholds["speaking"], 0.0
     rows = {head: np.full(len(val) * len(tried), value) for head, value in thresholds.items()}
     rows["speaking"] = np.repeat(tried, len(val))
     counts = np.zeros((len(tried), 2))  # matches, predictions
@@ -128,7 +127,7 @@ def _best_free_running(
         fired = predicted_frames(run, "speaking", None, settings.refractory_s) - run.clip.start_frame
         counts[i // len(val)] += most_matches(targets[i % len(val)].windows, fired), len(fired)
     f1 = 2 * counts[:, 0] / (references + counts[:, 1])
-    return (float(tried[f1.argmax()]), float(f1.max())) if len(tried) else (thresholds["speaking"], 0.0)
+    return float(tried[f1.argmax()]), float(f1.max())
 
 
 def _acted(scored: ScoredClip, events: Mask) -> ScoredClip:
@@ -136,9 +135,6 @@ def _acted(scored: ScoredClip, events: Mask) -> ScoredClip:
     said = ["" if spoke else None for spoke in events[0].tolist()]
     updates = [() if changed else None for changed in events[1].tolist()] if "dst_update" in scored.logits else None
     return ScoredClip(scored.clip, scored.logits, scored.probabilities, said, updates)  # type: ignore[arg-type]
-
-
-# ---- the clock ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,6 @@ class Metronome:
                 fired = threshold_frames(scored, head, float(thresholds[head][i]), refractory_s)
                 events[HEADS.index(head), fired] = True
             yield _acted(scored, events)
-
-
-# ---- the history -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pipeline.synth import SynthConfig, synth
 from pipeline.terminal import command
 from pipeline.timeline import Timeline, find_clip
 from trainer.config import TrainConfig
-from trainer.evaluation.clip_pictures import blocks, busiest_clip, render_clip
+from trainer.evaluation.clip_pictures import render_busiest_clip
 from trainer.evaluation.tables import render_evaluation
 
 if TYPE_CHECKING:
@@ -64,15 +64,15 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
 
     heading("5  evaluate", "on the test split: recordings that were never trained on")
     evaluation = evaluate(run, data, "test")
-    scored = busiest_clip(data, run / "evaluation-test" / "teacher-forced.parquet", "test")
-    console.print(render_evaluation(evaluation), *blocks(scored), sep="\n")
+    console.print(render_evaluation(evaluation))
     report, captions = evaluation.metrics["teacher-forced"], {}
     for head, name in HEAD_TITLES.items():
         ap, chance = (report[head]["frames"][value] for value in ("ap", "chance"))
-        scores = f"average precision {'undefined' if ap is None else f'{ap:.3f}'}"
-        captions[name] = f"{scores} on {report['clips']} held-out clips, by chance {chance:.3f}"
+        reached = f"average precision {'undefined' if ap is None else f'{ap:.3f}'}"
+        captions[name] = f"{reached} on {report['clips']} held-out clips, by chance {chance:.3f}"
     title = "When should the assistant speak, when does the task's state change?"
-    write_text(picture, render_clip(scored, raw, captions, title))
+    scores = run / "evaluation-test" / "teacher-forced.parquet"
+    write_text(picture, render_busiest_clip(data, scores, "test", raw, captions, title))
     console.print(f"\n[bold]{picture}[/] shows that clip; {time.monotonic() - began:.0f} s in all. Next:")
     console.print("    prospect-dst preprocess YOUR_training.json --out DATA --frames-root FRAMES")
     return evaluation

@@ -138,7 +138,12 @@ class Schedule:
             rungs = tuple(rung for rung, _ in left)
             if not left or rungs in too_long or not all(map(self._ready, left)):
                 continue
-            if self._fits(left, now):
+            end = math.inf if self.until == math.inf else self.end(left, now)
+            if end is None:  # nothing was measured: one pair is begun to find out
+                fits = set(rungs) <= set(self.pair) and len({seed for _, seed in [*left, *self.begun]}) == 1
+            else:
+                fits = end <= self.until
+            if fits:
                 self.begun[left[0]] = now
                 return left[0]
             too_long.add(rungs)
@@ -188,11 +193,3 @@ class Schedule:
         if rung.kind == "control" or rung.name in self.pair:
             return True
         return all((arm, seed) in self.done or (arm, seed) in self.begun for arm in self.pair)
-
-    def _fits(self, jobs: Sequence[Job], now: float) -> bool:
-        if self.until == math.inf:
-            return True
-        if (end := self.end(jobs, now)) is not None:
-            return end <= self.until
-        # nothing was measured: one pair is begun to find out
-        return all(job[0] in self.pair for job in jobs) and len({seed for _, seed in [*jobs, *self.begun]}) == 1

@@ -33,7 +33,7 @@ from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, synth
 from trainer import benchmark as harness
 from trainer.config import TrainConfig
-from trainer.evaluation.benchmark_folder import read_benchmark
+from trainer.evaluation.comparison import read_benchmark
 from trainer.plan import Plan
 
 TABLES = ("results", "rungs", "comparisons", "windows", "groups")

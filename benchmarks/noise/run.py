@@ -20,7 +20,7 @@ from pipeline.synth import SynthConfig, synth
 from trainer.benchmark import benchmark
 from trainer.config import Settings, TrainConfig
 from trainer.demo import RECORDINGS
-from trainer.evaluation.benchmark_folder import read_benchmark
+from trainer.evaluation.comparison import read_benchmark
 from trainer.plan import Plan
 
 ARMS = ("speak", "speak+dst")

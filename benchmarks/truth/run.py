@@ -36,8 +36,16 @@ from pipeline.synth import SynthConfig, make_clips, plan_recording, synth
 from trainer.benchmark import answer_of, carry_out
 from trainer.config import SELF_FED, Settings, TrainConfig
 from trainer.controls import CONTROLS, score_control
-from trainer.evaluation.benchmark_folder import Benchmark, read_benchmark
-from trainer.evaluation.comparison import CHAIN, NO_LARGER, PRIMARY, compare_runs, metrics_of, settle
+from trainer.evaluation.comparison import (
+    CHAIN,
+    NO_LARGER,
+    PRIMARY,
+    Benchmark,
+    compare_runs,
+    metrics_of,
+    read_benchmark,
+    settle,
+)
 from trainer.evaluation.conclusions import ladder_steps, top_rung
 from trainer.evaluation.report import write_report
 from trainer.plan import Plan

@@ -17,26 +17,26 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.text import Text
+from matplotlib.lines import Line2D
 from scipy.special import expit
 
-from pipeline.dataset import Split
+from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.media import find_frames, fit, open_pictures
 from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.state import write_updates
-from pipeline.summary import HUES
 from pipeline.terminal import clock, plain
 from pipeline.timeline import find_clip
 from trainer.config import Settings
-from trainer.evaluation.benchmark_folder import Benchmark, why_missing
+from trainer.evaluation import plots
+from trainer.evaluation.comparison import Benchmark, why_missing
 from trainer.evaluation.event_metrics import instant, is_event, match, predicted_frames, references
 from trainer.evaluation.metrics import value_at
-from trainer.evaluation.plots import DST, MUTED, SPEAKING, Timeline, Track, Values, new_figure, printable, render
 from trainer.evaluation.scores import ScoredClip, read_scores
 
-COLOURS: Final = {"speaking": SPEAKING, "DST": DST, "assistant": SPEAKING, "DST_UPDATE": DST}
+COLOURS: Final = {"speaking": plots.SPEAKING, "DST": plots.DST, "assistant": plots.SPEAKING, "DST_UPDATE": plots.DST}
 MAX_THUMBNAILS, THUMBNAIL_SIDE, MAX_TURNS = 40, 48, 14
 CLIPS_EACH_WAY: Final = 2
 MAX_SECONDS: Final = 240.0  # shown of one clip
@@ -47,58 +47,40 @@ MAX_CHARACTERS: Final = 200  # of a line of a transcript
 # ---- one clip, both heads ----------------------------------------------------------------------------
 
 
-class HeldOutClip(NamedTuple):
-    """A clip with its scores, float [F] in 0..1, and labels, int8 [F], by the titles in HEAD_TITLES."""
+def render_busiest_clip(
+    data: Path, scores: Path, split: str, frames_root: Path, captions: dict[str, str], title: str
+) -> str:
+    """The SVG of the clip of a scores file with the most positive frames of both heads; the first of equals.
 
-    row: dict[str, Any]  # of the clips table
-    scores: dict[str, Values]
-    labels: dict[str, np.ndarray]
-
-
-def busiest_clip(folder: Path, scores: Path, split: str) -> HeldOutClip:
-    """The clip of a scores file with the most positive frames of both heads; the first of equals."""
+    captions: what stands beside each head's name, by the titles in HEAD_TITLES.
+    """
     table = pl.scan_parquet(scores, glob=False).filter(pl.col("split") == split)
     speaking, updates = ((pl.col(f"{head}_label") == 1).sum() for head in HEADS)
     rank = pl.min_horizontal(speaking, updates) * 1000 + speaking + updates
     ranked = table.group_by("clip_id", maintain_order=True).agg(rank=rank).collect()
     clip_id = ranked.row(int(ranked["rank"].arg_max() or 0))[0]
     frames = table.filter(pl.col("clip_id") == clip_id).sort("frame").collect()
-    return HeldOutClip(
-        find_clip(folder, f"{split}:{clip_id}").row,
-        {name: expit(frames[f"{head}_logit"].to_numpy().astype(np.float64)) for head, name in HEAD_TITLES.items()},
-        {name: frames[f"{head}_label"].to_numpy() for head, name in HEAD_TITLES.items()},
-    )
+    row = find_clip(data, f"{split}:{clip_id}").row
+    return plots.render(lambda: _make_figure(row, frames, frames_root, captions, title))[0]
 
 
-def blocks(clip: HeldOutClip, columns: int = 88) -> Iterator[Text]:
-    """Per head one row of scores as blocks and one of the labels, for the clip's first `columns` frames."""
-    yield Text(f"held-out clip {plain(clip.row['clip_id'])}: score per frame, and below it the label", "dim")
-    for head, score in clip.scores.items():
-        heights = np.clip((score[:columns] * 8).round().astype(int), 0, 8).tolist()
-        labels = "".join("█" if label == 1 else "·" for label in clip.labels[head][:columns].tolist())
-        yield Text.assemble((f"{head:>9} {''.join(' ▁▂▃▄▅▆▇█'[height] for height in heights)}", HUES[head]))
-        yield Text(f"{'label':>9} {labels}", "dim")
-
-
-def render_clip(clip: HeldOutClip, frames_root: Path, captions: dict[str, str], title: str) -> str:
-    """The SVG; `captions` stand beside each head's name, e.g. 'AP 0.99, chance 0.12'."""
-    return render(lambda: _make_figure(clip, frames_root, captions, title))[0]
-
-
-def _make_figure(clip: HeldOutClip, frames_root: Path, captions: dict[str, str], title: str) -> Figure:
-    row = clip.row
+def _make_figure(
+    row: dict[str, Any], scored: pl.DataFrame, frames_root: Path, captions: dict[str, str], title: str
+) -> Figure:
+    """row: of the clips table; scored: the clip's rows of the scores file."""
     by_frame: dict[tuple[int, str], list[str]] = {}  # the texts of one frame and role stand in one line
     for turn in row["turns"]:
         start = turn["start_frame"]
         if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
             by_frame.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
     turns = list(by_frame.items())[:MAX_TURNS]
-    heights = [30, *[100] * len(clip.scores), 22 * len(turns)]
-    figure = new_figure(sum(heights) + 170, width=1200)
+    heights = [30, *[100] * len(HEADS), 22 * len(turns)]
+    figure = plots.new_figure(sum(heights) + 170, width=1200)
     pictures, *panels, texts = figure.subplots(len(heights), height_ratios=heights)
     figure.suptitle(title, x=0.02, ha="left", size=19, weight="bold")
     about = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
-    pictures.set_title(f"clip {printable(row['clip_id'], 60)}, {about}", size=13, weight="normal", color=MUTED)
+    about = f"clip {plots.printable(row['clip_id'], 60)}, {about}"
+    pictures.set_title(about, size=13, weight="normal", color=plots.MUTED)
     if path := find_frames(frames_root, row["video_uid"], row["frames_file"], row["dataset"]):
         which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
         numbers = (row["start_frame"] + which).tolist()
@@ -107,11 +89,12 @@ def _make_figure(clip: HeldOutClip, frames_root: Path, captions: dict[str, str],
         pictures.imshow(np.concatenate(images, axis=1), extent=(0, 1, 0, 1), aspect="auto")
     pictures.set_axis_off()
     edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
-    for axes, (head, score) in zip(panels, clip.scores.items(), strict=True):
-        axes.set_title(head, color=COLOURS[head], size=14)
-        axes.set_title(captions[head], loc="right", size=13, weight="normal", color=MUTED)
-        axes.stairs(clip.labels[head] == 1, edges, fill=True, color=COLOURS[head], alpha=0.22)
-        axes.stairs(score, edges, baseline=None, color=COLOURS[head], linewidth=2, clip_on=False)
+    for axes, (head, name) in zip(panels, HEAD_TITLES.items(), strict=True):
+        axes.set_title(name, color=COLOURS[name], size=14)
+        axes.set_title(captions[name], loc="right", size=13, weight="normal", color=plots.MUTED)
+        scores = expit(scored[f"{head}_logit"].to_numpy().astype(np.float64))
+        axes.stairs(scored[f"{head}_label"].to_numpy() == 1, edges, fill=True, color=COLOURS[name], alpha=0.22)
+        axes.stairs(scores, edges, baseline=None, color=COLOURS[name], linewidth=2, clip_on=False)
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(edges[0], edges[-1]))
         axes.set_xticks(edges[:: max(1, round(row["num_frames"] / 10))])
         axes.xaxis.set_major_formatter(lambda second, _: clock(second))
@@ -119,13 +102,24 @@ def _make_figure(clip: HeldOutClip, frames_root: Path, captions: dict[str, str],
     texts.set_ylim(max(1, len(turns)), 0)
     style: dict[str, Any] = {"size": 13, "va": "top", "transform": texts.get_yaxis_transform()}
     for y, ((frame, role), lines) in enumerate(turns):
-        texts.text(0.045, y, clock(frame / row["fps"], tenths=True), ha="right", color=MUTED, **style)
-        texts.text(0.055, y, role, color=COLOURS.get(role, MUTED), **style)
-        texts.text(0.16, y, printable(", ".join(lines), 140), **style)
+        texts.text(0.045, y, clock(frame / row["fps"], tenths=True), ha="right", color=plots.MUTED, **style)
+        texts.text(0.055, y, role, color=COLOURS.get(role, plots.MUTED), **style)
+        texts.text(0.16, y, plots.printable(", ".join(lines), 140), **style)
     return figure
 
 
 # ---- where two arms differ ---------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """One arm on one clip; instants in seconds of the video."""
+
+    arm: str
+    scored: ScoredClip
+    threshold: float  # a logit
+    hits: list[float]  # speech matched to a reference event
+    false_alarms: list[float]  # other speech
+    errors: set[float]  # false alarms and misses
 
 
 class TranscriptLine(NamedTuple):
@@ -134,32 +128,31 @@ class TranscriptLine(NamedTuple):
     text: str
 
 
-class _Outcome(NamedTuple):
-    """One arm on one clip; errors are instants in seconds: misses and false alarms."""
+class Disagreement(NamedTuple):
+    """A clip on which two arms differ."""
 
-    scored: ScoredClip
-    track: Track
-    errors: set[float]
+    outcomes: tuple[Outcome, Outcome]
+    span: tuple[float, float]  # seconds that are shown
+    lines: list[TranscriptLine]  # of that span
+
+    @property
+    def clip_id(self) -> str:
+        return self.outcomes[0].scored.clip.clip_id
 
 
-Pair = tuple[_Outcome, _Outcome]
-Disagreement = tuple[Timeline, list[TranscriptLine]]
-
-
-def find_disagreements(bench: Benchmark, a: str, b: str) -> tuple[list[Disagreement], str]:
-    """(the clips shown, how they were chosen or why there are none) for the benchmark's first seed.
+def find_disagreements(bench: Benchmark) -> tuple[list[Disagreement], str]:
+    """(the clips shown, how they were chosen or why there are none) for the question's arms and the first seed.
 
     Free-running scores if there are any. Needs the shards that the benchmark used.
     """
-    for arm in (a, b):
+    a, b = bench.pair
+    for arm in bench.pair:
         if why := why_missing(bench, arm, bench.mode) if arm in bench.rungs else "not run":
             return [], f"No timelines: {arm} was {why}."
     seed, data = bench.info["seeds"][0], Path(bench.info["data"])
     try:
         split = Split(data, str(bench.info["split"]))
-        if split.key != bench.info["data_key"][split.name]:
-            raise InputError(f"{data}: {split.name} is no longer what was evaluated; run the benchmark again")
-        pairs = list(zip(*(_outcomes(bench, arm, seed, split) for arm in (a, b)), strict=True))
+        pairs = list(zip(*(_outcomes(bench, arm, seed, split) for arm in bench.pair), strict=True))
     except (OSError, InputError) as error:
         return [], f"No timelines: {str(error).splitlines()[0]}."
     gains = [(len(second.errors) - len(first.errors), (first, second)) for first, second in pairs]
@@ -174,60 +167,100 @@ def find_disagreements(bench: Benchmark, a: str, b: str) -> tuple[list[Disagreem
     return [_disagreement(pair) for pair in (*better[:CLIPS_EACH_WAY], *worse[:CLIPS_EACH_WAY])], about
 
 
-def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[_Outcome]:
+def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[Outcome]:
     settings, path = Settings(**bench.info["settings"]), bench.run(arm, seed) / "scores" / f"{bench.mode}.parquet"
     logit = value_at(bench.metrics[arm, seed], "thresholds.event.speaking")
     if logit is None:
         raise InputError(f"{arm} has no threshold, as val has no frame to speak at")
     for scored in read_scores(path, {split.name: split})[split.name]:
-        clip, reference = scored.clip, references(scored.clip, "assistant")
-        spoken = predicted_frames(scored, "speaking", logit, settings.refractory_s) / clip.fps
+        reference = references(scored.clip, "assistant")
+        spoken = predicted_frames(scored, "speaking", logit, settings.refractory_s) / scored.clip.fps
         found, right = match(reference, spoken, settings.early_s, settings.late_s)
         false_alarms, misses = np.delete(spoken, right).tolist(), np.delete(reference, found).tolist()
-        times = np.arange(clip.start_frame, clip.end_frame) / clip.fps
-        updates = [t for t, update in zip(times.tolist(), scored.updates or (), strict=False) if update is not None]
-        scores = expit(scored.logits["speaking"].astype(np.float64))
-        track = Track(arm, times, scores, float(expit(logit)), spoken[right].tolist(), false_alarms, updates)
-        yield _Outcome(scored, track, {*false_alarms, *misses})
+        yield Outcome(arm, scored, logit, spoken[right].tolist(), false_alarms, {*false_alarms, *misses})
 
 
-def _disagreement(pair: Pair) -> Disagreement:
+def _disagreement(pair: tuple[Outcome, Outcome]) -> Disagreement:
+    """All of the clip, or a stretch from shortly before what only one arm got wrong."""
     clip = pair[0].scored.clip
     start, end = clip.start_frame / clip.fps, clip.end_frame / clip.fps
-    subtitle = f"Recording {clip.recording_id}. Errors: "
-    subtitle += ", ".join(f"{outcome.track.rung} {len(outcome.errors)}" for outcome in pair) + "."
-    if end - start > MAX_SECONDS:  # a stretch from shortly before what only one arm got wrong
+    if end - start > MAX_SECONDS:
         first = min(pair[0].errors ^ pair[1].errors, default=start)
         start = max(start, min(first - LEAD_SECONDS, end - MAX_SECONDS))
         end = start + MAX_SECONDS
-        subtitle += f" {MAX_SECONDS:.0f} s of it are shown."
     lines = sorted(_transcript(pair), key=lambda line: line.seconds)
-    timeline = Timeline(
-        title=f"clip {clip.clip_id}",
-        subtitle=subtitle,
-        span=(start, end),
-        user=[line.seconds for line in lines if line.who == "user"],
-        speech=references(clip, "assistant").tolist(),
-        updates=references(clip, "DST_UPDATE").tolist(),
-        tracks=[outcome.track for outcome in pair],
-    )
-    return timeline, [line for line in lines if start <= line.seconds <= end]
+    return Disagreement(pair, (start, end), [line for line in lines if start <= line.seconds <= end])
 
 
-def _transcript(pair: Pair) -> Iterator[TranscriptLine]:
+def _transcript(pair: tuple[Outcome, Outcome]) -> Iterator[TranscriptLine]:
     """The reference's lines, then what each free-running arm wrote, an update before the speech of its frame."""
     clip, names = pair[0].scored.clip, {"assistant": "reference", "DST_UPDATE": "reference update"}
     for turn in clip.turns:
         if turn.role == "user" and turn.start_frame is not None:
-            yield TranscriptLine(turn.start_frame / clip.fps, "user", printable(turn.text, MAX_CHARACTERS))
+            yield TranscriptLine(turn.start_frame / clip.fps, "user", plots.printable(turn.text, MAX_CHARACTERS))
         elif turn.role in names and is_event(turn, clip):
-            yield TranscriptLine(instant(turn, clip), names[turn.role], printable(turn.text, MAX_CHARACTERS))
-    for scored, track, _ in pair:
-        nothing = [None] * clip.num_frames
-        written = zip(track.times.tolist(), scored.said or nothing, scored.updates or nothing, strict=True)
+            yield TranscriptLine(instant(turn, clip), names[turn.role], plots.printable(turn.text, MAX_CHARACTERS))
+    for outcome in pair:
+        nothing, scored = [None] * clip.num_frames, outcome.scored
+        written = zip(_seconds(clip), scored.said or nothing, scored.updates or nothing, strict=True)
         for time, said, update in written:
             if update is not None:
                 text = write_updates(update) or "(empty)"
-                yield TranscriptLine(time, f"{track.rung} update", printable(text, MAX_CHARACTERS))
+                yield TranscriptLine(time, f"{outcome.arm} update", plots.printable(text, MAX_CHARACTERS))
             if said is not None:
-                yield TranscriptLine(time, track.rung, printable(said, MAX_CHARACTERS) or "(no words)")
+                yield TranscriptLine(time, outcome.arm, plots.printable(said, MAX_CHARACTERS) or "(no words)")
+
+
+def _seconds(clip: ClipExample) -> list[float]:
+    return (np.arange(clip.start_frame, clip.end_frame) / clip.fps).tolist()
+
+
+def timeline(shown: Disagreement) -> Figure:
+    """The reference in three lanes; below it each arm's score, where it spoke, and where it wrote an update."""
+    clip, (start, end) = shown.outcomes[0].scored.clip, shown.span
+    figure = plots.new_figure(150 + 126 * 2)
+    lanes, *panels = figure.subplots(3, sharex=True, height_ratios=[55, 84, 84])
+    lanes.set_title(f"{plots.printable(f'clip {clip.clip_id}', 70)}\n", pad=4)
+    errors = ", ".join(f"{outcome.arm} {len(outcome.errors)}" for outcome in shown.outcomes)
+    subtitle = f"Recording {clip.recording_id}. Errors: {errors}."
+    subtitle += f" {MAX_SECONDS:.0f} s of it are shown." if clip.num_frames / clip.fps > MAX_SECONDS else ""
+    lanes.text(0, 1.12, plots.printable(subtitle, 120), transform=lanes.transAxes, size=11.5, color=plots.MUTED)
+    speech = references(clip, "assistant").tolist()
+    users = [turn.start_frame / clip.fps for turn in clip.turns if turn.role == "user" and turn.start_frame is not None]
+    events = {"user": ("v", plots.MUTED, users), "reference speech": ("o", plots.INK, speech)}
+    events["reference update"] = ("d", plots.DST, references(clip, "DST_UPDATE").tolist())
+    for y, (marker, colour, instants) in enumerate(events.values()):
+        lanes.plot(instants, [y] * len(instants), marker, color=colour, markersize=6.5)
+    lanes.set_yticks(range(len(events)), list(events))
+    lanes.set_ylim(2.6, -0.6)
+    for axes, outcome in zip(panels, shown.outcomes, strict=True):
+        _draw_outcome(axes, outcome, shown.span)
+    pad = 0.01 * (end - start)
+    for axes in (lanes, *panels):
+        axes.grid(visible=False)
+        axes.set_xlim(start - pad, end + pad)
+        for at in speech:
+            axes.axvline(at, color=plots.GRID, linewidth=1.2, zorder=0)
+    panels[-1].set_xlabel("seconds of the video")
+    points = (("o", plots.INK, "hit"), ("x", plots.FALSE_ALARM, "false alarm"), ("d", plots.DST, "its update"))
+    lines: tuple[tuple[Any, str], ...] = (("-", "score"), (plots.DASHED, "threshold"))
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=6.5, label=name) for m, c, name in points]
+    handles += [Line2D([], [], color=plots.MUTED, linestyle=style, label=name) for style, name in lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, labelcolor=plots.MUTED, handlelength=1)
+    return figure
+
+
+def _draw_outcome(axes: Axes, outcome: Outcome, span: tuple[float, float]) -> None:
+    colour, scored, times = plots.rung_colour(outcome.arm), outcome.scored, _seconds(outcome.scored.clip)
+    axes.set_title(" ", size=12)  # room for the marks above the axes
+    axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
+    axes.set_ylabel(plots.printable(outcome.arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
+    scores = expit(scored.logits["speaking"].astype(np.float64))
+    axes.plot(*plots.thin(np.array(times), scores), color=colour, linewidth=1.3)
+    axes.axhline(float(expit(outcome.threshold)), color=colour, linewidth=0.9, linestyle=plots.DASHED, alpha=0.8)
+    for instants, marker, shade in ((outcome.hits, "o", colour), (outcome.false_alarms, "x", plots.FALSE_ALARM)):
+        shown = [t for t in instants if span[0] <= t <= span[1]]
+        axes.plot(shown, [1.14] * len(shown), marker, color=shade, transform=axes.get_xaxis_transform(), markersize=6.5,
+                  markeredgewidth=1.8, clip_on=False, in_layout=False)  # fmt: skip
+    updates = [t for t, update in zip(times, scored.updates or (), strict=False) if update is not None]
+    axes.plot(updates, [-0.08] * len(updates), "d", color=plots.DST, markersize=5.5)

@@ -1,4 +1,4 @@
-"""Compares the runs of a benchmark that are finished, and writes its tables.
+"""Compares the runs of a benchmark that are finished, and writes its tables; reads them, scores and logs back.
 
     results.parquet        rung, seed, mode, metric, value
     rungs.parquet          the same over seeds, with 95% intervals
@@ -6,10 +6,9 @@
     windows.parquet        event F1 over the width of the matching window; groups.parquet by data set and task
     benchmark.json         what was asked, data, versions, hashes, cost
 
-A pair is compared on the seeds that both have. Holm's correction is over the pairs of interest on one metric in one
-mode; `p_holm` is null for the ladder's other pairs, which only say how high one has to climb. A verdict is of one 95%
-interval; that it lies within the margin means "no larger effect" (two one-sided tests at 2.5%, stricter than the usual
-TOST, whose 90% interval would have to).
+Holm's correction is over the pairs of interest on one metric in one mode; the ladder's other pairs, which only say how
+high one has to climb, have no `p_holm`. A verdict is of one 95% interval; that it lies within the margin means "no
+larger effect" (two one-sided tests at 2.5%, stricter than the usual TOST, whose 90% interval would have to).
 
     B draws of the recordings
 """
@@ -21,7 +20,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import combinations, product
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -37,13 +37,15 @@ from scipy import stats
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
-from pipeline.terminal import clock, counted
+from pipeline.terminal import clock, command, counted
 from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.event_metrics import count_matches, group_rows, metronomes, references, window_rows
-from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, look_up, replicates
+from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, look_up, replicates, value_at
+from trainer.evaluation.plots import Curve, format_number
 from trainer.evaluation.scores import Ints, read_scores
+from trainer.evaluation.tables import BASELINES
 from trainer.plan import MOST_SEEDS, Job, Plan, jobs_with, run_of
 from trainer.run_log import read_metrics
 
@@ -271,7 +273,6 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "rungs": [rung for rung in RUNGS if rung in {name for name, _ in metrics}],
-        "planned": list(plan.rungs),
         "seeds": list(plan.seeds) if len(plan.seeds) < MOST_SEEDS else sorted({seed for _, seed in metrics}),
         "margin": plan.margin,
         "primary": _question(plan),
@@ -293,3 +294,129 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
         "cost": cost,
         "seconds": round(sum(total["seconds"] for total in cost.values())),
     }
+
+
+# ---- what is there afterwards ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """OUT's tables, NaN as None."""
+
+    out: Path
+    info: Row  # benchmark.json
+    scores: dict[tuple[str, str, str], Row]  # (rung, mode, metric) -> value, low, high, seeds, recordings
+    comparisons: dict[tuple[str, str, str, str], Row]  # (rung, rung, mode, metric) -> difference, low, high, p_*, ...
+    windows: pl.DataFrame  # rung, seed, mode, width_s, early_s, late_s, f1, metronome_f1
+    groups: list[Row]  # by, group, rung, mode, value, low, high, seeds, recordings, events
+    metrics: dict[tuple[str, int], Row]  # (rung, seed) -> its metrics.json; a run that has none is absent
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The rungs of the question that was fixed beforehand."""
+        return tuple(self.info["primary"]["pair"])
+
+    @property
+    def rungs(self) -> list[str]:
+        """Those that were measured, from the lowest."""
+        return list(self.info["rungs"])
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes that were measured."""
+        return [mode for mode in MODES if any(mode == measured for _, measured, _ in self.scores)]
+
+    @property
+    def mode(self) -> str:
+        """The mode of the answer: the primary one where it was measured."""
+        wanted = str(self.info["primary"]["mode"])
+        return wanted if wanted in self.modes or not self.modes else self.modes[-1]
+
+    def run(self, rung: str, seed: int) -> Path:
+        return self.out / "runs" / rung / f"seed-{seed}"
+
+    def score(self, rung: str, mode: str, metric: str) -> Row:
+        """The rung's row of rungs.parquet; {} where there is none."""
+        return self.scores.get((rung, mode, metric), {})
+
+    def comparison(self, a: str, b: str, mode: str, metric: str) -> Row:
+        """a minus b; {} where the pair was not compared that way round."""
+        return self.comparisons.get((a, b, mode, metric), {})
+
+    def of_seeds(self, rung: str, mode: str, path: str) -> list[Any]:
+        """What the rung's metrics.json hold at `path` in `mode`, one per seed that has it."""
+        values = [value_at(self.metrics.get((rung, seed)), f"{mode}.{path}") for seed in self.info["seeds"]]
+        return [value for value in values if value is not None]
+
+    def of_reference(self, mode: str, path: str) -> Any:
+        """The same of any run: for what depends on the reference alone."""
+        return next((value for rung in self.rungs for value in self.of_seeds(rung, mode, path)), None)
+
+
+def read_benchmark(out: Path) -> Benchmark:
+    """What is in OUT. InputError where it is no benchmark's folder."""
+    try:
+        info = json.loads((out / "benchmark.json").read_bytes())
+        names = ("rungs", "comparisons", "windows", "groups")
+        tables = [pl.read_parquet(out / f"{name}.parquet", glob=False).fill_nan(None) for name in names]
+        scores = {(row["rung"], row["mode"], row["metric"]): row for row in tables[0].to_dicts()}
+        comparisons = {(row["a"], row["b"], row["mode"], row["metric"]): row for row in tables[1].to_dicts()}
+        bench = Benchmark(out, info, scores, comparisons, tables[2], tables[3].to_dicts(), {})
+        for rung, seed in product(info["rungs"], info["seeds"]):
+            path = bench.run(rung, seed) / "scores" / "metrics.json"
+            if path.is_file():
+                bench.metrics[rung, seed] = json.loads(path.read_bytes())
+    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+        what, again = str(error).splitlines()[0], command("benchmark", "DATA", "--out", out)
+        raise InputError(f"{out}: not what benchmark leaves ({what}); run {again}") from None
+    return bench
+
+
+def baseline(bench: Benchmark, mode: str, metric: str) -> tuple[float, str] | None:
+    """(value, 'a metronome every 6 s'): what a metric is without a model. None where it was not measured, or the
+    metric has no such level. The metronome was chosen on val."""
+    if metric in ("speaking_auroc", "speaking_balanced_accuracy"):
+        return (0.5, "chance") if bench.of_reference(mode, "speaking.frames") else None
+    path, name = BASELINES.get(METRICS[metric].path, ("", ""))
+    value = bench.of_reference(mode, path)
+    if value is not None and "metronome" in path:
+        name += f" every {bench.of_reference(mode, path.replace('f1', 'period_s')):g} s"
+    return None if value is None else (value, name)
+
+
+def why_missing(bench: Benchmark, rung: str, mode: str) -> str | None:
+    """What follows 'RUNG was' where it has no numbers in `mode`: 'not ..., why'; None where every seed has them."""
+    lacking = [seed for seed in bench.info["seeds"] if mode not in bench.metrics.get((rung, seed), {})]
+    unmeasured = [seed for seed in lacking if (rung, seed) not in bench.metrics]
+    if RUNGS[rung].kind == "control":  # one run serves for all seeds
+        lacking, unmeasured = [seed for seed in lacking if seed not in unmeasured], []
+    if not lacking:
+        return None
+    seeds = unmeasured or lacking
+    named = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
+    where = f"(seed{'s' if len(seeds) > 1 else ''} {named})"
+    if unmeasured:
+        return f"not evaluated {where}; run the benchmark again"
+    return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
+
+
+def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:
+    """(each arm's average precision of `head` over optimizer steps, as its runs logged it; the split)
+
+    The mean is over steps at which every seed was evaluated; of a step that was logged twice, the later counts.
+    """
+    curves, split = [], "val"
+    for arm in bench.rungs:
+        seeds = []
+        for seed in bench.info["seeds"]:
+            lines = [line for line in read_metrics(bench.run(arm, seed)) if "evaluation" in line]
+            aps = {line["step"]: value_at(line["evaluation"], f"{head}.ap") for line in lines}
+            seeds.append({step: ap for step, ap in sorted(aps.items()) if ap is not None})
+            split = lines[-1]["evaluation"]["split"] if lines else split
+        if seeds := [aps for aps in seeds if aps]:
+            steps = sorted(set.intersection(*map(set, seeds)))
+            mean = np.array([np.mean([aps[step] for aps in seeds]) for step in steps])
+            each = [(np.array([*aps], float), np.array([*aps.values()])) for aps in seeds]
+            note = format_number(float(mean[-1])) if steps else ""
+            curves.append(Curve(arm, each, (np.array(steps, float), mean), note))
+    return curves, split

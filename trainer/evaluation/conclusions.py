@@ -12,12 +12,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from scipy import stats
-from scipy.special import expit
 
 from pipeline.terminal import counted
 from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED
-from trainer.evaluation.benchmark_folder import Benchmark, Row, speaking_scores, training_curves, why_missing
 from trainer.evaluation.bootstrap import Comparison, answer
 from trainer.evaluation.comparison import (
     BEATS,
@@ -30,13 +28,15 @@ from trainer.evaluation.comparison import (
     SMALL,
     UNDECIDED,
     WORSE,
+    Benchmark,
+    Row,
     below_of,
+    training_curves,
     verdict_of,
+    why_missing,
 )
 from trainer.evaluation.plots import Line, format_interval, format_number
 
-HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
-FEW_SEEDS, FEW_RECORDINGS = 3, 20  # under which the page says so
 IMPROVING: Final = "was still improving"
 SOURCES: Final = dict(zip(CHAIN, ("the clock", "history", "texts", "pictures", "own state"), strict=True))  # each adds
 
@@ -65,7 +65,7 @@ def ladder_steps(bench: Benchmark, mode: str | None = None) -> list[Step]:
         value, below = bench.score(rung, mode, PRIMARY)["value"], below_of(rung, measured)
         row = bench.comparison(rung, below, mode, PRIMARY) if below else {}
         low, high = row.get("low"), row.get("high")
-        verdict = verdict_of(low, high, bench.margin) if below else ""
+        verdict = verdict_of(low, high, bench.info["margin"]) if below else ""
         steps.append(Step(rung, below, value, low, high, row.get("difference"), verdict))
     return steps
 
@@ -103,7 +103,7 @@ def top_rung(bench: Benchmark, mode: str | None = None) -> Top | None:
         above = chain[place + 1 :]
         if not any(_beats(bench, higher, rung, mode) for higher in above):
             ends = [bench.comparison(higher, rung, mode, PRIMARY).get("high") for higher in above]
-            return Top(rung, all(end is not None and end <= bench.margin + ROUNDING for end in ends), chain)
+            return Top(rung, all(end is not None and end <= bench.info["margin"] + ROUNDING for end in ends), chain)
     return None
 
 
@@ -122,7 +122,7 @@ def tells(bench: Benchmark) -> list[str]:
 
 def opening(bench: Benchmark) -> list[str]:
     """What tells when to speak, then the ladder's steps in numbers; where there is no ladder, the question's answer."""
-    top, margin = top_rung(bench), f"{bench.margin:g}"
+    top, margin = top_rung(bench), f"{bench.info['margin']:g}"
     if top is None:
         return [question(bench)]
     steps = {step.rung: step for step in ladder_steps(bench)}
@@ -130,8 +130,8 @@ def opening(bench: Benchmark) -> list[str]:
     beyond = "" if lowest == "metronome" else f"beyond what {lowest} has"
     if told := [source for rung in tells(bench) for source in _sources(steps[rung])]:
         first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
-        rows = {control: bench.comparison(rung, control, bench.mode, PRIMARY) for rung, control in CONTROL_PAIRS}
-        alike = [control for control, row in rows.items() if row and (row["low"] or 0.0) <= 0]
+        rows = [(control, bench.comparison(a, control, bench.mode, PRIMARY)) for a, control in CONTROL_PAIRS]
+        alike = [control for control, row in rows if row and (row["low"] or 0.0) <= 0]
         if SOURCES[QUESTION[0]] in told and alike:
             verb = "lacks the state's content, is" if len(alike) == 1 else "lack the state's content, are"
             first += f", or by what comes with it: {_listed(alike)}, which {verb} not shown to be worse"
@@ -162,7 +162,7 @@ def _sources(step: Step) -> list[str]:
 
 def _added(bench: Benchmark, step: Step) -> str:
     """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
-    small, least = f" (under {bench.margin:g})", f" (no more than {bench.margin:g})"
+    small, least = f" (under {bench.info['margin']:g})", f" (no more than {bench.info['margin']:g})"
     words = {BEATS: "", WORSE: " (worse)", UNDECIDED: " (undecided)", SMALL: small, NO_LARGER: least}
     return format_interval(step.difference, step.low, step.high, signed=True) + words[step.verdict]
 
@@ -173,11 +173,11 @@ def leaks(bench: Benchmark) -> Iterator[str]:
         top = top_rung(bench, mode)
         for blind in ("history", "texts"):
             row = bench.comparison("speak", blind, mode, PRIMARY)
-            near = row.get("high") is not None and row["high"] <= bench.margin
+            near = row.get("high") is not None and row["high"] <= bench.info["margin"]
             if near and top and top.rung != top.chain[0]:
                 yield (
-                    f"Seeing was not needed ({mode}): {blind}, which sees no picture, comes within {bench.margin:g} "
-                    f"event F1 of speak (speak minus {blind}: {_difference(row)})."
+                    f"Seeing was not needed ({mode}): {blind}, which sees no picture, comes within "
+                    f"{bench.info['margin']:g} event F1 of speak (speak minus {blind}: {_difference(row)})."
                 )
                 yield from _given_away(bench, blind) if mode == TEACHER_FORCED else ()
                 break
@@ -186,14 +186,14 @@ def leaks(bench: Benchmark) -> Iterator[str]:
 def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
     """That a rung without pictures is much better on the reference's context than on its own."""
     forced, free = (bench.score(blind, mode, PRIMARY) for mode in MODES)
-    if forced.get("low") is None or free.get("high") is None or forced["low"] <= free["high"] + bench.margin:
+    if forced.get("low") is None or free.get("high") is None or forced["low"] <= free["high"] + bench.info["margin"]:
         return
     on_reference, on_own = (format_interval(row["value"], row["low"], row["high"]) for row in (forced, free))
     text = (
         f"The reference's context gives away when to speak: on it {blind} reaches {on_reference}, on its own {on_own}."
     )
     row = bench.comparison("texts", "history", TEACHER_FORCED, PRIMARY)
-    if blind == "texts" and (row.get("low") or 0.0) > bench.margin:
+    if blind == "texts" and (row.get("low") or 0.0) > bench.info["margin"]:
         text += f" The times of past events do not ({_difference(row)} over history): look for a text before its event."
     yield text
 
@@ -212,20 +212,6 @@ def question(bench: Benchmark) -> str:
     return f"No answer: {a} and {b} were not compared. {'; '.join(reached) or 'Nothing was measured'} ({bench.mode})."
 
 
-def harness_check(bench: Benchmark) -> tuple[bool, str] | None:
-    """(whether direct and inverted heads agree, which are the same model; the sentence). None where one was not run."""
-    both = [speaking_scores(bench, arm, TEACHER_FORCED) for arm in ("silence", "speak") if arm in bench.rungs]
-    if len(both) < 2:
-        return None
-    pairs = zip(*([expit(scores["speaking_logit"].to_numpy()) for scores in of_arm] for of_arm in both), strict=False)
-    difference = max(float(np.abs(p - q).max()) for p, q in pairs)
-    how = f"probabilities differ by up to {difference:.1e}, 1e-5 is allowed" if difference else "to the last bit"
-    if difference <= HARNESS_TOLERANCE:
-        return True, f"Harness check passed: silence and speak are the same model and came out equal ({how})."
-    must = "silence and speak are the same model and must come out equal"
-    return False, f"Harness check FAILED: {must}, but {how}. Trust no number on this page."
-
-
 # ---- what limits the answer --------------------------------------------------------------------------
 
 
@@ -241,49 +227,30 @@ def limits(bench: Benchmark) -> Iterator[str]:
     if top and top.rung == "metronome":
         window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
         yield f"At this window ({window}) event F1 does not show skill; narrow it with --early-s and --late-s."
-    yield from _exposure(bench)
-    seeds, recordings = len(bench.info["seeds"]), bench.info["recordings"]
-    few = [counted(seeds, "seed")] if 1 < seeds < FEW_SEEDS else []  # one seed has a warning of its own
-    few += [counted(recordings, "recording")] if 1 < recordings < FEW_RECORDINGS else []
-    if few:
-        yield f"{' and '.join(few)} are few: what holds here may not hold for others."
+    a, b = bench.pair
+    if SELF_FED not in bench.modes:
+        yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
+    else:
+        winner = b if (bench.comparison(a, b, SELF_FED, PRIMARY).get("high") or 0.0) < 0 else a
+        forced, free = (bench.score(winner, mode, PRIMARY).get("value") for mode in MODES)
+        if forced is not None and free is not None:
+            loss = format_number(forced - free) if forced > free else "nothing here"
+            yield (
+                f"Given the reference's texts {winner} reaches {format_number(forced)} event F1; free-running, given "
+                f"its own, {format_number(free)}: exposure bias costs {loss}."
+            )
     for rung, text in convergence(bench).items():
         if rung in bench.pair and text.startswith(IMPROVING):
             yield f"{rung} {text} when training ended: more --steps may change the answer."
-    yield from _stopping(bench)
-
-
-def _exposure(bench: Benchmark) -> Iterator[str]:
-    """What the winner, or else the first arm, loses when it reads its own text; or that this was not measured."""
-    if SELF_FED not in bench.modes:
-        yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
-        return
-    a, b = bench.pair
-    winner = b if (bench.comparison(a, b, SELF_FED, PRIMARY).get("high") or 0.0) < 0 else a
-    forced, free = (bench.score(winner, mode, PRIMARY).get("value") for mode in MODES)
-    if forced is None or free is None:
-        return
-    loss = format_number(forced - free) if forced > free else "nothing here"
-    text = (
-        f"Given the reference's texts {winner} reaches {format_number(forced)} event F1; free-running, given its own, "
-        f"{format_number(free)}: exposure bias costs {loss}."
-    )
-    row = bench.comparison(a, b, TEACHER_FORCED, PRIMARY)
-    known = row.get("difference") is not None
-    yield text + (f" Teacher-forced, {a} minus {b} would read {_difference(row)}." if known else "")
-
-
-def _stopping(bench: Benchmark) -> Iterator[str]:
-    """Which interval holds where a benchmark was stopped because of what it showed (bootstrap.always_valid)."""
-    row = bench.comparison(*bench.pair, bench.mode, PRIMARY)
-    if row.get("low") is None or row["seeds"] < 2:
-        return
-    told = "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"
-    if row.get("always_low") is None:
-        yield f"{told}; to stop because of what was seen takes 3 seeds or more."
-        return
-    always = format_interval(row["difference"], row["always_low"], row["always_high"], signed=True)
-    yield f"{told}; if you stopped because of what you saw, use {always}, valid at any number of seeds."
+    row = bench.comparison(a, b, bench.mode, PRIMARY)
+    if row.get("low") is not None and row["seeds"] > 1:  # bootstrap.always_valid
+        told = (
+            "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"
+        )
+        always = format_interval(row["difference"], row.get("always_low"), row.get("always_high"), signed=True)
+        use = f"if you stopped because of what you saw, use {always}, valid at any number of seeds"
+        takes = "to stop because of what was seen takes 3 seeds or more"
+        yield f"{told}; {takes if row.get('always_low') is None else use}."
 
 
 def convergence(bench: Benchmark) -> dict[str, str]:
@@ -291,7 +258,8 @@ def convergence(bench: Benchmark) -> dict[str, str]:
 
     A straight line by least squares, with an intercept per seed; its rise over that third is judged as an effect is.
     """
-    return {curve.rung: converged(curve.seeds, bench.margin) for curve in training_curves(bench, "speaking")[0]}
+    curves, _ = training_curves(bench, "speaking")
+    return {curve.rung: converged(curve.seeds, bench.info["margin"]) for curve in curves}
 
 
 def converged(seeds: Sequence[Line], margin: float) -> str:

@@ -6,39 +6,32 @@ they are there), so the page can be written again at any time. No script, nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve
 
+from pipeline.schema import HEADS
 from pipeline.storage import write_text
 from pipeline.terminal import counted
 from trainer.arms import RUNGS
-from trainer.config import MODES
-from trainer.evaluation import conclusions, plots
-from trainer.evaluation.benchmark_folder import (
-    MIN_FRAMES_PER_BIN,
-    Benchmark,
-    Row,
-    baseline,
-    precision_recall,
-    read_benchmark,
-    reliability,
-    state_over_time,
-    training_curves,
-)
-from trainer.evaluation.clip_pictures import find_disagreements
-from trainer.evaluation.comparison import PRIMARY, pairs_of
+from trainer.config import MODES, TEACHER_FORCED
+from trainer.evaluation import comparison, conclusions, plots
+from trainer.evaluation.clip_pictures import find_disagreements, timeline
+from trainer.evaluation.comparison import PRIMARY, Benchmark, Row, baseline, read_benchmark
 from trainer.evaluation.conclusions import ladder_steps
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.plots import Curve, Mark, Panel, css_colour, format_interval, format_number, printable
+from trainer.evaluation.plots import css_colour, format_interval, format_number, rung_colour
 
 MOST_GROUPS: Final = 12  # of a kind, on the page
+MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
 _FIRST_PAGE: Final = """<!doctype html>
@@ -76,7 +69,7 @@ def write_first_page(out: Path) -> None:
 def page_data(bench: Benchmark) -> dict[str, Any]:
     """All that the template shows; draws the figures into OUT/figures on the way."""
     info, mode, (a, b) = bench.info, bench.mode, bench.pair
-    interest = pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
+    interest = comparison.pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
     rows = [
         row | {"heading": _heading(row["metric"])}
         for (*pair, _, _), row in bench.comparisons.items()
@@ -86,8 +79,8 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
     groups: dict[str, dict[str, dict[str, Row]]] = {"dataset": {}, "task": {}}  # group -> rung -> its row
     for row in bench.groups:
         if row["mode"] == mode:
-            groups[row["by"]].setdefault(printable(row["group"], 40), {})[row["rung"]] = row
-    clips, about = find_disagreements(bench, a, b)
+            groups[row["by"]].setdefault(plots.printable(row["group"], 40), {})[row["rung"]] = row
+    clips, about = find_disagreements(bench)
 
     def draw(name: str, make: Callable[[], Figure], label: str) -> Markup:
         return Markup(plots.write_figure(bench.out / FIGURES / name, make, label))
@@ -96,10 +89,9 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "opening": conclusions.opening(bench),
         "leaks": [*conclusions.leaks(bench)],
         "question": conclusions.question(bench),
-        "harness": conclusions.harness_check(bench),
         "limits": [*conclusions.limits(bench)],
         "colours": plots.css_colours(),
-        "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(plots.rung_colour(rung))} for rung in bench.rungs},
+        "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
         "steps": ladder_steps(bench),
         "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
         "convergence": conclusions.convergence(bench),
@@ -108,8 +100,8 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "primary": {"metric": PRIMARY, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
         "disagreements": about,
         "clips": [
-            {"svg": draw(f"timeline-{i}", partial(plots.timeline, timeline), timeline.title), "lines": lines}
-            for i, (timeline, lines) in enumerate(clips, 1)
+            {"svg": draw(f"timeline-{i}", partial(timeline, clip), f"clip {clip.clip_id}"), "lines": clip.lines}
+            for i, clip in enumerate(clips, 1)
         ],
         "metrics": _metric_rows(bench),
         "comparisons": [row for row in rows if row["metric"] == PRIMARY],
@@ -149,64 +141,141 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
 
 def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
     """Name of its files -> (what draws it, accessible name); `state` only where some rung tells the state."""
-    precision = []
-    for mode in MODES:
-        curves, chance = precision_recall(bench, mode)
-        guessing = None if chance is None else (_DIAGONAL[0], np.full(2, chance), f"guessing {chance:.3f}")
-        precision.append(Panel(f"Speaking, {mode}", curves, "recall", "precision", guessing, 1.0, empty="no scores"))
-    probabilities = [
-        Panel(f"Speaking, {mode}", reliability(bench, mode), "probability", "share", _DIAGONAL, 1.0, dots=True,
-              empty="no corrected probabilities")
-        for mode in MODES
-    ]  # fmt: skip
-    training = []
-    for head, name in (("speaking", "Speaking"), ("dst_update", "DST update")):
-        curves, split = training_curves(bench, head)
-        last = max((float(steps[-1]) for curve in curves for steps, _ in curve.seeds), default=None)
-        axes = ("optimizer steps", "average precision")
-        training.append(Panel(f"{name}, {split}", curves, *axes, None, last, empty="not measured"))
     panels = {
-        "windows": ([_window_panel(bench, mode) for mode in bench.modes], "F1 at the widest"),
-        "precision-recall": (precision, "AP"),
-        "reliability": (probabilities, "ECE"),
-        "training": (training, "last AP"),
+        "windows": ([_windows(bench, mode) for mode in bench.modes], "F1 at the widest"),
+        "precision-recall": ([precision_recall(bench, mode) for mode in MODES], "AP"),
+        "reliability": ([_reliability(bench, mode) for mode in MODES], "ECE"),
+        "training": ([_training(bench, head) for head in HEADS], "last AP"),
+        "state": ([_state_over_time(bench)], "in the whole clip"),
     }
-    states = {mode: curves for mode in (bench.mode, *bench.modes) if (curves := state_over_time(bench, mode))}
-    for mode, curves in list(states.items())[:1]:
-        heading = f"Joint state accuracy, {mode}"
-        state = Panel(heading, curves, "% of the clip", "share of frames", x_end=100, dots=True)
-        panels["state"] = ([state], "in the whole clip")
+    if not panels["state"][0][0].curves:
+        del panels["state"]
     return {
-        "ladder": (partial(plots.ladder, _ladder_rows(bench), bench.modes, METRICS[PRIMARY].label), "the ladder"),
+        "ladder": (partial(_ladder, bench), "the ladder"),
         **{name: (partial(plots.curve_panels, *drawn), name) for name, drawn in panels.items()},
     }
 
 
-def _ladder_rows(bench: Benchmark) -> list[plots.RungRow]:
-    """Of each rung, from the lowest, one mark per mode."""
-    marks: dict[str, list[Mark]] = {rung: [] for rung in bench.rungs}
-    for mode in bench.modes:
-        steps = {step.rung: step for step in ladder_steps(bench, mode)}
-        for rung in bench.rungs:
-            row, step = bench.score(rung, mode, PRIMARY), steps.get(rung)
-            mark = Mark(row.get("value"), row.get("low"), row.get("high"))
+def _ladder(bench: Benchmark) -> Figure:
+    """A panel per mode, the lowest rung at the bottom; the broad bar is the step from the rung below, the numbers at
+    the right are the value and that step."""
+    figure, colours = plots.new_figure(38 * len(bench.rungs) + 74), [*map(rung_colour, bench.rungs)]
+    all_axes = figure.subplots(1, len(bench.modes), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, mode in zip(all_axes, bench.modes, strict=True):
+        axes.set_title(mode)
+        axes.set(ylim=(-0.5, len(bench.rungs) - 0.4), xlabel="event F1")
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.margins(x=0.08)
+        right, steps = axes.get_yaxis_transform(), {step.rung: step for step in ladder_steps(bench, mode)}
+        for y, (rung, colour) in enumerate(zip(bench.rungs, colours, strict=True)):
+            row, step, told = bench.score(rung, mode, PRIMARY), steps.get(rung), ""
+            value, low, high = (row.get(name) for name in ("value", "low", "high"))
             if step and step.below:
                 told = format_interval(step.difference, step.low, step.high, signed=True)
-                mark = mark._replace(below=steps[step.below].value, step=told)
-            marks[rung].append(mark)
-    return [plots.RungRow(RUNGS[rung].label or rung, plots.rung_colour(rung), marks[rung]) for rung in bench.rungs]
+                ends = [steps[step.below].value, value]
+                if None not in ends:
+                    axes.plot(ends, [y, y], color=plots.GRID, linewidth=9, solid_capstyle="butt", zorder=2)
+            if low is not None:
+                axes.plot([low, high], [y, y], color=colour, linewidth=1.8, zorder=3)
+            if value is not None:
+                inside = plots.WHITE if mode == TEACHER_FORCED else colour
+                axes.plot([value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
+            style = {"transform": right, "va": "center"}
+            axes.text(1.03, y + (0.2 if told else 0), format_interval(value, low, high), size=11, **style)
+            axes.text(1.03, y - 0.2, told, size=10.5, color=plots.MUTED, **style)
+    names = [RUNGS[rung].label or rung for rung in bench.rungs]
+    all_axes[0].set_yticks(range(len(names)), names, size=12, weight="bold")
+    for label, colour in zip(all_axes[0].get_yticklabels(), colours, strict=True):
+        label.set_color(colour)
+    return figure
 
 
-def _window_panel(bench: Benchmark, mode: str) -> Panel:
+def _windows(bench: Benchmark, mode: str) -> plots.Panel:
     """Event F1 over the width of the window; dashed: the metronome."""
     rows, curves = bench.windows.filter(mode=mode).sort("width_s"), []
     for rung in (name for name in bench.rungs if name != "metronome"):
         seeds = rows.filter(rung=rung).partition_by("seed", maintain_order=True)
-        lines = [(of_seed["width_s"].to_numpy(), of_seed["f1"].to_numpy()) for of_seed in seeds]
-        if lines:
+        if lines := [(of_seed["width_s"].to_numpy(), of_seed["f1"].to_numpy()) for of_seed in seeds]:
             mean = np.mean([f1 for _, f1 in lines], axis=0)
-            curves.append(Curve(rung, lines, (lines[0][0], mean), format_number(float(mean[-1]))))
+            curves.append(plots.Curve(rung, lines, (lines[0][0], mean), format_number(float(mean[-1]))))
     beside = rows.unique("width_s").sort("width_s").drop_nulls("metronome_f1")
     line = (beside["width_s"].to_numpy(), beside["metronome_f1"].to_numpy(), "") if len(beside) else None
-    widest = float(rows["width_s"].max() or 0)
-    return Panel(f"Event F1, {mode}", curves, "width of the window (s)", "event F1", line, widest, dots=True)
+    return plots.Panel(f"Event F1, {mode}", curves, "width of the window (s)", "event F1", line, dots=True)
+
+
+def _labelled(bench: Benchmark, mode: str) -> Iterator[tuple[str, Iterator[pl.DataFrame]]]:
+    """(trained rung, of each of its seeds the frames that have a label: speaking's logit, probability and label)."""
+    names = ("logit", "probability", "label")
+    columns = [pl.col(f"speaking_{name}").cast(pl.Float64).alias(name) for name in names]
+    known = (pl.col("split") == bench.info["split"]) & (pl.col("speaking_label") >= 0)
+    for rung in [rung for rung in bench.rungs if RUNGS[rung].kind == "arm"]:
+        paths = [bench.run(rung, seed) / "scores" / f"{mode}.parquet" for seed in bench.info["seeds"]]
+        scans = [pl.scan_parquet(path, glob=False) for path in paths if path.is_file()]
+        yield rung, (scan.filter(known).select(columns).collect() for scan in scans)
+
+
+def precision_recall(bench: Benchmark, mode: str) -> plots.Panel:
+    """Precision at each of 101 recalls is that of the highest threshold that reaches it. Dashed: chance."""
+    curves, guessing, recalls = [], None, np.linspace(0, 1, 101)
+    for rung, seeds in _labelled(bench, mode):
+        lines = []
+        for frames in seeds:
+            positive = frames["label"].to_numpy() == 1
+            if positive.any() and not positive.all():
+                chance = positive.mean()
+                guessing = (_DIAGONAL[0], np.full(2, chance), f"guessing {chance:.3f}")
+                precision, recall, _ = precision_recall_curve(positive, frames["logit"].to_numpy())
+                reaching = np.searchsorted(-recall[:-1], -recalls, side="right") - 1  # the last has no threshold
+                lines.append((recalls, precision[reaching]))
+        if lines:
+            mean = np.mean([precision for _, precision in lines], axis=0)
+            note = format_number(bench.score(rung, mode, "speaking_ap").get("value"))
+            curves.append(plots.Curve(rung, lines, (recalls, mean), note))
+    return plots.Panel(f"Speaking, {mode}", curves, "recall", "precision", guessing)
+
+
+def _reliability(bench: Benchmark, mode: str) -> plots.Panel:
+    """The share of positives over the mean probability, in B bins; thick: the frames of all seeds together."""
+    curves, count = [], bench.info["settings"]["bins"]
+
+    def shares(bins: Any) -> plots.Line:  # [3, B]: frames, sum of their probabilities, positives
+        frames, probability, positive = bins[:, bins[0] >= MIN_FRAMES_PER_BIN]
+        return probability / frames, positive / frames
+
+    for rung, seeds in _labelled(bench, mode):
+        bins = []
+        for frames in seeds:
+            p, label = frames["probability"], frames["label"]
+            if not p.has_nulls():
+                at = np.minimum((p.to_numpy() * count).astype(int), count - 1)
+                bins.append(np.stack([np.bincount(at, weights, count) for weights in (None, p, label)]))
+        if bins:
+            note = format_number(bench.score(rung, mode, "speaking_ece").get("value"))
+            curves.append(plots.Curve(rung, [*map(shares, bins)], shares(sum(bins)), note))
+    return plots.Panel(f"Speaking, {mode}", curves, "probability", "share", _DIAGONAL, 1.0, dots=True)
+
+
+def _training(bench: Benchmark, head: str) -> plots.Panel:
+    curves, split = comparison.training_curves(bench, head)
+    name = "Speaking" if head == "speaking" else "DST update"
+    return plots.Panel(f"{name}, {split}", curves, "optimizer steps", "average precision")
+
+
+def _state_over_time(bench: Benchmark) -> plots.Panel:
+    """Each arm's joint state accuracy over equal parts of the clips, in % of their length; last, never updating."""
+    mode, metric = bench.mode, "joint_state_accuracy"
+    parts = [(rung, bench.of_seeds(rung, mode, "state.over_time"), bench.score(rung, mode, metric).get("value"))
+             for rung in bench.rungs]  # fmt: skip
+    parts = [part for part in parts if part[1]]
+    level, never = baseline(bench, mode, metric), bench.of_reference(mode, "state.over_time_never_updating")
+    if parts and level and never:
+        parts.append((plots.NEVER, [never], level[0]))
+    curves = []
+    for rung, shares, whole in parts:
+        by_seed = np.array(shares, np.float64)  # [seeds, parts], NaN in a part without frames
+        middles = (np.arange(by_seed.shape[1]) + 0.5) * 100 / by_seed.shape[1]
+        mean = (middles, by_seed.mean(axis=0))
+        curves.append(plots.Curve(rung, [(middles, line) for line in by_seed], mean, format_number(whole)))
+    heading = f"Joint state accuracy, {mode}"
+    return plots.Panel(heading, curves, "% of the clip", "share of frames", x_end=100, dots=True)
