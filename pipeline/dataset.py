@@ -192,10 +192,7 @@ _NO_FRAME = pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(np.full(1, 
 
 
 class _RowGroup:
-    """A row group of clips as flat arrays; its texts are read when a clip with texts is first asked for.
-
-    content: names what the file holds, as a cache's key.
-    """
+    """Clips as flat arrays; texts are read when first asked for. content: a cache key, of what the file holds."""
 
     def __init__(self, path: Path, index: int, content: str) -> None:
         self._path, self._index = path, index

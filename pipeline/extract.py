@@ -31,7 +31,6 @@ from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range
 from pipeline.readers.index import NOT_STRICT
 from pipeline.schema import CLIPS, ROLES
 from pipeline.state import contradicts
-from pipeline.storage import move
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
@@ -129,7 +128,7 @@ def extract(path: str, spans: np.ndarray, first: int, spool: str, fps: float | N
             _describe(infos, turns, at)
             _measure(infos, turns, np.repeat(np.arange(len(infos)), np.diff(at)))
             result.clips += infos
-    move(new, Path(spool))
+    new.rename(spool)
     return result
 
 

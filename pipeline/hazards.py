@@ -77,7 +77,7 @@ def of_labels(split: str, counts: Mapping[str, Any]) -> Iterator[Hazard]:
 
 
 def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
-    """Context leak audit: texts that tell a label before the decision is made, and states that cannot be right."""
+    """Texts that tell a label before the decision is made, and states that cannot be right."""
     infos = [info for source in sources for info in source.kept()]
     told, decisions = (sum(info.clip.given_away[i] for info in infos) for i in (0, 1))
     if told > BY_CHANCE * decisions:

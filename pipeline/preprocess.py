@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pipeline.cluster import Mapper, pool
+from pipeline.cluster import Calls, Mapper, pool
 from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import cut, extract, without_gc
@@ -93,8 +93,7 @@ def preprocess(
 
 
 def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Replace tables, quarantine, dataset card and manifest of `out`; from the old manifest's end to the new one's
-    beginning there is no output. A README.md that is not ours stays."""
+    """Swap everything into `out`, which has no manifest meanwhile; a README.md that is not ours stays."""
     write_json(staged / MANIFEST, manifest)
     (staged / CARD).write_text(card_text(manifest), encoding="utf-8")
     for path in staged.rglob("*"):
@@ -102,10 +101,9 @@ def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:
     names = ["frames", "clips", QUARANTINE]
     if not (out / CARD).exists() or is_our_card(out / CARD):
         names.append(CARD)
-    (staged / "old").mkdir()
     for name in (MANIFEST, *names):
         if (out / name).exists():
-            (out / name).rename(staged / "old" / name)
+            (out / name).rename(staged / f"old {name}")
     for name in names:
         if (staged / name).exists():
             (staged / name).rename(out / name)
@@ -121,8 +119,8 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     owners = []
     for number, source in enumerate(sources):
         owners += [(source, call) for call in _parts(source, f"{spool}/{number}", options)]
-    calls = [call for _, call in owners]
-    for (source, _), part in zip(owners, _map(mapper, extract, calls, "reading", progress), strict=True):
+    extracted = _map(mapper, extract, [call for _, call in owners], "reading", progress)
+    for (source, _), part in zip(owners, extracted, strict=True):
         source.parts.append(part)
         for refusal in part.refused:
             source.refuse(*refusal)
@@ -172,9 +170,7 @@ def _parts(source: Source, spool: str, options: Options) -> Iterator[tuple[Any, 
         yield str(source.path), spans, start, f"{spool}-{start}.arrow", options.fps, options.recording_regex
 
 
-def _map(
-    mapper: Mapper, function: Callable[..., Any], calls: list[tuple[Any, ...]], what: str, progress: Progress
-) -> Iterator[Any]:
+def _map(mapper: Mapper, function: Callable[..., Any], calls: Calls, what: str, progress: Progress) -> Iterator[Any]:
     """The mapper's results, in order."""
     progress(what, 0, len(calls))
     with contextlib.closing(mapper(function, calls)) as coming:

@@ -28,7 +28,7 @@ from pipeline.options import Options
 from pipeline.readers.clip import Range
 from pipeline.schema import CLIPS, FRAMES, HEADS, NOT_SAMPLED, ROLE_OF, ROLES, sampling_seed, shard_path
 from pipeline.state import initial_state
-from pipeline.storage import move, sha256
+from pipeline.storage import sha256
 
 GROUP_FRAMES: Final = 2_000_000  # 3,300 clips of the usual size; bounds memory where clips are huge
 
@@ -56,19 +56,30 @@ def write_part(plan: Plan) -> Written:
     """Label and write one part: beside the spool, then renamed, so that two tries of it on a cluster do not meet."""
     new = {table: Path(f"{plan.spool}.{secrets.token_hex(4)}.{table}") for table in ("frames", "clips")}
     counts: Counts = defaultdict(Counter)
-    with _parquet_writer(new["frames"], "frames") as frames, _parquet_writer(new["clips"], "clips") as clips:
-        for batch, own in _groups(plan):
-            group = _labelled(plan, batch, plan.clips[own])
-            rows, clip_rows = _batches(group, plan, plan.first_clip + own.start)
-            frames.write_batch(rows, max(1, rows.num_rows))
-            clips.write_batch(clip_rows, batch.num_rows)
-            _count(group, plan.options.positive, counts)
+    first = done = 0  # rows of the spool, clips of the plan before the batch
+    writers = _parquet_writer(new["frames"], "frames"), _parquet_writer(new["clips"], "clips")
+    with pa.memory_map(plan.spool) as source, writers[0] as frames, writers[1] as clips:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            kept = plan.rows[done:][plan.rows[done:] < first + batch.num_rows] - first
+            first += batch.num_rows
+            if len(kept) < batch.num_rows:
+                batch = batch.take(pa.array(kept))
+            infos = plan.clips[done : done + len(kept)]
+            for begin, end in cut([info.bounds[1] - info.bounds[0] for info in infos], len(infos), GROUP_FRAMES):
+                group = _labelled(plan, batch.slice(begin, end - begin), infos[begin:end])
+                rows, clip_rows = _batches(group, plan, plan.first_clip + done + begin)
+                frames.write_batch(rows, max(1, rows.num_rows))
+                clips.write_batch(clip_rows, clip_rows.num_rows)
+                _count(group, plan.options.positive, counts)
+            done += len(kept)
     entries = []
     for table, file in new.items():
         name, rows = shard_path(table, plan.split, plan.part), counts["counts"][table]
         entry = {"path": name, "table": table, "split": plan.split, "part": plan.part, "rows": rows}
         entry |= {"clips": counts["counts"]["clips"], "bytes": file.stat().st_size, "sha256": sha256(file)}
-        move(file, Path(plan.staging) / name)
+        file.rename(Path(plan.staging) / name)
         entries.append(entry)
     return plan.split, entries, counts
 
@@ -135,23 +146,6 @@ def _parquet_writer(path: Path, table: str) -> Iterator[pq.ParquetWriter]:
         writer.close()
     finally:
         writer.is_open = False  # after a failure: the file stays as it is, unfinished
-
-
-def _groups(plan: Plan) -> Iterator[tuple[pa.RecordBatch, slice]]:
-    """The plan's clips of each spooled batch, and which of the plan they are, cut where frames are too many."""
-    first = done = 0
-    with pa.memory_map(plan.spool) as source:
-        reader = pa.ipc.open_file(source)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            rows = plan.rows[done:][plan.rows[done:] < first + batch.num_rows] - first
-            first += batch.num_rows
-            if len(rows) < batch.num_rows:
-                batch = batch.take(pa.array(rows))
-            sizes = [clip.bounds[1] - clip.bounds[0] for clip in plan.clips[done : done + len(rows)]]
-            for begin, end in cut(sizes, len(rows), GROUP_FRAMES):
-                yield batch.slice(begin, end - begin), slice(done + begin, done + end)
-            done += len(rows)
 
 
 class _Group(NamedTuple):

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +21,6 @@ from filelock import FileLock, Timeout
 
 LOCK: Final = ".lock"
 _OURS = re.compile(rf"{re.escape(LOCK)}|\..+\.new|lost\+found")  # of a folder that is as good as empty
-_FAULTS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT, errno.ENAMETOOLONG}  # others: not offered there
 
 
 def sha256(path: Path) -> str:
@@ -37,7 +35,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno in _FAULTS:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
@@ -49,7 +47,7 @@ def naming(path: Path, new: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, str(new)):
+        if error.filename is not None and str(error.filename) != str(new):
             raise
         raise OSError(error.errno, error.strerror or " ".join(str(error).split()), str(path)) from None
 
@@ -80,25 +78,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with naming(path, new):
             yield new
             sync(new)
-            move(new, path)
+            try:
+                new.replace(path)
+            except PermissionError:  # an open file may not be replaced (SMB, 9p)
+                path.unlink(missing_ok=True)
+                new.replace(path)
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
     sync(path.parent)
-
-
-def move(new: Path, path: Path) -> None:
-    """Rename a file; where an open one may not be replaced (SMB, 9p), the old one is removed first."""
-    try:
-        new.replace(path)
-    except OSError as error:
-        if error.errno in _FAULTS:
-            raise
-        if not path.is_file():
-            what = f"renaming is refused there ({error.strerror}); choose a folder on another disk"
-            raise OSError(error.errno, what, str(path)) from None
-        path.unlink()
-        new.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,11 +110,3 @@ def lock(path: Path, taken: Exception) -> contextlib.AbstractContextManager[obje
         raise taken from None
     except OSError:
         return contextlib.nullcontext()
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """OSError where the disk has less than `needed` bytes free; one that does not know (some buckets) passes."""
-    total, _, free = shutil.disk_usage(folder)
-    if total and free < needed:
-        what = f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed"
-        raise OSError(errno.ENOSPC, what, str(folder))

@@ -1,7 +1,7 @@
 """What a manifest tells people: the table that `preprocess` ends with and `inspect` shows again, and the dataset card.
 
-The card (README.md, from card.md) is what `datasets.load_dataset` and a hub need to know. Its last line holds the
-SHA-256 of the rest: a card that somebody has edited, or any other README.md, does not match it and is left alone.
+The card (README.md) is what `datasets.load_dataset` and a hub need to know. Its last line holds the SHA-256 of the
+rest: a card that somebody has edited, or any other README.md, does not match it and is left alone.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
             "bounds_widened": "clips with bounds widened to their turns (DST updates alone given)",
             "renamed": "ids extended by data set and video (another data set has the same)",
             "fps_assumed": "clips without fps, 2 assumed",
+            "quarantined": "quarantined",
         }
         schemas = f" of {' and '.join(source['schemas'])}" if source["schemas"] else ""
         facts = [counted(source["clips"], f"{source['split']} clip") + schemas]
         facts.append(f"{source['frame_convention']} convention")
         facts += [f"{source[key]:,} {what}" for key, what in remarks.items() if source[key]]
         facts += [f"{name} ignored in {n:,} clips (not text)" for name, n in source["ignored_fields"].items()]
-        facts += [f"{source['quarantined']:,} quarantined"] * bool(source["quarantined"])
         yield f"{plain(Path(source['path']).name)}: {plain(', '.join(facts))}"
     skipped: dict[str, list[str]] = {}
     for one in manifest["skipped"]:

@@ -13,6 +13,7 @@ the weights, bit for bit, of one that never stopped.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError, NotFiniteError
-from pipeline.storage import check_space, naming
+from pipeline.storage import naming
 from trainer.arms import find_arm
 from trainer.checkpoint import (
     LoadedRun,
@@ -200,7 +201,9 @@ def train(
         if world.is_main:
             write_options(run, started, stack)
             sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
-            check_space(run, sum(size * (3 if learns else 1) for size, learns in sizes))  # RUN/last, with two moments
+            needed = sum(size * (3 if learns else 1) for size, learns in sizes)  # RUN/last, with two moments
+            if 0 < (free := shutil.disk_usage(run).free) < needed:  # 0: some buckets do not know
+                raise InputError(f"{run}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed; make room")
         note = f"all {already} steps had been done before" if already == config.steps else note
         done = TrainReport(config.steps, already, world.is_main, note)
         _Session(run, model, optimizer, state, options, frames, held_out, world, done).go(split)

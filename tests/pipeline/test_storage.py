@@ -22,7 +22,7 @@ def test_a_file_is_replaced_where_niceties_are_refused_and_a_disk_without_rename
     assert (tmp_path / "file").read_text() == "two"
     (tmp_path / "file").unlink()
     refuse.refuse(monkeypatch.setattr, tmp_path, "rename")
-    with pytest.raises(OSError, match="renaming is refused there \\(Function not implemented\\)") as caught:
+    with pytest.raises(OSError, match="Function not implemented") as caught:
         storage.write_text(tmp_path / "file", "text")
     assert (caught.value.filename, (tmp_path / "file").exists()) == (str(tmp_path / "file"), False)
 
