@@ -29,12 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
@@ -51,7 +46,9 @@ FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
 OPTIONS = "options.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter; Muon no squares
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; other ranks take part and get nothing
+_WHOLE = states.StateDictOptions(
+    full_state_dict=True, cpu_offload=True
+)  # on rank 0; other ranks take part and get nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +77,10 @@ def save_checkpoint(
 ) -> None:
     """Write `folder`, or replace it; with `optimizer` training can go on from it. Collective."""
     model, world = run.model, world or World()
-    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    weights: dict[str, Any] = states.get_model_state_dict(model, options=_WHOLE)
     state: dict[str, Tensor] = {}  # what the next step depends on beside the merged weights
     if optimizer is not None:
-        moments: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
+        moments: Any = states.get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
         state = {f"{key}/{name}": v for name, kept in moments.get("state", {}).items() for key, v in kept.items()}
         if run.config.lora_rank:
             learns = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -134,7 +131,7 @@ def _draft(folder: Path) -> Path:
 
 
 def _move_into_place(new: Path, folder: Path) -> None:
-    """Two renames; after a kill between them `load_run` reads the new folder where it is, `recover` moves it."""
+    """Two renames; after a kill between them a resume's `recover` does the second."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -183,7 +180,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     InputError where there is none, or one that is damaged, incomplete or of another format. `to_train`: as it was in
     training, LoRA adapters apart from the weights that they adapt.
     """
-    folder = _checkpoint_folder(run)
+    folder = Path(model_folder(str(run)))
     info = _verified_info(folder, to_train)
     config = TrainConfig.from_json(info.pop("config"))
     tokens = load_tokens(folder.resolve())
@@ -208,8 +205,11 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
         if key in _MOMENTS:
             moments.setdefault(name, {})[key] = saved[f"{key}/{name}"]
     if moments:
-        state: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer), "state": moments}  # its own groups
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        state: dict[str, Any] = {
+            **states.get_optimizer_state_dict(model, optimizer),
+            "state": moments,
+        }  # its own groups
+        states.set_optimizer_state_dict(model, optimizer, state, options=states.StateDictOptions(full_state_dict=True))
     torch.set_rng_state(saved["rng/cpu"])
     if "rng/cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng/cuda"])
@@ -224,13 +224,7 @@ def verify_model(name: str) -> None:
 
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
-    return sha256(_checkpoint_folder(run) / RUN_INFO)
-
-
-def _checkpoint_folder(run: Path) -> Path:
-    """RUN/last, or what a kill kept from becoming it; else `run` itself."""
-    places = (run / "last", _draft(run / "last"))
-    return next((folder for folder in places if (folder / RUN_INFO).is_file()), run)
+    return sha256(Path(model_folder(str(run))) / RUN_INFO)
 
 
 def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def encode(
     model: Annotated[str, Option(help="whose vision tower: a folder, a name on the hub, or a run")],
     out: Annotated[Path, Option(help="folder for one safetensors file per video; what is there is kept")],
     frames_root: FramesRoot = None,
-    tokens_per_frame: Annotated[int, Option(help="tokens kept of a frame, a square number")] = (
-        TrainConfig.tokens_per_frame
-    ),
+    tokens_per_frame: Annotated[int, Option(help="tokens kept of a frame, a square number")] = 1,
     dtype: Annotated[str, Option(help="to compute in: float32, bfloat16, or auto: bfloat16 on a GPU")] = "auto",
     store: Annotated[str, Option(help="to keep: float16 or float32")] = "float16",
     keep: Annotated[
@@ -88,7 +86,7 @@ def encode(
         )
     if report.skipped:
         typer.echo(f"{report.skipped:,} videos were there already; skipped")
-    k = [] if tokens_per_frame == TrainConfig.tokens_per_frame else ["--tokens-per-frame", tokens_per_frame]
+    k = [] if tokens_per_frame == 1 else ["--tokens-per-frame", tokens_per_frame]
     frozen = "vision,connector" if keep == "connector" else "vision"
     then = command("train", data, "--run", "RUN", "--model", model, "--features", out, "--freeze", frozen, *k)
     typer.echo(f"next: {then}")
@@ -167,26 +165,21 @@ def evaluate(
     settings, places = given.make(Settings), places or []
     if submission is not None and chunks is None:
         raise UsageError("--submission needs --chunks: the sessions that it answers")
-    if scores is not None and scores.suffix == ".jsonl":
-        if chunks is None or places:
-            raise UsageError(f"{scores}: to score a submission takes --scores and --chunks alone, and perhaps --out")
-        from trainer.evaluation.metrics import evaluate_submission
-
-        result = evaluate_submission(scores, chunks, out)
-    elif scores is not None:
-        from trainer.evaluation.metrics import evaluate_scores
+    if scores is not None:
+        from trainer.evaluation.metrics import evaluate_scores, evaluate_submission
 
         shards, thresholds = (places[-1] if places else None), numbers("--threshold", threshold)
-        result = evaluate_scores(scores, shards, split, out, settings, thresholds, chunks, submission, draws)
-    elif control is not None:
-        if len(places) != 1 or out is None:
-            raise UsageError(f"--control {control}: expected DATA and --out FOLDER")
+        if scores.suffix == ".jsonl" and chunks is not None:
+            result = evaluate_submission(scores, chunks, out)
+        else:
+            result = evaluate_scores(scores, shards, split, out, settings, thresholds, chunks, submission, draws)
+    elif control is not None and len(places) == 1 and out is not None:
         from trainer.controls import score_control
 
         result = score_control(control, places[0], split, out, 0, settings, self_fed)
+    elif control is not None or len(places) != 2:
+        raise UsageError("evaluate: expected RUN DATA; DATA --scores FILE; or DATA --control NAME --out FOLDER")
     else:
-        if len(places) != 2:
-            raise UsageError(f"evaluate {' '.join(map(plain, places))}: expected RUN DATA, or DATA with --scores FILE")
         from trainer.evaluate import evaluate as evaluate_run
 
         run, data = places

@@ -5,12 +5,11 @@
 
 The connector has no bias and no activation, so pooling before it gives the same numbers as after it (to float
 rounding) at 1/64 of its cost for k = 1, and what is cached still lets the connector learn. The price is size: at 256M a
-token is 24 KB in float16 (D = 12,288) where the connector's output, the layer "connector", has 1 KB and pixels 786 KB.
+token is 24 KB in float16 where the connector's output, the layer "connector", has 1 KB and pixels 786 KB. A file holds
+a video's features, a fingerprint of the weights that made them, and a checksum per frame, compared when it is read.
 The tower's parts are called directly: the model's own image path drops frames that are exactly zero after
 normalisation, waits for the GPU to look whether patches are masked, and in bfloat16 transformers 5.17 gives them wrong
-positions. Here every patch of a square frame is there, and its position is its number.
-A file holds a video's features. It names the weights that made it, by fingerprint, and has a checksum per frame,
-compared when the frame is read. It is memory-mapped: a window reads its own rows, without a file descriptor.
+positions.
 
     N frames of a pass or a file    F frames asked for    S side in pixels    k tokens per frame    H hidden
     D length of a feature: vision width x scale factor^2
@@ -63,18 +62,16 @@ def feature_width(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -
 def run_tower(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int, chunk: int = VISION_CHUNK) -> Tensor:
     """float [N, k, D] of RGB pixels 0..255 [N, 3, S, S], `chunk` frames at a time."""
     assert pixels.shape[1:] == (3, frame_side(vlm), frame_side(vlm)), tuple(pixels.shape)
-    return torch.cat([_run_tower(vlm, part, k) for part in pixels.split(chunk)])
-
-
-def _run_tower(vlm: SmolVLMForConditionalGeneration, pixels: Tensor, k: int) -> Tensor:
-    normalised = (pixels.float() / 255 - 0.5) / 0.5
-    tower = vlm.model.vision_model
-    # [N, P, H_v], contiguous: strided additions and copies of all layers took 20 of 63 ms on an H100 (64 frames)
-    patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT.contiguous()
-    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-    placed = patches + tower.embeddings.position_embedding(positions)
-    hidden = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
-    return pool(vlm.model.connector.pixel_shuffle(hidden, vlm.config.scale_factor), k)
+    tower, features = vlm.model.vision_model, []
+    for part in pixels.split(chunk):
+        normalised = (part.float() / 255 - 0.5) / 0.5
+        # [N, P, H_v], contiguous: strided additions and copies of all layers took 20 of 63 ms on an H100 (64 frames)
+        patches = tower.embeddings.patch_embedding(normalised).flatten(2).mT.contiguous()
+        positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+        placed = patches + tower.embeddings.position_embedding(positions)
+        hidden = tower.post_layernorm(tower.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state)
+        features.append(pool(vlm.model.connector.pixel_shuffle(hidden, vlm.config.scale_factor), k))
+    return torch.cat(features)
 
 
 def run_connector(vlm: SmolVLMForConditionalGeneration, features: Tensor) -> Tensor:
