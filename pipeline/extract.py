@@ -1,7 +1,8 @@
-"""Pass 1: decode and check the clips of a part, spool them as Arrow, and keep what the whole input must decide on.
+"""Pass 1: `extract` decodes, checks and spools the clips of a part; `resolve` decides what only the whole input can.
 
-Costs one typed decode of the JSON and some 3 us a turn. Texts and turns go to disk for pass 2; in memory stays one
-`ClipInfo` a clip, about 1 kB.
+The spool holds texts and turns for pass 2, as Arrow; in memory stays 1 kB a clip. Costs one typed decode of the JSON
+and some 3 us a turn. Decided are unique ids, each file's frame convention, bounds, padding and initial states; a clip
+that cannot stay is refused like a malformed one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import operator
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -26,122 +29,71 @@ import pyarrow.compute as pc
 
 from pipeline import labels
 from pipeline.dataset import flat_lists
+from pipeline.errors import InputError
+from pipeline.options import Options
 from pipeline.readers import decode
-from pipeline.readers.clip import EVERYWHERE, Clip, ClipError, Range
+from pipeline.readers.clip import EVERYWHERE, MAX_FRAME, MAX_FRAMES, Clip, ClipError, Range, check_bounds
 from pipeline.readers.index import NOT_STRICT
 from pipeline.schema import CLIPS, ROLES
-from pipeline.state import contradicts
+from pipeline.state import Segment, contradicts, states_before
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
-NONE: Final = -1  # in an extent: a clip without such turns
 
-_AS_STORED: Final = (
-    *("video_uid", "recording_id", "dataset", "clip_idx", "fps", "frames_file", "goal", "knowledge"),
-    *("steps", "initial_state", "neg_rate"),
-)
+_AS_STORED = "video_uid recording_id dataset clip_idx fps frames_file goal knowledge steps initial_state neg_rate"
 _FRAMES = ("start_frame", "end_frame")  # int64 in the spool, as the source has them
 _SPOOL_TYPES: Final = {"role": pa.int8(), "start_frame": pa.int64(), "end_frame": pa.int64()}  # role: index in ROLES
 _TURN = pa.struct([f.with_type(_SPOOL_TYPES.get(f.name, f.type)) for f in CLIPS.field("turns").type.value_type])
 SPOOL: Final = pa.schema(
-    [
-        *(pa.field(name, CLIPS.field(name).type) for name in _AS_STORED),
-        ("unlabelled", pa.list_(pa.struct([(name, pa.int64()) for name in _FRAMES]))),
-        ("convention", pa.string()),  # null: as in the rest of the file
-        ("summaries", pa.int32()),
-        ("turns", pa.list_(_TURN)),
-    ]
+    {
+        **{name: CLIPS.field(name).type for name in _AS_STORED.split()},
+        "unlabelled": pa.list_(pa.struct([(name, pa.int64()) for name in _FRAMES])),
+        "convention": pa.string(),  # null: as in the rest of the file
+        "summaries": pa.int32(),
+        "turns": pa.list_(_TURN),
+    }
 )
 _ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
+Refused = list[tuple[int, ClipError, Range, str | None]]  # number in the file, why, bytes, id
 
 
-@dataclass(slots=True)
-class ClipInfo:
-    """What the decisions on the whole input need of one clip, and what they decide. An extent is (first start, last
-    end) of some turns with frames, as the source has them; (-1, -1) without any."""
-
-    clip: Clip  # in the end without texts, steps and turns
-    number: int  # in its file
-    span: Range  # bytes
-    recording_id: str
-    clip_id: str = ""
-    tracked: bool = False  # whether it says anything about the dialog state
-    contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
-    extent: Range = (NONE, NONE)  # of the non-system turns
-    dst_extent: Range = (NONE, NONE)  # of the DST_UPDATE turns
-    first_end: int = NONE  # end of the first of the non-system turns by end
-    votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # those of placed turns, as msgpack of (start, end, step id, transition): 20 bytes each
-    keep: bool = True
-    bounds: Range = (0, 0)
-    state: Mapping[str, str] | None = None  # replayed; None: as given
-
-    @property
-    def placed(self) -> bool:
-        """Whether the reader gave the turns their frames: the file's convention is not theirs."""
-        return self.clip.convention is not None
-
-    @property
-    def given(self) -> tuple[int | None, int | None]:
-        """The bounds as given."""
-        return self.clip.start_frame, self.clip.end_frame
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether `given` is the 0..0 that generators write for a clip without DST updates."""
-        return self.given == (0, 0) and self.dst_extent[1] == NONE and self.extent[1] > 0
-
-
-@dataclass
-class Extracted:
-    """Pass 1's result for a part."""
-
-    spool: str
-    clips: list[ClipInfo]
-    refused: list[tuple[int, ClipError, Range, str | None]]  # number in the file, why, bytes, id
-
-
-def extract(path: str, spans: np.ndarray, first: int, spool: str, fps: float | None, recording: str) -> Extracted:
-    """Decode, check and spool the clips of a part of a file. They lie at `spans` (int64 [clips, 2] bytes).
+def extract(
+    spool: str, path: str, spans: np.ndarray, first: int, fps: float | None, recording: str
+) -> tuple[list[Clip], Refused]:
+    """Decode and check the clips of a part of a file, which lie at `spans` (int64 [C, 2]); spool and return the good.
 
     first: number of the part's first clip in the file; fps: --fps; recording: the pattern of recording_id. The spool is
     renamed into place, so that two tries of one part, of which a cluster lost one, do not meet.
     """
-    pattern, result = re.compile(recording), Extracted(spool, [], [])
-    new = Path(f"{spool}.{secrets.token_hex(4)}")
-    with open(path, "rb") as file, pa.ipc.new_file(new, SPOOL) as writer, without_gc():
+    pattern, new = re.compile(recording), Path(f"{spool}.{secrets.token_hex(4)}")
+    kept: list[Clip] = []
+    refused: Refused = []
+    gc.disable()  # clips hold no cycles: looking for some only costs; `preprocess` enables it again
+    with open(path, "rb") as file, pa.ipc.new_file(new, SPOOL) as writer:
         for begin, stop in cut(spans[:, 1] - spans[:, 0], GROUP_CLIPS, GROUP_BYTES):
-            infos = []
+            clips = []
             for number, (start, end) in enumerate(spans[begin:stop].tolist(), first + begin):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
                     clip = decode(raw, fps)
                 except ClipError as error:
-                    result.refused.append((number, error, (start, end), _own_id(raw)))
+                    own_id = None  # where it can be read
+                    with contextlib.suppress(*NOT_STRICT):
+                        own_id = msgspec.json.decode(raw, type=dict).get("id")
+                    refused.append((number, error, (start, end), None if own_id is None else str(own_id)))
                     continue
                 match = pattern.search(clip.video_uid)
                 take = match and (match[1] if pattern.groups else match[0])
-                infos.append(ClipInfo(clip, number, (start, end), take or clip.video_uid))
-            batch = _spooled(infos)
+                clip.number, clip.span, clip.recording_id = number, (start, end), take or clip.video_uid
+                clips.append(clip)
+            batch = _spooled(clips)
             writer.write_batch(batch)
             at, turns = flat_lists(batch.column("turns"))
-            _describe(infos, turns, at)
-            _measure(infos, turns, np.repeat(np.arange(len(infos)), np.diff(at)))
-            result.clips += infos
+            _describe(clips, turns, at)
+            _measure(clips, turns, np.repeat(np.arange(len(clips)), np.diff(at)))
+            kept += clips
     new.rename(spool)
-    return result
-
-
-@contextlib.contextmanager
-def without_gc() -> Iterator[None]:
-    """Clips hold no cycles: looking for some only costs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return kept, refused
 
 
 def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Range]:
@@ -156,9 +108,8 @@ def cut(sizes: Sequence[int] | np.ndarray, most: int, total: int) -> Iterator[Ra
         yield begin, len(sizes)
 
 
-def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
+def _spooled(clips: list[Clip]) -> pa.RecordBatch:
     """The clips as Arrow. Their turns become arrays over all clips: Arrow takes nested lists ten times slower."""
-    clips = [info.clip for info in infos]
     flat = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
     roles, contents, time, start, end = flat or [[]] * 5
     role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
@@ -185,7 +136,6 @@ def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
     turns = pa.StructArray.from_arrays(columns, fields=list(_TURN))
     offsets = pa.array(np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32))
     values = {
-        "recording_id": [info.recording_id for info in infos],
         "dataset": [clip.dataset or "unknown" for clip in clips],
         "clip_idx": [clip.clip_idx or 0 for clip in clips],
         "initial_state": [list((clip.initial_state or {}).items()) for clip in clips],
@@ -196,15 +146,7 @@ def _spooled(infos: list[ClipInfo]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(values, SPOOL)
 
 
-def _own_id(raw: bytes) -> str | None:
-    """The `id` of a refused clip, where it can be read."""
-    with contextlib.suppress(*NOT_STRICT, KeyError):
-        given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])["id"]
-        return str(msgspec.json.decode(given, type=str | int))
-    return None
-
-
-def _describe(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> None:
+def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray) -> None:
     """Each clip's id, and what it says about the dialog state; turns[at[i] : at[i + 1]] are its turns, which go.
 
     The id is the clip's own, else its video, number, user and a digest of its conversation: a function of the clip
@@ -214,47 +156,240 @@ def _describe(infos: list[ClipInfo], turns: pa.StructArray, at: np.ndarray) -> N
     time = turns.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
     size = pc.binary_length(turns.field("text"))
     numbers = np.stack([turns.field("role"), start, end, time, size], axis=1, dtype=np.int64)
-    for info, begin, stop in zip(infos, at, at[1:], strict=False):
-        clip = info.clip
+    for clip, begin, stop in zip(clips, at, at[1:], strict=False):
         if clip.id is None:
             said = hashlib.sha256(numbers[begin:stop].tobytes())
             said.update("".join(turns.field("text")[begin:stop].to_pylist()).encode())
             said.update(f"{clip.start_frame} {clip.end_frame}".encode())
         parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8]) if clip.id is None else (clip.id,)
-        info.clip_id = "_".join(str(part) for part in parts if part is not None)
+        clip.clip_id = "_".join(str(part) for part in parts if part is not None)
         roles, contents, _, starts, ends = clip.turns
         own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
         flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
-        info.updates, info.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
+        clip.updates, clip.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
         if clip.initial_state:
             changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
-            info.contradicted = contradicts(clip.initial_state, changes)
+            clip.contradicted = contradicts(clip.initial_state, changes)
         clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
         clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
 
 
-def _measure(infos: list[ClipInfo], turns: pa.StructArray, owner: np.ndarray) -> None:
+def _measure(clips: list[Clip], turns: pa.StructArray, owner: np.ndarray) -> None:
     """The clips' extents, and how their turns [T] vote on the file's convention; owner [T]: each turn's clip."""
     start, end, time = (turns.field(name).to_numpy(zero_copy_only=False) for name in (*_FRAMES, "time_s"))
     role = turns.field("role").to_numpy()
     framed = (role != ROLES.index("system")) & turns.field("end_frame").is_valid().to_numpy(zero_copy_only=False)
 
     def extents(which: np.ndarray, low: np.ndarray) -> list[Range]:
-        first, last = np.full(len(infos), np.iinfo(np.int64).max), np.full(len(infos), NONE)
+        first, last = np.full(len(clips), np.iinfo(np.int64).max), np.full(len(clips), -1)
         np.minimum.at(first, owner[which], low[which].astype(np.int64))
         np.maximum.at(last, owner[which], end[which].astype(np.int64))
-        return list(zip(np.where(last == NONE, NONE, first).tolist(), last.tolist(), strict=True))
+        return list(zip(np.where(last == -1, -1, first).tolist(), last.tolist(), strict=True))
 
     columns = extents(framed, start), extents(framed & (role == ROLES.index("DST_UPDATE")), start), extents(framed, end)
-    for info, extent, dst_extent, of_ends in zip(infos, *columns, strict=True):
-        info.extent, info.dst_extent, info.first_end = extent, dst_extent, of_ends[0]
-    voting = framed & ~np.isnan(time) & np.array([not info.placed for info in infos], bool)[owner]
+    for clip, extent, dst_extent, of_ends in zip(clips, *columns, strict=True):
+        clip.extent, clip.dst_extent, clip.first_end = extent, dst_extent, of_ends[0]
+    voting = framed & ~np.isnan(time) & np.array([not clip.convention for clip in clips], bool)[owner]
     firsts = [  # bounds that are the DST turns' may leave turns out
-        info.extent[0] if info.unbounded or info.given[0] is None or info.given == info.dst_extent else info.given[0]
-        for info in infos
+        clip.extent[0] if clip.unbounded or clip.given[0] is None or clip.given == clip.dst_extent else clip.given[0]
+        for clip in clips
     ]
     start, end, owner = start[voting].astype(np.int64), end[voting].astype(np.int64), owner[voting]
-    frame = time[voting] * np.array([info.clip.fps for info in infos])[owner]
+    frame = time[voting] * np.array([clip.fps for clip in clips])[owner]
     votes = labels.vote(owner, start, end, frame, np.array(firsts, np.int64))
-    for info, counts in zip(infos, votes.tolist(), strict=True):
-        info.votes = counts
+    for clip, counts in zip(clips, votes.tolist(), strict=True):
+        clip.votes = counts
+
+
+@dataclass
+class Source:
+    """One input file and what is learned of it."""
+
+    path: Path
+    split: str
+    bytes: int
+    sha256: str = ""
+    convention: str = "event"
+    votes: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # turns; of those, lead-in, event, window
+    counts: Counter[str] = field(default_factory=Counter)  # of clips: renamed, bounds_widened
+    refused: list[dict[str, Any]] = field(default_factory=list)  # lines of quarantine.jsonl
+    parts: dict[str, list[Clip]] = field(default_factory=dict)  # by the spool that holds their turns
+
+    def kept(self) -> list[Clip]:
+        return [clip for part in self.parts.values() for clip in part if clip.keep]
+
+    def refuse(self, clip: int | None, error: ClipError, span: Range, clip_id: str | None = None) -> None:
+        """Add a line of quarantine.jsonl: where, found, expected. `clip` counts the file's clips from 0."""
+        numbers = {"clip": clip, "turn": error.turn}
+        where = " ".join([str(self.path), *(f"{name} {n}" for name, n in numbers.items() if n is not None)])
+        line = {"file": str(self.path), "clip": clip, "clip_id": clip_id, **asdict(error)}
+        line |= {"byte_start": span[0], "byte_end": span[1], "split": self.split}
+        line["message"] = f"{where}: {error.field}: found {error.found}, expected {error.expected}"
+        self.refused.append(line)
+
+    def drop(self, clip: Clip, error: ClipError) -> None:
+        clip.keep = False
+        self.refuse(clip.number, error, clip.span, clip.clip_id)
+
+    def manifest_entry(self) -> dict[str, Any]:
+        """What the manifest says of this file, and so the report."""
+        turns, *fits = self.votes
+        clips = [clip for part in self.parts.values() for clip in part]
+        ignored = Counter(name for clip in clips for name in set(clip.ignored))  # descriptive field -> clips
+        schemas = Counter(clip.schema for clip in self.kept())
+        return {
+            "path": str(self.path),
+            "split": self.split,
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "clips": len(self.kept()),
+            "quarantined": len(self.refused),
+            "schemas": dict(sorted(schemas.items())),
+            "frame_convention": self.convention,
+            "votes": {"turns": turns, **dict(zip(labels.VOTED, fits, strict=True))},
+            "turns_not_fitting": turns - fits[labels.VOTED.index(self.convention)],
+            "fps_assumed": sum(not clip.fps_given for clip in clips),
+            **{name: self.counts[name] for name in ("bounds_widened", "renamed")},
+            "ignored_fields": dict(sorted(ignored.items())),
+        }
+
+
+def resolve(sources: list[Source], options: Options) -> None:
+    """Decide on all clips. Raises InputError where no frame convention fits a file."""
+    taken: dict[tuple[str, str], Clip] = {}
+    for source in sources:
+        _unique_ids(source, taken)
+        _decide_convention(source, options.frame_convention)
+        _decide_bounds(source, options.bounds)
+        _replay_states(source)
+    if options.pad_s:
+        _pad([clip for source in sources for clip in source.kept()], options)
+
+
+def _unique_ids(source: Source, taken: dict[tuple[str, str], Clip]) -> None:
+    """Of clips of one data set with one id in one split, the first is kept; one of another data set is renamed."""
+    for clip in source.kept():
+        first = taken.setdefault((source.split, clip.clip_id), clip)
+        if first is clip:
+            continue
+        longer = f"{clip.clip_id}_{clip.dataset or 'unknown'}_{clip.video_uid}"
+        if first.dataset == clip.dataset or (source.split, longer) in taken:
+            source.drop(clip, ClipError("clip_id", f"{clip.clip_id!r} a second time", "an id of its own"))
+        else:
+            taken[source.split, longer] = clip
+            clip.clip_id = longer
+            source.counts["renamed"] += 1
+
+
+def _decide_convention(source: Source, given: str | None) -> None:
+    """Let the file's valid clips vote on how start_frame and end_frame are meant."""
+    clips = source.kept()
+    voters = []
+    for clip in clips:  # with bounds that are right in one convention at least (`window` adds a frame at the end)
+        start, end = _given_or(clip, clip.extent)
+        if end - start + (clip.end_frame is None) > 0 and end - start <= MAX_FRAMES:
+            voters.append(clip.votes)
+    source.votes = np.array(voters, np.int64).reshape(-1, 4).sum(axis=0).tolist()
+    turns, lead_in, event, window = source.votes
+    if (decided := given or labels.decide(source.votes)) is None:
+        raise InputError(
+            f"{source.path}: found no frame convention that 90% of its {turns} timed turns follow (votes: "
+            f"lead-in {lead_in}, event {event}, window {window}); say which it is with --frame-convention"
+        )
+    own = {clip.convention for clip in clips}
+    source.convention = (own.pop() if len(own) == 1 else None) or decided  # the reader's, where it placed all turns
+
+
+def _given_or(clip: Clip, extent: Range) -> Range:
+    """The clip's bounds as given, or from `extent` what is not given."""
+    start, end = (None, None) if clip.unbounded else clip.given
+    return extent[0] if start is None else start, extent[1] if end is None else end
+
+
+def _decide_bounds(source: Source, bounds: str) -> None:
+    """Bounds from the clips, or from their turns where missing or where the file's span DST updates alone.
+
+    The latter where 90% of the clips with bounds have just that extent, and some other turn lies outside.
+    """
+    clips = source.kept()
+    voters = [clip for clip in clips if not clip.convention and None not in clip.given]
+    spans_dst = [clip for clip in voters if clip.unbounded or clip.given == clip.dst_extent]
+    outside = any(clip.given != clip.extent for clip in spans_dst)
+    widen = bounds == "auto" and outside and len(spans_dst) >= labels.AGREEMENT * len(voters)
+    for clip in clips:
+        first, last = clip.extent
+        if source.convention == "lead-in" and not clip.convention:  # the event of an empty range lies before it
+            first = min(first, max(clip.first_end - 1, 0))
+            last = max(last, first + 1)
+        start, end = _given_or(clip, (first, last))
+        if clip.extent[1] >= 0 and not clip.convention and (widen or bounds == "turns"):
+            start, end = (first, last) if bounds == "turns" else (min(start, first), max(end, last))
+        changed = None not in clip.given and (start, end) != clip.given
+        clip.bounds = (start, end + (source.convention == "window" and not clip.convention))
+        try:
+            check_bounds(*clip.bounds)
+            source.counts["bounds_widened"] += changed
+        except ClipError as error:
+            source.drop(clip, error)
+
+
+def _replay_states(source: Source) -> None:
+    """Replay the state before each clip of a file over the earlier clips of its conversation.
+
+    Where there are none, the given state stays, unless the clip's own updates contradict it.
+    """
+    conversations: dict[tuple[str | None, ...], list[Clip]] = {}
+    for clip in source.kept():
+        if clip.tracked:
+            key = (clip.dataset, clip.video_uid, clip.user)
+            conversations.setdefault(key, []).append(clip)
+    for group in (group for members in conversations.values() for group in _tell_apart(members)):
+        if len(group) == 1:
+            group[0].state = {} if group[0].contradicted else None
+            continue
+        segments = []
+        for clip in group:
+            lead_in = source.convention == "lead-in" and not clip.convention
+            first = max(clip.first_end - 1, 0) if lead_in else clip.extent[0]
+            updates = [
+                (max(end - 1, 0) if lead_in else start, step, transition)
+                for start, end, step, transition in msgspec.msgpack.decode(clip.updates)
+            ]
+            given = None if clip.contradicted else clip.initial_state
+            segments.append(Segment(clip.bounds[0] if clip.extent[1] < 0 else first, updates, given))
+        for clip, state in zip(group, states_before(segments), strict=True):
+            clip.state = state
+
+
+def _tell_apart(members: list[Clip]) -> Iterator[list[Clip]]:
+    """The conversations among clips of one video and user: one, but generators write several without telling them
+    apart: where a clip_idx comes twice, one that does not rise begins the next."""
+    numbers = [clip.clip_idx for clip in members]
+    begin = 0
+    if len(set(numbers)) < len(numbers) and set(numbers) != {None}:
+        for i, (before, number) in enumerate(pairwise(numbers), 1):
+            if before is None or number is None or number <= before:
+                yield members[begin:i]
+                begin = i
+    yield members[begin:]
+
+
+def _pad(clips: list[Clip], options: Options) -> None:
+    """Widen clips by pad_s on both sides, up to frame 0, the frames on disk, and clips wholly before or after."""
+    from pipeline.media import count_frames, find_frames
+
+    videos: dict[str, list[Clip]] = {}
+    for clip in clips:
+        videos.setdefault(clip.video_uid, []).append(clip)
+    for members in videos.values():
+        starts, ends = (sorted(bounds) for bounds in zip(*(clip.bounds for clip in members), strict=True))
+        one, root, there = members[0], options.frames_root, None  # frames on disk
+        if root and (path := find_frames(Path(root), one.video_uid, one.frames_file, one.dataset)):
+            there, _ = count_frames(path, one.fps)
+        for clip in members:
+            start, end = clip.bounds
+            pad = int(options.pad_s * clip.fps + labels.FLOOR_TOLERANCE)
+            before, after = bisect_right(ends, start), bisect_left(starts, end)
+            first = max(0, start - pad, *ends[before - 1 : before])
+            last = min(MAX_FRAME if there is None else there, end + pad, *starts[after : after + 1])
+            clip.bounds = first, max(end, last)

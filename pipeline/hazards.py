@@ -11,9 +11,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline.extract import Source
 from pipeline.media import count_frames, find_frames
 from pipeline.readers.clip import EVERYWHERE
-from pipeline.resolve import Source
 from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.state import initial_state
 from pipeline.terminal import counted, percent, plain
@@ -78,19 +78,19 @@ def of_labels(split: str, counts: Mapping[str, Any]) -> Iterator[Hazard]:
 
 def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     """Texts that tell a label before the decision is made, and states that cannot be right."""
-    infos = [info for source in sources for info in source.kept()]
-    told, decisions = (sum(info.clip.given_away[i] for info in infos) for i in (0, 1))
+    clips = [clip for source in sources for clip in source.kept()]
+    told, decisions = (sum(clip.given_away[i] for clip in clips) for i in (0, 1))
     if told > BY_CHANCE * decisions:
         text = f"{told:,} of {decisions:,} speaking decisions are told by the file's `dialog`, which grows exactly"
         text += " after an interrupt: it is not read here; do not show a model later entries or their number"
         yield "dialog history tells the answers", split, text
-    given = [info for info in infos if info.clip.initial_state is not None]
+    given = [clip for clip in clips if clip.initial_state is not None]
     wrong = 0  # given states that the replay, or the clip's own updates, contradict
-    for info in given:
-        own = info.clip.initial_state or {}
-        replayed = own if info.state is None else info.state
+    for clip in given:
+        own = clip.initial_state or {}
+        replayed = own if clip.state is None else clip.state
         steps = {*own, *replayed}
-        wrong += info.contradicted or initial_state(steps, own) != initial_state(steps, replayed)
+        wrong += clip.contradicted or initial_state(steps, own) != initial_state(steps, replayed)
     if wrong:
         text = f"{wrong:,} of {len(given):,} given initial states contradict the updates of the conversation's earlier"
         text += " clips or the clip's own: the replayed state was taken"
@@ -101,7 +101,7 @@ def of_variants(split: str, sources: list[Source]) -> Iterator[Hazard]:
     """Conversations (data set, video, user) that several files of a split hold, as variants of one preparation do."""
     files: dict[tuple[str | None, ...], set[Path]] = defaultdict(set)
     for source in sources:
-        for clip in (info.clip for info in source.kept()):
+        for clip in source.kept():
             if clip.user is not None and clip.unlabelled != EVERYWHERE:
                 files[clip.dataset, clip.video_uid, clip.user].add(source.path)
     if several := [paths for paths in files.values() if len(paths) > 1]:
@@ -114,7 +114,7 @@ def recordings(sources: list[Source]) -> dict[str, set[str]]:
     """The recordings of each split."""
     names: dict[str, set[str]] = defaultdict(set)
     for source in sources:
-        names[source.split].update(info.recording_id for info in source.kept())
+        names[source.split].update(clip.recording_id for clip in source.kept())
     return names
 
 
@@ -129,10 +129,9 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
     """Annotations against the frames below `root`."""
     ends: dict[tuple[str, str, str | None, str, float], int] = {}  # video of a split -> its last annotated frame + 1
-    for source, info in [(owner, info) for owner in sources for info in owner.kept()]:
-        clip = info.clip
+    for source, clip in [(owner, clip) for owner in sources for clip in owner.kept()]:
         video = (source.split, clip.video_uid, clip.frames_file, clip.dataset or "unknown", clip.fps)
-        ends[video] = max(ends.get(video, 0), info.bounds[1])
+        ends[video] = max(ends.get(video, 0), clip.bounds[1])
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (split, uid, frames_file, dataset, fps), end in ends.items():
         path = find_frames(root, uid, frames_file, dataset)

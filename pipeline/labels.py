@@ -7,6 +7,7 @@ All work on flat arrays of many clips laid end to end: C clips with T turns and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final, NamedTuple
@@ -38,8 +39,7 @@ def canonical(convention: str, start: np.ndarray, end: np.ndarray) -> tuple[np.n
     if convention == "window":
         return start, end + 1
     if convention == "lead-in":
-        event = np.maximum(end - 1, 0)
-        return event, event + 1
+        return np.maximum(end - 1, 0), np.maximum(end, 1)
     return start, end
 
 
@@ -57,12 +57,12 @@ def vote(clip: Ints, start: Ints, end: Ints, position: np.ndarray, clip_start: I
     return np.stack([np.bincount(clip[fit], minlength=len(clip_start)) for fit in fits], axis=1)
 
 
-def decide(votes: np.ndarray) -> str | None:
-    """The convention that summed `votes` [4] speak for; None where no rule explains 90% of the turns."""
-    total, *fits = (int(v) for v in votes)
-    if total < MIN_VOTERS:
+def decide(votes: Sequence[int]) -> str | None:
+    """The convention that summed `votes` speak for; None where no rule explains 90% of the turns."""
+    if votes[0] < MIN_VOTERS:
         return "event"
-    return next((name for name, count in zip(VOTED, fits, strict=True) if count >= AGREEMENT * total), None)
+    fits = zip(VOTED, votes[1:], strict=True)
+    return next((name for name, count in fits if count >= AGREEMENT * votes[0]), None)
 
 
 class Turns(NamedTuple):
@@ -112,16 +112,10 @@ def label_rule(
     updates = np.bincount(turns.owner[turns.role == ROLES.index("DST_UPDATE")], minlength=len(sizes))
     spans, short = events(turns.end), onset.any()
     onset_end = np.where(onset[turns.owner], np.minimum(turns.start + 1, turns.end), turns.end)
-    return LabelRule(
-        starts=starts,
-        sizes=sizes,
-        seeds=seeds,
-        rates=rates,
-        tracked=(steps > 0) | (updates > 0),
-        positives=events(onset_end) if short else spans,
-        onset_rest=spans & np.repeat(onset, sizes) if short else None,
-        unlabelled=mark(unlabelled, starts, sizes) if len(unlabelled.owner) else None,
-    )
+    positives = events(onset_end) if short else spans
+    onset_rest = spans & np.repeat(onset, sizes) if short else None
+    nobody = mark(unlabelled, starts, sizes) if len(unlabelled.owner) else None
+    return LabelRule(starts, sizes, seeds, rates, (steps > 0) | (updates > 0), positives, onset_rest, nobody)
 
 
 def end_to_end(first: Ints, sizes: Ints) -> Ints:

@@ -28,10 +28,7 @@ _labels, _input = (partial(Option, rich_help_panel=panel) for panel in ("Labels"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `preprocess`; any of them changes the output's key.
-
-    neg_rate: by split, '*' for all others; empty: the clip's own (train), else 0.5 for train and 1.0 elsewhere.
-    """
+    """Options of `preprocess`; any of them changes the output's key. neg_rate: by split, '*' for all others."""
 
     seed: Annotated[int, _labels(help="seed of the sampling draws")] = 0
     positive: Annotated[str, _labels(help="span: every frame of an event is positive; onset: its first")] = "span"
@@ -42,9 +39,7 @@ class Options:
     split: Annotated[str | None, _input(help="split of inputs whose names tell none")] = None
     force_split: Annotated[bool, _input(help="use --split also where a file's name tells another")] = False
     fps: Annotated[float | None, _input(help="frames per second of clips that do not say; default: 2")] = None
-    bounds: Annotated[
-        str, _input(help="clip bounds: given, turns, or auto (given, unless a file's span its DST updates alone)")
-    ] = "auto"
+    bounds: Annotated[str, _input(help="clip bounds: given, turns; auto: given, unless of DST updates alone")] = "auto"
     frame_convention: Annotated[str | None, _input(help="event, window or lead-in; default: detected per file")] = None
     recording_regex: Annotated[
         str, _input(help="what of a video_uid names the recording (first group, or whole match)", show_default=False)
@@ -75,13 +70,10 @@ class Options:
             raise InputError(f"--frames-root {self.frames_root}: not a folder; give the folder that holds the frames")
 
     def rate(self, split: str, own: float | None) -> float:
-        """Probability that a frame positive for neither head is supervised."""
-        given = self.neg_rate.get(split, self.neg_rate.get("*"))
-        if given is not None:
-            return given
-        if split != "train":
-            return 1.0
-        return 0.5 if own is None else own
+        """Probability that a silent frame is supervised: --neg-rate, else the clip's own (train), else 0.5 or 1.0."""
+        default = own if split == "train" else 1.0
+        given = self.neg_rate.get(split, self.neg_rate.get("*", default))
+        return 0.5 if given is None else given
 
 
 def splits_in(name: str) -> list[str]:
@@ -90,10 +82,7 @@ def splits_in(name: str) -> list[str]:
 
 
 def split_of(path: Path, options: Options) -> str:
-    """The split of a file: --split, else what its name tells, else its folder's.
-
-    UsageError where they tell none or two, or --split contradicts the file's name.
-    """
+    """--split, else what the name tells, else its folder's. UsageError for none, two, or a --split that contradicts."""
     told = [options.split] if options.split else splits_in(path.name) or splits_in(path.absolute().parent.name)
     if not told:
         what = "the file name tells no split (expected train, val or test between _ - . in it)"

@@ -10,6 +10,7 @@ and renamed into place at the end, the manifest last: a run killed at any point 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -27,13 +28,12 @@ import numpy as np
 from pipeline.cluster import Calls, Mapper, pool
 from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
-from pipeline.extract import cut, extract, without_gc
+from pipeline.extract import Source, cut, extract, resolve
 from pipeline.hazards import find_hazards, recordings
 from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options, find_inputs, split_of
 from pipeline.readers.clip import ClipError
 from pipeline.readers.index import index
-from pipeline.resolve import Source, resolve
 from pipeline.schema import MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import Plan, counts_by_split, write_part
 from pipeline.storage import LOCK, lock, make_folder, naming, sha256, sync, write_json
@@ -79,7 +79,8 @@ def preprocess(
             return verify(out), True
     make_folder(out)
     taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
-    with naming(out), lock(out / LOCK, taken), without_gc():
+    with naming(out), lock(out / LOCK, taken), contextlib.ExitStack() as stack:
+        stack.callback(gc.enable)  # `extract` disables it
         for path in (path for table in ("frames", "clips") for path in (out / table).rglob("*")):
             if path.is_file() and not path.match("split=*/part-*.parquet"):  # a user's videos, say
                 raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
@@ -119,10 +120,10 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     owners = []
     for number, source in enumerate(sources):
         owners += [(source, call) for call in _parts(source, f"{spool}/{number}", options)]
-    extracted = _map(mapper, extract, [call for _, call in owners], "reading", progress)
-    for (source, _), part in zip(owners, extracted, strict=True):
-        source.parts.append(part)
-        for refusal in part.refused:
+    results = _map(mapper, extract, [call for _, call in owners], "reading", progress)
+    for (source, (part, *_)), (kept, refused) in zip(owners, results, strict=True):
+        source.parts[part] = kept
+        for refusal in refused:
             source.refuse(*refusal)
     resolve(sources, options)
     plans = _plans(sources, options, staged)
@@ -158,16 +159,16 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
 def _parts(source: Source, spool: str, options: Options) -> Iterator[tuple[Any, ...]]:
     """Calls of `extract`, one a part of a file; none, and a refusal, where it is not one of clips."""
     try:
-        clips = index(source.path)
+        clips, broken = index(source.path)
     except InputError as error:
         what = str(error).removeprefix(f"{source.path}: ").removeprefix("found ")
         source.refuse(None, ClipError("file", what, "clips"), (0, source.bytes))
         return
-    if clips.broken:
-        source.refuse(*clips.broken)
-    for start, end in cut(clips.spans[:, 1] - clips.spans[:, 0], PART_CLIPS, PART_BYTES):
-        spans = clips.spans[start:end]
-        yield str(source.path), spans, start, f"{spool}-{start}.arrow", options.fps, options.recording_regex
+    if broken:
+        source.refuse(*broken)
+    for start, end in cut(clips[:, 1] - clips[:, 0], PART_CLIPS, PART_BYTES):
+        spans = clips[start:end]
+        yield f"{spool}-{start}.arrow", str(source.path), spans, start, options.fps, options.recording_regex
 
 
 def _map(mapper: Mapper, function: Callable[..., Any], calls: Calls, what: str, progress: Progress) -> Iterator[Any]:
@@ -184,14 +185,14 @@ def _plans(sources: list[Source], options: Options, staged: Path) -> list[Plan]:
     plans = []
     clips: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for source, part in [(owner, part) for owner in sources for part in owner.parts]:
-        rows, split = [row for row, clip in enumerate(part.clips) if clip.keep], source.split
+    for source, spool, part in [(owner, *item) for owner in sources for item in owner.parts.items()]:
+        rows, split = [row for row, clip in enumerate(part) if clip.keep], source.split
         if not rows:
             continue
         for table in ("frames", "clips"):
             (staged / shard_path(table, split, 0)).parent.mkdir(parents=True, exist_ok=True)
-        kept = [part.clips[row] for row in rows]
-        place = (part.spool, str(staged), split, numbers[split], clips[split])
+        kept = [part[row] for row in rows]
+        place = (spool, str(staged), split, numbers[split], clips[split])
         plans.append(Plan(*place, source.convention, options, np.array(rows), kept))
         numbers[split] += 1
         clips[split] += len(rows)

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from pipeline import labels
 from pipeline.dataset import flat_lists
-from pipeline.extract import ClipInfo, cut
+from pipeline.extract import cut
 from pipeline.options import Options
-from pipeline.readers.clip import Range
+from pipeline.readers.clip import Clip, Range
 from pipeline.schema import CLIPS, FRAMES, HEADS, NOT_SAMPLED, ROLE_OF, ROLES, sampling_seed, shard_path
 from pipeline.state import initial_state
 from pipeline.storage import sha256
@@ -45,7 +45,7 @@ class Plan:
     convention: str
     options: Options
     rows: np.ndarray  # int64 [K], ascending
-    clips: list[ClipInfo]
+    clips: list[Clip]
 
 
 Counts = defaultdict[str, Counter[Any]]  # "counts", "drops" (by reason), and for each head its gaps (by seconds)
@@ -152,7 +152,7 @@ class _Group(NamedTuple):
     """A row group: its clips' turns and labels as flat arrays, end to end."""
 
     batch: pa.RecordBatch  # as spooled
-    clips: list[ClipInfo]
+    clips: list[Clip]
     turns: labels.Turns
     unlabelled: labels.Ranges
     rule: labels.LabelRule
@@ -163,7 +163,7 @@ class _Group(NamedTuple):
         return np.add.reduceat(mask, np.cumsum(self.rule.sizes) - self.rule.sizes, dtype=np.int32)
 
 
-def _labelled(plan: Plan, batch: pa.RecordBatch, clips: list[ClipInfo]) -> _Group:
+def _labelled(plan: Plan, batch: pa.RecordBatch, clips: list[Clip]) -> _Group:
     bounds = np.array([clip.bounds for clip in clips], np.int64)
     # turns: the file's convention applied where the reader did not place them
     at, spooled = flat_lists(batch.column("turns"))
@@ -201,11 +201,11 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
     by_id = pa.DictionaryArray.from_arrays(pa.array(clip), ids)
     rows = [by_id, *map(pa.array, (clip + np.int32(first), frame.astype(np.int32), seconds, *group.labels))]
     states = batch.column("initial_state")  # as the source has them; replayed ones hold every step of the clip
-    if any(info.state is not None for info in group.clips):
+    if any(clip.state is not None for clip in group.clips):
         own: list[Any] = states.to_pylist()
-        for i, (steps, info) in enumerate(zip(batch.column("steps").to_pylist(), group.clips, strict=True)):
-            if info.state is not None:
-                replayed = initial_state((step["id"] for step in steps), info.state)
+        for i, (steps, one) in enumerate(zip(batch.column("steps").to_pylist(), group.clips, strict=True)):
+            if one.state is not None:
+                replayed = initial_state((step["id"] for step in steps), one.state)
                 own[i] = [{"id": step, "state": state} for step, state in replayed.items()]
         states = pa.array(own, states.type)
     unlabelled: list[list[Range]] = [[] for _ in sizes]

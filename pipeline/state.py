@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.schema import STATES, TRANSITIONS
 
@@ -34,9 +33,7 @@ def replay(before: Mapping[str, str], updates: Iterable[Update]) -> dict[str, st
     return dict(before) | {step: TRANSITIONS[transition] for step, transition in updates}
 
 
-def replay_frames(
-    before: Mapping[str, str], updates: Iterable[tuple[int, Update]], frames: int
-) -> npt.NDArray[np.int64]:
+def replay_frames(before: Mapping[str, str], updates: Iterable[tuple[int, Update]], frames: int) -> np.ndarray:
     """int64 [frames, steps]: index in STATES of each step of `before` at the end of every frame.
 
     updates: (frame, update) in order, frames counted from 0. Unknown steps and transitions change nothing.

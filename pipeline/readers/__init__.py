@@ -28,12 +28,12 @@ _UNUSABLE: Final = {
 
 
 def decode(raw: bytes, fps: float | None = None) -> Clip:
-    """The clip of one clip's JSON bytes, whatever its schema; fps: of clips that do not say (--fps).
-
-    Raises ClipError naming field and turn.
-    """
-    clip = prospect.read_usual(raw, fps)  # most files: decoded once, without a look at the names
-    return checked(clip or _reader(raw).read(raw, fps))
+    """The clip of one clip's JSON bytes, whatever its schema; fps: of clips that do not say. Raises ClipError."""
+    try:
+        record = prospect.RECORD.decode(raw)  # most files: decoded once, without a look at the names
+    except NOT_STRICT:
+        return checked(_reader(raw).read(raw, fps))
+    return checked(prospect.clip_in(record, fps))
 
 
 def _reader(raw: bytes) -> Reader:
@@ -50,5 +50,6 @@ def _reader(raw: bytes) -> Reader:
     for reader in READERS:
         if reader.recognises(names, raw):
             return reader
-    known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
-    raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")
+    known = ", ".join(reader.name for reader in READERS)
+    expected = f"one of the schemas {known}; docs/inputs.md says by which fields each is told"
+    raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", expected)

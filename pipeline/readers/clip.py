@@ -26,16 +26,14 @@ Range = tuple[int, int]  # half-open [start_frame, end_frame), absolute
 Frame = Annotated[int, msgspec.Meta(ge=0, le=MAX_FRAME)]
 
 
-class Update(msgspec.Struct, gc=False):
-    """One state transition of one step."""
-
+class Update(msgspec.Struct, gc=False):  # of a step's state
     id: str
     transition: Literal["start", "complete", "pause", "resume", "cancel", "reset", "fail"]
 
 
 @dataclass(slots=True)
 class Clip:
-    """One clip of T turns, whatever schema it was written in. Frames are absolute."""
+    """One clip of T turns, whatever schema it was written in, and what is decided on it. Frames are absolute."""
 
     schema: str
     video_uid: str
@@ -61,6 +59,32 @@ class Clip:
     summaries: int = 0  # assistant turns that are not speech
     ignored: list[str] = field(default_factory=list)  # descriptive fields of a type that says nothing
     given_away: tuple[int, int] = (0, 0)  # decisions that the file's own history tells, of how many
+    # what `extract` adds; an extent: (first start, last end) of some turns with frames, as the source has them
+    number: int = -1  # in its file
+    span: Range = (0, 0)  # bytes there
+    recording_id: str = ""
+    clip_id: str = ""
+    tracked: bool = False  # whether it says anything about the dialog state
+    contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
+    extent: Range = (-1, -1)  # of the non-system turns
+    dst_extent: Range = (-1, -1)  # of the DST_UPDATE turns
+    first_end: int = -1  # end of the first of the non-system turns by end
+    votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
+    updates: bytes = b""  # those of turns with frames, as msgpack of (start, end, step id, transition): 20 bytes each
+    # what `resolve` decides
+    keep: bool = True
+    bounds: Range = (0, 0)
+    state: Mapping[str, str] | None = None  # before the first turn, replayed; None: as given
+
+    @property
+    def given(self) -> tuple[int | None, int | None]:
+        """The bounds as given."""
+        return self.start_frame, self.end_frame
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether `given` is the 0..0 that generators write for a clip without DST updates."""
+        return self.given == (0, 0) and self.dst_extent[1] < 0 < self.extent[1]
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,6 @@ class Reader:
     """One input schema. `read` gives the Clip of one clip's JSON bytes and the fps of --fps, or raises ClipError."""
 
     name: str
-    needs: str  # the fields that a clip must have, for messages
     recognises: Callable[[Collection[str], bytes], bool]  # by the clip's top-level field names, and its bytes
     read: Callable[[bytes, float | None], Clip]
 
@@ -94,14 +117,8 @@ def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:
     return tuple(zip(*turns, strict=True)) or ((),) * 5
 
 
-# ---- fields that several schemas share -----------------------------------------------------------------
-
-
 def text_of(value: Any, name: str, ignored: list[str]) -> str | None:
-    """A descriptive field as text: a list of strings by lines, None for null and empty ones.
-
-    Any other type is no reason to lose a clip: `name` is added to `ignored`.
-    """
+    """A descriptive field as text, a list of strings by lines; None, and `name` in `ignored`, for any other type."""
     if value is None or type(value) is str:
         return value or None
     if type(value) is list and all(type(line) is str for line in value):
@@ -142,11 +159,9 @@ def check_path(value: str, field: str) -> None:
 
 def check_bounds(start: int, end: int) -> None:
     """Refuse empty, reversed or absurd clip bounds."""
-    if end <= start:
-        raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}")
-    if end > MAX_FRAME or end - start > MAX_FRAMES:
-        most = min(MAX_FRAME, start + MAX_FRAMES)
-        raise ClipError("end_frame_idx", str(end), f"at most {most} ({MAX_FRAMES} frames)")
+    most = min(MAX_FRAME, start + MAX_FRAMES)
+    if not start < end <= most:
+        raise ClipError("end_frame_idx", str(end), f"more than start_frame_idx {start}, at most {most}")
 
 
 def checked(clip: Clip) -> Clip:

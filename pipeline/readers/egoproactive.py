@@ -30,25 +30,21 @@ class Record(msgspec.Struct, gc=False):
     dialog: Any = None
 
 
-_RECORD = msgspec.json.Decoder(Record)
-
-
 def read(raw: bytes, fps: float | None) -> Clip:
-    record = parse(raw, _RECORD)
+    record = parse(raw, Record)
     ignored: list[str] = []
     path = record.video_path.removeprefix("./")
     check_path(path, "video_path")
     fps, _ = fps_of(record.fps, fps)
     seconds = [second for chunk in record.video_intervals for second in chunk]
-    if not seconds:
-        raise ClipError("video_intervals", "no chunk", "at least one [start, end] in seconds")
+    if not seconds or 2 * len(record.answers) != len(seconds):
+        found = f"{len(record.answers)}, {len(record.video_intervals)}"
+        raise ClipError("answers, video_intervals", found, "as many of one as of the other, and at least one")
     for before, after in pairwise(seconds):
         if after < before:
             raise ClipError("video_intervals", f"{after:g} after {before:g}", "seconds, ascending from chunk to chunk")
     edges = [frame_after(second, fps, "video_intervals") for second in seconds]
     chunks = list(zip(seconds[::2], edges[::2], edges[1::2], strict=True))
-    if len(record.answers) != len(chunks):
-        raise ClipError("answers", str(len(record.answers)), f"one for each of the {len(chunks)} video_intervals")
     answers = [answer.lstrip() for answer in record.answers]
     turns: list[tuple[Any, ...]] = []
     if query := text_of(record.query, "query", ignored):
@@ -74,19 +70,11 @@ def read(raw: bytes, fps: float | None) -> Clip:
     )
 
 
-READER: Final = Reader(
-    "egoproactive",
-    "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query",
-    lambda names, raw: "video_intervals" in names,
-    read,
-)
+READER: Final = Reader("egoproactive", lambda names, raw: "video_intervals" in names, read)
 
 
 def _given_away(dialog: Any, interrupts: list[bool]) -> tuple[int, int]:
-    """(chunks whose answer shows in the growth of `dialog` after them, of how many).
-
-    A session's chunks count where `dialog` gains assistant turns exactly after its interrupts.
-    """
+    """(chunks that `dialog` gives away: all, where it gains assistant turns exactly after interrupts; of how many)."""
     try:
         said = [sum(turn["role"] == "assistant" for turn in history) for history in dialog[: len(interrupts)]]
     except (TypeError, LookupError):

@@ -14,7 +14,7 @@ import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -42,36 +42,28 @@ def _number(digits: str) -> int | float | bytes:
 
 
 LENIENT: Final = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=str.encode)
-
-
-class Index(NamedTuple):
-    """Byte spans of a file's clips, in order, and what of the file is not JSON."""
-
-    spans: np.ndarray  # int64 [clips, 2]
-    broken: tuple[int, ClipError, Range] | None = None  # (the clip's number, why, span)
+Index = tuple[np.ndarray, tuple[int, ClipError, Range] | None]
 
 
 def index(path: Path) -> Index:
-    """Find the clips of a JSON array, one JSON object or JSON Lines file.
+    """(int64 [clips, 2]: the bytes of a file's clips, in order; number, reason and bytes of what is not JSON, or None).
 
-    Raises InputError where the file cannot be read, is empty, or begins like none of them.
+    Raises InputError where the file is empty, or begins like none of JSON array, object and JSON Lines.
     """
-    try:
-        if not path.stat().st_size:
-            raise InputError(f"{path}: found an empty file (or a pipe), expected clips as JSON; check how it was made")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
-            head = data[start : start + 20]
-            if head.startswith(b"["):
-                return _array(data, start)
-            if _NEXT_LINE.search(data):
-                return Index(np.array(list(_lines(data, start)), np.int64))
-            if head.startswith(b"{"):
-                return _walk(data, start, b"")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    what = "a JSON array of clips, one clip object, or JSON Lines, as UTF-8 and not compressed"
-    raise InputError(f"{path}: found {brief(head)}, expected {what}")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: found an empty file (or a pipe), expected clips as JSON; check how it was made")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
+        head = data[start : start + 20]
+        if head.startswith(b"["):
+            return _array(data, start)
+        if _NEXT_LINE.search(data):
+            return np.array(list(_lines(data, start)), np.int64), None
+        if head.startswith(b"{"):
+            return _walk(data, start, b"")
+    raise InputError(
+        f"{path}: found {brief(head)}, expected clips as a JSON array, one object or lines, in plain UTF-8"
+    )
 
 
 def _array(data: mmap.mmap, start: int) -> Index:
@@ -82,7 +74,7 @@ def _array(data: mmap.mmap, start: int) -> Index:
     base = np.frombuffer(data, np.uint8).ctypes.data
     starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
     sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-    return Index(np.stack([starts, starts + sizes], axis=1))
+    return np.stack([starts, starts + sizes], axis=1), None
 
 
 def _lines(data: mmap.mmap, start: int) -> Iterator[Range]:
@@ -115,7 +107,7 @@ def _walk(data: mmap.mmap, at: int, close: bytes) -> Index:
     found = problem or (brief(rest[:20]) if rest else "the end of the file")
     why = ClipError("JSON", found, "a clip, or the end after the last; what follows was not read")
     broken = None if rest == close else (len(spans), why, (at, len(data)))
-    return Index(np.array(spans, np.int64).reshape(-1, 2), broken)
+    return np.array(spans, np.int64).reshape(-1, 2), broken
 
 
 def _after_space(data: mmap.mmap, at: int) -> int:
@@ -123,14 +115,14 @@ def _after_space(data: mmap.mmap, at: int) -> int:
     return match.end() if match else at
 
 
-def parse(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """`raw` as the decoder's type; what msgspec refuses is read by the standard library. Raises ClipError."""
+def parse(raw: bytes, kind: type[T]) -> T:
+    """`raw` as a struct of this kind; what msgspec refuses is read by the standard library. Raises ClipError."""
     try:
-        return decoder.decode(raw)
+        return msgspec.json.decode(raw, type=kind)
     except NOT_STRICT:
         tree = lenient(raw)
     try:
-        record: T = msgspec.convert(tree, decoder.type)
+        record = msgspec.convert(tree, kind)
         msgspec.json.encode(record)  # a lone surrogate, or bytes that are not UTF-8, in a field that is read
     except msgspec.ValidationError as error:
         raise _explained(error, tree) from None

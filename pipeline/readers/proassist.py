@@ -32,7 +32,6 @@ class ProAssistRecord(Record, gc=False):
     conversation: list[Turn]  # type: ignore[assignment]
 
 
-_RECORD = msgspec.json.Decoder(ProAssistRecord)
 _FRAMES_TURN = re.compile(rb'"role"\s*:\s*"frames"')
 
 
@@ -43,7 +42,7 @@ def read(raw: bytes, fps: float | None) -> Clip:
     next frame, or, where the reply follows with no frame in between, by that last frame. The reply to
     'Please summarize' gets no frames.
     """
-    record = parse(raw, _RECORD)
+    record = parse(raw, ProAssistRecord)
     metadata = record.metadata if type(record.metadata) is dict else {}
     summary_file = record.neg_frame_sampling_rate == -1
     if summary_file:
@@ -90,8 +89,5 @@ def read(raw: bytes, fps: float | None) -> Clip:
 
 
 READER: Final = Reader(
-    "proassist",
-    "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx",
-    lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None,
-    read,
+    "proassist", lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None, read
 )

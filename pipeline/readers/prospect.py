@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from pipeline.readers.clip import Clip, ClipError, Frame, Reader, Update, brief, columns, fps_of, frame_at, text_of
-from pipeline.readers.index import NOT_STRICT, parse
+from pipeline.readers.index import parse
 from pipeline.schema import TRANSITIONS, State
 
 
@@ -30,9 +30,7 @@ class Step(msgspec.Struct, gc=False):
     name: Any = None
 
 
-class Steps(msgspec.Struct, gc=False):
-    """`dst` as an object that holds its steps."""
-
+class Steps(msgspec.Struct, gc=False):  # `dst` as an object
     steps: list[Step] | None = None
 
 
@@ -56,29 +54,20 @@ class Record(msgspec.Struct, gc=False):
     metadata: Any = None
 
 
-_RECORD = msgspec.json.Decoder(Record)
+RECORD = msgspec.json.Decoder(Record)
 _COLUMNS = operator.attrgetter("role", "content", "time", "start_frame", "end_frame")
 _CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
 
 
-def read_usual(raw: bytes, fps: float | None) -> Clip | None:
-    """The clip where its bytes decode at once as this schema; None: look closer."""
-    try:
-        record = _RECORD.decode(raw)
-    except NOT_STRICT:
-        return None
-    return _clip(record, fps)
+def read(raw: bytes, fps: float | None) -> Clip:
+    return clip_in(parse(raw, Record), fps)
 
 
-READER: Final = Reader(
-    "prospect",
-    "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]",
-    lambda names, raw: "video_uid" in names or "conversation" in names,
-    lambda raw, fps: _clip(parse(raw, _RECORD), fps),
-)
+READER: Final = Reader("prospect", lambda names, raw: "video_uid" in names or "conversation" in names, read)
 
 
-def _clip(record: Record, fps: float | None) -> Clip:
+def clip_in(record: Record, fps: float | None) -> Clip:
+    """The Clip of a decoded record. Raises ClipError."""
     clip = clip_of(record, "prospect", fps)
     clip.turns = role, content, _, start, end = columns(map(_COLUMNS, record.conversation))
     whole = None not in start and None not in end and all(map(operator.le, start, end))
@@ -117,11 +106,6 @@ def clip_of(record: Record, schema: str, option: float | None) -> Clip:
     steps = [(step.id, step.name) for step in (record.dst.steps if isinstance(record.dst, Steps) else record.dst) or ()]
     if not {type(part) for step in steps for part in step} <= {str}:
         steps = [(str(step), text_of(name, "dst.name", ignored) or "") for step, name in steps]
-
-    def described(field: str, key: str) -> str | None:
-        own = text_of(getattr(record, field), field, ignored)
-        return own or text_of(metadata.get(key), f"metadata.{key}", ignored)
-
     if rate is not None and not 0 <= rate <= 1:
         raise ClipError("neg_frame_sampling_rate", str(rate), "a rate between 0 and 1")
     return Clip(
@@ -137,8 +121,10 @@ def clip_of(record: Record, schema: str, option: float | None) -> Clip:
         user=str(user) if type(user) is int else text_of(user, "metadata.user_id", ignored),
         dataset=text_of(record.dataset, "dataset", ignored),
         frames_file=record.frames_file,
-        goal=described("inferred_goal", "task_goal"),
-        knowledge=described("inferred_knowledge", "knowledge"),
+        goal=text_of(record.inferred_goal, "inferred_goal", ignored)
+        or text_of(metadata.get("task_goal"), "metadata.task_goal", ignored),
+        knowledge=text_of(record.inferred_knowledge, "inferred_knowledge", ignored)
+        or text_of(metadata.get("knowledge"), "metadata.knowledge", ignored),
         steps=steps,  # type: ignore[arg-type]
         initial_state=record.initial_dst_state,
         neg_rate=rate,

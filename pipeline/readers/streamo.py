@@ -1,10 +1,8 @@
 """Streamo-Instruct and JoyAI-VL-Interaction: per-second streaming data, a `question` list and a `response` list.
 
-All times are seconds, as numbers or text; a second is what is decided at a time. The two projects share the fields but
-not what second a time names: Streamo's 5 is [4, 5), JoyAI's is [5, 6) (their converters `convert_streaming_video.py`
-and `convert_data.py`). A clip whose responses have the fields st_time or end_time, even empty, is Streamo's. Its answer
-to an event follows in the second after end_time; before it is silence (Streamo's "standby"). The length of the video
-is in neither file: a clip goes from frame 0 to its last turn.
+All times are seconds. Streamo's 5 is the second [4, 5), JoyAI's is [5, 6) (converters `convert_streaming_video.py` and
+`convert_data.py`); a clip whose responses have the fields st_time or end_time, even empty, is Streamo's, which
+answers an event in the second after end_time. No length is given: a clip goes from frame 0 to its last turn.
 """
 
 from __future__ import annotations
@@ -15,25 +13,20 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 import msgspec
-from msgspec import UNSET
 
 from pipeline.readers.clip import Clip, ClipError, Reader, brief, check_path, columns, fps_of, frame_after, text_of
 from pipeline.readers.index import parse
 
 _ENDING: Final = re.compile(r"\.(mp4|mkv|webm|mov|avi|m4v)$", re.IGNORECASE)
 _CLOCK: Final = re.compile(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)\s*")  # 75.5, 1:15.5, 0:01:15
-
-
 Time = float | str | None | msgspec.UnsetType  # UNSET: the field is not there
 
 
-class Said(msgspec.Struct, gc=False):
-    """A question or a response."""
-
+class Said(msgspec.Struct, gc=False):  # a question or a response
     content: str | None = None
-    time: Time = UNSET
-    st_time: Time = UNSET
-    end_time: Time = UNSET
+    time: Time = msgspec.UNSET
+    st_time: Time = msgspec.UNSET
+    end_time: Time = msgspec.UNSET
 
 
 class Record(msgspec.Struct, gc=False):
@@ -45,15 +38,12 @@ class Record(msgspec.Struct, gc=False):
     fps: float | None = None
 
 
-_RECORD = msgspec.json.Decoder(Record)
-
-
 def read(raw: bytes, fps: float | None) -> Clip:
-    record = parse(raw, _RECORD)
+    record = parse(raw, Record)
     ignored: list[str] = []
     fps, given = fps_of(record.fps, fps)
     responses = [said for entry in record.response for said in (entry if isinstance(entry, list) else [entry])]
-    streamo = any(said.st_time is not UNSET or said.end_time is not UNSET for said in responses)
+    streamo = any(said.st_time is not msgspec.UNSET or said.end_time is not msgspec.UNSET for said in responses)
     turns: list[tuple[Any, ...]] = []
     for role, name, entries in (("user", "question", record.question or ()), ("assistant", "response", responses)):
         for number, said in enumerate(entries):
@@ -83,10 +73,7 @@ def read(raw: bytes, fps: float | None) -> Clip:
 
 
 READER: Final = Reader(
-    "streamo",
-    "video_name or video_path, question and response [{content, time}, ...], or st_time and end_time",
-    lambda names, raw: "response" in names and ("video_name" in names or "video_path" in names),
-    read,
+    "streamo", lambda names, raw: "response" in names and ("video_name" in names or "video_path" in names), read
 )
 
 
