@@ -130,9 +130,6 @@ def _update(
         report_line(f"{' minus '.join(bench.pair)}: {row['difference']:+.3f} {narrowing}")
 
 
-# ---- runs --------------------------------------------------------------------------------------------
-
-
 def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -> Schedule:
     """With what is in the folder already; a clock's plan has a thousand seeds, so only runs that are there are read."""
     arms = [rung for rung in plan.rungs if RUNGS[rung].kind == "arm"]

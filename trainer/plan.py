@@ -88,9 +88,6 @@ def config_of(plan: Plan, job: Job) -> TrainConfig:
     return replace(plan.config, arm=job[0], seed=job[1])
 
 
-# ---- the order ---------------------------------------------------------------------------------------
-
-
 def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
     """All runs of the rungs, which are in the ladder's order; `pair`: the question's arms among them."""
     kinds = ("control", "arm", "scripted")

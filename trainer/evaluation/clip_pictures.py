@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.special import expit
@@ -233,8 +232,20 @@ def timeline(shown: Disagreement) -> Figure:
         lanes.plot(instants, [y] * len(instants), marker, color=colour, markersize=6.5)
     lanes.set_yticks(range(len(events)), list(events))
     lanes.set_ylim(2.6, -0.6)
-    for axes, outcome in zip(panels, shown.outcomes, strict=True):
-        _draw_outcome(axes, outcome, shown.span)
+    for axes, (arm, scored, threshold, hits, false_alarms, _) in zip(panels, shown.outcomes, strict=True):
+        colour, times = plots.rung_colour(arm), _seconds(clip)
+        axes.set_title(" ", size=12)  # room for the marks above the axes
+        axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
+        axes.set_ylabel(plots.printable(arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
+        scores = expit(scored.logits["speaking"].astype(np.float64))
+        axes.plot(*plots.thin(np.array(times), scores), color=colour, linewidth=1.3)
+        axes.axhline(float(expit(threshold)), color=colour, linewidth=0.9, linestyle=plots.DASHED, alpha=0.8)
+        for instants, marker, shade in ((hits, "o", colour), (false_alarms, "x", plots.FALSE_ALARM)):
+            within = [t for t in instants if start <= t <= end]
+            axes.plot(within, [1.14] * len(within), marker, color=shade, transform=axes.get_xaxis_transform(),
+                      markersize=6.5, markeredgewidth=1.8, clip_on=False, in_layout=False)  # fmt: skip
+        updates = [t for t, update in zip(times, scored.updates or (), strict=False) if update is not None]
+        axes.plot(updates, [-0.08] * len(updates), "d", color=plots.DST, markersize=5.5)
     pad = 0.01 * (end - start)
     for axes in (lanes, *panels):
         axes.grid(visible=False)
@@ -248,19 +259,3 @@ def timeline(shown: Disagreement) -> Figure:
     handles += [Line2D([], [], color=plots.MUTED, linestyle=style, label=name) for style, name in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, labelcolor=plots.MUTED, handlelength=1)
     return figure
-
-
-def _draw_outcome(axes: Axes, outcome: Outcome, span: tuple[float, float]) -> None:
-    colour, scored, times = plots.rung_colour(outcome.arm), outcome.scored, _seconds(outcome.scored.clip)
-    axes.set_title(" ", size=12)  # room for the marks above the axes
-    axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
-    axes.set_ylabel(plots.printable(outcome.arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
-    scores = expit(scored.logits["speaking"].astype(np.float64))
-    axes.plot(*plots.thin(np.array(times), scores), color=colour, linewidth=1.3)
-    axes.axhline(float(expit(outcome.threshold)), color=colour, linewidth=0.9, linestyle=plots.DASHED, alpha=0.8)
-    for instants, marker, shade in ((outcome.hits, "o", colour), (outcome.false_alarms, "x", plots.FALSE_ALARM)):
-        shown = [t for t in instants if span[0] <= t <= span[1]]
-        axes.plot(shown, [1.14] * len(shown), marker, color=shade, transform=axes.get_xaxis_transform(), markersize=6.5,
-                  markeredgewidth=1.8, clip_on=False, in_layout=False)  # fmt: skip
-    updates = [t for t, update in zip(times, scored.updates or (), strict=False) if update is not None]
-    axes.plot(updates, [-0.08] * len(updates), "d", color=plots.DST, markersize=5.5)

@@ -199,24 +199,20 @@ def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
 
 
 def question(bench: Benchmark) -> str:
-    """The answer to the question that was settled beforehand; where its arms were not compared, the reason."""
+    """The answer to the question that was settled beforehand."""
     a, b = bench.pair
-    if row := bench.comparison(a, b, bench.mode, PRIMARY):
-        comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
-        return answer(comparison, a, b, "event F1", "", bench.mode) + "."
-    reached = []
-    for rung in bench.rungs:
-        if row := bench.score(rung, bench.mode, PRIMARY):
-            number, _, interval = format_interval(row["value"], row["low"], row["high"]).partition(" ")
-            reached.append(f"{rung} reaches {number} event F1 {interval}".rstrip())
-    return f"No answer: {a} and {b} were not compared. {'; '.join(reached) or 'Nothing was measured'} ({bench.mode})."
+    row = bench.comparison(a, b, bench.mode, PRIMARY)
+    if not row:
+        return f"No answer: {a} and {b} were not compared ({bench.mode})."
+    comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
+    return answer(comparison, a, b, "event F1", "", bench.mode) + "."
 
 
 # ---- what limits the answer --------------------------------------------------------------------------
 
 
 def limits(bench: Benchmark) -> Iterator[str]:
-    """What limits the answer, most important first: runs that are missing, exposure bias, few data, stopping early."""
+    """What limits the answer, most important first: runs that are missing, exposure bias, steps, stopping."""
     reasons: dict[str, list[str]] = {}
     for rung in bench.rungs:
         if why := why_missing(bench, rung, str(bench.info["primary"]["mode"])):

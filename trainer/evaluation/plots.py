@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -165,9 +164,25 @@ def curve_panels(panels: Sequence[Panel], note: str) -> Figure:
     notes: dict[str, list[str]] = {}
     styles = {curve.rung: curve.style for panel in panels for curve in panel.curves}
     for i, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(1, len(panels), i + 1), panel)
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.set_title(printable(panel.heading, 40))
+        axes.set(xlabel=panel.x, ylabel=panel.y, ylim=(0, 1.02), yticks=np.linspace(0, 1, 5))
+        axes.grid(visible=bool(panel.curves), axis="both")
+        if not panel.curves:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", size=11.5, color=MUTED)
+            continue
+        if panel.line:
+            xs, ys, name = panel.line
+            axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=DASHED)
+            axes.annotate(name, (xs[0], ys[0]), (4, 4), textcoords="offset points", size=11, color=MUTED)
         for curve in panel.curves:
             notes.setdefault(curve.rung, ["-"] * len(panels))[i] = curve.note or "-"
+            for line in curve.seeds:
+                axes.plot(*line, color=curve.style["color"], linewidth=0.8, alpha=0.4)
+            marker = "o" if panel.dots or len(curve.mean[0]) < 3 else ""
+            axes.plot(*curve.mean, linewidth=2.2, marker=marker, markersize=4.5, clip_on=False, zorder=3, **curve.style)
+        axes.set_xlim(0, panel.x_end or max(line[0][-1] for curve in panel.curves for line in curve.seeds))
     handles = [
         Line2D([], [], linewidth=2.2, label=f"{printable(rung, 20)}  {', '.join(numbers)}", **styles[rung])
         for rung, numbers in notes.items()
@@ -177,23 +192,3 @@ def curve_panels(panels: Sequence[Panel], note: str) -> Figure:
                            alignment="left", title_fontproperties={"size": 11.5})  # fmt: skip
     legend.get_title().set_color(MUTED)
     return figure
-
-
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    axes.set_title(printable(panel.heading, 40))
-    axes.set(xlabel=panel.x, ylabel=panel.y, ylim=(0, 1.02), yticks=np.linspace(0, 1, 5))
-    axes.grid(visible=bool(panel.curves), axis="both")
-    if not panel.curves:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "not measured", ha="center", va="center", size=11.5, color=MUTED)
-        return
-    if panel.line:
-        xs, ys, name = panel.line
-        axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=DASHED)
-        axes.annotate(name, (xs[0], ys[0]), (4, 4), textcoords="offset points", size=11, color=MUTED)
-    for curve in panel.curves:
-        for line in curve.seeds:
-            axes.plot(*line, color=curve.style["color"], linewidth=0.8, alpha=0.4)
-        marker = "o" if panel.dots or len(curve.mean[0]) < 3 else ""
-        axes.plot(*curve.mean, linewidth=2.2, marker=marker, markersize=4.5, clip_on=False, zorder=3, **curve.style)
-    axes.set_xlim(0, panel.x_end or max(line[0][-1] for curve in panel.curves for line in curve.seeds))

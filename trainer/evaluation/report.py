@@ -136,9 +136,6 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- figures -----------------------------------------------------------------------------------------
-
-
 def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
     """Name of its files -> (what draws it, accessible name); `state` only where some rung tells the state."""
     panels = {

@@ -104,10 +104,7 @@ def test_limits_say_what_the_numbers_allow(changes, said):
         ({"half_width": 0.2}, "No difference between speak+dst and speak could be shown: +0.100 event F1 [-0.100"),
         ({"values": LOSS}, "speak beats speak+dst by +0.200 event F1 [0.160, 0.240]"),
         ({"values": dict.fromkeys(VALUES), "half_width": None}, "No answer: event F1 is undefined for speak+dst"),
-        (
-            {"values": {("speak", "self-fed"): 0.5}},
-            "No answer: speak+dst and speak were not compared. speak ",
-        ),
+        ({"values": {("speak", "self-fed"): 0.5}}, "No answer: speak+dst and speak were not compared (self-fed)."),
     ],
 )
 def test_the_question_gets_no_more_than_its_interval(changes, starts):

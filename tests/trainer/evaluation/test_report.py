@@ -238,6 +238,6 @@ def test_one_rung_one_seed_teacher_forced_still_makes_a_page(tmp_path, monkeypat
     monkeypatch.setattr(plots, "write_figure", lambda stem, make, label: "<svg></svg>")  # drawing takes seconds
     bench = folder(tmp_path, {"speak": (oracle,)}, {"speak": [0]})
     page = write_report(bench.out).read_text()
-    assert texts(page, "h1")[0].endswith("speak reaches 1.000 event F1 [1.000, 1.000] (teacher-forced).")
+    assert texts(page, "h1") == ["No answer: speak+dst and speak were not compared (teacher-forced)."]
     assert texts(page, "p")[1].startswith("One seed: nothing here says what other seeds would give.")
     assert "No timelines: speak+dst was not run." in texts(page, "p")
