@@ -283,9 +283,10 @@ def _unique_ids(source: Source, taken: dict[tuple[str, str], Clip]) -> None:
 
 def _decide_convention(source: Source, given: str | None) -> None:
     """Let the file's valid clips vote on how start_frame and end_frame are meant."""
-    clips = source.kept()
     voters = []
-    for clip in clips:  # with bounds that are right in one convention at least (`window` adds a frame at the end)
+    for (
+        clip
+    ) in source.kept():  # with bounds that are right in one convention at least (`window` adds a frame at the end)
         start, end = _given_or(clip, clip.extent)
         if end - start + (clip.end_frame is None) > 0 and end - start <= MAX_FRAMES:
             voters.append(clip.votes)
@@ -296,7 +297,7 @@ def _decide_convention(source: Source, given: str | None) -> None:
             f"{source.path}: found no frame convention that 90% of its {turns} timed turns follow (votes: "
             f"lead-in {lead_in}, event {event}, window {window}); say which it is with --frame-convention"
         )
-    own = {clip.convention for clip in clips}
+    own = {clip.convention for clip in source.kept()}
     source.convention = (own.pop() if len(own) == 1 else None) or decided  # the reader's, where it placed all turns
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Final
 from typer import Option
 
 from pipeline.errors import InputError, UsageError
-from pipeline.schema import CONVENTIONS, MANIFEST, POSITIVES
+from pipeline.schema import MANIFEST
 
 ASSEMBLY101: Final = r"nusar-.*?(?=__)"  # the take, without task prefix and camera
 SPLITS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -48,11 +48,11 @@ class Options:
     on_error: Annotated[str, _input(help="quarantine: set bad clips aside; fail: stop")] = "quarantine"
 
     def __post_init__(self) -> None:
-        choices = {"positive": POSITIVES, "on_error": ("quarantine", "fail"), "bounds": ("auto", "given", "turns")}
-        for name, allowed in (choices | {"frame_convention": (*CONVENTIONS, None)}).items():
-            if (value := getattr(self, name)) not in allowed:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {value!r}: expected one of {', '.join(filter(None, allowed))}")
+        choices = {"positive": "span onset", "on_error": "quarantine fail", "bounds": "auto given turns"}
+        for name, allowed in (choices | {"frame_convention": "event window lead-in"}).items():
+            if (value := getattr(self, name)) not in (None, *allowed.split()):
+                expected = ", ".join(allowed.split())
+                raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected one of {expected}")
         if self.fps is not None and not 1e-6 <= self.fps <= 1e6:
             raise UsageError(f"--fps {self.fps}: expected a positive number of frames a second")
         for split, rate in self.neg_rate.items():

@@ -22,8 +22,6 @@ MANIFEST: Final = "manifest.json"
 QUARANTINE: Final = "quarantine.jsonl"
 
 ROLES: Final = ("system", "user", "assistant", "DST_UPDATE")
-CONVENTIONS: Final = ("event", "window", "lead-in")
-POSITIVES: Final = ("span", "onset")
 # transition -> the state that a step is in afterwards
 TRANSITIONS: Final = {
     "start": "in_progress",
