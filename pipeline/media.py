@@ -107,8 +107,7 @@ def images_in(folder: Path) -> list[Path]:
     """The images of a folder, the i-th is frame i.
 
     The last number in a name is its frame's, counted from 0 or from 1 (ffmpeg's frame_000001.jpg is frame 0). Where
-    no name has a number, they go in alphabetical order. ValueError where a number is missing or doubled, or only
-    some names have one: any guess would shift the frames.
+    no name has one, they go in alphabetical order. ValueError where one is missing or doubled: a guess would shift.
     """
     names = sorted(filter(_is_image, os.listdir(folder)))
     numbers = [re.findall("[0-9]+", os.path.splitext(name)[0]) for name in names]

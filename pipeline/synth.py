@@ -116,10 +116,6 @@ class Recording(NamedTuple):
     num_frames: int
 
 
-def _pick(rng: Generator, options: tuple[str, ...]) -> str:
-    return options[rng.integers(len(options))]
-
-
 def _between(rng: Generator, low: int, high: int) -> int:
     return int(rng.integers(low, high + 1))
 
@@ -127,11 +123,9 @@ def _between(rng: Generator, low: int, high: int) -> int:
 def plan_recording(name: str, rng: Generator, config: SynthConfig) -> Recording:
     """A recording's plan, events and clips: a pure function of the generator's state and the config."""
     num_steps = _between(rng, *config.steps)
-    toy = _pick(rng, tuple(_PLANS))
+    toy = str(rng.choice(list(_PLANS)))
     share = {source: config.tells.get(source, 0.0) for source in SOURCES}
-    edges = np.cumsum(list(share.values()))
-    edges[-1] = 1.0
-    sources = [SOURCES[i] for i in np.searchsorted(edges, rng.random(num_steps), side="right")]
+    sources = rng.choice(SOURCES, num_steps, p=list(share.values())).tolist()
     coins = (rng.random(num_steps) < 0.5).tolist()
     events: list[Event] = []
     words = []  # that tell of a step whether it is spoken about, where the plan decides
@@ -146,22 +140,6 @@ def plan_recording(name: str, rng: Generator, config: SynthConfig) -> Recording:
         speaks = plan == "a" if source == "state" else coin and source == "vision"
         events.append(Event("placement", 0, step, speaks, lamp=coin and source == "vision"))
         words.append((" aloud" if speaks else " quietly") if source == "state" else "")
-    clips, num_frames = _place(events, rng, config)
-    if rate := share["nothing"] * REMARKS:  # a Poisson process; no two turns of the assistant share a frame
-        taken = {event.frame + after for event in events if event.speaks for after in (0, *event.follow_ups)}
-        for start, end in clips:
-            for frame in (start - 1 + np.flatnonzero(rng.random(end - start - 2) < rate)).tolist():
-                if not taken & {frame - 1, frame, frame + 1}:
-                    taken.add(frame)
-                    events.append(Event("remark", frame))
-        events.sort(key=lambda event: event.frame)
-    parts = rng.permutation(len(_PARTS))[:num_steps]
-    names = [f"Fit the {_PARTS[part]}{word}" for part, word in zip(parts, words, strict=True)]
-    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
-
-
-def _place(events: list[Event], rng: Generator, config: SynthConfig) -> tuple[list[tuple[int, int]], int]:
-    """Gives the events their frames; (the clips, the number of frames)."""
     low, high = config.events_per_clip
     cuts = [_between(rng, 0, min(3, max(0, len(events) - low)))]  # events at which clips start
     while (rest := len(events) - cuts[-1]) > high + 2 and rest >= 2 * low:
@@ -179,7 +157,19 @@ def _place(events: list[Event], rng: Generator, config: SynthConfig) -> tuple[li
         event.frame = frame
         frame += max(event.follow_ups, default=0)
         frame += CUE_FRAMES + (_between(rng, 3, 7) if number + 1 in cuts else _between(rng, 2, 5))
-    return [*clips, (start, frame)], frame + _between(rng, 1, 4)
+    clips.append((start, frame))
+    num_frames = frame + _between(rng, 1, 4)
+    if rate := share["nothing"] * REMARKS:  # a Poisson process; no two turns of the assistant share a frame
+        taken = {event.frame + after for event in events if event.speaks for after in (0, *event.follow_ups)}
+        for start, end in clips:
+            for frame in (start - 1 + np.flatnonzero(rng.random(end - start - 2) < rate)).tolist():
+                if not taken & {frame - 1, frame, frame + 1}:
+                    taken.add(frame)
+                    events.append(Event("remark", frame))
+        events.sort(key=lambda event: event.frame)
+    parts = rng.permutation(len(_PARTS))[:num_steps]
+    names = [f"Fit the {_PARTS[part]}{word}" for part, word in zip(parts, words, strict=True)]
+    return Recording(name, f"Building a Toy {toy}", names, events, clips, num_frames)
 
 
 # ---- what a camera sees ------------------------------------------------------------------------------
@@ -293,16 +283,16 @@ def _turns(event: Event, num_steps: int, rng: Generator) -> Iterator[dict[str, A
     start = event.frame + 1
     time = seconds(start)
     if event.kind in _SAID:
-        yield turn("user", _pick(rng, _SAID[event.kind]), event.frame, seconds(event.frame), "user|generic")
+        yield turn("user", str(rng.choice(_SAID[event.kind])), event.frame, seconds(event.frame), "user|generic")
     if event.kind == "placement":
         for step, transition in ((event.step, "complete"), (event.step + 1, "start")):
             if step < num_steps:
                 content = [{"id": f"S{step + 1}", "transition": transition}]
                 yield turn("DST_UPDATE", content, start, time, f"initiative|dst_update,dst_{transition},steps_1")
     if event.speaks:
-        yield turn("assistant", _pick(rng, _REPLIES[event.kind]), start, time, "assistant|generic")
+        yield turn("assistant", str(rng.choice(_REPLIES[event.kind])), start, time, "assistant|generic")
     for again in (start + after for after in event.follow_ups):
-        yield turn("assistant", _pick(rng, _REPLIES["follow-up"]), again, seconds(again), "assistant|generic")
+        yield turn("assistant", str(rng.choice(_REPLIES["follow-up"])), again, seconds(again), "assistant|generic")
 
 
 def _updates(turn: dict[str, Any]) -> list[tuple[str, str]]:

@@ -97,11 +97,9 @@ class Camera:
         try:
             self._container: Any = av.open(device, format=kind)
         except (av.FFmpegError, ValueError) as error:
-            hint = f"for a file or folder write ./{index}"
-            raise InputError(f"camera {index}: can't open {device} ({error}); {hint}") from None
+            raise InputError(f"camera {index}: can't open {device} ({error}); for a file write ./{index}") from None
         self.name, self._picture = f"camera {index}", None
-        self._ended = False
-        self._started = threading.Event()
+        self._started, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
