@@ -309,8 +309,7 @@ def synth(out: Path, config: SynthConfig) -> dict[str, int]:
     """
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
-    out = out.absolute()
-    new = out.with_name(f".{out.name}.new")
+    new = out.absolute().with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     (new / "frames").mkdir(parents=True)
     counts = {split: 0 for split in SPLITS if split in config.recordings}
@@ -327,7 +326,9 @@ def synth(out: Path, config: SynthConfig) -> dict[str, int]:
                     write_frames(new / "frames" / f"{recording.name}__view{view}.arrow", pixels)
             (new / f"{split}_training.json").write_text(json.dumps(clips, indent=2) + "\n", encoding="utf-8")
             counts[split] = len(clips)
-        new.replace(out)
+        out.mkdir(exist_ok=True)
+        for path in new.iterdir():
+            path.replace(out / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return counts

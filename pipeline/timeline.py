@@ -2,8 +2,6 @@
 
 Reads one row group of the shards. Each sign on the tracks means one thing, so that a timeline reads without
 colour too; where a clip is too long for the screen, one column shows the strongest label of several frames.
-
-    F frames of a clip
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from pipeline.terminal import clock, plain
 
 
 class ClipView(NamedTuple):
-    """A row of the clips table with its labels, int8 [F] each."""
+    """A row of the clips table with its labels, int8 [frames] each."""
 
     split: str
     row: dict[str, Any]  # columns of schema.CLIPS
