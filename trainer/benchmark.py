@@ -53,7 +53,7 @@ from trainer.evaluation.comparison import (
     what_narrows,
 )
 from trainer.evaluation.conclusions import opening
-from trainer.evaluation.metrics import METRICS, EvalSplits, hold, look_up
+from trainer.evaluation.metrics import METRICS, EvalSplits, hold, value_at
 from trainer.evaluation.plots import format_number
 from trainer.evaluation.report import PAGE, write_first_page, write_report
 from trainer.loader import end_with
@@ -96,7 +96,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, (seconds, notes) in results:
                     metrics, name = metrics_of(plan, job), f"{job[0]} seed {job[1]}"
-                    values = {mode: look_up(metrics[mode], METRICS[PRIMARY]) for mode in MODES if mode in metrics}
+                    values = {mode: value_at(metrics[mode], METRICS[PRIMARY].path) for mode in MODES if mode in metrics}
                     words = ", ".join(f"{mode} {format_number(value)}" for mode, value in values.items())
                     report_line(f"{name}: event F1 {words} ({seconds:.0f} s, {len(schedule.done)}{of})")
                     for note in notes:

@@ -1,17 +1,17 @@
 """Score a run on held-out clips and measure the scores: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
-    OUT/self-fed.parquet          that split once more, free-running: the model's own texts in the context, or its own
-                                  speech and the reference's state updates (the rung true-state)
+    OUT/self-fed.parquet          that split once more, free-running
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
-Thresholds are chosen on `val`, teacher-forced, and nowhere else; the free-running pass uses them. All metrics follow
-from the two Parquet files and the shards: `evaluation.metrics.evaluate_scores` gives the same digits without the model.
+Thresholds are chosen on `val`, teacher-forced, and nowhere else. `evaluation.metrics.evaluate_scores` gives the same
+digits from the Parquet files and the shards, without the model.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,18 @@ def evaluate(
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
-    features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. chunks: a
-    sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format, free-running if
-    `live`. draws: of the recordings, for 95% intervals; 0: none.
-
-    updates: free-running, whose state updates are in the context, and replayed in the prompt: the model's "own", or the
-    "reference", which is the rung true-state. It still speaks by itself, and its DST head's scores are written, but the
-    updates, and all metrics of the state, are the reference's. InputError for an arm whose updates have no content.
+    features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. chunks,
+    submission, draws: as for `all_metrics`. updates: whose state updates a free-running model has in its context and
+    prompt, its "own" or the "reference"'s (the rung true-state): it still speaks by itself, and its DST head's scores
+    are written, but all metrics of the state are the reference's. InputError for an arm whose updates have no content.
     """
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
     arm = loaded.model.arm
     if updates != "own" and (updates != "reference" or arm.dst_text != "content"):
         raise InputError(f"updates {updates!r}: expected own, or, for an arm that reads updates, reference")
-    sessions = None if chunks is None else read_sessions(chunks)
-    if sessions:
-        match_clips(sessions, list(held.test.in_order()))  # what does not fit is refused before anything is scored
+    if chunks is not None:  # what does not fit is refused before anything is scored
+        match_clips(read_sessions(chunks), list(held.test.in_order()))
     loaded.model.to(best_device())
     frames = open_source(list(held.all.values()), loaded.model, frames_root, features)
     folder = out or run / f"evaluation-{split}{'' if updates == 'own' else '-true-state'}"
@@ -80,20 +76,17 @@ def evaluate(
     scored = {
         name: [
             _with_probabilities(loaded, ScoredClip(one.clip, dict(zip(heads, one.logits, strict=False)), {}))
-            for one in score_clips(loaded.model, loaded.tokens, part.in_order(), frames, loaded.config)
+            for one in score_clips(loaded, part.in_order(), frames)
         ]
         for name, part in held.all.items()
     }
 
-    def run_live(thresholds: Thresholds) -> list[ScoredClip]:
-        return _run_live(loaded, held.test, frames, thresholds, settings, updates)
-
-    live_pass = run_live if live else None
-    return write_evaluation(folder, scored, held, settings, origin, live_pass, sessions, submission, draws)
+    live_pass = partial(_run_live, loaded, held.test, frames, settings, updates) if live else None
+    return write_evaluation(folder, scored, held, settings, origin, live_pass, chunks, submission, draws)
 
 
 def _run_live(
-    run: LoadedRun, split: Split, frames: FrameSource, thresholds: Thresholds, settings: Settings, updates: str
+    run: LoadedRun, split: Split, frames: FrameSource, settings: Settings, updates: str, thresholds: Thresholds
 ) -> list[ScoredClip]:
     """All clips of the split, free-running. Which clips share a pass moves last digits, so they go by clip_id."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +22,9 @@ import torch
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import NotFiniteError
-from pipeline.schema import DST_UPDATE, SPEAKING
+from pipeline.schema import HEADS
 from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun
-from trainer.config import TrainConfig
 from trainer.distributed import World, best_device
 from trainer.features import CachedFeatures, fingerprint, kept_layer
 from trainer.frame_source import BlankFrames, FrameSource, open_frames
@@ -35,7 +33,6 @@ from trainer.loss import lm_sum
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
 from trainer.sequence import Window
-from trainer.tokenizer import Tokens
 
 
 class ClipScores(NamedTuple):
@@ -45,26 +42,6 @@ class ClipScores(NamedTuple):
     logits: npt.NDArray[np.float32]  # [2, F] speaking, DST_UPDATE
     lm_loss: float  # nats, summed over the clip's supervised text
     lm_tokens: int
-
-
-@dataclass(frozen=True)
-class HeadReport:
-    ap: float | None  # None where there is no positive frame, or the arm has no such head
-    chance: float  # the AP of guessing: the share of positive frames
-    frames: int
-    positives: int
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    split: str
-    clips: int
-    speaking: HeadReport
-    dst_update: HeadReport
-    speaking_only: int  # frames positive for speaking and not for DST
-    dst_update_only: int
-    both: int
-    lm_loss: float | None  # nats per supervised text token
 
 
 class Run(LoadedRun):
@@ -80,17 +57,14 @@ class Run(LoadedRun):
         opened = Split(Path(data), split)
         model = self.model.to(best_device())
         frames = open_source([opened], model, frames_root, features)
-        return score_clips(model, self.tokens, opened.in_order(), frames, self.config)
+        return score_clips(self, opened.in_order(), frames)
 
 
 def open_source(
     splits: Sequence[Split], model: ProspectModel, frames_root: Path | None, features: Path | None
 ) -> FrameSource:
     """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says);
-    blank frames for an arm without images.
-
-    Raises InputError, before anything is trained or scored, where a clip of `splits` has none.
-    """
+    blank frames for an arm without images. Raises InputError where a clip of `splits` has none."""
     source: FrameSource
     if not model.arm.images:
         return BlankFrames()
@@ -105,45 +79,33 @@ def open_source(
 
 
 def score_split(
-    model: ProspectModel,
-    tokens: Tokens,
-    split: Split,
-    frames: FrameSource,
-    config: TrainConfig,
-    world: World,
-    together: bool = False,
+    run: LoadedRun, split: Split, frames: FrameSource, world: World, together: bool = False
 ) -> list[ClipScores]:
     """All clips of `split`, in order, on every rank; each rank scores its share, or all of them `together` (FSDP)."""
     rank, size = (0, 1) if together else (world.rank, world.size)
-    mine = itertools.islice(split.in_order(), rank, None, size)
-    scored = [one[1:] for one in score_clips(model, tokens, mine, frames, config)]
+    scored = [one[1:] for one in score_clips(run, itertools.islice(split.in_order(), rank, None, size), frames)]
     by_rank = [scored] if size == 1 else world.gather(scored)
     return [ClipScores(clip, *by_rank[i % size][i // size]) for i, clip in enumerate(split.in_order())]
 
 
 def score_clips(
-    model: ProspectModel,
-    tokens: Tokens,
-    clips: Iterator[ClipExample],
-    frames: FrameSource,
-    config: TrainConfig,
-    budget: int | None = None,
+    run: LoadedRun, clips: Iterator[ClipExample], frames: FrameSource, budget: int | None = None
 ) -> Iterator[ClipScores]:
     """Each clip's scores, in the order of `clips`.
 
     budget: tokens of a forward pass, 0 for one window alone; None: 0 on a CPU, `config.micro_batch_tokens` on a GPU.
     """
+    model = run.model
     if budget is None:
-        budget = config.micro_batch_tokens if model.device.type == "cuda" else 0
+        budget = run.config.micro_batch_tokens if model.device.type == "cuda" else 0
     training = model.training
     model.eval()
     pending: deque[tuple[ClipExample, int]] = deque()  # with the number of its windows
 
-    def passes() -> Iterator[list[Window]]:
-        """The windows in order, as many together as `budget` tokens hold, at least one."""
+    def passes() -> Iterator[list[Window]]:  # in order, as many together as `budget` tokens hold, at least one
         group: list[Window] = []
         for clip in clips:
-            windows = windows_of([clip], tokens, config)
+            windows = windows_of([clip], run.tokens, run.config)
             pending.append((clip, len(windows)))
             for window in windows:
                 if group and sum(len(held.input_ids) for held in [*group, window]) > budget:
@@ -183,33 +145,22 @@ def _start_pass(
     return fetch
 
 
-def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> EvalReport:
-    """Average precision per head over all frames of all clips, and how the two heads' positives coincide.
-
-    Raises NotFiniteError where a score is NaN or infinite.
-    """
+def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> dict[str, Any]:
+    """The line `evaluation` of metrics.jsonl: over all frames of all clips, by head the average precision (None where
+    there is no positive frame, or the arm has no such head) and that of guessing, the share of positive frames; nats
+    per supervised text token. Raises NotFiniteError where a score is not finite."""
     from sklearn.metrics import average_precision_score  # scoring alone needs none of it
 
     logits = np.concatenate([s.logits for s in scored], 1)
     labels = np.concatenate([s.clip.labels for s in scored], 1)
     if not np.isfinite(logits).all():
         raise NotFiniteError("scores of held-out clips are not finite; train anew with a lower --lr")
-    speaks, updates = labels == 1
-
-    def head(row: int, has_scores: bool = True) -> HeadReport:
-        known, positives = labels[row] >= 0, int((labels[row] == 1).sum())
-        ap = average_precision_score(labels[row, known], logits[row, known]) if positives and has_scores else None
+    found: dict[str, Any] = {"split": split, "clips": len(scored)}
+    for head, own, values in zip(HEADS, labels, logits, strict=True):
+        known, positives = own >= 0, int((own == 1).sum())
         frames = int(known.sum())
-        return HeadReport(None if ap is None else float(ap), positives / max(frames, 1), frames, positives)
-
+        has_ap = positives and (head == "speaking" or arm.dst_head)
+        ap = float(average_precision_score(own[known], values[known])) if has_ap else None
+        found[head] = {"ap": ap, "chance": positives / max(frames, 1), "frames": frames, "positives": positives}
     text_tokens = sum(s.lm_tokens for s in scored)
-    return EvalReport(
-        split=split,
-        clips=len(scored),
-        speaking=head(SPEAKING),
-        dst_update=head(DST_UPDATE, arm.dst_head),
-        speaking_only=int((speaks & ~updates).sum()),
-        dst_update_only=int((updates & ~speaks).sum()),
-        both=int((updates & speaks).sum()),
-        lm_loss=sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None,
-    )
+    return found | {"lm_loss": sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None}

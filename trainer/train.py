@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError, NotFiniteError
+from pipeline.schema import HEADS
 from pipeline.storage import naming
 from trainer.arms import find_arm
 from trainer.checkpoint import (
@@ -47,7 +48,7 @@ from trainer.optimizer import make_optimizer
 from trainer.packing import Pack, blank_pack, upload
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
-from trainer.teacher_forced import EvalReport, open_source, report, score_split
+from trainer.teacher_forced import open_source, report, score_split
 
 ALONE = World()
 
@@ -76,7 +77,7 @@ class TrainReport:
     note: str | None  # why there is no evaluation
     seconds: float = 0
     loss: float | None = None  # of the last step; None where all had been done before
-    evaluation: EvalReport | None = None
+    evaluation: dict[str, Any] | None = None
 
 
 # ---- one step ----------------------------------------------------------------------------------------
@@ -269,11 +270,11 @@ class _Session:
         last = step == config.steps
         if self.held_out is not None and (last or (config.eval_every and step % config.eval_every == 0)):
             sharded = self.options.fsdp
-            scored = score_split(state.model, state.tokens, self.held_out, self.frames, config, self.world, sharded)
+            scored = score_split(state, self.held_out, self.frames, self.world, sharded)
             self.report.evaluation = found = report(self.held_out.name, scored, state.model.arm)
             if self.log is not None:
-                self.log({"step": step, "evaluation": asdict(found)})
-            known = [head.ap for head in (found.speaking, found.dst_update) if head.ap is not None]
+                self.log({"step": step, "evaluation": found})
+            known = [found[head]["ap"] for head in HEADS if found[head]["ap"] is not None]
             mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
             if mean > state.info["best"]:
                 state.info["best"] = mean

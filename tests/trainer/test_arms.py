@@ -14,6 +14,7 @@ from small_run import curve, go, write_data
 
 import trainer
 from trainer.arms import ARMS, find_arm
+from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
 from trainer.live.rollout import free_running
@@ -80,7 +81,7 @@ def test_what_is_in_the_pictures_changes_no_score_of_the_texts_arm(arm):
     model = ProspectModel(load_model("tiny", len(TOKENS)), DecisionHeads(128), config, TOKENS.choices)
     torch.nn.init.ones_(model.heads.speak.weight)
     clips, never = [CLIP, replace(CLIP, video_uid="other")], DecodingConfig({"speaking": math.inf})
-    forced = score_clips(model, TOKENS, iter(clips), NoisyFrames(), config)
+    forced = score_clips(LoadedRun(model, TOKENS, config, {}), iter(clips), NoisyFrames())
     live = free_running(model, TOKENS, clips, NoisyFrames(), config, never)
     for one, other in ([s.logits[0] for s in forced], [s.logits["speaking"] for s in live]):
         assert np.allclose(one, other, atol=1e-5) == (arm == "texts")

@@ -9,6 +9,7 @@ from by_hand import NoisyFrames
 from small_run import clip
 from test_model import tiny
 
+from trainer.checkpoint import LoadedRun
 from trainer.config import TrainConfig
 from trainer.loss import lm_sum
 from trainer.packing import make_pack
@@ -27,7 +28,8 @@ def model(tokens):
 
 
 def scores(model, tokens, budget=None):
-    return list(score_clips(model, tokens, iter(CLIPS), NoisyFrames(), TrainConfig(**MORE), budget))
+    run = LoadedRun(model, tokens, TrainConfig(**MORE), {})
+    return list(score_clips(run, iter(CLIPS), NoisyFrames(), budget))
 
 
 @torch.inference_mode()

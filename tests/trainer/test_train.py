@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -108,15 +107,14 @@ def test_a_run_logs_each_step_and_each_evaluation_and_says_what_it_is(whole, dat
     labels = np.concatenate([clip(i, "val", rate=1.0).labels for i in range(3)], 1)
     assert np.array_equal(np.concatenate([s.clip.labels for s in scored], 1), labels)
     found = report("val", scored, run.model.arm)
-    assert (found.clips, found.speaking.frames) == (3, labels.shape[1])
-    assert found.speaking.chance == pytest.approx(6 / labels.shape[1])
-    assert (found.speaking_only, found.dst_update_only, found.both) == (6, 3, 0)
-    assert lines[-1]["evaluation"] == asdict(found)
+    assert (found["clips"], found["speaking"]["frames"]) == (3, labels.shape[1])
+    assert found["speaking"]["chance"] == pytest.approx(6 / labels.shape[1])
+    assert lines[-1]["evaluation"] == found
 
 
 def test_training_learns_white_frames(data, tmp_path):
     more = {"steps": 40, "clips_per_step": 6, "warmup_steps": 5, "micro_batch_tokens": 1000, "eval_every": 0}
     report = go(data, tmp_path / "run", save_every=0, **more)
     assert report.loss < 0.3 * curve(tmp_path / "run")[0]["loss"]
-    assert report.evaluation.speaking.ap > 0.9
-    assert report.evaluation.dst_update.ap > 0.9
+    assert report.evaluation["speaking"]["ap"] > 0.9
+    assert report.evaluation["dst_update"]["ap"] > 0.9

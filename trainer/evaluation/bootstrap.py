@@ -42,10 +42,8 @@ DISCORDANT: Final = 0.1  # share of events on which two arms differ: in all seed
 
 @dataclass(frozen=True)
 class Interval:
-    """One arm's value, the mean over its seeds, and its 95% interval. None: undefined, or one recording only."""
-
-    value: float | None
-    low: float | None
+    value: float | None  # one arm's, the mean over its seeds; None: undefined
+    low: float | None  # 95%; None: undefined, or one recording only
     high: float | None
 
 
@@ -79,10 +77,8 @@ def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0)
 
 
 def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
-    """float64 [S, ..., 1 + B]: each estimator's value on the recordings as they are, then on each draw.
-
-    All estimators are given the same arrays, BLOCK draws in float64 at a time; one may give several values, [..., B].
-    """
+    """float64 [S, ..., 1 + B]: each estimator's value on the recordings as they are, then on each draw. An estimator is
+    given BLOCK draws in float64 at a time, and may give several values, [..., B]."""
     blocks = [np.ones_like(draws[:1]), *(draws[first : first + BLOCK] for first in range(0, len(draws), BLOCK))]
     found = ([estimator(weights) for estimator in estimators] for weights in (b.astype(np.float64) for b in blocks))
     return np.concatenate([np.array(values, np.float64) for values in found], axis=-1)
@@ -91,7 +87,7 @@ def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
 @lru_cache(maxsize=8)
 def _student(num_recordings: int, num_seeds: int, num_draws: int) -> tuple[Floats, Floats]:
     """([B] factors that turn the draws' deviations, near normal and sqrt((R-1)/R) too small, into Student's t; [B] t
-    deviates with S - 1 degrees of freedom). Shuffled quantiles, so that neither has sampling noise."""
+    deviates with S - 1 degrees of freedom): shuffled quantiles, without sampling noise."""
     generators = (np.random.default_rng([num_draws, seed]) for seed in (1, 2))
     first, second = ((generator.permutation(num_draws) + 0.5) / num_draws for generator in generators)
     widening = np.sqrt(num_recordings / stats.chi2.ppf(first, num_recordings - 1))
@@ -99,10 +95,7 @@ def _student(num_recordings: int, num_seeds: int, num_draws: int) -> tuple[Float
 
 
 def _limits(replicates: Floats, recordings: int, count_seeds: bool = True) -> tuple[float, float, Floats] | None:
-    """(low, high, [up to B] draws of the true value); None with one recording or too many undefined draws.
-
-    The 95% interval always includes the value itself.
-    """
+    """(low, high, [up to B] draws of the true value); None with one recording or too many undefined draws."""
     if recordings < 2:
         return None
     seeds, draws = replicates.shape[0], replicates.shape[1] - 1
@@ -163,41 +156,35 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def answer(
-    comparison: Comparison, a: str, b: str, metric_label: str, unit: str, mode: str, higher_is_better: bool = True
-) -> str:
-    """The result of comparing the arms `a` and `b` in one sentence that claims no more than its interval does: the
-    better arm comes first, and the numbers are its own minus the other's."""
+def answer(comparison: Comparison, a: str, b: str, mode: str) -> str:
+    """The result of comparing the event F1 of arms `a` and `b` in one sentence that claims no more than its interval
+    does: the better arm comes first, and the numbers are its own minus the other's."""
     difference, low, high = comparison.difference, comparison.low, comparison.high
     where = f"on {counted(comparison.recordings, 'recording')}, {counted(comparison.seeds, 'seed')} ({mode})"
-    what = f"{unit} {metric_label}".strip()
     if difference is None:
-        return f"No answer: {metric_label} is undefined for {a}, {b} or both, {where}"
+        return f"No answer: event F1 is undefined for {a}, {b} or both, {where}"
     if low is None or high is None:
         why = "for one recording" if comparison.recordings == 1 else f"undefined in {comparison.undefined} draws"
-        return f"No answer: {a} minus {b} is {difference:+.3f} {what} {where}, but without an interval ({why})"
+        return f"No answer: {a} minus {b} is {difference:+.3f} event F1 {where}, but without an interval ({why})"
     if max(abs(difference), abs(low), abs(high)) < EQUAL:
-        return f"{a} and {b} came out equal in {metric_label}, to 6 decimals, {where}"
+        return f"{a} and {b} came out equal in event F1, to 6 decimals, {where}"
     digits = next(d for d in range(3, 16) if all(round(x, d) for x in (low, high) if abs(x) > 1e-12) or d == 15)
-    open_ended = low <= 0 <= high
-    if not open_ended and (difference > 0) != higher_is_better:
+    if high < 0:
         a, b, difference, low, high = b, a, -difference, -high, -low
-    numbers = f"{round(difference, digits) + 0.0:+.{digits}f} {what} [{low + 0.0:.{digits}f}, {high + 0.0:.{digits}f}]"
-    if open_ended:
-        missed = f"{comparison.detectable or 0.0:.{digits}f} {unit}".strip()
-        power = f"a true difference under {missed} could well have been missed"
-        return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}"
-    less = "" if higher_is_better else " (less is better)"
-    return f"{a} beats {b} by {numbers}{less} {where}"
+    limits = f"[{low + 0.0:.{digits}f}, {high + 0.0:.{digits}f}]"
+    numbers = f"{round(difference, digits) + 0.0:+.{digits}f} event F1 {limits}"
+    if low > 0:
+        return f"{a} beats {b} by {numbers} {where}"
+    power = f"a true difference under {comparison.detectable or 0.0:.{digits}f} could well have been missed"
+    return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}"
 
 
 def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
     """c such that |t| < c at every number of seeds at once, with probability 1 - alpha: inf below 3 seeds.
 
-    The t statistic's Bayes factor for effects N(0, SPREAD) against none, Haar's prior on the standard deviation, is a
-    test martingale whatever that deviation is (Lai 1976, "On confidence sequences"; Wang & Ramdas, "Anytime-valid
-    t-tests", arXiv 2310.03722): by Ville's inequality it ever exceeds 1 / alpha with
-    probability alpha at most. c is where it does.
+    The t statistic's Bayes factor for effects N(0, SPREAD) against none is a test martingale whatever the standard
+    deviation (Lai 1976, "On confidence sequences"; Wang & Ramdas, "Anytime-valid t-tests", arXiv 2310.03722): by
+    Ville's inequality it ever exceeds 1 / alpha, as it does at c, with probability alpha at most.
     """
     ratio = 1 + seeds * SPREAD
     most = (math.sqrt(ratio) / alpha) ** (2 / seeds)
@@ -207,10 +194,9 @@ def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
 def always_valid(replicates: Floats, recordings: int, bounds: Bounds = ANY) -> tuple[float, float] | tuple[None, None]:
     """(low, high) of a difference `replicates` [S, 1 + B] by seed: 95% for all numbers of seeds together.
 
-    The recordings are drawn once and common to all looks. Their 99% interval and the seeds' 96% confidence sequence are
-    added as right angles are. A false claim needs (recordings' error / its half-width)^2 + (seeds' / theirs)^2 > 1 at
-    some look (Cauchy-Schwarz): with normal errors under 5% for 3 to 30 looks, whatever part either has (simulated).
-    (None, None) with fewer than 3 seeds or 2 recordings. bounds: the metric's range.
+    The recordings are common to all looks. Their 99% interval and the seeds' 96% confidence sequence are added as right
+    angles are: a false claim needs (recordings' error / its half-width)^2 + (seeds' / theirs)^2 > 1 at some look, with
+    normal errors under 5% for 3 to 30 looks (simulated). (None, None) with fewer than 3 seeds or 2 recordings.
     """
     seeds = len(replicates)
     limits = _limits(replicates, recordings, count_seeds=False)
@@ -225,9 +211,7 @@ def always_valid(replicates: Floats, recordings: int, bounds: Bounds = ANY) -> t
 def power_before(recordings: int, events: int, seeds: int, pilot: Sequence[float] = ()) -> float:
     """The difference in event F1 that `seeds` pairs of runs could show with 80% power: of the data alone a guess.
 
-    pilot: differences of two or more pairs of runs, whose spread is added; without it seeds are taken to be all alike.
-    (Half-widths measured on synth, 40 recordings, 256 events: 0.053 and 0.058 with 1 seed, 0.036 with 2; here 0.057,
-    0.049.)
+    pilot: differences of two or more pairs of runs, whose spread is added; without it seeds are taken to be alike.
     """
     unlike = DISCORDANT * (1 + 1 / seeds) / max(events, 1)
     half = stats.t.ppf(0.975, max(recordings - 1, 1)) * math.sqrt(unlike)

@@ -57,15 +57,13 @@ def read_sessions(path: Path) -> list[Session]:
     """The sessions of a JSON Lines file in EgoProactive's format. Raises InputError, naming the line."""
     sessions = []
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            session = msgspec.json.decode(line, type=Session)
-        except msgspec.MsgspecError as error:
-            what = f"answers [{SILENT} or {INTERRUPT}TEXT, ...], video_intervals [[start_s, end_s], ...], video_path"
-            raise InputError(f"{path} line {number}: {error}; expected a JSON object with {what}") from None
-        session.where = f"{path} line {number} ({session.video_path})"
-        sessions.append(session)
+        if line.strip():
+            try:
+                sessions.append(session := msgspec.json.decode(line, type=Session))
+            except msgspec.MsgspecError as error:
+                what = "expected an object with video_path, video_intervals [[start_s, end_s], ...] and answers [...]"
+                raise InputError(f"{path} line {number}: {error}; {what}") from None
+            session.where = f"{path} line {number} ({session.video_path})"
     return sessions
 
 
@@ -93,11 +91,8 @@ def chunk_frames(session: Session, fps: float) -> Ints:
 
 
 def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> list[ClipExample]:
-    """[S] each session's clip: of its video, with a speaking label in every interrupt chunk and in no silent one.
-
-    Of several such clips, the first of the split that is left. Clips without a session are left over. Raises
-    InputError, naming the session, where there is none.
-    """
+    """[S] each session's clip: of its video, with a speaking label in every interrupt chunk and in no silent one; of
+    several, the first of the split that is left. Raises InputError, naming the session, where there is none."""
 
     def fits(session: Session, clip: ClipExample) -> bool:
         own = np.clip(chunk_frames(session, clip.fps) - clip.start_frame, 0, clip.num_frames).tolist()
@@ -167,8 +162,7 @@ def report_chunks(
 ) -> dict[str, Any]:
     """The official scorer's results, plain numbers of 4 decimals, with 95% intervals (None: too few recordings).
 
-    answers: [S] as in a submission; recordings: [S] the recording of each, None: its video. `skipped_chunks` are those
-    that only one side has.
+    answers: [S] as in a submission; recordings: [S], None: the videos. `skipped_chunks`: those that one side lacks.
     """
     counts, skipped = np.zeros((len(sessions), 4), np.int64), 0
     for own, session, predicted in zip(counts, sessions, answers, strict=True):
@@ -177,10 +171,9 @@ def report_chunks(
             own[COUNTS.index(("t" if right == answer else "f") + ("p" if answer else "n"))] += 1
     names = np.array(recordings or [session.video for session in sessions], np.str_)
     tasks = np.array([str(session.task) for session in sessions], object)
-    members = {task: tasks == task for task in sorted({*tasks})}
     return {
         "overall": _report_group(counts, names),
-        "per_task": {task: _report_group(counts[own], names[own]) for task, own in members.items()},
+        "per_task": {task: _report_group(counts[tasks == task], names[tasks == task]) for task in sorted({*tasks})},
         "total_sessions": len(sessions),
         "skipped_chunks": skipped,
     }

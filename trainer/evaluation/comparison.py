@@ -42,7 +42,7 @@ from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.event_metrics import count_matches, group_rows, metronomes, references, window_rows
-from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, look_up, replicates, value_at
+from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, replicates, value_at
 from trainer.evaluation.plots import Curve, format_number
 from trainer.evaluation.scores import Ints, read_scores
 from trainer.evaluation.tables import BASELINES
@@ -150,7 +150,7 @@ def power_line(plan: Plan, split: Split) -> str:
     clips, mode, (a, b) = list(split.in_order()), _question(plan)["mode"], question_of(plan.rungs)
     events = sum(len(references(clip, "assistant")) for clip in clips)
     recordings = len({clip.recording_id for clip in clips})
-    values = {job: look_up(metrics_of(plan, job).get(mode, {}), METRICS[PRIMARY]) for job in jobs_with(plan)}
+    values = {job: value_at(metrics_of(plan, job).get(mode, {}), METRICS[PRIMARY].path) for job in jobs_with(plan)}
     pairs = [(values.get((a, seed)), values.get((b, seed))) for seed in plan.seeds]
     pilot = [first - second for first, second in pairs if first is not None and second is not None]
     counts = [len(plan.seeds)] if len(plan.seeds) < MOST_SEEDS else [3, 6, 12]
@@ -201,7 +201,7 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
     val = Split(plan.data, "val") if "val" in split.manifest["splits"] else None
     results = (
         {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
-        | {"value": look_up(found[mode], metric)}
+        | {"value": value_at(found[mode], metric.path)}
         for ((rung, seed), found), mode in product(metrics.items(), MODES)
         for metric in (METRICS.values() if mode in found else ())
     )

@@ -205,7 +205,7 @@ def question(bench: Benchmark) -> str:
     if not row:
         return f"No answer: {a} and {b} were not compared ({bench.mode})."
     comparison = Comparison(**{field.name: row[field.name] for field in fields(Comparison)})
-    return answer(comparison, a, b, "event F1", "", bench.mode) + "."
+    return answer(comparison, a, b, bench.mode) + "."
 
 
 # ---- what limits the answer --------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Event metrics: precision, recall, F1 and latency of speech or state updates, matched in time. Needs no text.
 
-References are turns, one per instant; predictions are frames at which the score reaches the threshold, followed by
-silence for the refractory time, or what a free-running model did. Both are matched one to one inside a window of
-seconds around the reference (2 s early to 4 s late; ProAssist's is the other way round, docs/prior-work.md): the most
-matches, then the least sum of |latency|. For thresholds, metronomes and F1 by window or group their number suffices.
+References are turns, one per instant; predictions are frames at which the score reaches the threshold, each followed by
+silence for the refractory time, or what a free-running model did. Both are matched one to one in a window of seconds
+around the reference (2 s early to 4 s late; ProAssist's is the other way round, docs/prior-work.md): the most matches,
+then the least sum of |latency|. Thresholds, metronomes and F1 by window or group need the number of matches alone.
 
     C clips    E reference events    P predicted events    F frames of a clip    M matches    W widths of the window
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,7 @@ from pipeline.labels import labels_a_frame
 from pipeline.schema import ROLE_OF
 from trainer.config import Settings
 from trainer.evaluation.bootstrap import draw_recordings, interval_of
-from trainer.evaluation.frame_metrics import Mask, between, fires, plain, ratio
+from trainer.evaluation.frame_metrics import Mask, between, plain, ratio
 from trainer.evaluation.scores import Floats, Ints, ScoredClip
 
 TOLERANCE: Final = 1e-6  # seconds: frame / fps and a turn's time are not exact
@@ -68,25 +68,20 @@ def annotated(clip: ClipExample) -> Mask:
     return known
 
 
-def actions_of(scored: ScoredClip, head: str) -> Sequence[object] | None:
-    """[F] what a free-running model said or updated after each frame; None: only its scores are known."""
-    return scored.said if head == "speaking" else scored.updates
-
-
 def predicted_frames(scored: ScoredClip, head: str, threshold: float | None, refractory_s: float) -> Ints:
     """int64 [P], ascending: the absolute, annotated frames at which the model acted, or its score makes an event."""
-    actions = actions_of(scored, head)
-    if actions is not None:
-        frames = np.flatnonzero([action is not None for action in actions])
-    else:
+    actions: Sequence[object] | None = scored.said if head == "speaking" else scored.updates
+    if actions is None:
         assert threshold is not None
         frames = threshold_frames(scored, head, threshold, refractory_s)
+    else:
+        frames = np.flatnonzero([action is not None for action in actions])
     return frames[annotated(scored.clip)[frames]] + scored.clip.start_frame
 
 
 def threshold_frames(scored: ScoredClip, head: str, threshold: float, refractory_s: float) -> Ints:
     """int64 [P], ascending, from the clip's start: the first frame that fires, then each after the refractory time."""
-    hot = np.flatnonzero(fires(scored.logits[head], threshold))
+    hot = np.flatnonzero(scored.logits[head].astype(np.float64) >= threshold)
     gap = max(1, math.ceil((refractory_s - TOLERANCE) * scored.clip.fps))
     following = np.searchsorted(hot, hot + gap).tolist()
     kept, i = [], 0
@@ -135,8 +130,8 @@ class Counted(NamedTuple):
 def find_events(clips: Sequence[ScoredClip], head: str, threshold: float | None, settings: Settings) -> Counted | None:
     """The events of one head; None where no clip has such events, or scores or a threshold are missing."""
     chosen = [s for s in clips if tracked(s.clip, head)]
-    known = threshold is not None
-    if not chosen or not all(actions_of(s, head) is not None or (known and head in s.logits) for s in chosen):
+    live = all((s.said if head == "speaking" else s.updates) is not None for s in chosen)
+    if not chosen or not (live or (threshold is not None and all(head in s.logits for s in chosen))):
         return None
     counted = (_count_events(scored, head, threshold, settings) for scored in chosen)
     return Counted(chosen, *zip(*counted, strict=True))  # type: ignore[arg-type]
@@ -376,9 +371,8 @@ def count_matches(clips: Sequence[ScoredClip], threshold: float | None, settings
     fired = [predicted_frames(s, "speaking", threshold, settings.refractory_s) - s.clip.start_frame for s in clips]
     targets = [targets_of([s.clip for s in clips], "speaking", at) for at in windows(settings).values()]
     events = [target.references + len(own) for target, own in zip(targets[0], fired, strict=True)]
-    return np.array(
-        [events, *([most_matches(t.windows, own) for t, own in zip(of, fired, strict=True)] for of in targets)]
-    )
+    matched = [[most_matches(t.windows, own) for t, own in zip(of, fired, strict=True)] for of in targets]
+    return np.array([events, *matched])
 
 
 @cache
@@ -400,11 +394,8 @@ def window_rows(
             events, *matched = counts.sum(axis=1)
             for (width, at), hits in zip(windows(settings).items(), matched, strict=True):
                 row = {"rung": rung, "seed": seed, "mode": mode, "width_s": width, "early_s": at.early_s}
-                yield row | {
-                    "late_s": at.late_s,
-                    "f1": float(ratio(2 * hits, events)),
-                    "metronome_f1": beside.get(width),
-                }
+                f1 = float(ratio(2 * hits, events))
+                yield row | {"late_s": at.late_s, "f1": f1, "metronome_f1": beside.get(width)}
 
 
 def group_rows(
@@ -421,11 +412,10 @@ def group_rows(
             ids, of_clip = np.unique([clips[i].recording_id for i in group], return_inverse=True)
             weights = np.concatenate([np.ones((1, len(ids)), np.int64), draw_recordings(len(ids), draws)])
             for (rung, mode), of_seeds in matches.items():
-                pairs = [
-                    [np.bincount(of_clip, row[group], len(ids)) for row in (c[own], c[0])] for c in of_seeds.values()
-                ]
-                f1 = np.stack([ratio(2 * (weights @ matched), weights @ events) for matched, events in pairs])
-                found = interval_of(f1, len(ids), (0.0, 1.0))
-                row = {"by": by, "group": name, "rung": rung, "mode": mode, "seeds": len(pairs), "recordings": len(ids)}
-                row |= {"events": int(speech[group].sum())}
-                yield row | {"value": found.value, "low": found.low, "high": found.high}
+                matched, events = (  # [S, R]
+                    np.stack([np.bincount(of_clip, run[row][group], len(ids)) for run in of_seeds.values()])
+                    for row in (own, 0)
+                )
+                f1 = ratio(2 * matched @ weights.T, events @ weights.T)
+                row = {"by": by, "group": name, "rung": rung, "mode": mode, "seeds": len(f1), "recordings": len(ids)}
+                yield row | {"events": int(speech[group].sum())} | asdict(interval_of(f1, len(ids), (0.0, 1.0)))

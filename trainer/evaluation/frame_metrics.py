@@ -64,13 +64,8 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
     """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities."""
     sums, calibration = bin_sums(frames, bins), None
     if sums is not None and len(frames.positive):
-        total = sums.sum(0)
-        curve = [
-            {"low": i / bins, "high": (i + 1) / bins, "frames": int(n)}
-            | plain({"probability": ratio(probability, n), "positive": ratio(positives, n)})
-            for i, (n, probability, positives) in enumerate(total.T)
-        ]
-        calibration = {"ece": float(calibration_error(total)), "bins": curve}
+        total = sums.sum(0)  # the bins: frames, sum of their probabilities, positives
+        calibration = {"ece": float(calibration_error(total)), "bins": total.T.tolist()}
     return {
         **_ranking(frames),
         **plain(confusion_rates(confusion(frames, threshold).sum(0))),
@@ -90,13 +85,9 @@ def _ranking(frames: HeadFrames) -> dict[str, Any]:
     }
 
 
-def weighted_frames(
-    frames: HeadFrames, threshold: float | None, bins: int, alone: bool
-) -> Callable[[Weights], dict[str, Any]]:
-    """Some of `report_frames` as a function of how often each recording is drawn, [B, R] -> [B] each.
-
-    alone: also on the frames without the other head's events, which takes as long again.
-    """
+def weighted_frames(frames: HeadFrames, threshold: float | None, bins: int, alone: bool) -> Callable[[Weights], Any]:
+    """Some of `report_frames` as a function of how often each recording is drawn, [B, R] -> [B] each; `alone`: also on
+    the frames without the other head's events, which takes as long again."""
     rank = ranking(frames)
     rank_alone = ranking(frames.only(frames.other == 0)) if alone else None
     counts, in_bins = confusion(frames, threshold), bin_sums(frames, bins)
@@ -114,8 +105,7 @@ def weighted_frames(
 
 
 def ranking(frames: HeadFrames) -> Callable[[Weights], Floats]:
-    """Average precision and AUROC, [2, B] for weights [B, R] of the recordings; tied scores as in scikit-learn. NaN
-    where a class that it needs is not drawn.
+    """Average precision and AUROC, [2, B] for weights [B, R] of the recordings; NaN where a class is not drawn.
 
     Frames are counted by recording and cell, the highest scores first: each score of a positive frame is a cell, and
     each run of other scores between. Up to K cells this is exact. Beyond, K cells hold equal shares of the positives,
@@ -184,16 +174,12 @@ def best_threshold(frames: HeadFrames) -> float | None:
     return between(float(rising[best]), float(rising[max(0, best - 1)]))
 
 
-def fires(scores: Singles, threshold: float) -> Mask:
-    """bool, as `scores`: compared in float64, so that a threshold between two scores stays between them."""
-    return scores.astype(np.float64) >= threshold
-
-
 def confusion(frames: HeadFrames, threshold: float | None) -> Ints:
     """int64 [R, 4]: true positives, false positives, false negatives, true negatives; all 0 without a threshold."""
     if threshold is None:
         return np.zeros((frames.num_recordings, 4), np.int64)
-    kind = np.where(fires(frames.scores, threshold), 1 - frames.positive, 3 - frames.positive)
+    fired = frames.scores.astype(np.float64) >= threshold
+    kind = np.where(fired, 1 - frames.positive, 3 - frames.positive)
     return np.bincount(frames.recording * 4 + kind, minlength=4 * frames.num_recordings).reshape(-1, 4)
 
 

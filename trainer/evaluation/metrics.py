@@ -55,10 +55,8 @@ class Metric:
     name: str
     label: str
     path: str  # in the result of `measure`, with dots
-    unit: str = ""  # "" for shares
-    higher_is_better: bool = True
+    meaning: str  # for the report's reader
     bounds: Bounds = (0.0, 1.0)  # its range
-    meaning: str = ""  # for the report's reader
 
 
 _POSITIVE: Final = (0.0, math.inf)
@@ -66,51 +64,47 @@ METRICS: Final[dict[str, Metric]] = {
     metric.name: metric
     for metric in (
         Metric("event_f1", "event F1", "speaking.events.f1",
-               meaning="speech events matched one to one with the reference's, in time; "
-               "harmonic mean of the next two"),
+               "speech events matched one to one with the reference's, in time; harmonic mean of the next two"),
         Metric("event_precision", "event precision", "speaking.events.precision",
-               meaning="share of its speech events that match one of the reference's"),
+               "share of its speech events that match one of the reference's"),
         Metric("event_recall", "event recall", "speaking.events.recall",
-               meaning="share of the reference's speech events that it matched"),
+               "share of the reference's speech events that it matched"),
         Metric("event_f1_reactive", "event F1, reactive", "speaking.events.reactive.f1",
-               meaning="as event F1, for speech just after the user spoke"),
+               "as event F1, for speech just after the user spoke"),
         Metric("event_f1_proactive", "event F1, proactive", "speaking.events.proactive.f1",
-               meaning="as event F1, for speech that nobody asked for"),
-        Metric("false_alarms_per_quiet_hour", "false alarms per quiet hour",
-               "speaking.events.false_alarms_per_quiet_hour", "/h", False, _POSITIVE,
-               meaning="speech in no reference event's window, per hour outside all windows"),
-        Metric("duplicates_per_event", "duplicates per event", "speaking.events.duplicates_per_event", "", False,
-               _POSITIVE, meaning="further speech within a reference event's window, per reference event"),
-        Metric("median_latency_s", "median latency", "speaking.events.median_latency_s", "s", False, ANY,
-               meaning="how long after the reference it spoke, at matched events; negative: earlier"),
+               "as event F1, for speech that nobody asked for"),
+        Metric("false_alarms_per_quiet_hour", "false alarms per quiet hour (/h)",
+               "speaking.events.false_alarms_per_quiet_hour",
+               "speech in no reference event's window, per hour outside all windows", _POSITIVE),
+        Metric("duplicates_per_event", "duplicates per event", "speaking.events.duplicates_per_event",
+               "further speech within a reference event's window, per reference event", _POSITIVE),
+        Metric("median_latency_s", "median latency (s)", "speaking.events.median_latency_s",
+               "how long after the reference it spoke, at matched events; negative: earlier", ANY),
         Metric("speaking_ap", "speaking AP", "speaking.frames.ap",
-               meaning="average precision: how well it ranks frames to speak at before silent ones; guessing gets "
-               "their share of all frames"),
+               "average precision of ranking frames to speak at before silent ones; guessing gets their share of all"),
         Metric("speaking_auroc", "speaking AUROC", "speaking.frames.auroc",
-               meaning="chance that a frame to speak at outscores a silent one; guessing gets 0.5"),
+               "chance that a frame to speak at outscores a silent one; guessing gets 0.5"),
         Metric("speaking_f1", "speaking frame F1", "speaking.frames.f1",
-               meaning="over frames, at the threshold that was best on val"),
+               "over frames, at the threshold that was best on val"),
         Metric("speaking_balanced_accuracy", "speaking balanced accuracy", "speaking.frames.balanced_accuracy",
-               meaning="mean of the shares of speaking and of silent frames judged right, at that threshold"),
-        Metric("speaking_ece", "speaking calibration error", "speaking.frames.calibration.ece", "", False,
-               meaning="expected calibration error: mean distance of probabilities from observed shares, over frames"),
+               "mean of the shares of speaking and of silent frames judged right, at that threshold"),
+        Metric("speaking_ece", "speaking calibration error", "speaking.frames.calibration.ece",
+               "expected calibration error: mean distance of probabilities from observed shares, over frames"),
         Metric("speaking_ap_alone", "speaking AP without DST frames", "speaking.frames.alone.ap",
-               meaning="average precision without the frames of state updates: only speech can tell them from silence"),
-        Metric("dst_ap", "DST AP", "dst_update.frames.ap", meaning="as speaking AP, for state updates"),
-        Metric("dst_event_f1", "DST event F1", "dst_update.events.f1", meaning="as event F1, for state updates"),
+               "average precision without the frames of state updates: only speech can tell them from silence"),
+        Metric("dst_ap", "DST AP", "dst_update.frames.ap", "as speaking AP, for state updates"),
+        Metric("dst_event_f1", "DST event F1", "dst_update.events.f1", "as event F1, for state updates"),
         Metric("joint_state_accuracy", "joint state accuracy", "state.joint_accuracy",
-               meaning="share of frames at whose end every step's state is right, from the updates it made"),
+               "share of frames at whose end every step's state is right, from the updates it made"),
         Metric("transition_f1", "transition F1", "state.transitions.f1",
-               meaning="updates matched in time, step and transition with the reference's"),
+               "updates matched in time, step and transition with the reference's"),
     )
 }  # fmt: skip
 
 
 def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Thresholds:
-    """The thresholds of the best frame F1 and of the best event F1 on `val`, ties go to the higher; the best metronome.
-
-    A head without scores, or without a positive frame (an event) on `val`, gets none.
-    """
+    """The thresholds of the best frame F1 and of the best event F1 on `val`, ties go to the higher, and the best
+    metronome. A head without scores, or without a positive frame (an event) on `val`, gets none."""
     chosen = Thresholds({}, {}, {})
     for head in HEADS:
         frames = frame_metrics.head_frames(val, head, recordings_of(val))
@@ -124,20 +118,13 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
 
 
 def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Settings) -> dict[str, Any]:
-    """The metrics JSON: plain types, None where undefined; the same digits whatever the order of the clips.
-
-    What lacks its threshold is None; free-running clips (`said`, `updates`) need none for their events.
-    """
+    """The metrics JSON: plain types, None where undefined or without a threshold (free-running clips need none for
+    their events); the same digits whatever the order of the clips."""
     clips, recordings = _by_clip_id(clips), recordings_of(clips)
-    speaking, updating = np.concatenate([s.clip.labels for s in clips], axis=1)
-    both_known = (speaking >= 0) & (updating >= 0)
-    cells = np.bincount((speaking + 2 * updating)[both_known], minlength=4).tolist()
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
-        # positive for which heads, of the frames supervised for both
-        "cells": dict(zip(("neither", "speaking_only", "dst_update_only", "both"), cells, strict=True)),
     }
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)
@@ -164,12 +151,6 @@ def recordings_of(clips: Sequence[ScoredClip]) -> list[str]:
     return sorted({scored.clip.recording_id for scored in clips})
 
 
-def look_up(report: dict[str, Any], metric: Metric) -> float | None:
-    """The metric's value in the result of `measure`."""
-    value = value_at(report, metric.path)
-    return None if value is None else float(value)
-
-
 def value_at(nested: Any, path: str) -> Any:
     """The value at a dotted path in nested dictionaries; None where that is not there."""
     for key in path.split("."):
@@ -182,8 +163,8 @@ def weighted(
 ) -> Callable[[Weights], dict[str, Floats]]:
     """METRICS as a function of how often each recording is drawn.
 
-    recordings: sorted and unique, at least those of the clips. The function takes int64 [B, R] and gives float64 [B]
-    each, NaN where a draw leaves it undefined; throughout, where `measure` gives None.
+    recordings: sorted and unique, at least those of the clips. The function takes [B, R] and gives float64 [B] each,
+    NaN where a draw leaves it undefined.
     """
     clips = _by_clip_id(clips)
     parts: dict[str, dict[str, Any]] = {}
@@ -259,20 +240,16 @@ def replicates(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` is the content of metrics.json, `notes` what it lacks and why."""
-
     split: str
-    metrics: dict[str, Any]
-    notes: tuple[str, ...]
+    metrics: dict[str, Any]  # the content of metrics.json
+    notes: tuple[str, ...]  # what it lacks and why
     folder: Path | None = None  # where the files are
 
 
 @dataclass(frozen=True)
 class EvalSplits:
-    """The split to measure on, and the one to choose thresholds on, if there is one."""
-
-    test: Split
-    val: Split | None
+    test: Split  # to measure on
+    val: Split | None  # to choose thresholds on
 
     @property
     def all(self) -> dict[str, Split]:
@@ -298,9 +275,7 @@ def evaluate_scores(
     """Measure a scores Parquet, ours or anybody's, against the shards in `data` (None: where the file says they are).
 
     Thresholds are `given` (logits by head), those that a free-running file was made with, or chosen on the file's own
-    `val` rows; else what needs one is None. `out`: a folder for metrics.json; without, nothing is written.
-    chunks: a sessions file of EgoProactive's, for its metrics; submission: a file for the answers in its format.
-    draws: of the recordings, for 95% intervals; 0: none.
+    `val` rows; else what needs one is None. out: a folder for metrics.json. The last three are as for `all_metrics`.
     """
     settings, info = settings or Settings(), read_info(path)
     if data is None and "data" not in info:
@@ -317,8 +292,7 @@ def evaluate_scores(
         beats = {head: Beat(**beat) for head, beat in was.get("metronome", {}).items()}
         thresholds = Thresholds(was["frame"], was["event"], beats)
     by_mode = {str(info.get("mode", "scores")): scored[split]}
-    sessions = None if chunks is None else chunk_metrics.read_sessions(chunks)
-    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
+    metrics, missing = all_metrics(by_mode, thresholds, settings, chunks, submission, draws)
     metrics |= {"file": str(path), "split": split, "thresholds": asdict(thresholds), "thresholds_from": source}
     if out is not None:
         write_json(out / METRICS_FILE, metrics)
@@ -342,14 +316,14 @@ def write_evaluation(
     settings: Settings,
     origin: dict[str, Any],
     run_live: Callable[[Thresholds], list[ScoredClip]] | None,
-    sessions: Sequence[chunk_metrics.Session] | None = None,
+    chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
 ) -> Evaluation:
     """The metrics and files of what was just scored: the Parquet files first, metrics.json last.
 
     scored: teacher-forced, by split. origin: what the files say of their data and model. run_live: the measured split,
-    free-running; None where that was not asked for. The last three are as for `all_metrics`.
+    free-running, or None. The last three are as for `all_metrics`.
     """
     split = held.test.name
     thresholds, source, notes = pick_thresholds(scored, held, settings)
@@ -361,7 +335,7 @@ def write_evaluation(
         write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
     elif run_live is not None:
         notes.append("not self-fed: no threshold for speaking")
-    metrics, missing = all_metrics(by_mode, thresholds, settings, sessions, submission, draws)
+    metrics, missing = all_metrics(by_mode, thresholds, settings, chunks, submission, draws)
     metrics |= origin | {"split": split}
     write_json(folder / METRICS_FILE, metrics)
     return Evaluation(split, metrics, (*notes, *missing), folder)
@@ -370,7 +344,7 @@ def write_evaluation(
 def pick_thresholds(
     scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings
 ) -> tuple[Thresholds, str | None, list[str]]:
-    """(thresholds, the split they were chosen on, notes). Without scores of val: no thresholds, None, the reason."""
+    """(thresholds, the split they were chosen on or None, notes)"""
     if held.val is not None and held.val.name in scored:
         return choose_thresholds(scored[held.val.name], settings), held.val.name, []
     note = "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one"
@@ -381,17 +355,18 @@ def all_metrics(
     by_mode: Mapping[str, Sequence[ScoredClip]],
     thresholds: Thresholds,
     settings: Settings,
-    sessions: Sequence[chunk_metrics.Session] | None = None,
+    chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(each mode's metrics and the settings; what could not be measured, and why).
+    """(each mode's metrics and the settings; notes on what could not be measured).
 
-    draws: adds `intervals`, by name of METRICS. sessions: adds EgoProactive's metrics as `chunks`, and writes the last
-    mode's answers to `submission`. Raises InputError where a session has no clip.
+    draws: adds `intervals`, by name of METRICS. chunks: a sessions file of EgoProactive's: adds its metrics, and writes
+    the last mode's answers to `submission`. Raises InputError where a session has no clip.
     """
     metrics: dict[str, Any] = {}
     answers: list[list[str]] = []
+    sessions = None if chunks is None else chunk_metrics.read_sessions(chunks)
     for mode, clips in by_mode.items():
         metrics[mode] = measure(clips, thresholds, settings)
         if draws:
@@ -400,11 +375,9 @@ def all_metrics(
                 found = interval_of(values, metrics[mode]["recordings"], METRICS[name].bounds)
                 limits[name] = None if found.low is None else [found.low, found.high]
         if sessions is not None:
-            report, answers = chunk_metrics.report_clips(
-                sessions, clips, thresholds.event.get("speaking"), settings.refractory_s
-            )
-            metrics[mode]["chunks"] = report
-    if submission is not None and answers:
-        chunk_metrics.write_submission(submission, sessions or (), answers)
+            at = thresholds.event.get("speaking")
+            metrics[mode]["chunks"], answers = chunk_metrics.report_clips(sessions, clips, at, settings.refractory_s)
+    if sessions and submission is not None and answers:
+        chunk_metrics.write_submission(submission, sessions, answers)
     notes = ["no chunk metrics and no submission: no threshold for speaking"] if sessions and not answers else []
     return metrics | {"settings": asdict(settings)}, notes

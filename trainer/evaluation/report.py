@@ -71,7 +71,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
     info, mode, (a, b) = bench.info, bench.mode, bench.pair
     interest = comparison.pairs_of(bench.rungs)  # the ladder's other pairs only say how high one has to climb
     rows = [
-        row | {"heading": _heading(row["metric"])}
+        row | {"heading": METRICS[row["metric"]].label}
         for (*pair, _, _), row in bench.comparisons.items()
         if tuple(pair) in interest
     ]
@@ -112,10 +112,6 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
     }
 
 
-def _heading(name: str) -> str:
-    return f"{METRICS[name].label} ({METRICS[name].unit})" if METRICS[name].unit else METRICS[name].label
-
-
 def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
     """Per metric and mode: each rung's value and interval, and (value, name) of the baseline."""
     rows = []
@@ -123,7 +119,7 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
         cells = {mode: [bench.score(rung, mode, name) for rung in bench.rungs] for mode in bench.modes}
         if any(map(any, cells.values())):
             baselines = {mode: baseline(bench, mode, name) for mode in bench.modes}
-            about = {"name": name, "heading": _heading(name), "meaning": METRICS[name].meaning}
+            about = {"name": name, "heading": METRICS[name].label, "meaning": METRICS[name].meaning}
             rows.append(about | {"modes": cells, "baselines": baselines})
     cells = {}
     for mode in bench.modes:

@@ -8,7 +8,7 @@ Every frame of every clip must be there once, and labels, where the file has the
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,11 +37,7 @@ Updates = tuple[tuple[str, str], ...]  # (step id, transition)
 
 @dataclass(frozen=True, eq=False)
 class ScoredClip:
-    """One clip with a model's scores at each of its F frames.
-
-    A clip with `said` (or `updates`) is from a free-running model, and those are its events; else logits over a
-    threshold are.
-    """
+    """One clip with a model's scores. `said` and `updates` are a free-running model's, and its events."""
 
     clip: ClipExample  # labels int8 [2, F], every frame supervised (rate 1.0)
     logits: dict[str, Singles]  # by head [F]; a head that the model lacks is absent
@@ -71,10 +67,8 @@ _READ: Final = {name for name, *_ in _COLUMNS} - {"recording_id", "time_s"}
 
 
 def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: dict[str, Any]) -> None:
-    """One row per frame, by (split, clip as given, frame); renamed into place when complete. `info` is any JSON.
-
-    `said` and `updates` are columns where the clips have them: all of them, or none.
-    """
+    """One row per frame, by (split, clip as given, frame); renamed into place when complete. `info` is any JSON. `said`
+    and `updates` are columns where the clips have them: all of them, or none."""
     clips = [(split, scored) for split in sorted(splits) for scored in splits[split]]
     optional = {name for name in ("said", "updates") if all(getattr(scored, name) is None for _, scored in clips)}
     schema = pa.schema(
@@ -120,24 +114,22 @@ def read_info(path: Path) -> dict[str, Any]:
 def read_scores(path: Path, splits: Mapping[str, Split], optional: Collection[str] = ()) -> dict[str, list[ScoredClip]]:
     """Each split's clips, by clip_id, with their scores from a file of any program.
 
-    Needed: `clip_id` (or `clip`, the clip's position in its split), `frame`, and `speaking_logit` or
-    `speaking_probability`; `split` too where several are asked for. Other columns are ignored. Infinite logits become
-    +-LARGEST. From probabilities alone, logits are log(p / (1 - p)). `optional` splits are left out where the file has
-    no rows of them.
+    Needed: `clip_id`, `frame`, and `speaking_logit` or `speaking_probability`; `split` too where several are asked for.
+    Infinite logits become +-LARGEST. From probabilities alone, logits are log(p / (1 - p)). `optional` splits are left
+    out where the file has no rows of them.
 
     Raises InputError, naming the first, where a frame is missing, double or unknown, a score NaN, or a label not the
     shards'.
     """
     names = pq.read_schema(path).names
-    key = "clip_id" if "clip_id" in names else "clip"
-    needed = {key, "frame", *(["split"] if len(set(splits) - set(optional)) > 1 else [])}
+    needed = {"clip_id", "frame", *(["split"] if len(set(splits) - set(optional)) > 1 else [])}
     if needed - {*names} or not {"speaking_logit", "speaking_probability"} & {*names}:
         expected = f"{', '.join(sorted(needed))}, and speaking_logit or speaking_probability"
         raise InputError(f"{path}: its columns are {', '.join(names)}; expected {expected}")
-    texts = [name for name in ("split", "clip_id") if name in names]
+    texts = ["clip_id", *(["split"] if "split" in names else [])]
     try:
         with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
-            table = file.read([name for name in names if name == key or name in _READ])
+            table = file.read([name for name in names if name in _READ])
         of_split = table["split"].cast(pa.string()) if "split" in names else None
         there = set(splits) - set(optional) if of_split is None else {*pc.unique(of_split).to_pylist()} - {None}
         if lacking := set(splits) - set(optional) - there:
@@ -167,7 +159,19 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
             name = f"clip {clips[i].clip_id} frame {clips[i].start_frame + at - first[i]}"
             raise InputError(f"{where}: {bad.sum()} frames {what}; the first is {name}")
 
-    position = _positions(where, rows, clips, first)
+    ids = rows["clip_id"].combine_chunks()
+    ids = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
+    places = {clip.clip_id: i for i, clip in enumerate(clips)}
+    place_of = np.array([*(places.get(value, -1) for value in ids.dictionary.to_pylist()), -1])  # the last: of a null
+    place = place_of[ids.indices.cast(pa.int64()).fill_null(-1).to_numpy()]
+    start, end = (np.array([getattr(clip, name) for clip in clips]) for name in ("start_frame", "end_frame"))
+    frame = rows["frame"].cast(pa.int64()).fill_null(-1).to_numpy()
+    unknown = (place < 0) | (frame < start[place]) | (frame >= end[place])
+    if unknown.any():
+        i = int(unknown.argmax())
+        what = f"{unknown.sum()} rows are of frames that the shards lack; the first is clip {ids[i]} frame {frame[i]}"
+        raise InputError(f"{where}: {what} (frames are absolute, as in the shards)")
+    position = first[place] - start[place] + frame  # of each row among the N frames
     times = np.bincount(position, minlength=int(first[-1]))
     refuse(times == 0, "have no row")
     refuse(times > 1, "have more than one row")
@@ -178,20 +182,13 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
             label = rows[name].cast(pa.int64()).fill_null(NOT_SAMPLED).to_numpy()
             differ = (label >= 0) & (expected >= 0) & (label != expected)
             refuse(differ, f"have another {name} in the shards")
-    given: dict[str, Any] = {}
-    for name in (f"{head}_{kind}" for head in HEADS for kind in ("logit", "probability")):
-        if name in rows.column_names and rows[name].null_count < len(rows):
-            floating = pa.types.is_floating(rows[name].type)
-            given[name] = (rows[name] if floating else rows[name].cast(pa.float64())).to_numpy()  # null becomes NaN
-            refuse(np.isnan(given[name]), f"have no {name}")
-            if name.endswith("probability"):
-                beyond = (given[name] < 0) | (given[name] > 1)
-                refuse(beyond, f"have a {name} beyond 0 to 1: are these logits?")
     logits, probabilities = {}, {}
     for head in HEADS:
-        if (p := given.get(f"{head}_probability")) is not None:
+        logit, p = (_numbers(rows, f"{head}_{kind}", refuse) for kind in ("logit", "probability"))
+        if p is not None:
+            refuse((p < 0) | (p > 1), f"have a {head}_probability beyond 0 to 1: are these logits?")
             probabilities[head] = p.astype(np.float32)
-        if (logit := given.get(f"{head}_logit")) is not None or p is not None:
+        if logit is not None or p is not None:
             logits[head] = np.clip(logit_of(p) if logit is None else logit, -LARGEST, LARGEST).astype(np.float32)
     said = rows["said"].to_pylist() if "said" in rows.column_names else None
     updates: list[Any] | None = rows["updates"].to_pylist() if "updates" in rows.column_names else None
@@ -209,19 +206,10 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
     ]
 
 
-def _positions(where: str, rows: pa.Table, clips: Sequence[ClipExample], first: Ints) -> Ints:
-    """Each row's place among the N frames. InputError where a row is of none."""
-    key = "clip_id" if "clip_id" in rows.column_names else "clip"
-    ids = rows[key].combine_chunks()
-    ids = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
-    places = {getattr(clip, key): i for i, clip in enumerate(clips)}
-    place_of = np.array([*(places.get(value, -1) for value in ids.dictionary.to_pylist()), -1])  # the last: of a null
-    place = place_of[ids.indices.cast(pa.int64()).fill_null(-1).to_numpy()]
-    start, end = (np.array([getattr(clip, name) for clip in clips]) for name in ("start_frame", "end_frame"))
-    frame = rows["frame"].cast(pa.int64()).fill_null(-1).to_numpy()
-    unknown = (place < 0) | (frame < start[place]) | (frame >= end[place])
-    if unknown.any():
-        i = int(unknown.argmax())
-        what = f"{unknown.sum()} rows are of frames that the shards lack; the first is clip {ids[i]} frame {frame[i]}"
-        raise InputError(f"{where}: {what} (frames are absolute, as in the shards)")
-    return first[place] - start[place] + frame
+def _numbers(rows: pa.Table, name: str, refuse: Callable[[Any, str], None]) -> Any:
+    """[N] floats as they are, else float64; None where there are none."""
+    if name not in rows.column_names or rows[name].null_count == len(rows):
+        return None
+    values = rows[name] if pa.types.is_floating(rows[name].type) else rows[name].cast(pa.float64())
+    refuse(np.isnan(values.to_numpy()), f"have no {name}")  # null becomes NaN
+    return values.to_numpy()

@@ -131,7 +131,7 @@ def _count_completions(due: Sequence[tuple[int, str]], made: Sequence[tuple[int,
 
 
 def state_rates(c: dict[str, Any]) -> dict[str, Any]:
-    """Rates from summed counts, numbers or arrays, laid out as in the report; NaN where undefined."""
+    """Rates from summed counts, numbers or arrays; NaN where undefined."""
 
     def rates(matched: Any, predictions: Any, references: Any) -> dict[str, Any]:
         f1 = ratio(2 * matched, references + predictions)
@@ -139,8 +139,6 @@ def state_rates(c: dict[str, Any]) -> dict[str, Any]:
 
     done, missed = c["completion matched"], c["completion missed"]
     return {
-        "over_time": {i: ratio(c[f"right {i}"], c[f"frames {i}"]) for i in range(PARTS)},
-        "over_time_never_updating": {i: ratio(c[f"right_never {i}"], c[f"frames {i}"]) for i in range(PARTS)},
         "joint_accuracy": ratio(c["right"], c["frames"]),
         "joint_accuracy_never_updating": ratio(c["right_never"], c["frames"]),
         "transitions": rates(c["matched"], c["predictions"], c["references"]),
@@ -154,7 +152,9 @@ def report_states(states: Counted) -> dict[str, Any]:
     """Plain numbers, None where undefined."""
     sums, latencies = states.sums(), np.concatenate(states.latencies)
     rates = plain(state_rates(sums))
-    rates |= {name: list(rates[name].values()) for name in ("over_time", "over_time_never_updating")}
+    for name, right in (("over_time", "right"), ("over_time_never_updating", "right_never")):
+        parts = {str(i): ratio(sums[f"{right} {i}"], sums[f"frames {i}"]) for i in range(PARTS)}
+        rates[name] = list(plain(parts).values())
     for kind, prefix in (("transitions", ""), ("completions", "completion "), ("mistakes", "mistake ")):
         rates[kind] |= {name: int(sums[prefix + name]) for name in ("references", "predictions", "matched")}
     rates["transitions"]["median_latency_s"] = float(np.median(latencies)) if len(latencies) else None

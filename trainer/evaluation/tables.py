@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from rich.console import Group
 
+from pipeline.schema import HEAD_TITLES
 from pipeline.terminal import plain, table
 from trainer.evaluation.metrics import METRICS, Evaluation, value_at
-
-if TYPE_CHECKING:
-    from trainer.teacher_forced import EvalReport
 
 BASELINES: Final = {  # path of a metric -> path and name of its level without a model
     "speaking.events.f1": ("speaking.events.metronome.f1", "a metronome"),
@@ -20,9 +18,9 @@ BASELINES: Final = {  # path of a metric -> path and name of its level without a
     "dst_update.frames.ap": ("dst_update.frames.chance", "chance"),
     "state.joint_accuracy": ("state.joint_accuracy_never_updating", "never updating"),
 }
-_LABELS: Final = {metric.path: f"{metric.label} {metric.unit}" for metric in METRICS.values()} | {
+_LABELS: Final = {metric.path: metric.label for metric in METRICS.values()} | {
     "state.completions.f1": "step completion F1",
-    "state.completions.delay_s": "step completion delay s",
+    "state.completions.delay_s": "step completion delay (s)",
     "state.mistakes.f1": "mistake F1",
 }
 
@@ -32,7 +30,7 @@ def render_evaluation(evaluation: Evaluation) -> Any:
     metrics = evaluation.metrics
     by_mode = {name: report for name, report in metrics.items() if isinstance(report, dict)}
     chunks = {name: report["chunks"] for name, report in by_mode.items() if report.get("chunks")}
-    modes = {name: report for name, report in by_mode.items() if "cells" in report}
+    modes = {name: report for name, report in by_mode.items() if "speaking" in report and "state" in report}
     tables = _chunk_table(chunks) if chunks else []
     if not modes:
         return Group(*tables, *evaluation.notes)
@@ -46,13 +44,11 @@ def render_evaluation(evaluation: Evaluation) -> Any:
             limits = [value_at(report, f"intervals.{names.get(path)}") for report in modes.values()]
             rows.add_row(label, *map(_with_interval, values, limits), compared)
     report, source = next(iter(modes.values())), metrics.get("thresholds_from")
-    cells, settings = report["cells"], metrics["settings"]
+    window = "from {early_s:g} s before to {late_s:g} s after; after one, {refractory_s:g} s of silence"
     scope = (
-        f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; positive: "
-        f"speaking only {cells['speaking_only']:,}, DST only {cells['dst_update_only']:,}, both {cells['both']:,}; in "
-        f"brackets: 95% intervals by bootstrap over recordings\nan event is in time from {settings['early_s']:g} s "
-        f"before to {settings['late_s']:g} s after; after one, {settings['refractory_s']:g} s of silence; thresholds: "
-        f"{plain(source or 'none')}[/]"
+        f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; in "
+        "brackets: 95% intervals by bootstrap over recordings\n"
+        f"an event is in time {window.format(**metrics['settings'])}; thresholds: {plain(source or 'none')}[/]"
     )
     return Group(rows, scope, *tables, *evaluation.notes)
 
@@ -77,12 +73,10 @@ def _with_interval(value: float | None, interval: list[float] | None, how: str =
     return "-" if value is None else format(value, how) + limits
 
 
-def render_report(report: EvalReport) -> Any:
-    """A table: average precision per head against chance, and where the positives lie."""
+def render_report(report: dict[str, Any]) -> Any:
+    """A table: average precision per head against chance."""
     rows = table("head", "average precision", "by chance", "positive frames", "of frames")
-    for name, head in (("speaking", report.speaking), ("DST", report.dst_update)):
-        ap = "undefined" if head.ap is None else f"{head.ap:.3f}"
-        rows.add_row(name, ap, f"{head.chance:.3f}", f"{head.positives:,}", f"{head.frames:,}")
-    only = f"speaking only {report.speaking_only:,}, DST only {report.dst_update_only:,}"
-    cells = f"[dim]positive frames: {only}, both {report.both:,}"
-    return Group(rows, f"{cells}\nteacher-forced: the reference's texts are in the context[/]")
+    for head, name in HEAD_TITLES.items():
+        ap, chance, frames, positives = report[head].values()
+        rows.add_row(name, "undefined" if ap is None else f"{ap:.3f}", f"{chance:.3f}", f"{positives:,}", f"{frames:,}")
+    return Group(rows, "[dim]teacher-forced: the reference's texts are in the context[/]")

@@ -15,8 +15,8 @@ from trainer.evaluation.metrics import (
     Thresholds,
     choose_thresholds,
     evaluate_scores,
-    look_up,
     measure,
+    value_at,
     weighted,
     weighted_median,
 )
@@ -112,7 +112,7 @@ def test_weights_count_as_recordings_repeated(drawn, live):
     ]
     report = measure(repeated, HALF, S)
     for name, metric in METRICS.items():
-        got, value = found[name], look_up(report, metric)
+        got, value = found[name], value_at(report, metric.path)
         assert got.dtype == np.float64
         assert got[0] == pytest.approx(np.nan if value is None else value, rel=1e-12, nan_ok=True), name
     assert live or np.isnan(found["transition_f1"]).all()
@@ -130,7 +130,7 @@ def test_every_metric_has_its_place_in_the_report():
     assert len(METRICS) == 18
     for metric in METRICS.values():
         low, high = metric.bounds or (-np.inf, np.inf)
-        assert low <= look_up(full, metric) <= high
+        assert low <= value_at(full, metric.path) <= high
     assert json.loads(json.dumps(full, allow_nan=False)) == full
     assert (full["clips"], full["recordings"], full["frames"]) == (9, 5, 540)
 

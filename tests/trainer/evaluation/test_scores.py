@@ -46,7 +46,6 @@ def frame(split):
             {
                 "split": "test",
                 "clip_id": clip.clip_id,
-                "clip": clip.clip,
                 "frame": range(clip.start_frame, clip.end_frame),
                 "speaking_logit": [0.5 * i for i in range(clip.num_frames)],
                 "speaking_label": clip.labels[0].tolist(),
@@ -99,7 +98,7 @@ def test_rows_of_any_order_and_types_are_read_the_same(tmp_path, split):
         pl.lit("ignored").alias("model"),
     )
     other = pl.concat([plain.with_columns(split=pl.lit("dev")), plain, plain.with_columns(split=pl.lit(None))])
-    for table in (plain, strange, other, plain.drop("split"), plain.drop("clip_id"), plain.drop("speaking_label")):
+    for table in (plain, strange, other, plain.drop("split"), plain.drop("speaking_label")):
         a, b = read(tmp_path, table, split)
         assert (a.clip.clip_id, a.logits["speaking"].tolist()) == ("a", [0, 0.5, 1, 1.5])
         assert b.logits["speaking"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
