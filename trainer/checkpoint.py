@@ -266,10 +266,10 @@ def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitSta
     lock_folder(run, held)
     for name in ("last", "best"):
         recover(run / name)
-    started = (run / OPTIONS).is_file()
-    if not resume and (not started or any((run / name).exists() for name in ("last", "best"))):
-        raise InputError(f"{run}: exists and is not empty; choose a new folder, or go on with --resume")
-    if resume and ((run / "last").exists() or not started):
+    saved = any((run / name).exists() for name in ("last", "best"))
+    if not (run / OPTIONS).is_file() or (saved and not resume):
+        raise InputError(f"{run}: exists and is not empty; choose a new folder, or go on with a run by --resume")
+    if (run / "last").exists():
         check_resume(run, options)
 
 
@@ -297,10 +297,7 @@ def lock_folder(run: Path, held: ExitStack) -> None:
 
 def read_options(run: Path) -> dict[str, Any]:
     """RUN/options.json, as `run_options` made it, its config with today's defaults."""
-    path = run / OPTIONS
-    if not path.is_file():
-        raise InputError(f"{path}: not found, so this is no run that could go on; choose another --run")
-    options: dict[str, Any] = json.loads(path.read_bytes())
+    options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
     return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import shlex
 import signal
 import sys
@@ -67,15 +66,10 @@ def encode(
     from pipeline.terminal import command, plain
     from trainer.encode import encode as run
 
-    if not re.fullmatch("[0-9]+/[0-9]+", part):
-        raise UsageError(f"--part {part!r}: expected something like 3/16")
-    number, parts = map(int, part.split("/"))
     root = frames_root or read_manifest(data).get("options", {}).get("frames_root")
     needed = [data, *(Path(place) for place in (root, model) if place and Path(place).exists())]
     with ray_cluster(ray, out, needed, gpu=True) as mapper:
-        report = run(
-            data, out, model, tokens_per_frame, frames_root, dtype, store, batch, (number, parts), mapper, keep
-        )
+        report = run(data, out, model, tokens_per_frame, frames_root, dtype, store, batch, part, mapper, keep)
     for reason in report.refused:
         typer.echo(f"refused: {plain(reason)}", err=True)
     if report.videos:

@@ -80,23 +80,24 @@ def encode(
     dtype: str = "auto",
     store: str = "float16",
     batch: int = 32,
-    part: tuple[int, int] = (1, 1),
+    part: str = "1/1",
     mapper: Mapper | None = None,
     keep: str = "vision",
 ) -> EncodeReport:
     """Write the features of all videos of all splits of `data` into the folder `out`, k tokens per frame.
 
     `model`: a folder, a hub name or a run of ours. `dtype`, to compute in: auto is bfloat16 on CUDA, float32 elsewhere.
-    `keep`: "vision", features before the connector, or "connector", after it. `part` (i, n): the i-th of n shares of
-    the videos, i from 1; other parts may run at the same time. `mapper` runs the tower in other processes; None: here.
+    `keep`: "vision", features before the connector, or "connector", after it. `part` "i/n": the i-th of n shares of the
+    videos, i from 1; other parts may run at the same time. `mapper` runs the tower in other processes; None: here.
     A video whose frames are missing, short or damaged is refused, the rest is done; InputError where nothing is left.
     """
     choices = (("dtype", dtype, DTYPES), ("store", store, features.STORED), ("keep", keep, features.LAYERS))
     for name, value, known in choices:
         if value not in known:
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if not 1 <= part[0] <= part[1]:
-        raise InputError(f"part is {part[0]}/{part[1]}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
+    share, _, shares = part.partition("/")
+    if not (share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
+        raise InputError(f"part is {part}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
     [there] = (mapper or here)(best_device, [()])  # on the machine that computes
     computed = dtype if dtype != "auto" else "bfloat16" if there.type == "cuda" else "float32"
     tower = load_tower(model, k, keep, store, computed)
@@ -108,12 +109,12 @@ def encode(
     for split in dict.fromkeys(shard["split"] for shard in manifest["shards"] if shard["clips"]):
         for clip in Split(data, split).in_order(rate=None):
             digest = hashlib.sha256(f"{clip.video_uid} {clip.fps:g}".encode()).digest()
-            if int.from_bytes(digest[:8], "big") % part[1] == part[0] - 1:
+            if int.from_bytes(digest[:8], "big") % int(shares) == int(share) - 1:
                 lean = replace(clip, turns=(), labels=np.zeros((2, 0), np.int8))
                 videos[clip.video_uid, clip.fps].append(lean)
     make_folder(out)
-    taken = InputError(f"{out}: another run of part {part[0]}/{part[1]} is writing there; choose another --out")
-    with lock(out / f"{LOCK}-{part[0]}-of-{part[1]}", taken), progress_bar() as show:
+    taken = InputError(f"{out}: another run of part {part} is writing there; choose another --out")
+    with lock(out / f"{LOCK}-{share}-of-{shares}", taken), progress_bar() as show:
         jobs = [job for clips in videos.values() if (job := _plan(clips, source, out, tower, report)) is not None]
         frames = sum(len(job.frames) for job in jobs)
         if mapper is None:

@@ -155,7 +155,7 @@ def test_the_parts_or_a_mapper_s_tasks_together_write_what_one_run_writes(model,
 
     kept = {"model": model[1], "batch": 3, "keep": "connector"}
     encode(data, tmp_path / "whole", **kept)
-    reports = [encode(data, tmp_path / "parts", part=(i + 1, 4), **kept) for i in range(4)]
+    reports = [encode(data, tmp_path / "parts", part=f"{i + 1}/4", **kept) for i in range(4)]
     assert sum(report.videos for report in reports) == 3  # none twice, also where parts are left without any
     assert encode(data, tmp_path / "there", mapper=mapper, **kept).frames == 32
     assert files(tmp_path / "parts") == files(tmp_path / "there") == files(tmp_path / "whole")
