@@ -130,12 +130,9 @@ def metrics_of(plan: Plan, job: Job) -> Row:
 def settle(plan: Plan) -> None:
     """Write down, before any run, the question and the margin. InputError where it was begun with another margin."""
     path = plan.out / "benchmark.json"
-    try:
-        begun = json.loads(path.read_bytes()).get("margin", plan.margin)
-    except (OSError, ValueError):
+    if not path.exists():
         write_json(path, {"margin": plan.margin, "primary": _question(plan)})
-        return
-    if begun != plan.margin:
+    elif (begun := json.loads(path.read_bytes())["margin"]) != plan.margin:
         what = f"--margin {plan.margin:g}: this benchmark was begun with {begun:g}"
         raise InputError(f"{what}; a margin is settled before any run: keep it, or choose another --out")
 
