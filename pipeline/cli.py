@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message, status = f"{where}{error.strerror or error}; check space and permissions, then run again", 1
+        wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        hint = "check the path" if wrong_path else "check space and permissions, then run again"
+        message, status = f"{where}{error.strerror or error}; {hint}", 1
     except Exception as error:
         name = type(error).__name__  # of typer's own parser, or a bug of ours
         if name == "NoArgsIsHelpError":

@@ -88,7 +88,8 @@ def ray_cluster(
         raise UsageError("--ray: Ray is not installed; pip install 'prospect-dst[ray]', on every machine") from None
     beside = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     with contextlib.ExitStack() as stack:
-        _connect(ray, address, workers)
+        short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)  # for sockets' names
+        _connect(ray, address, workers, stack.enter_context(short))
         stack.callback(ray.shutdown)
         token = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".prospect-dst-", dir=beside))
         needed = [token.name, *(str(path.absolute()) for path in inputs)]
@@ -119,16 +120,17 @@ def ray_cluster(
         yield mapped
 
 
-def _connect(ray: Any, address: str, workers: int) -> None:
+def _connect(ray: Any, address: str, workers: int, empty: str) -> None:
     """ray.init, in a folder without modules: workers import from the folder of this call, never from the user's."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     if address == "local":
         options |= {"num_cpus": workers or None, "object_store_memory": 256 << 20, "include_dashboard": False}
+        options["_temp_dir"] = empty
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host:  # ray.init tries for minutes
             socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+        with contextlib.chdir(empty):
             ray.init(address, **options)
     except Exception as error:  # ray.init also raises the plain class, where its start takes too long
         expected = "expected local, auto, or the host:port or ray://host:port of a cluster (`ray start --head`)"

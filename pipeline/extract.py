@@ -34,8 +34,8 @@ from pipeline.options import Options
 from pipeline.readers import decode
 from pipeline.readers.clip import EVERYWHERE, MAX_FRAME, MAX_FRAMES, Clip, ClipError, Range, check_bounds
 from pipeline.readers.index import NOT_STRICT
-from pipeline.schema import CLIPS, ROLES
-from pipeline.state import Segment, contradicts, states_before
+from pipeline.schema import CLIPS, ROLES, STATES
+from pipeline.state import Segment, contradicts, lacks, states_before
 
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
@@ -53,6 +53,9 @@ SPOOL: Final = pa.schema(
         "turns": pa.list_(_TURN),
     }
 )
+ECHO_BYTES: Final = 20  # a shorter text ("yes") is repeated by chance
+_ANY_STATE: Final = re.compile(rf":\s*(?:{'|'.join(STATES)})\b")  # a quick look before
+_STEP_STATE: Final = re.compile(rf"(\S+)\s*:\s*({'|'.join(STATES)})\b")
 _ROLE_CODES: Final = {role: code for code, role in enumerate(ROLES)}
 Refused = list[tuple[int, ClipError, Range, str | None]]  # number in the file, why, bytes, id
 
@@ -167,11 +170,32 @@ def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray) -> None:
         own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
         flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
         clip.updates, clip.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
-        if clip.initial_state:
+        told: dict[str, str] = {}  # the states that its system turns name
+        for role, text in zip(roles, contents, strict=True):
+            if role == "system" and _ANY_STATE.search(text):
+                told.update(_STEP_STATE.findall(text))
+        if clip.initial_state or told:
             changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
-            clip.contradicted = contradicts(clip.initial_state, changes)
+            clip.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
+            clip.system_contradicted = bool(told) and contradicts(told, changes)
+        clip.echoed = _echoes(roles, contents)
         clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
         clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
+
+
+def _echoes(roles: Sequence[str], texts: Sequence[Any]) -> tuple[int, int]:
+    """(assistant turns whose whole text stands in an earlier user turn, of how many)."""
+    heard: list[str] = []
+    echoed = spoken = longest = 0
+    for role, text in zip(roles, texts, strict=True):
+        if role == "user":
+            heard.append(text)
+            longest = max(longest, len(text))
+        elif role == "assistant":
+            spoken += 1
+            if ECHO_BYTES <= len(text) <= longest:
+                echoed += any(text in earlier for earlier in heard)
+    return echoed, spoken
 
 
 def _measure(clips: list[Clip], turns: pa.StructArray, owner: np.ndarray) -> None:
@@ -358,8 +382,8 @@ def _replay_states(source: Source) -> None:
             ]
             given = None if clip.contradicted else clip.initial_state
             segments.append(Segment(clip.bounds[0] if clip.extent[1] < 0 else first, updates, given))
-        for clip, state in zip(group, states_before(segments), strict=True):
-            clip.state = state
+        for clip, segment, state in zip(group, segments, states_before(segments), strict=True):
+            clip.state, clip.lacks_updates = state, lacks(state, (update[1:] for update in segment.updates))
 
 
 def _tell_apart(members: list[Clip]) -> Iterator[list[Clip]]:

@@ -95,6 +95,16 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
         text = f"{wrong:,} of {len(given):,} given initial states contradict the updates of the conversation's earlier"
         text += " clips or the clip's own: the replayed state was taken"
         yield "initial state contradicts the updates", split, text
+    echoed, spoken = (sum(clip.echoed[i] for clip in clips) for i in (0, 1))
+    if echoed:
+        text = f"{echoed:,} of {spoken:,} assistant turns stand word for word in an earlier user turn"
+        yield "user turns tell the answers", split, f"{text}: a model can read when and what to say"
+    if lacking := sum(clip.lacks_updates for clip in clips):
+        text = f"{lacking:,} of {len(clips):,} clips complete a step that no earlier clip of their conversation started"
+        yield "clips missing in conversations", split, f"{text}: their initial state lacks what happened in between"
+    if told_wrong := sum(clip.system_contradicted for clip in clips):
+        text = f"{told_wrong:,} of {len(clips):,} clips have a system turn that tells a state which their own updates"
+        yield "system turn tells a wrong state", split, f"{text} contradict: system turns are not put into prompts"
 
 
 def of_variants(split: str, sources: list[Source]) -> Iterator[Hazard]:

@@ -132,7 +132,7 @@ def _search(folder: Path, options: Options) -> Iterator[Skipped]:
             yield from ((path, "beside prepared/, which is read instead") for path in others)
             folders[:] = ["prepared"]
         else:
-            yield from ((file, _why_not(file, set(names), options)) for file in files)
+            yield from ((file, _why_not(file, set(names), options)) for file in files if file.is_file())
 
 
 def _why_not(file: Path, beside: set[str], options: Options) -> str:

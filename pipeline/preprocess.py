@@ -67,8 +67,15 @@ def preprocess(
         there = ", ".join(sorted(splits))
         raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
     root = options.frames_root
-    walked = os.walk(root, followlinks=True) if root else ()
-    paths = [os.path.join(folder, name) for folder, _, names in walked for name in names]
+    paths: list[str] = []
+    seen: set[str] = set()  # folders: links may lead upwards
+    for folder, folders, names in os.walk(root, followlinks=True) if root else ():
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths += [os.path.join(folder, name) for name in names]
     frames = [path for path in paths if path.lower().endswith((".arrow", *VIDEOS, *IMAGES)) and os.path.exists(path)]
     on_disk = sorted((os.path.relpath(path, root), os.path.getsize(path)) for path in frames)
     read = [(source.path.name, source.split, source.sha256) for source in sources]
@@ -77,10 +84,13 @@ def preprocess(
     with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
         if read_manifest(out).get("key") == key and (out / CARD).exists():
             return verify(out), True
+    created = not out.exists()
     make_folder(out)
     taken = InputError(f"{out}: another run is writing there; wait for it, or choose another --out")
     with naming(out), lock(out / LOCK, taken), contextlib.ExitStack() as stack:
         stack.callback(gc.enable)  # `extract` disables it
+        if created:
+            stack.callback(_leave_nothing, out)
         for path in (path for table in ("frames", "clips") for path in (out / table).rglob("*")):
             if path.is_file() and not path.match("split=*/part-*.parquet"):  # a user's videos, say
                 raise InputError(f"{path}: found a file that is no shard, would be replaced; choose another --out")
@@ -91,6 +101,14 @@ def preprocess(
             manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
             _commit(Path(folder), out, manifest)
     return manifest, False
+
+
+def _leave_nothing(out: Path) -> None:
+    """Remove a folder that a failed run has made."""
+    if not (out / MANIFEST).exists():
+        (out / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
 
 def _commit(staged: Path, out: Path, manifest: dict[str, Any]) -> None:

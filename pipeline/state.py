@@ -55,6 +55,13 @@ def contradicts(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     )
 
 
+def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
+    """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
+    first = dict(reversed(list(updates)))
+    needs = ("complete", "pause", "resume")
+    return any(before.get(step, NOT_STARTED) == NOT_STARTED and first[step] in needs for step in first)
+
+
 class Segment(NamedTuple):
     """One clip of a conversation."""
 

@@ -56,7 +56,11 @@ def make_folder(path: Path) -> None:
     """Make a folder and those above it."""
     if str(path) != str(path).encode(errors="replace").decode():
         raise OSError(errno.EILSEQ, "is not UTF-8, which Arrow cannot open; choose another name", str(path))
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        what = "is a file, or a link to what is not there; name a folder"
+        raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from None
 
 
 def is_vacant(folder: Path) -> bool:

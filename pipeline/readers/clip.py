@@ -66,6 +66,8 @@ class Clip:
     clip_id: str = ""
     tracked: bool = False  # whether it says anything about the dialog state
     contradicted: bool = False  # whether the given state makes one of the clip's own updates impossible
+    system_contradicted: bool = False  # whether a state that its system turns name does
+    echoed: tuple[int, int] = (0, 0)  # assistant turns whose whole text an earlier user turn has, of how many
     extent: Range = (-1, -1)  # of the non-system turns
     dst_extent: Range = (-1, -1)  # of the DST_UPDATE turns
     first_end: int = -1  # end of the first of the non-system turns by end
@@ -75,6 +77,7 @@ class Clip:
     keep: bool = True
     bounds: Range = (0, 0)
     state: Mapping[str, str] | None = None  # before the first turn, replayed; None: as given
+    lacks_updates: bool = False  # whether it completes a step that no earlier clip of its conversation started
 
     @property
     def given(self) -> tuple[int | None, int | None]:

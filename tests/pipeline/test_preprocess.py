@@ -219,3 +219,17 @@ def test_a_commit_that_stops_midway_leaves_the_old_output_or_none_and_the_next_f
     monkeypatch.undo()
     assert snapshot(tmp_path / "out") == before or not (tmp_path / "out/manifest.json").exists()
     assert run(tmp_path, [clip(), clip("b")]).manifest["splits"]["train"]["clips"] == 2
+
+
+def test_links_that_lead_nowhere_or_upwards_are_passed_over_and_a_failed_run_leaves_no_folder(tmp_path):
+    raw = tmp_path / "raw"
+    (raw / "frames").mkdir(parents=True)
+    written(raw / "train.json", [clip()])
+    (raw / "gone_train.json").symlink_to(tmp_path / "nothing.json")
+    for name in ("x", "y"):  # followed without end, two such links would take for ever
+        (raw / "frames" / name).symlink_to(raw, target_is_directory=True)
+    assert main(["preprocess", str(raw), "--out", str(tmp_path / "out"), "--frames-root", str(raw)]) == 0
+    assert main(["preprocess", str(raw / "train.json"), "--out", str(tmp_path / "new"), "--bounds", "odd"]) == 2
+    (tmp_path / "empty_train.json").write_text("[]")
+    assert main(["preprocess", str(tmp_path / "empty_train.json"), "--out", str(tmp_path / "new")]) == 1
+    assert not (tmp_path / "new").exists()

@@ -10,6 +10,7 @@ from pipeline.state import (
     Segment,
     contradicts,
     initial_state,
+    lacks,
     parse_updates,
     replay,
     replay_frames,
@@ -58,17 +59,18 @@ def test_equal_updates_at_one_moment_of_one_clip_all_count():
 
 
 @pytest.mark.parametrize(
-    ("before", "updates", "wrong"),
+    ("before", "updates", "wrong", "lacking"),
     [
-        ({}, [("S1", "start")], False),
-        ({"S1": "completed"}, [("S1", "start")], True),
-        ({"S1": "in_progress"}, [("S1", "complete"), ("S1", "start")], False),
-        ({"S1": "not_started"}, [("S1", "complete")], False),
-        ({}, [("S1", "start"), ("S2", "pause")], False),
+        ({}, [("S1", "start")], False, False),
+        ({"S1": "completed"}, [("S1", "start")], True, False),
+        ({"S1": "in_progress"}, [("S1", "complete"), ("S1", "start")], False, False),
+        ({"S1": "not_started"}, [("S1", "complete")], False, True),
+        ({}, [("S1", "start"), ("S2", "pause")], False, True),
     ],
 )
-def test_states_that_cannot_be_before_the_updates(before, updates, wrong):
+def test_states_that_cannot_be_before_the_updates(before, updates, wrong, lacking):
     assert contradicts(before, updates) == wrong
+    assert lacks(before, updates) == lacking
 
 
 def test_states_at_the_end_of_every_frame():

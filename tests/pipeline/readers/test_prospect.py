@@ -1,7 +1,7 @@
 """Training files as the public generators write them: fields, bounds, states, conventions, and what is no use."""
 
 import pytest
-from made_up import TEA, run, run_on, tea, written
+from made_up import SYSTEM, TEA, run, run_on, tea, written
 
 from pipeline.errors import InputError
 
@@ -68,6 +68,25 @@ def test_the_state_before_a_clip_is_replayed_over_the_earlier_ones(tmp_path):
     # a clip_idx that does not rise starts another conversation over the same video; its later clip repeats updates
     clips = [clip | {"id": f"t{i}"} for i, clip in enumerate([*two_clips(0), *two_clips(3)])]
     assert run(tmp_path / "two", clips).states() == [NEW, DONE, NEW, {"K1": "in_progress", "K2": "not_started"}]
+
+
+def test_a_system_turn_with_a_wrong_state_is_a_hazard(tmp_path):
+    system = SYSTEM | {"content": "You help.\n\nDialogue State:\nCurrent step states - Step K1: completed, Step K2: x"}
+    out = run(tmp_path, [tea(TEA, 0, 42) | {"conversation": [system, *TEA]}])
+    assert out.hazards()["system turn tells a wrong state"].startswith("1 of 1 clips")
+    assert "system turn tells a wrong state" not in run(tmp_path / "plain", [tea(TEA, 0, 42)]).hazards()
+
+
+def test_an_answer_that_an_earlier_user_turn_holds_is_a_hazard(tmp_path):
+    def told(order):
+        words = {"user": "(say: the kettle is full enough)", "assistant": "the kettle is full enough"}
+        turns = [
+            {"role": role, "content": words[role], "time": 1.0, "start_frame": 2, "end_frame": 4} for role in order
+        ]
+        return run(tmp_path / order[0], [tea([*turns, *TEA], 0, 42)]).hazards()
+
+    assert told(["user", "assistant"])["user turns tell the answers"].startswith("1 of ")
+    assert "user turns tell the answers" not in told(["assistant", "user"])
 
 
 EVENTS = {"video_uid": "v", "fps": 2, "dst": [], "events": [{"frame_idx": 6, "speaking": 1, "response": "now"}]}
