@@ -14,6 +14,7 @@ import math
 import os
 import re
 import struct
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -89,6 +90,7 @@ def _names(video_uid: str, frames_file: str | None, dataset: str | None) -> list
     for folder, name in map(os.path.split, dict.fromkeys(given)):
         forms = [name, *(name.removeprefix(prefix) for prefix in prefixes), name[max(name.find("nusar-"), 0) :]]
         names += [os.path.join(folder, form) for form in [*forms, *(prefix + name for prefix in prefixes)] if form]
+    names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]  # a Mac writes NFD
     return [name for name in dict.fromkeys(names) if is_inside(name)]
 
 
@@ -274,14 +276,17 @@ class Video:
         from av.stream import Disposition
 
         stills = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-        kinds = {"format_whitelist": "mov,matroska,avi"}  # not playlists, not images
-        self._container = av.open(os.path.abspath(self._path), container_options=kinds, metadata_errors="replace")
+        limits = {"protocol_whitelist": "file", "format_whitelist": "mov,matroska,avi", "max_streams": "100"}
+        most = {"max_pixels": str(MAX_PIXELS)}  # also of pictures that FFmpeg decodes to learn what they are
+        where = os.path.abspath(self._path)
+        self._container = av.open(where, options=most, container_options=limits, metadata_errors="replace")
         tracks = [one for one in self._container.streams.video if one.codec_context and not one.disposition & stills]
         if not tracks:
             raise ValueError("no video in it that FFmpeg knows, or not its end; get the file again")
         self._stream = min(tracks, key=lambda track: not track.disposition & Disposition.default)
         codec = self._stream.codec_context
         check_size(codec.width, codec.height)
+        codec.options = most
         codec.thread_type, codec.thread_count = "AUTO", 4
         self._pictures, self._shown, self._next = self._decode(0), (-1, None), (-1, None)
 
@@ -347,6 +352,7 @@ def shown(picture: VideoFrame, aspect: Fraction | None = None) -> Image.Image:
 
     wide = float(aspect or 1)
     width, height = round(picture.width * max(wide, 1)), round(picture.height / min(wide, 1))
+    check_size(width, height)
     pixels = picture.format
     untagged = picture.colorspace == 2 and not pixels.is_rgb  # AVCOL_SPC_UNSPECIFIED
     matrix = Colorspace.ITU709 if untagged and (picture.width >= 1280 or picture.height > 576) else None

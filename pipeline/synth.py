@@ -25,6 +25,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -36,6 +37,7 @@ from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.state import replay
+from pipeline.storage import is_vacant
 
 SPLITS: Final = ("train", "val", "test")
 SOURCES: Final = ("state", "vision", "user", "history", "nothing")  # of what tells when to speak
@@ -305,11 +307,11 @@ def _updates(turn: dict[str, Any]) -> list[tuple[str, str]]:
 def synth(out: Path, config: SynthConfig) -> dict[str, int]:
     """Write a data set into the new folder `out`, the same bytes for the same config; the number of clips by split.
 
-    OUT/{split}_training.json, and one OUT/frames/nusar-*.arrow per video. Written beside `out` and renamed at the end.
+    OUT/{split}_training.json, and one OUT/frames/nusar-*.arrow per video, written into OUT/.synth.new and then renamed.
     """
-    if out.exists() and any(out.iterdir()):
+    if not is_vacant(out):
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
-    new = out.absolute().with_name(f".{out.name}.new")
+    created, new = not out.exists(), out / ".synth.new"  # in it, as it may be a mount point
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     (new / "frames").mkdir(parents=True)
     counts = {split: 0 for split in SPLITS if split in config.recordings}
@@ -326,11 +328,13 @@ def synth(out: Path, config: SynthConfig) -> dict[str, int]:
                     write_frames(new / "frames" / f"{recording.name}__view{view}.arrow", pixels)
             (new / f"{split}_training.json").write_text(json.dumps(clips, indent=2) + "\n", encoding="utf-8")
             counts[split] = len(clips)
-        out.mkdir(exist_ok=True)
-        for path in new.iterdir():
+        for path in sorted(new.iterdir()):
             path.replace(out / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if created:
+            with suppress(OSError):
+                out.rmdir()  # of a run that failed
     return counts
 
 

@@ -50,6 +50,5 @@ def _reader(raw: bytes) -> Reader:
     for reader in READERS:
         if reader.recognises(names, raw):
             return reader
-    known = ", ".join(reader.name for reader in READERS)
-    expected = f"one of the schemas {known}; docs/inputs.md says by which fields each is told"
-    raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", expected)
+    known = "; ".join(f"{reader.name}: {reader.needs}" for reader in READERS)
+    raise ClipError("clip", f"the fields {brief(', '.join(sorted(names)))}", f"one of the schemas {known}")

@@ -97,6 +97,7 @@ class Reader:
     name: str
     recognises: Callable[[Collection[str], bytes], bool]  # by the clip's top-level field names, and its bytes
     read: Callable[[bytes, float | None], Clip]
+    needs: str = ""  # the fields that a clip must have, for messages
 
 
 @dataclass(eq=False)

@@ -70,7 +70,8 @@ def read(raw: bytes, fps: float | None) -> Clip:
     )
 
 
-READER: Final = Reader("egoproactive", lambda names, raw: "video_intervals" in names, read)
+_NEEDS: Final = "video_path, video_intervals [[start_s, end_s], ...], answers ($silent$ or $interrupt$TEXT), query"
+READER: Final = Reader("egoproactive", lambda names, raw: "video_intervals" in names, read, _NEEDS)
 
 
 def _given_away(dialog: Any, interrupts: list[bool]) -> tuple[int, int]:

@@ -89,5 +89,8 @@ def read(raw: bytes, fps: float | None) -> Clip:
 
 
 READER: Final = Reader(
-    "proassist", lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None, read
+    "proassist",
+    lambda names, raw: "conversation" in names and _FRAMES_TURN.search(raw) is not None,
+    read,
+    "video_uid, conversation [{role: frames, start, end}, {role, content}], start_frame_idx, end_frame_idx",
 )

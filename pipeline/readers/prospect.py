@@ -63,7 +63,8 @@ def read(raw: bytes, fps: float | None) -> Clip:
     return clip_in(parse(raw, Record), fps)
 
 
-READER: Final = Reader("prospect", lambda names, raw: "video_uid" in names or "conversation" in names, read)
+_NEEDS: Final = "video_uid, conversation [{role, content, time, start_frame, end_frame}], dst [{id, name}]"
+READER: Final = Reader("prospect", lambda names, raw: "video_uid" in names or "conversation" in names, read, _NEEDS)
 
 
 def clip_in(record: Record, fps: float | None) -> Clip:

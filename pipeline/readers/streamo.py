@@ -73,7 +73,10 @@ def read(raw: bytes, fps: float | None) -> Clip:
 
 
 READER: Final = Reader(
-    "streamo", lambda names, raw: "response" in names and ("video_name" in names or "video_path" in names), read
+    "streamo",
+    lambda names, raw: "response" in names and ("video_name" in names or "video_path" in names),
+    read,
+    "video_name or video_path, question and response [{content, time}, ...], or st_time and end_time",
 )
 
 

@@ -83,7 +83,7 @@ def test_an_answer_that_an_earlier_user_turn_holds_is_a_hazard(tmp_path):
         turns = [
             {"role": role, "content": words[role], "time": 1.0, "start_frame": 2, "end_frame": 4} for role in order
         ]
-        return run(tmp_path / order[0], [tea([*turns, *TEA], 0, 42)]).hazards()
+        return run(tmp_path / order[0], [tea([*turns, *TEA], 0, 42)], frame_convention="event").hazards()
 
     assert told(["user", "assistant"])["user turns tell the answers"].startswith("1 of ")
     assert "user turns tell the answers" not in told(["assistant", "user"])
