@@ -41,7 +41,7 @@ def record(steps: Sequence[Step], pool: Any = None) -> Sequence[Step]:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 step()
     except RuntimeError as error:
-        warnings.warn(f"no CUDA graph could be made ({error}); slower without", stacklevel=2)
+        warnings.warn(f"no CUDA graph could be made ({str(error).partition(chr(10))[0]}); slower without", stacklevel=2)
         return steps
     return [graph.replay for graph in graphs]
 

@@ -115,7 +115,7 @@ def _write_files(new: Path, run: LoadedRun, weights: dict[str, Tensor], state: d
         save_file(state, new / STATE)
     for origin in ("is_local", "local_files_only"):
         run.tokens.tokenizer.init_kwargs.pop(origin, None)
-    run.tokens.save(new)
+    run.tokens.tokenizer.save_pretrained(new)
     (new / CARD).write_text(model_card(run), encoding="utf-8")
     files = {}
     for path in sorted(p for p in new.rglob("*") if p.is_file() and p.name != CARD):

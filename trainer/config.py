@@ -100,8 +100,6 @@ class TrainConfig:
             (adapts_nothing, f"lora_rank is {self.lora_rank} and text is in freeze; drop one of them"),
         ):
             _require(not wrong, message)
-        for part, lr in self.lr_by_part.items():
-            _require(0 < lr < math.inf, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
 
     def on(self, device_type: str) -> TrainConfig:
         """With `bf16` decided for 'cuda' or 'cpu': what a run there is a function of."""

@@ -35,11 +35,9 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over ranks, on each of them."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -53,7 +51,7 @@ class World:
         return int(value)
 
     def gather(self, mine: Any) -> list[Any]:
-        """Every rank's object, by rank, on each of them (pickled between processes of one run)."""
+        """Every rank's object, by rank, on each of them."""
         if self.size == 1:
             return [mine]
         objects: list[Any] = [None] * self.size
@@ -78,7 +76,7 @@ class World:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
-        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = half if model.bf16 else MixedPrecisionPolicy()
         for layer in model.body.layers:  # the tower as a whole: ranks run it for different numbers of chunks
             fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -92,7 +90,7 @@ def best_device() -> torch.device:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun's environment describes; leaves it at the end."""
+    """The world that torchrun's environment describes, until the end."""
     size, cuda, device = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), CPU
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,10 +1,8 @@
 """The packs of each optimizer step, built in this process or ahead of it by workers, and copied ahead to a GPU.
 
-What step i reads is a pure function of i, so any worker may build it. Workers send packs with their frames through
-shared memory, of which a step of pixels takes gigabytes (786 KB a frame at 512 x 512).
-On CUDA both directions have a stream of their own and go through pinned memory, so neither the host nor the compute
-stream waits for the other; the price is that memory of a copy comes back late (`record_stream`). On a CPU nothing is
-copied and nothing overlaps.
+What step i reads is a pure function of i, so any worker may build it; it sends packs with their frames through shared
+memory. On CUDA copies in both directions have a stream of their own and go through pinned memory, so neither the host
+nor the compute stream waits; the price is that memory of a copy comes back late. On a CPU nothing overlaps.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from functools import cached_property, partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +38,10 @@ from trainer.tokenizer import Tokens
 SHARED_MEMORY = Path("/dev/shm")
 MOST_WORKERS = 8  # by default on a GPU
 LOOK_AHEAD = 100  # steps, of which the largest decides how many workers fit
-Result = TypeVar("Result")
 
 
 @dataclass
-class StepData(Dataset[list[Pack]]):
+class StepData:
     """Item i: this rank's packs of optimizer step i."""
 
     split: Split
@@ -58,9 +55,6 @@ class StepData(Dataset[list[Pack]]):
     def sampler(self) -> Sampler:
         return Sampler(self.split, self.config.seed)
 
-    def __len__(self) -> int:
-        return self.config.steps
-
     def places(self, step: int) -> list[tuple[int, int]]:
         return self.sampler.places(step, self.config.clips_per_step, self.rank, self.size)
 
@@ -69,11 +63,11 @@ class StepData(Dataset[list[Pack]]):
         return pack_windows(windows_of(clips, self.tokens, self.config), self.frames, self.config.micro_batch_tokens)
 
 
+@dataclass
 class _Ahead(Dataset[list[Pack] | InputError]):
     """Items of `data` with their frames; errors as they are, without a worker's traceback."""
 
-    def __init__(self, data: StepData) -> None:
-        self.data = data
+    data: StepData
 
     def __getitem__(self, step: int) -> list[Pack] | InputError:
         try:
@@ -92,9 +86,9 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
 
     pin: packs of workers come in pinned memory. Raises what reading a step raises.
     """
-    steps = range(first, len(data))
+    steps = range(first, data.config.steps)
     if not workers or not steps:
-        yield from (data[step] for step in steps)
+        yield from map(data.__getitem__, steps)
         return
     ahead = DataLoader(
         _Ahead(data),
@@ -106,15 +100,10 @@ def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> G
         worker_init_fn=partial(end_with, os.getpid()),
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
-    try:
-        for packs in ahead:
-            if isinstance(packs, InputError):
-                raise packs
-            yield packs
-    except RuntimeError as error:  # torch's words where a tensor's file descriptor could not be received
-        if "ancdata" not in str(error):
-            raise
-        raise InputError("too few files may be open (ulimit -n); raise the limit, or use --workers 0") from None
+    for packs in ahead:
+        if isinstance(packs, InputError):
+            raise packs
+        yield packs
 
 
 def _workers_that_fit(data: StepData, first: int, workers: int) -> int:
@@ -123,7 +112,7 @@ def _workers_that_fit(data: StepData, first: int, workers: int) -> int:
         return workers
     disk = os.statvfs(SHARED_MEMORY)
     free = disk.f_bavail * disk.f_frsize / _local_ranks()
-    steps = range(first, min(first + LOOK_AHEAD, len(data)))
+    steps = range(first, min(first + LOOK_AHEAD, data.config.steps))
     frames = max(sum(data.split.num_frames(number) for number, _ in data.places(step)) for step in steps)
     clip = data.split.clip(0)
     size = frames * data.frames.load(clip, clip.start_frame, clip.start_frame + 1).nbytes
@@ -154,12 +143,9 @@ def end_with(owner: int, worker: int = 0) -> None:
 
 
 def _fork_server() -> BaseContext:
-    """The process that workers are forked from, with this module imported: forked from one with threads, they can hang.
-
-    Every tensor that a worker sends is an open file, so their limit is raised.
-    """
+    """What workers are forked from, with this module imported: forked from a process with threads, they can hang."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each tensor that a worker sends is an open file
     if len(os.fsencode(tempfile.gettempdir())) > 60:  # a socket's name has at most 107 bytes
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     os.environ["PYTHONSAFEPATH"] = "1"  # else a trainer.py in the working folder would be imported instead of ours
@@ -180,7 +166,7 @@ class Transfer:
         self._up, self._down = (torch.cuda.Stream(device) if self.overlaps else None for _ in range(2))
 
     def up(self, values: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """To the device. The stream that takes the result waits for the copy; the host does not."""
+        """To the device. The stream that takes the result waits for the copy, the host does not."""
         if self._up is None:
             moved = [value.to(self.device) for value in values]
             return lambda: moved
@@ -210,8 +196,7 @@ class Transfer:
         return taken
 
     def down(self, value: Tensor) -> Callable[[], Tensor]:
-        """To the host, once what the current stream has been given so far is done. Taking the result waits for that
-        alone, not for what the stream was given since."""
+        """To the host. Taking the result waits for what the current stream was given before, not since."""
         if self._down is None:
             fetched = value.cpu()
             return lambda: fetched
@@ -229,9 +214,9 @@ class Transfer:
         return take
 
 
-def fetched(started: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+def fetched(started: Iterable[Callable[[], Any]]) -> Iterator[Any]:
     """What each gives, one late: a GPU is given the next pass before the result of the last one is fetched."""
-    waiting: deque[Callable[[], Result]] = deque()
+    waiting: deque[Callable[[], Any]] = deque()
     for take in started:
         waiting.append(take)
         if len(waiting) > 1:
@@ -250,10 +235,7 @@ class Prefetched(Pack):
 
 
 def uploaded(steps: Iterable[list[Pack]], transfer: Transfer) -> Iterator[list[Pack]]:
-    """The steps, whose packs are copied to the device while the one before each is computed; on a CPU as they are.
-
-    Packs must be used once, in order. At most two are on the device at a time.
-    """
+    """The steps, whose packs are copied to the device while the one before each is computed: used once, in order."""
     if not transfer.overlaps:
         yield from steps
         return

@@ -2,10 +2,9 @@
 
     loss = w_speak * BCE_speaking + w_dst * BCE_dst_update + w_lm * CE_text
 
-each term being the sum over supervised positions divided by their number in the *whole* optimizer step.
-The mean of micro-batch means is another number: 1.05 against 0.146 with 3 and 121 supervised frames. Frames labelled
--100 never reach the BCE, which does not know it: `supervise` lists the others on the host, where the labels are (a
-boolean index on a GPU makes the host wait for it). A sum over nothing is exactly 0 and still has a graph; never NaN.
+each term being the sum over supervised positions divided by their number in the *whole* optimizer step; the mean of
+micro-batch means would be another number. Frames labelled -100 never reach the BCE: `supervise` lists the others on the
+host, where the labels are. A sum over nothing is exactly 0 and still has a graph; never NaN.
 
     N frames of a batch    n supervised labels    T supervised text tokens    V vocabulary
     sums and counts are [5] (TERMS): per head negatives and positives, then text
@@ -13,7 +12,7 @@ boolean index on a GPU makes the host wait for it). A sum over nothing is exactl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +33,10 @@ class Supervision:
     places: Tensor  # int64 [n] in the flattened logits
     weights: Tensor  # float [n]
     sizes: list[int]  # how many of the n belong to each of the first four TERMS
-    inverted: bool = False  # the arm's first head says silence, and so do its labels
 
     def counts(self) -> Tensor:
         """float [4]: what each term's sum will be divided by, known before any forward pass."""
         return torch.stack([part.sum() for part in self.weights.split(self.sizes)])
-
-    def to(self, device: torch.device) -> Supervision:
-        return replace(self, places=upload(self.places, device), weights=upload(self.weights, device))
 
 
 def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm], reweigh: bool = False) -> Supervision:
@@ -52,10 +47,8 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
 
     The arm token has one label per frame, which its loss is the cross-entropy of, all in the first two TERMS: update
     where the state changes, also where the assistant speaks too (the update's text comes first); else speech where it
-    speaks; silence where neither happens. Speech at frames of an update is thus never learnt, as a frame has one
-    decision: a language model that goes on after the update's text would decide there once more, this one at the next
-    frame. Where one of the two is not known (-100) and the other does not happen, the latter alone is supervised: its
-    probability is to be low.
+    speaks; silence where neither happens. Where one of the two is not known (-100) and the other does not happen, the
+    latter alone is supervised: its probability is to be low.
     """
     weights = torch.ones_like(labels, dtype=neg_rate.dtype)
     if reweigh:
@@ -63,14 +56,12 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
         weights = torch.where(drawn, 1 / neg_rate.clamp(min=2**-32), weights)
     if arm.decides == "token":
         return _supervise_token(labels, weights)
-    inverted = arm.decides == "inverted"
-    speaking = torch.where(labels[0] >= 0, 1 - labels[0], labels[0]) if inverted else labels[0]
     dst_update = labels[1] if arm.dst_head else torch.full_like(labels[1], NOT_SAMPLED)
-    both = torch.stack([speaking, dst_update]).flatten()
+    both = torch.stack([labels[0], dst_update]).flatten()
     second = torch.arange(len(both)) >= labels.shape[1]
     places = [((both == value) & (second == head)).nonzero()[:, 0] for head in (False, True) for value in (0, 1)]
     chosen = torch.cat(places)
-    return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places], inverted)
+    return Supervision(chosen, weights.flatten()[chosen], [len(part) for part in places])
 
 
 def _supervise_token(labels: Tensor, weights: Tensor) -> Supervision:
@@ -90,13 +81,12 @@ def _supervise_token(labels: Tensor, weights: Tensor) -> Supervision:
 def bce_sums(logits: Tensor, supervised: Supervision) -> Tensor:
     """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update* (token: [3, N]).
 
-    Other logits are never read: neither value nor gradient depends on them. BCE(x, y) and BCE(-x, 1 - y) are the same
-    float, and their gradients each other's negative: an inverted head learns the same bits.
+    BCE(x, y) and BCE(-x, 1 - y) are the same float: an inverted head, whose negated logit comes here, learns the same
+    bits.
     """
-    if supervised.inverted:
-        logits = torch.stack([-logits[0], logits[1]])
-    chosen = logits.flatten().index_select(0, supervised.places)
-    parts = zip(chosen.split(supervised.sizes), supervised.weights.split(supervised.sizes), strict=True)
+    places, weights = upload(supervised.places, logits.device), upload(supervised.weights, logits.device)
+    chosen = logits.flatten().index_select(0, places)
+    parts = zip(chosen.split(supervised.sizes), weights.split(supervised.sizes), strict=True)
     return torch.stack([-(F.logsigmoid(x if i % 2 else -x) * weights).sum() for i, (x, weights) in enumerate(parts)])
 
 

@@ -74,8 +74,7 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class ProspectModel(nn.Module):
-    """A SmolVLM and its heads. `choices` (`Tokens.choices`): ids of the tokens that say silence, speech and update, by
-    which the arms lm-eos and token decide."""
+    """A SmolVLM and its heads. `choices`: `Tokens.choices`, by which the arms lm-eos and token decide."""
 
     def __init__(
         self,
@@ -87,7 +86,6 @@ class ProspectModel(nn.Module):
         super().__init__()
         self.vlm, self.heads, self.choices = vlm, heads, choices
         self.arm, self.tokens_per_frame, self._bf16 = find_arm(config.arm), config.tokens_per_frame, config.bf16
-        assert choices or self.arm.decides not in ("lm-eos", "token")
         if (k := config.tokens_per_frame) > (most := most_tokens(vlm)):
             raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
@@ -115,8 +113,7 @@ class ProspectModel(nn.Module):
         return self.vlm.model.text_model
 
     @property
-    def side(self) -> int:
-        """S: side of the square frames it takes, in pixels."""
+    def side(self) -> int:  # S
         return frame_side(self.vlm)
 
     @property
@@ -129,12 +126,11 @@ class ProspectModel(nn.Module):
 
     @property
     def bf16(self) -> bool:
-        """Whether it computes under bfloat16 autocast where it is."""
         return self.device.type == "cuda" if self._bf16 is None else self._bf16
 
     def forward(self, pack: Pack) -> Scores:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.hidden_states(pack)  # [L, H]
+            hidden = self._hidden_states(pack)
             text = self.vlm.lm_head(hidden.index_select(0, pack.lm_index))
             return Scores(self.decisions(hidden.index_select(0, pack.frame_index[:, -1])), text)
 
@@ -142,8 +138,7 @@ class ProspectModel(nn.Module):
         """float32 [2, N] of [N, H] at decision tokens: logits that say *speak* and *DST update*, whatever the arm.
 
         lm-eos: the log-odds of any next token but silence's. token: of the softmax over the three `choices`, the
-        log-odds of speech and of update; for the loss alone a third row says *not silence*. Row 1 means nothing where
-        the arm has no DST head.
+        log-odds of speech and of update; for the loss alone a third row says *not silence*.
         """
         logits = self.heads(hidden)
         if self.arm.decides == "direct":
@@ -162,7 +157,7 @@ class ProspectModel(nn.Module):
             odds = [speech - torch.logaddexp(silence, update), update - torch.logaddexp(silence, speech)]
             return torch.stack([*odds, torch.logaddexp(speech, update) - silence]) + 0 * logits.sum(0)
 
-    def hidden_states(self, pack: Pack) -> Tensor:
+    def _hidden_states(self, pack: Pack) -> Tensor:
         """[L, H] after the last layer and norm."""
         embedded = self.body.embed_tokens(pack.input_ids)  # [L, H]
         features = self.frame_features(pack.frames()).to(embedded.dtype)  # [N, k, H]
@@ -189,16 +184,11 @@ class ProspectModel(nn.Module):
                 frames = run_tower(self.vlm, frames, self.tokens_per_frame)
         projected = frames.shape[-1] != feature_width(self.vlm)  # `encode` keeps nothing else of another width
         features = frames.float() if projected else run_connector(self.vlm, frames.float())
-        features = features if self.arm.images else features.expand(count, -1, -1)
-        assert features.shape == (count, self.tokens_per_frame, self.hidden)
-        return features
+        return features if self.arm.images else features.expand(count, -1, -1)
 
 
 def exact_float32() -> None:
-    """Make float32 mean float32 on a GPU, for the whole process; no cuDNN attention, which plans anew for each shape.
-
-    By default cuDNN's convolutions round to TF32, which puts features and logits off by 0.01.
-    """
+    """Make float32 mean float32 on a GPU, not TF32; no cuDNN attention, which plans anew for each shape."""
     torch.backends.cudnn.allow_tf32 = False  # the old switch as well: torch raises where the two disagree
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
@@ -217,8 +207,7 @@ def _add_adapters(body: nn.Module, config: TrainConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        message = f"lora_rank is {config.lora_rank}, but peft is not installed; pip install 'prospect-dst[lora]'"
-        raise InputError(message) from None
+        raise InputError("lora_rank needs peft, which is not installed; pip install 'prospect-dst[lora]'") from None
     torch.manual_seed(config.seed)
     targets = sorted({name.rsplit(".", 1)[-1] for name, m in body.named_modules() if isinstance(m, nn.Linear)})
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), body)
@@ -252,8 +241,6 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
             values = config.to_dict() | {"model_type": "smolvlm"}
             values["vision_config"] |= {"model_type": "smolvlm_vision"}
             config = SmolVLMConfig.from_dict(values)
-        if not isinstance(config, SmolVLMConfig):
-            raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
         vlm, found = SmolVLMForConditionalGeneration.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
         )
@@ -263,10 +250,8 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
 
 
 def tiny_config(vocabulary: int, hidden: int = 128, layers: int = 4, scale: int = 4) -> SmolVLMConfig:
-    """SmolVLM's layout at width `hidden`; its connector makes one token of a frame of 16 x scale pixels.
-
-    Weights start at 1/sqrt(hidden), as SmolVLM's do; the library's 0.02 learns poorly at this width.
-    """
+    """SmolVLM's layout at width `hidden`; its connector makes one token of a frame of 16 x scale pixels."""
+    # weights start at 1/sqrt(hidden), as SmolVLM's do; the library's 0.02 learns poorly at this width
     text: dict[str, Any] = {
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": 2, "head_dim": 32,

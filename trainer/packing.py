@@ -74,8 +74,6 @@ class Pack:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """Frames that are in memory."""
-
     frames: Tensor
 
     def __call__(self) -> Tensor:
@@ -94,7 +92,6 @@ def ends_of(seg_lens: Tensor) -> Tensor:
 
 
 def windows_of(clips: Iterable[ClipExample], tokens: Tokens, config: TrainConfig) -> list[Window]:
-    """All windows of the clips, in order."""
     k, budget, arm = config.tokens_per_frame, config.max_tokens, find_arm(config.arm)
     return [window for clip in clips for window in build_windows(clip, tokens, k, budget, arm)]
 

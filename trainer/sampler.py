@@ -34,12 +34,9 @@ def order(seed: int, epoch: int, sizes: Sequence[int], window: int = HELD_GROUPS
 
 
 def share(frames: Sequence[int], rank: int, size: int) -> list[int]:
-    """The clips of a step that are `rank`'s, as sorted indices into `frames`, their numbers of frames.
-
-    Longest first to the rank with the fewest frames so far.
-    """
+    """The clips of a step that are `rank`'s, as sorted indices into `frames`, their numbers of frames."""
     held, mine = [0] * size, []
-    for i in sorted(range(len(frames)), key=lambda i: -frames[i]):
+    for i in sorted(range(len(frames)), key=lambda i: -frames[i]):  # the longest first
         owner = held.index(min(held))
         held[owner] += frames[i]
         if owner == rank:
@@ -48,10 +45,7 @@ def share(frames: Sequence[int], rank: int, size: int) -> list[int]:
 
 
 class Sampler:
-    """The endless shuffled stream of a split's clips; clip `index` is at place `index % N` of epoch `index // N`.
-
-    Rising indices, dense or not, read each row group once per epoch.
-    """
+    """The endless shuffled stream of a split's clips; clip `index` is at place `index % N` of epoch `index // N`."""
 
     def __init__(self, split: Split, seed: int) -> None:
         self.split, self.seed = split, seed

@@ -6,10 +6,8 @@
 User text stands before the first frame of its range, DST and assistant text after the last of theirs (after the onset
 frame where labels are onsets), so no event's text precedes a frame that is positive for it. A role's texts at one frame
 are joined, in order; a turn without frames, or wholly outside the clip, gives no text. Live decoding builds its context
-from the same pieces: `prompt_ids`, `Block`, `utterance`, `to_repeat`.
-
-A clip over the token budget becomes windows. Each repeats up to CONTEXT of the budget from before its own frames, as
-unsupervised context: at most a third more frame tokens. Every frame is supervised in exactly one window.
+from the same pieces: `prompt_ids`, `Block`, `utterance`, `to_repeat`. A clip over the token budget becomes windows, of
+which each repeats up to CONTEXT of the budget from before its own frames. Every frame is supervised in exactly one.
 
     L tokens    F frames of the window    k tokens per frame    T supervised text tokens
 """
@@ -18,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +32,6 @@ ROLE = "You are a helpful assistant."  # opens every prompt
 REPLIES = ("DST_UPDATE", "assistant")  # in this order where both stand after one frame
 DEFAULT_ARM = ARMS["speak+dst"]
 Ints = npt.NDArray[np.int64]
-Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +61,6 @@ class Block:
     def cost(self, k: int) -> int:
         return len(self.before) + k + sum(map(len, self.replies))
 
-    def parts(self, frame: Frame) -> list[list[int] | Frame]:
-        """What the model reads, in order; `frame` stands for the frame's k tokens."""
-        return [self.before, frame, *self.replies]
-
 
 def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
     """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
@@ -80,11 +72,9 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
     prompt = _prompt(clip, tokens, clip.start_frame, arm)
     room = max_tokens - len(prompt)
     if costs.max() > room:
-        worst = clip.start_frame + int(costs.argmax())
-        raise InputError(
-            f"clip {clip.clip_id} frame {worst}: {costs.max()} tokens with its texts, but max_tokens {max_tokens} "
-            f"leaves {room} beside the prompt; raise --max-tokens"
-        )
+        worst = f"frame {clip.start_frame + int(costs.argmax())}: {costs.max()} tokens with its texts"
+        leaves = f"max_tokens {max_tokens} leaves {room} beside the prompt; raise --max-tokens"
+        raise InputError(f"clip {clip.clip_id} {worst}, but {leaves}")
     windows = []
     for first, own, end in cut_windows(costs, room):
         ids = list(prompt if first == 0 else _prompt(clip, tokens, clip.start_frame + first, arm))
@@ -98,20 +88,10 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
                 if i >= own:
                     supervised += range(len(ids), len(ids) + len(reply) - 1)
                 ids += reply
-        assert len(ids) <= max_tokens
         labels = clip.labels[:, first:end].copy()
         labels[:, : own - first] = NOT_SAMPLED
-        windows.append(
-            Window(
-                clip=clip,
-                first_frame=clip.start_frame + first,
-                context=own - first,
-                input_ids=np.array(ids, np.int64),
-                frame_positions=np.array(frames, np.int64),
-                lm_positions=np.array(supervised, np.int64),
-                labels=labels,
-            )
-        )
+        places = np.array(frames, np.int64), np.array(supervised, np.int64)
+        windows.append(Window(clip, clip.start_frame + first, own - first, np.array(ids, np.int64), *places, labels))
     return windows
 
 
@@ -136,8 +116,8 @@ def to_repeat(room: int, coming: int) -> int:
     return min(int(CONTEXT * room), room - coming)
 
 
-def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
-    """InputError where `build_windows` would refuse a clip; it names the budget that would do, up to `longest`."""
+def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, arm: Arm) -> None:
+    """InputError where `build_windows` would refuse a clip; it names the budget that would do."""
 
     def needed(clip: ClipExample) -> int:
         prompt = _prompt(clip, tokens, clip.start_frame, arm)
@@ -145,10 +125,8 @@ def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_token
 
     size, worst = max((needed(clip), clip.clip_id) for clip in clips)
     if size > max_tokens:
-        hint = f"use --max-tokens {size}" if size <= longest else f"the model reads {longest}: shorten its texts"
-        raise InputError(
-            f"clip {worst}: prompt and a frame with its texts have {size} tokens, max_tokens is {max_tokens}; {hint}"
-        )
+        has = f"prompt and one frame with its texts have {size} tokens, max_tokens is {max_tokens}"
+        raise InputError(f"clip {worst}: {has}; use --max-tokens {size}, or shorten its texts")
 
 
 # ---- where texts stand -------------------------------------------------------------------------------

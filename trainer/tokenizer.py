@@ -1,9 +1,8 @@
 """Text -> ids, and the markers around it. Ids are looked up by string, never through eos_token or pad_token.
 
 SmolVLM has 88 `<|reserved_special_token_i|>` without a meaning; roles and states take the first eleven, so no
-vocabulary is resized. The order of MARKERS is a file format: a checkpoint knows them by number. For `--model tiny` a
-byte-level BPE of at most 1,024 tokens is trained on the split's own texts (under a second). A literal "<image>" in a
-text stays text: special tokens are never parsed out of data.
+vocabulary is resized. The order of MARKERS is a file format: a checkpoint knows them by number. A literal "<image>" in
+a text stays text: special tokens are never parsed out of data.
 """
 
 from __future__ import annotations
@@ -23,26 +22,24 @@ from trainer.hub import loading
 
 IMAGE, END = "<image>", "<end_of_utterance>"
 MARKERS = ("system", "user", "assistant", "DST_UPDATE", "step", *STATES)
+SPECIAL = (IMAGE, END, *(f"<|reserved_special_token_{i}|>" for i in range(len(MARKERS))))
 TINY_VOCABULARY = 1024
-
-
-def marker_token(name: str) -> str:
-    """The reserved token that stands for a role or a state."""
-    return f"<|reserved_special_token_{MARKERS.index(name)}|>"
 
 
 class Tokens:
     """A tokenizer with the special ids that a sequence needs; InputError where one is missing.
 
-    choices: what says silence, speech and an update as the token after a frame, to arms that decide so: END, and the
-    markers that the two texts begin with, so what was decided is followed by its text.
+    choices: what says silence, speech and an update as the token after a frame: END, and what the two texts begin with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer: Any = tokenizer
         tokenizer.backend_tokenizer.encode_special_tokens = True  # "<image>" in a text is just text
-        self.image, self.end = self._special(IMAGE), self._special(END)
-        self.marker = {name: self._special(marker_token(name)) for name in MARKERS}
+        ids = [tokenizer.backend_tokenizer.token_to_id(token) for token in SPECIAL]
+        if None in ids:
+            raise InputError(f"tokenizer: no token {SPECIAL[ids.index(None)]}; choose another --model, a SmolVLM")
+        self.image, self.end, *markers = ids
+        self.marker = dict(zip(MARKERS, markers, strict=True))
         self.choices = self.end, self.marker["assistant"], self.marker["DST_UPDATE"]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,15 +54,6 @@ class Tokens:
     def decode(self, ids: Iterable[int]) -> str:
         """The text with its markers, for eyes."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
-
-    def _special(self, token: str) -> int:
-        number = self.tokenizer.backend_tokenizer.token_to_id(token)
-        if number is None:
-            raise InputError(f"tokenizer: no token {token}, expected a SmolVLM's; choose another --model")
-        return int(number)
 
 
 def load_tokens(name: str | Path) -> Tokens:
@@ -85,7 +73,7 @@ def train_tiny_tokens(texts: Iterable[str]) -> Tokens:
     trainer = BpeTrainer(
         vocab_size=TINY_VOCABULARY,
         min_frequency=2,
-        special_tokens=[IMAGE, END, *map(marker_token, MARKERS)],
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,28 +29,25 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError, NotFiniteError
 from pipeline.schema import HEADS
 from pipeline.storage import naming
+from trainer import checkpoint
 from trainer.arms import find_arm
-from trainer.checkpoint import (
-    LoadedRun,
-    check_folder,
-    load_state,
-    run_options,
-    save_checkpoint,
-    start_run,
-    write_options,
-)
+from trainer.checkpoint import LoadedRun
 from trainer.config import RunOptions, TrainConfig
 from trainer.distributed import World, join, synced
 from trainer.frame_source import FrameSource
 from trainer.loader import StepData, Transfer, default_workers, step_packs, uploaded
 from trainer.loss import Supervision, bce_sums, combine, lm_sum, supervise
-from trainer.optimizer import make_optimizer
+from trainer.model import ProspectModel, part_of
 from trainer.packing import Pack, blank_pack, upload
 from trainer.run_log import Log, find_tracker, open_log
 from trainer.sequence import check_budget
 from trainer.teacher_forced import open_source, report, score_split
 
 ALONE = World()
+MOMENTUM = 0.95
+MATRIX_LR = 5.0  # times the others' learning rate
+_RMS = 0.2  # of an update, as AdamW's are (Liu et al. 2025, "Muon is scalable for LLM training")
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: five rounds bring singular values to 0.7 .. 1.2
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,10 @@ def train_step(
     world: World = ALONE,
     blank: Pack | None = None,
 ) -> StepResult:
-    """One optimizer step over all packs of all ranks together; collective.
+    """One optimizer step over all packs of all ranks together; collective. `blank` fills up where a rank has fewer.
 
-    Ranks may hold different numbers of packs (then `blank` fills up). The host waits for a GPU once, for the numbers of
-    the step. Raises NotFiniteError on every rank, before the optimizer moves anything, where a loss or the gradient is
-    not finite.
+    The host waits for a GPU once, for the numbers of the step. Raises NotFiniteError on every rank, before the
+    optimizer moves anything, where a loss or the gradient is not finite.
     """
     fill_up = [blank] * (world.most(len(packs)) - len(packs))
     passes: list[Pack] = [*packs, *fill_up]  # type: ignore[list-item]  # on several ranks `blank` is there
@@ -112,7 +108,7 @@ def train_step(
     parts = []  # each pack's [5] sums
     for i, (pack, of_pack) in enumerate(zip(passes, supervised, strict=True), 1):
         with synced(model, now=i == len(passes)):
-            sums = sum_terms(model, pack.to(world.device), of_pack.to(world.device))
+            sums = sum_terms(model, pack.to(world.device), of_pack)
             loss, _ = combine(sums, counts, config)
             (loss * world.size).backward()  # type: ignore[no-untyped-call]  # DDP and FSDP divide by it
         parts.append(sums.detach())
@@ -123,17 +119,14 @@ def train_step(
     supervised_by = counts[0:2].sum(), counts[2:4].sum(), counts[4]
     numbers = torch.stack([loss, *terms.values(), *supervised_by, norm, *whole_step[5:]]).tolist()  # the wait
     if not (math.isfinite(numbers[0]) and math.isfinite(numbers[7])):
-        what, bad = "gradient", list(packs)
-        if not math.isfinite(numbers[0]):
-            what, bad = "loss", [p for p, sums in zip(passes, parts, strict=True) if not torch.isfinite(sums).all()]
-        by_rank = world.gather([clip_id for pack in bad for clip_id in pack.clip_ids])
-        clips = ", ".join(dict.fromkeys(clip_id for of_rank in by_rank for clip_id in of_rank))
-        hint = "look at them, or train anew with a lower --lr"
-        raise NotFiniteError(f"the {what} is not finite at clips {clips}; {hint}")
+        what = "gradient" if math.isfinite(numbers[0]) else "loss"
+        seen = zip(passes, parts, strict=True)
+        bad = [pack.clip_ids for pack, sums in seen if what == "gradient" or not torch.isfinite(sums).all()]
+        clips = ", ".join(dict.fromkeys(clip_id for of_rank in world.gather(bad) for ids in of_rank for clip_id in ids))
+        raise NotFiniteError(f"the {what} is not finite at clips {clips}; look at them, or train with a lower --lr")
     optimizer.step()
     *of_loss, read, blanks = numbers
-    padding = blanks / max(read + blanks, 1)
-    return StepResult(*of_loss, int(read), padding)  # type: ignore[call-arg]
+    return StepResult(*of_loss, int(read), blanks / max(read + blanks, 1))  # type: ignore[call-arg]
 
 
 def sum_terms(model: nn.Module, pack: Pack, supervised: Supervision) -> Tensor:
@@ -174,38 +167,37 @@ def train(
         raise InputError("fsdp excludes lora_rank, whose copies are small, and muon, which needs whole matrices")
     with naming(run), join() as world, ExitStack() as stack:
         config = config.on(world.device.type)
-        split, held_out, note = Split(data, "train"), None, None
-        if config.eval_split in split.manifest["splits"]:
-            held_out = Split(data, config.eval_split)
-        else:
-            there = ", ".join(sorted(split.manifest["splits"]))
-            note = f"no split {config.eval_split!r} to evaluate on, found: {there}; preprocess one, or set --eval-split"
-        splits = [split, *([held_out] if held_out else [])]
-        started = run_options(config, split, held_out, features)
+        split = Split(data, "train")
+        there = sorted(split.manifest["splits"])
+        held_out = Split(data, config.eval_split) if config.eval_split in there else None
+        splits = [split, held_out] if held_out else [split]
+        started = checkpoint.run_options(config, split, held_out, features)
         if world.is_main:
-            check_folder(run, started, resume, stack)  # and puts RUN/last in its place, which the others look for
+            checkpoint.check_folder(run, started, resume, stack)  # and moves RUN/last, which the others look for
         world.wait()
-        state = start_run(run, split, config, resume)
+        state = checkpoint.start_run(run, split, config, resume)
         already = state.info["step"]
         if len(set(world.gather(already))) > 1:
             raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
         if already < config.steps:
             clips = (clip for each in splits for clip in each.in_order(rate=None))
-            longest = int(state.model.vlm.config.text_config.max_position_embeddings)
-            check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, longest, state.model.arm)
+            check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, state.model.arm)
         frames = open_source(splits, state.model, frames_root, features)
 
         model = world.wrap(state.model, options.fsdp)
         optimizer = make_optimizer(state.model, config)
         if already:
-            load_state(run / "last", state.model, optimizer)
+            checkpoint.load_state(run / "last", state.model, optimizer)
         if world.is_main:
-            write_options(run, started, stack)
+            checkpoint.write_options(run, started, stack)
             sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
             needed = sum(size * (3 if learns else 1) for size, learns in sizes)  # RUN/last, with two moments
             if 0 < (free := shutil.disk_usage(run).free) < needed:  # 0: some buckets do not know
                 raise InputError(f"{run}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed; make room")
-        note = f"all {already} steps had been done before" if already == config.steps else note
+        note = None
+        if already == config.steps:
+            note = f"all {already} steps had been done before"
+        elif held_out is None:
         done = TrainReport(config.steps, already, world.is_main, note)
         _Session(run, model, optimizer, state, options, frames, held_out, world, done).go(split)
         if world.is_main:
@@ -284,4 +276,68 @@ class _Session:
 
     def save(self, name: str) -> None:
         """RUN/last can go on, RUN/best can only score."""
-        save_checkpoint(self.run / name, self.state, self.optimizer if name == "last" else None, self.world)
+        checkpoint.save_checkpoint(self.run / name, self.state, self.optimizer if name == "last" else None, self.world)
+
+
+# ---- the optimizer -----------------------------------------------------------------------------------
+
+
+def make_optimizer(model: ProspectModel, config: TrainConfig) -> torch.optim.AdamW:
+    """A group per part and kind, each with its peak rate (`peak`); no decay on biases and norms.
+
+    Muon gets matrices between hidden states: no embedding, LM head or decision head.
+    """
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part, decay = part_of(name), config.weight_decay if parameter.ndim >= 2 else 0.0
+            hidden = parameter.ndim == 2 and part != "heads" and "embed" not in name and "lm_head" not in name
+            muon = hidden and config.optimizer == "muon"
+            peak = config.lr_by_part.get(part, config.lr) * (MATRIX_LR if muon else 1.0)
+            group = {"params": [], "weight_decay": decay, "peak": peak, "muon": muon}
+            groups.setdefault((part, parameter.ndim >= 2, muon), group)["params"].append(parameter)
+    kind = MuonAdamW if config.optimizer == "muon" else torch.optim.AdamW
+    return kind(list(groups.values()), lr=config.lr, betas=config.betas, fused=True)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but Muon for groups with `muon`; its momentum is kept as `exp_avg`, as AdamW's is.
+
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes all singular values of a matrix's momentum about
+    1, so that rare directions learn as fast as common ones. In float32 here, over all matrices of one shape at once.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        super().step(closure)
+        self.param_groups = groups
+        by_shape: dict[tuple[int, torch.Size], list[Tensor]] = {}
+        for i, group in enumerate(groups):
+            for parameter in group["params"] if group.get("muon") else ():
+                if parameter.grad is not None:
+                    by_shape.setdefault((i, parameter.shape), []).append(parameter)
+        for (i, shape), parameters in by_shape.items():
+            group = groups[i]
+            for new in (parameter for parameter in parameters if not self.state[parameter]):  # AdamW looks for a step
+                self.state[new] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(new)}
+            momentum = [self.state[parameter]["exp_avg"] for parameter in parameters]
+            gradients: list[Any] = [parameter.grad for parameter in parameters]
+            torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
+            ahead = torch.stack(torch._foreach_lerp(gradients, momentum, MOMENTUM))  # Nesterov's
+            updates = orthogonalised(ahead) * (group["lr"] * _RMS * math.sqrt(max(shape)))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(parameters, list(updates.unbind()))
+
+
+def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """[n, rows, columns] with all singular values near 1, singular vectors kept."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

@@ -50,7 +50,7 @@ def go(work: Path, case: Case, smoke: bool, say: Callable[..., None]) -> None:
 
     vlm, _ = build(case)
     vlm.save_pretrained(model)
-    train_tiny_tokens(Split(data, "train").texts()).save(model)
+    train_tiny_tokens(Split(data, "train").texts()).tokenizer.save_pretrained(model)
     del vlm
     stage("a model of that shape")
 

@@ -405,7 +405,7 @@ def _loaded(size: str) -> LoadedRun:
 
 def _live(name: str, stream: Camera) -> np.ndarray:
     """The logits [2, N] of the frames that were timed."""
-    with streaming(stream.model, stream.config):
+    with streaming(stream.model):
         stream.step(stream.config.max_tokens // 2, at_once=64)
         stream.step(5)  # a graph is made of the first
         took, logits = stream.step(20 if SMOKE else 200)
@@ -419,7 +419,7 @@ def _live(name: str, stream: Camera) -> np.ndarray:
 def _flat(run: LoadedRun) -> None:
     """The card's memory each time that a context of half the size has started over."""
     stream, held = Camera(replace(run, config=replace(run.config, max_tokens=run.config.max_tokens // 2))), []
-    with streaming(stream.model, stream.config):
+    with streaming(stream.model):
         while len(held) < 4:
             before = stream.context.restarts
             while stream.context.restarts == before:

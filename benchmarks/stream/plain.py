@@ -96,7 +96,7 @@ def free_running(
 ) -> Iterator[ScoredClip]:
     """What `trainer.live.rollout.free_running` gives."""
     for clip in clips:
-        with streaming(model, config), stock(model):
+        with streaming(model), stock(model):
             scored = _run(_Context(model, tokens, clip, config, live), frames)
         yield scored
 

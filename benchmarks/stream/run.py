@@ -252,7 +252,7 @@ def cycle(run: LoadedRun, task: ClipExample) -> Found:
         features = model.frame_features(loaded)
         return [FrameInput(number, (), seen, script) for number, seen in zip(numbers, features, strict=True)]
 
-    with streaming(model, config):
+    with streaming(model):
         _, capacity = token_budget(model, config, NEVER)
         engine = Engine(model, run.tokens, 1, capacity)
         context, number = Session(model, run.tokens, task, config, NEVER), 0

@@ -119,7 +119,7 @@ def test_a_frame_s_features_from_a_cuda_graph_are_those_without(recwarn, bf16, m
     model, _ = small(config)
     look = StaticVision(model.cuda())
     frames = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)
-    with streaming(model, config):
+    with streaming(model):
         expected = model.frame_features(torch.from_numpy(frames).cuda())
         found = [look(frame) for frame in frames]
     assert not [each for each in recwarn if "CUDA graph" in str(each.message)]

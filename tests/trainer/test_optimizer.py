@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.optimizer import MuonAdamW, orthogonalised
+from trainer.train import MuonAdamW, orthogonalised
 
 
 def test_singular_values_come_near_1_whatever_else_is_in_the_batch():

@@ -103,7 +103,7 @@ def test_a_saved_model_gives_the_same_logits_tied_or_not_resized_or_not(tmp_path
     tokens = Tokens(tokenizer)
     expected = logits(vlm, tokens)
     vlm.save_pretrained(tmp_path)
-    tokens.save(tmp_path)
+    tokens.tokenizer.save_pretrained(tmp_path)
     again = load_tokens(tmp_path)
     vlm_again = load_model(str(tmp_path), len(again))
     assert torch.equal(logits(vlm_again, again), expected)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.tokenizer import MARKERS, TINY_VOCABULARY, Tokens, load_tokens, marker_token, train_tiny_tokens
+from trainer.tokenizer import MARKERS, SPECIAL, TINY_VOCABULARY, Tokens, load_tokens, train_tiny_tokens
 
 TEXTS = ["Place the red wheel.", "Attach the wheel to the axle, please.", "S1->complete, S2->start"] * 3
 
@@ -27,7 +27,7 @@ def test_special_tokens_are_distinct_and_named_as_smolvlms(tokens):
     ids = [tokens.image, tokens.end, *tokens.marker.values()]
     assert len(tokens) <= TINY_VOCABULARY
     assert len(set(ids)) == 2 + len(MARKERS)
-    assert marker_token("system") == "<|reserved_special_token_0|>"
+    assert SPECIAL[2] == "<|reserved_special_token_0|>"
     assert tokens.decode([tokens.image, tokens.end, tokens.marker["failed"]]) == (
         "<image><end_of_utterance><|reserved_special_token_10|>"
     )
@@ -41,7 +41,7 @@ def test_special_tokens_in_data_stay_text(tokens):
 
 
 def test_a_loaded_tokenizer_gives_the_same_ids_also_with_truncation_and_padding_left_in_the_file(tokens, tmp_path):
-    tokens.save(tmp_path)
+    tokens.tokenizer.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "tokenizer.json").read_text())
     told["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     told["padding"] = {

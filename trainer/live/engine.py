@@ -13,9 +13,8 @@ are replayed as CUDA graphs: one launch each instead of 1,500.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,8 +26,7 @@ from torch.func import functional_call
 
 from trainer.attention import use_packed
 from trainer.body_graph import Step, record
-from trainer.config import TrainConfig
-from trainer.live.kv_cache import AttentionPlan, BatchedRows, CacheRow, KVCache, kv_shape, upload, use_slots
+from trainer.live.kv_cache import AttentionPlan, BatchedRows, CacheRow, KVCache, upload, use_slots
 from trainer.model import ProspectModel
 from trainer.tokenizer import Tokens
 
@@ -48,8 +46,8 @@ Result = TypeVar("Result")
 class ReadRequest:
     """Read `parts` after the first `prefix` tokens of the slot, and forget what it holds past those.
 
-    The answer: float32 [n, 2], both heads' logits after each of the n numbers of tokens in `decide_at`; or, where that
-    is None, the id of the likeliest next token.
+    The answer: float32 [n, 2], both heads' logits after each of the n numbers of tokens in `decide_at`; without, the id
+    of the likeliest next token.
     """
 
     parts: Sequence[Part]
@@ -69,7 +67,7 @@ class Engine:
 
     def __init__(self, model: ProspectModel, tokens: Tokens, slots: int, capacity: int) -> None:
         self.model = model
-        self._cache = KVCache(model.vlm, slots, capacity, _cache_dtype(model))
+        self._cache = KVCache(model.vlm, slots, capacity, torch.bfloat16 if model.bf16 else torch.float32)
         self._slots = range(slots)
         self._token_bias = token_bias(tokens, model.vlm.lm_head.weight)
         graphed = slots == 1 and model.device.type in GRAPHED
@@ -113,7 +111,22 @@ class Engine:
             rows.append(CacheRow(slot, request.prefix, len(request), rows[-1].offset + rows[-1].length if rows else 0))
         ends = [row.offset + end - 1 for row in rows for end in requests[row.slot].decide_at or ()]
         lasts = [row.offset + row.length - 1 for row in rows if requests[row.slot].decide_at is None]
-        hidden = self._hidden([part for row in rows for part in requests[row.slot].parts], rows, [*ends, *lasts])
+        ids: list[int] = []
+        image: list[int] = []  # places of the frames' tokens
+        frames: list[Tensor] = []
+        for part in (part for row in rows for part in requests[row.slot].parts):
+            if isinstance(part, Tensor):
+                image += range(len(ids), len(ids) + len(part))
+                frames.append(part)
+            ids += [0] * len(part) if isinstance(part, Tensor) else part
+        plan = self._cache.plan(rows)
+        columns = (np.array(column, np.int64) for column in (ids, image, [*ends, *lasts]))
+        ids_, image_, read_at = upload(self.model.device, *columns)
+        embedded = self.model.body.embed_tokens(ids_)  # [L, H]
+        if frames:
+            embedded = embedded.index_copy(0, image_, torch.cat(frames).to(embedded.dtype))
+        inputs = {"inputs_embeds": embedded[None], "position_ids": plan.positions[None], "use_cache": False}
+        hidden = self.model.body(**inputs, plan=plan).last_hidden_state[0][read_at]
         results: list[Tensor] = []
         if ends:
             results.append(self.model.decisions(hidden[: len(ends)])[:2].T.flatten())
@@ -127,23 +140,6 @@ class Engine:
             counts = requests[row.slot].decide_at
             answers[row.slot] = int(next(written)) if counts is None else np.stack([next(decided) for _ in counts])
         return answers
-
-    def _hidden(self, parts: Sequence[Part], rows: Sequence[CacheRow], at: list[int]) -> Tensor:
-        """The last hidden states [len(at), H] at these of the L tokens."""
-        ids: list[int] = []
-        image: list[int] = []  # places of the frames' tokens
-        for part in parts:
-            is_frame = isinstance(part, Tensor)
-            image += range(len(ids), len(ids) + len(part)) if is_frame else ()
-            ids += [0] * len(part) if is_frame else part
-        plan = self._cache.plan(rows)
-        ids_, image_, at_ = upload(self.model.device, *(np.array(column, np.int64) for column in (ids, image, at)))
-        embedded = self.model.body.embed_tokens(ids_)  # [L, H]
-        if image:
-            frames = torch.cat([part for part in parts if isinstance(part, Tensor)])
-            embedded = embedded.index_copy(0, image_, frames.to(embedded.dtype))
-        inputs = {"inputs_embeds": embedded[None], "position_ids": plan.positions[None], "use_cache": False}
-        return self.model.body(**inputs, plan=plan).last_hidden_state[0][at_]  # type: ignore[no-any-return]
 
 
 # ---- passes of fixed shape, as CUDA graphs -----------------------------------------------------------
@@ -170,9 +166,8 @@ class _Graph:
 class StaticPass:
     """Reads at most `width` tokens in slot 0. The weights are those at construction.
 
-    A graph replays the same kernels on the same addresses, so what changes lies in buffers on the device: token ids,
-    frame features, position, and the KV cache at full length under a mask. Each pass is padded to W tokens, which lie
-    past the session's end, and attends over all T. On a CPU, where it is tested, the same code runs without the graph.
+    What changes lies in buffers on the device: token ids, frame features, position, and the KV cache at full length
+    under a mask. Each pass is padded to W tokens, which lie past the session's end, and attends over all T.
     """
 
     def __init__(self, model: ProspectModel, cache: KVCache, token_bias: Tensor) -> None:
@@ -249,42 +244,32 @@ class StaticVision:
             return self._model.frame_features(self._frame)[0]
 
 
-# ---- what a session needs of a machine ---------------------------------------------------------------
-
-
 def slots_for(model: ProspectModel, capacity: int) -> int:
-    """How many sessions to run at once: at most MAX_SLOTS, in CACHE_BYTES, or FREE_SHARE of a GPU's free memory."""
+    """How many sessions to run at once."""
     budget = CACHE_BYTES
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # kept by torch
         budget = int(FREE_SHARE * (free + unused))
-    slot_bytes = 2 * capacity * math.prod(kv_shape(model.vlm)) * _cache_dtype(model).itemsize
+    text = model.vlm.config.text_config
+    slot_bytes = 2 * capacity * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    slot_bytes *= 2 if model.bf16 else 4
     return max(1, min(MAX_SLOTS, budget // slot_bytes))
 
 
 @contextmanager
-def streaming(model: ProspectModel, config: TrainConfig) -> Iterator[None]:
-    """Inference with the KV cache's attention instead of the packed one, uncompiled; afterwards all is as before."""
-    training, threads = model.training, torch.get_num_threads()
+def streaming(model: ProspectModel) -> Iterator[None]:
+    """Inference with the KV cache's attention instead of the packed one; afterwards all is as before."""
+    threads = torch.get_num_threads()
     if model.device.type == "cpu" and model.hidden < SMALL_HIDDEN:
         torch.set_num_threads(1)
-    if training:  # walking over all modules takes longer than a frame does
-        model.eval()
     use_slots(model.vlm)
-    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()  # lengths always differ
     try:
-        with eager, torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
             yield
     finally:
         use_packed(model.vlm)
         torch.set_num_threads(threads)
-        if training:
-            model.train()
-
-
-def _cache_dtype(model: ProspectModel) -> torch.dtype:
-    return torch.bfloat16 if model.bf16 else model.vlm.dtype
 
 
 def token_bias(tokens: Tokens, lm_head: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The new tokens of all sessions lie end to end in one row, as in training's packs: linear layers need no padding.
 Attention takes sessions that read few tokens (frames, a written token) in one padded call, each that reads many (a
-prompt) in its own. All slots are as long as the longest session; last digits depend on what else is read (1e-6).
+prompt) in its own. All slots are as long as the longest session.
 
     L new tokens of all sessions    B batched slots    w new tokens of one    T tokens of the longest, with the cached
     H heads    G heads that share keys and values    D head width
@@ -37,10 +37,7 @@ class CacheRow(NamedTuple):
 
 
 class BatchedRows(NamedTuple):
-    """Slots with w queries each; sessions with fewer repeat their last one, slots between them any.
-
-    Indices are integers, made by the host: for boolean ones the host would wait for the GPU.
-    """
+    """Slots with w queries each; sessions with fewer repeat their last one, slots between them any."""
 
     slots: slice | Tensor
     slot: Tensor  # int64 [B, 1]
@@ -64,16 +61,15 @@ class KVCache:
     """`slots` sessions of at most `capacity` tokens for the text model of a SmolVLM."""
 
     def __init__(self, vlm: Any, slots: int, capacity: int, dtype: torch.dtype) -> None:
-        layers, heads, width = kv_shape(vlm)
-        empty = torch.zeros(slots, heads, 0, width, dtype=dtype, device=vlm.device)
-        self._slabs: Slabs = [(empty, empty)] * layers
-        self.heads_per_kv = vlm.config.text_config.num_attention_heads // heads  # G
+        text = vlm.config.text_config
+        empty = torch.zeros(slots, text.num_key_value_heads, 0, text.head_dim, dtype=dtype, device=vlm.device)
+        self._slabs: Slabs = [(empty, empty)] * text.num_hidden_layers
+        self.heads_per_kv = text.num_attention_heads // text.num_key_value_heads  # G
         self._device, self.capacity = vlm.device, capacity
 
     def plan(self, rows: Sequence[CacheRow]) -> AttentionPlan:
         """A pass over these new tokens, slots ascending; what a slot held from a row's start on is overwritten."""
         needed, allocated = max(row.start + row.length for row in rows), self._slabs[0][0].shape[2]
-        assert needed <= self.capacity, f"{needed} tokens in a slot of {self.capacity}"
         if needed > allocated:
             self._grow(min(self.capacity, max(FIRST_CAPACITY, 2 * allocated, needed)))
         limit = _batched_length([row.length for row in rows])
@@ -128,16 +124,6 @@ def upload(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[Tensor]
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def kv_shape(vlm: Any) -> tuple[int, int, int]:
-    """Layers, heads of keys and values, D."""
-    text = vlm.config.text_config
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, text.num_key_value_heads, width
-
-
-# ---- attention ---------------------------------------------------------------------------------------
-
-
 def use_slots(vlm: Any) -> None:
     """Make the text model of a SmolVLM attend by `slot_sdpa`, which has no mask function (`attention.use_packed`)."""
     AttentionInterface.register(NAME, slot_sdpa)
@@ -155,12 +141,8 @@ def slot_sdpa(
     plan: AttentionPlan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs.
-
-    Raises ValueError without a plan, or with a mask.
-    """
-    if plan is None or attention_mask is not None:
-        raise ValueError(f"{NAME}: needs plan and no mask; call the text model with plan=..., use_cache=False")
+    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs."""
+    assert plan is not None
     keys, values = plan.slabs[int(module.layer_idx)]  # type: ignore[arg-type]
     query, key, value = (new[0].transpose(0, 1).to(keys.dtype) for new in (query, key, value))  # [L, H or H/G, D]
     out = torch.empty_like(query)

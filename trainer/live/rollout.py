@@ -1,8 +1,6 @@
 """Free-running evaluation: the model conditions on its own generated text.
 
 Of the reference it is given the user's texts and the state at the clip's start, nothing else.
-
-    F frames of a clip
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ def free_running(
     """Each clip with its logits, texts and updates, in the order of `clips`; `probabilities` are the caller's.
 
     script: texts that are given, beside those that the model writes where a threshold is reached; the arm decides what
-    of them enters the context. slots: clips at once, at most (None: as many as memory allows). The model is as before
-    whenever a clip is yielded, and afterwards.
+    of them enters the context. slots: clips at once, at most (None: as many as memory allows).
 
     Raises InputError where the prompt and one frame exceed the budget, NotFiniteError where a logit is not finite.
     """
@@ -52,7 +49,7 @@ def free_running(
     sessions = (_run(Session(model, tokens, clip, config, decoding), model, frames, script) for clip in clips)
     scored = engine.run_all(sessions)
     while True:
-        with streaming(model, config):
+        with streaming(model):
             following = next(scored, None)
         if following is None:
             return
@@ -81,10 +78,6 @@ def _run(session: Session, model: ProspectModel, source: FrameSource, script: Sc
     logits = np.stack([output.logits for output in outputs], 1)  # [2, F]
     if not np.isfinite(logits[: len(session.heads)]).all():
         raise NotFiniteError(f"clip {clip.clip_id}: its scores are not finite; train again with a lower --lr")
-    return ScoredClip(
-        clip=clip,
-        logits=dict(zip(session.heads, logits, strict=False)),
-        probabilities={},
-        said=[output.assistant_text for output in outputs],
-        updates=[output.updates for output in outputs] if "dst_update" in session.heads else None,
-    )
+    by_head, said = dict(zip(session.heads, logits, strict=False)), [output.assistant_text for output in outputs]
+    updates = [output.updates for output in outputs] if "dst_update" in session.heads else None
+    return ScoredClip(clip=clip, logits=by_head, probabilities={}, said=said, updates=updates)

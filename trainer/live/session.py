@@ -4,8 +4,7 @@
 
 Where a head's logit at a frame's last token reaches its threshold and its refractory time is over, its text is decoded
 greedily and stays in the context. A full context starts over as a training window does (`trainer.sequence`): the prompt
-with the state replayed up to the oldest repeated frame, then the last quarter of the room. Every decision is made
-within `max_tokens`; only the texts after a context's last frame may exceed it.
+with the state replayed up to the oldest repeated frame, then the last quarter of the room.
 
     k tokens per frame    H hidden
 """
@@ -64,7 +63,7 @@ class _ContextFrame:
 
     @property
     def parts(self) -> list[Part]:
-        return list(self.block.parts(self.features))
+        return [self.block.before, self.features, *self.block.replies]
 
 
 class Session:
@@ -72,7 +71,7 @@ class Session:
 
     _cached: int  # tokens that the slot holds
     _unread: list[Part]  # to be read with the next frame
-    room: int  # tokens of the budget beside the prompt, whose length does not depend on the state
+    room: int  # tokens of the budget beside the prompt
 
     def __init__(
         self, model: ProspectModel, tokens: Tokens, task: ClipExample, config: TrainConfig, decoding: DecodingConfig
@@ -89,7 +88,6 @@ class Session:
 
     @property
     def used(self) -> int:
-        """Tokens of the context, with those that are not read yet."""
         return self._cached + sum(map(len, self._unread))
 
     @property
@@ -98,10 +96,7 @@ class Session:
         return replay(self._state, (update for frame in self._frames for update in frame.updates))
 
     def step(self, frames: Sequence[FrameInput]) -> Steps[list[FrameOutput]]:
-        """Outputs of the first of these frames and of those after it, up to one at which a head fires.
-
-        Frames read ahead past that one are forgotten again: as most are silent, several cost one pass.
-        """
+        """Outputs of the first of these frames and of those after it, up to one at which a head fires."""
         added: list[_ContextFrame] = []
         for frame in frames:  # as many as fit; for the first the context starts over if it must
             heard = frame.user_texts if self.arm.texts else ()
@@ -118,22 +113,20 @@ class Session:
         while count < len(added) and not texts:
             texts = self._due_texts(frames[count], logits[count])
             count += 1
-        self._frames += added[:count]
+        self._frames += added[:count]  # frames read ahead past the one that fires are forgotten
         self._cached, self._unread = self._cached + ends[count - 1], []
         assistant_text = dst_text = None
         updates: Updates | None = () if "DST_UPDATE" in texts else None
-        if "DST_UPDATE" in texts and self.arm.dst_text == "content":  # the update first, as in training
+        if updates is not None and self.arm.dst_text == "content":  # the update first, as in training
             dst_text = yield from self._write("DST_UPDATE", texts["DST_UPDATE"])
             updates = parse_updates(dst_text)
             self._frames[-1].updates = tuple((step, move) for step, move in updates if step in self._state)
-        elif "DST_UPDATE" in texts and self.arm.dst_text == "markers":
+        elif updates is not None and self.arm.dst_text == "markers":
             self._append(utterance("DST_UPDATE", [], self.tokens))
         if "assistant" in texts:
             assistant_text = (yield from self._write("assistant", texts["assistant"])) if self.arm.texts else ""
-        return [
-            *map(FrameOutput, logits[: count - 1]),
-            FrameOutput(logits[count - 1], assistant_text, dst_text, updates),
-        ]
+        last = FrameOutput(logits[count - 1], assistant_text, dst_text, updates)
+        return [*map(FrameOutput, logits[: count - 1]), last]
 
     def _due_texts(self, frame: FrameInput, logits: npt.NDArray[np.float32]) -> Mapping[str, str | None]:
         """By role, what stands after a frame; None: what the model writes."""
@@ -182,10 +175,8 @@ class Session:
         self._unread = [prompt, *(part for frame in self._frames for part in frame.parts)]
         self.room = self.budget - len(prompt)
         if self.room < max(cost, 1):
-            raise InputError(
-                f"clip {self.task.clip_id}: its prompt and a frame with the user's text take "
-                f"{len(prompt) + cost} tokens, but max_tokens leaves {self.budget}; raise --max-tokens"
-            )
+            has = f"prompt and a frame with the user's text take {len(prompt) + cost} tokens"
+            raise InputError(f"clip {self.task.clip_id}: {has}, max_tokens leaves {self.budget}; raise --max-tokens")
 
 
 def token_budget(model: ProspectModel, config: TrainConfig, decoding: DecodingConfig) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Stream(ExitStack):
         self._has_state = run.model.arm.dst_text == "content"
 
     def __enter__(self) -> Self:
-        self.enter_context(streaming(self.run.model, self._config))
+        self.enter_context(streaming(self.run.model))
         return self
 
     def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
