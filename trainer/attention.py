@@ -69,10 +69,7 @@ def _by_window(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
 
 
 def use_packed(vlm: Any) -> None:
-    """Make the text model of a SmolVLM attend by `packed_attention`; the vision tower stays as it is.
-
-    There is no mask function of that name: with one, transformers would look through `position_ids` for packed
-    sequences in every pass, and wait for the GPU.
-    """
+    """Make the text model of a SmolVLM attend by `packed_attention`; the vision tower stays as it is."""
+    # without a mask function of that name, which would look through `position_ids` in every pass and wait for the GPU
     AttentionInterface.register(NAME, packed_attention)
     vlm.set_attn_implementation({"text_config": NAME})

@@ -1,9 +1,8 @@
 """The text layers of a training pass as two CUDA graphs, forward and backward: two launches instead of 4,500.
 
-At 256M a host launches kernels more slowly than an H100 runs them. A graph reads and writes the same memory in every
-replay, so a pack is padded: with tokens up to a multiple of an eighth of the budget, which are windows of their own and
-have gradient 0, and with empty windows. Each length is recorded when it first comes, which takes about as long as five
-passes. On a CPU, where it is tested, the same code runs without graphs.
+A graph reads and writes the same memory in every replay, so a pack is padded: with tokens up to a multiple of an eighth
+of the budget, which are windows of their own and have gradient 0, and with empty windows. Each length is recorded when
+it first comes. On a CPU, where it is tested, the same code runs without graphs.
 
     L tokens of a pack    M of its padded row    H hidden
 """
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.config import TrainConfig
 from trainer.packing import Pack, ends_of, upload
 
 GRAPHED = ("cuda",)  # devices on which text layers that learn are graphs
@@ -26,8 +26,8 @@ Step = Callable[[], None]
 def record(steps: Sequence[Step], pool: Any = None) -> Sequence[Step]:
     """For each step a function that replays it; the steps themselves, with a warning, where no graph can be made.
 
-    All read and write the same tensors in every call, also each other's. They run in order, three times.
-    pool: memory that other graphs use, too, none of which holds a result when these are replayed.
+    All read and write the same tensors in every call. They run in order, three times. pool: memory that other graphs
+    use, too, none of which holds a result when these are replayed.
     """
     side, pool = torch.cuda.Stream(), pool or torch.cuda.graph_pool_handle()
     graphs = [torch.cuda.CUDAGraph() for _ in steps]
@@ -49,14 +49,16 @@ def record(steps: Sequence[Step], pool: Any = None) -> Sequence[Step]:
 class BodyGraph:
     """The text layers of `body`, whose parameters learn under bfloat16 autocast, in one process."""
 
-    def __init__(self, body: Any, budget: int, longest: int, off: bool) -> None:
-        """budget: tokens of a pack; longest: of a window."""
-        self.body = body
+    def __init__(self, body: Any, config: TrainConfig) -> None:
+        self.body, budget = body, config.micro_batch_tokens
         self.parameters = [p for part in (body.layers, body.norm) for p in part.parameters() if p.requires_grad]
-        self.off = off or not self.parameters
+        self.off = config.checkpointing or not self.parameters
         self._gradients: list[Tensor] = []  # the parameters' own, made with the first pack
         self._step = max(budget // 8, 1)
-        self._room = [max(budget // 256, 1), longest]  # windows, tokens of the longest; grows to powers of two
+        self._room = [
+            max(budget // 256, 1),
+            config.max_tokens,
+        ]  # windows, tokens of one: up to powers of two
         self._rows: dict[int, _Row] = {}  # by M
         self.pool: Any = None
 

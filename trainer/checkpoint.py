@@ -97,7 +97,7 @@ def save_checkpoint(
         except SafetensorError as error:  # a full disk among others
             raise OSError(None, str(error), str(new)) from None
         _move_into_place(new, folder)
-    world.wait()
+    world.gather(None)  # no rank goes on before it is there
 
 
 def _write_files(new: Path, run: LoadedRun, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:

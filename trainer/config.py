@@ -32,10 +32,7 @@ _events = partial(Option, rich_help_panel="Matching of events", min=0)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is a function of, together with its data: a resume with another value is refused.
-
-    Raises InputError where fields disagree. `betas` is no option of the command line.
-    """
+    """What a run is a function of, together with its data. Raises InputError where fields disagree."""
 
     arm: Annotated[str, _model(help=f"what it reads of the state: {', '.join(ARMS)}")] = "speak+dst"
     model: Annotated[str, _model(help="tiny or nano (random), a folder, a run, or a name on the hub")] = "tiny"
@@ -51,7 +48,7 @@ class TrainConfig:
         int, _optim(help="linear, then cosine to 0; default: 40, or all steps", show_default=False)
     ] = 40
     weight_decay: Annotated[float, _optim(help="on matrices; never on biases and norms")] = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = (0.9, 0.98)  # no option of the command line
     grad_clip: Annotated[float, _optim(help="largest gradient norm")] = 1.0
     w_speak: Annotated[float, _loss(help="weight of the speaking head's loss")] = 1.0
     w_dst: Annotated[float, _loss(help="weight of the DST head's loss")] = 1.0

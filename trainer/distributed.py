@@ -1,8 +1,7 @@
 """Process group, DDP and FSDP2 wrapping, collectives. Without torchrun the world is one rank, and each call is free.
 
-Ranks share the clips of a step, so they can hold different numbers of packs: those that run out take blank ones, and
-every parameter gets a gradient (of 0) on every rank, without which the collective would hang. All ranks call each
-method of `World`, in the same order.
+Ranks can hold different numbers of packs: those that run out take blank ones, so that every parameter gets a gradient
+on every rank, without which the collective would hang. All ranks call each method of `World`, in the same order.
 """
 
 from __future__ import annotations
@@ -58,15 +57,10 @@ class World:
         dist.all_gather_object(objects, mine)
         return objects
 
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def wrap(self, model: Any, sharded: bool) -> nn.Module:
         """`model`, a ProspectModel, on this rank's device: under DDP, or `sharded` by FSDP2, in place, layer by layer.
 
-        Gradients are the mean over ranks after the last backward pass of a step. Under bf16 FSDP gathers layers in it,
-        half the bytes; gradients are added, and heads computed, in float32.
+        Under bf16 FSDP gathers layers in it, half the bytes; gradients are added, and heads computed, in float32.
         """
         if self.size == 1:
             return cast(nn.Module, model.to(self.device))
@@ -84,7 +78,6 @@ class World:
 
 
 def best_device() -> torch.device:
-    """The GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -29,7 +29,7 @@ from trainer.evaluation.scores import ScoredClip
 from trainer.frame_source import FrameSource
 from trainer.live.rollout import free_running
 from trainer.live.session import DecodingConfig
-from trainer.sequence import reference_updates
+from trainer.sequence import texts_at
 from trainer.teacher_forced import open_source, score_clips
 
 
@@ -90,10 +90,11 @@ def _run_live(
 ) -> list[ScoredClip]:
     """All clips of the split, free-running. Which clips share a pass moves last digits, so they go by clip_id."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    given = {clip.clip_id: reference_updates(clip) if updates == "reference" else {} for clip in clips}
+    given = {clip.clip_id: texts_at(clip, "DST_UPDATE") if updates == "reference" else {} for clip in clips}
 
     def script(clip: ClipExample, frame: int) -> dict[str, str]:
-        return {"DST_UPDATE": given[clip.clip_id][frame]} if frame in given[clip.clip_id] else {}
+        texts = given[clip.clip_id].get(frame)
+        return {"DST_UPDATE": ", ".join(texts)} if texts else {}
 
     own = {head: at for head, at in thresholds.event.items() if updates == "own" or head != "dst_update"}
     decoding = DecodingConfig(own, settings.refractory_s)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from trainer.tokenizer import Tokens
 
 SHARED_MEMORY = Path("/dev/shm")
 MOST_WORKERS = 8  # by default on a GPU
-LOOK_AHEAD = 100  # steps, of which the largest decides how many workers fit
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
 
 
 @dataclass
@@ -78,7 +77,7 @@ class _Ahead(Dataset[list[Pack] | InputError]):
 
 def default_workers(device: torch.device) -> int:
     """0 on a CPU, whose cores are busy training; on a GPU this rank's cores less one, between 1 and MOST_WORKERS."""
-    return min(MOST_WORKERS, max(1, available_cores() // _local_ranks() - 1)) if device.type == "cuda" else 0
+    return min(MOST_WORKERS, max(1, available_cores() // LOCAL_RANKS - 1)) if device.type == "cuda" else 0
 
 
 def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Generator[list[Pack]]:
@@ -111,21 +110,17 @@ def _workers_that_fit(data: StepData, first: int, workers: int) -> int:
     if not SHARED_MEMORY.is_dir():
         return workers
     disk = os.statvfs(SHARED_MEMORY)
-    free = disk.f_bavail * disk.f_frsize / _local_ranks()
-    steps = range(first, min(first + LOOK_AHEAD, data.config.steps))
+    free = disk.f_bavail * disk.f_frsize / LOCAL_RANKS
+    steps = range(first, min(first + 100, data.config.steps))  # the largest of which is taken for the largest of all
     frames = max(sum(data.split.num_frames(number) for number, _ in data.places(step)) for step in steps)
     clip = data.split.clip(0)
     size = frames * data.frames.load(clip, clip.start_frame, clip.start_frame + 1).nbytes
-    if (needed := 8 * size) > free:  # two steps of one worker, one in use, one about to be
+    if (needed := 4 * size) > free:  # two steps of one worker, one in use, one about to be
         raise InputError(
             f"a step's frames take up to {size / 1e6:,.0f} MB, so {SHARED_MEMORY} needs {needed / 1e6:,.0f} MB but has "
             f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
         )
-    return min(workers, int(free / (4 * size)) - 1) if size else workers
-
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(workers, max(1, int(free / (4 * size)) - 1)) if size else workers
 
 
 def end_with(owner: int, worker: int = 0) -> None:
@@ -142,7 +137,7 @@ def end_with(owner: int, worker: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _fork_server() -> BaseContext:
+def _fork_server() -> Any:
     """What workers are forked from, with this module imported: forked from a process with threads, they can hang."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each tensor that a worker sends is an open file

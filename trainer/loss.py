@@ -44,11 +44,6 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
 
     A supervised label weighs 1, or if `reweigh` 1 / neg_rate where it is a negative that was drawn: a 0, unless the
     other head is positive there (then it was kept for certain). Without a DST head nothing is supervised for it.
-
-    The arm token has one label per frame, which its loss is the cross-entropy of, all in the first two TERMS: update
-    where the state changes, also where the assistant speaks too (the update's text comes first); else speech where it
-    speaks; silence where neither happens. Where one of the two is not known (-100) and the other does not happen, the
-    latter alone is supervised: its probability is to be low.
     """
     weights = torch.ones_like(labels, dtype=neg_rate.dtype)
     if reweigh:
@@ -65,7 +60,11 @@ def supervise(labels: Tensor, neg_rate: Tensor, arm: Arm = ARMS[TrainConfig.arm]
 
 
 def _supervise_token(labels: Tensor, weights: Tensor) -> Supervision:
-    """Of rows that say *speech*, *update*, *not silence* (`ProspectModel.decisions`): each -log p is the BCE of one."""
+    """Of rows that say *speech*, *update*, *not silence* (`ProspectModel.decisions`): each -log p is the BCE of one.
+
+    A frame has one label: update where the state changes, as its text comes first; else speech; silence where neither
+    happens. Where one is not known (-100) and the other does not happen, the latter's probability is to be low.
+    """
     speaks, updates = labels
     update, speech, silence = updates == 1, (speaks == 1) & (updates != 1), (speaks == 0) & (updates == 0)
     no_speech, no_update = (speaks == 0) & (updates < 0), (speaks < 0) & (updates == 0)
@@ -79,11 +78,7 @@ def _supervise_token(labels: Tensor, weights: Tensor) -> Supervision:
 
 
 def bce_sums(logits: Tensor, supervised: Supervision) -> Tensor:
-    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update* (token: [3, N]).
-
-    BCE(x, y) and BCE(-x, 1 - y) are the same float: an inverted head, whose negated logit comes here, learns the same
-    bits.
-    """
+    """[4]: weighted BCE per head and class of logits [2, N] that say *speak* and *DST update* (token: [3, N])."""
     places, weights = upload(supervised.places, logits.device), upload(supervised.weights, logits.device)
     chosen = logits.flatten().index_select(0, places)
     parts = zip(chosen.split(supervised.sizes), weights.split(supervised.sizes), strict=True)
@@ -96,10 +91,7 @@ def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def combine(sums: Tensor, counts: Tensor, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its terms before their weights) from sums [5] over counts [5] of the whole step.
-
-    Linear in `sums`: with the same counts, the losses of micro-batches add up to that of the step.
-    """
+    """(loss, its terms before their weights) from sums [5] over counts [5] of the whole step; linear in `sums`."""
 
     def divide(sums: Tensor, counts: Tensor) -> Tensor:
         return sums / torch.where(counts > 0, counts, 1)  # where a count is 0 its sum is 0, too, and stays

@@ -24,7 +24,6 @@ from pipeline.errors import InputError
 from trainer import body_graph
 from trainer.arms import find_arm
 from trainer.attention import use_packed
-from trainer.body_graph import BodyGraph
 from trainer.config import TrainConfig
 from trainer.features import feature_width, frame_side, most_tokens, run_connector, run_tower
 from trainer.hub import loading, model_folder
@@ -102,7 +101,7 @@ class ProspectModel(nn.Module):
             enable({"use_reentrant": False})
         for layer in self.body.layers:
             layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = RMSNorm
-        self._graph = BodyGraph(self.body, config.micro_batch_tokens, config.max_tokens, config.checkpointing)
+        self._graph = body_graph.BodyGraph(self.body, config)
         if config.compile:
             for layer in self.body.layers:
                 layer.compile(dynamic=True)
@@ -172,12 +171,9 @@ class ProspectModel(nn.Module):
         return out.last_hidden_state[0]
 
     def frame_features(self, frames: Tensor) -> Tensor:
-        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept: [N, k, D], after the connector [N, k, H].
-
-        An arm without images reads nothing of `frames` but N: each is GREY, and goes through the tower once.
-        """
+        """[N, k, H] of pixels uint8 [N, 3, S, S], or of what `encode` kept: [N, k, D], or already [N, k, H]."""
         count = len(frames)
-        if not self.arm.images:
+        if not self.arm.images:  # each frame is GREY, and goes through the tower once
             frames = torch.full((1, 3, self.side, self.side), GREY, dtype=torch.uint8, device=frames.device)
         if frames.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
@@ -190,9 +186,9 @@ class ProspectModel(nn.Module):
 def exact_float32() -> None:
     """Make float32 mean float32 on a GPU, not TF32; no cuDNN attention, which plans anew for each shape."""
     torch.backends.cudnn.allow_tf32 = False  # the old switch as well: torch raises where the two disagree
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    backends: Any = torch.backends
+    for part in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+        part.fp32_precision = "ieee"
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

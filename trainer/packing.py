@@ -1,8 +1,7 @@
 """Windows -> packs: laid end to end in one row, so that no token of any forward pass is padding.
 
 Heads and text rows are addressed by index into the row; windows are kept apart by their lengths alone
-(`trainer.attention`). Frames are loaded when a pack runs, or in a loader's worker: those of a whole step can be
-gigabytes.
+(`trainer.attention`). Frames are loaded when a pack runs, or in a loader's worker.
 
     W windows    L tokens    N frames    k tokens per frame    T supervised text tokens
 """
@@ -44,10 +43,6 @@ class Pack:
     lm_targets: Tensor  # int64 [T]
     labels: Tensor  # int8 [2, N], of which `loss.supervise` makes indices
     neg_rate: Tensor  # float32 [N]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
 
     @property
     def longest(self) -> int:

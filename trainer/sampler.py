@@ -3,8 +3,6 @@
 Trades a perfectly global shuffle for bounded memory: row groups (of up to 256 clips) are permuted, and clips are
 shuffled within a window of as many of them as the dataset holds. Clips are numbered without end, epoch after epoch, so
 where a run is in its data is one integer, whatever the number of ranks and workers.
-
-    G row groups    N clips of a split
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from pipeline.schema import draws
 
 
 def order(seed: int, epoch: int, sizes: Sequence[int], window: int = HELD_GROUPS) -> npt.NDArray[np.int64]:
-    """int64 [N]: the epoch's clips by their number on disk, from the clips in each row group (`sizes`, [G]).
-
-    The keys are the schema's hash, not a generator's stream, so the order outlives numpy versions.
-    """
+    """int64 [N]: the epoch's N clips by their number on disk; `sizes`: clips of each row group."""
+    # keys of the schema's hash, not a generator's stream: the order outlives numpy versions
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     groups = np.argsort(draws(seed, 2 * epoch, np.arange(len(sizes))), kind="stable")
     key = draws(seed, 2 * epoch + 1, np.arange(starts[-1]))

@@ -63,10 +63,7 @@ class Block:
 
 
 def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, arm: Arm = DEFAULT_ARM) -> list[Window]:
-    """The clip's windows, in order: at most `max_tokens` tokens each; together they own every frame once.
-
-    Raises InputError, naming the clip, where the prompt and one frame with its texts exceed the budget.
-    """
+    """The clip's windows, in order; InputError where the prompt and one frame with its texts exceed `max_tokens`."""
     blocks = _blocks(clip, tokens, arm)
     costs = np.array([block.cost(k) for block in blocks], np.int64)
     prompt = _prompt(clip, tokens, clip.start_frame, arm)
@@ -96,10 +93,7 @@ def build_windows(clip: ClipExample, tokens: Tokens, k: int, max_tokens: int, ar
 
 
 def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
-    """(first, own, end) of each window, as indices into `costs` [F] (tokens per frame, none above `room`).
-
-    Frames [first, own) are context, [own, end) are the window's own. The own ranges partition the frames.
-    """
+    """(first, own, end) of each window, as indices into `costs` [F]: [first, own) is context, [own, end) its own."""
     total = np.concatenate([[0], np.cumsum(costs)])
     cuts: list[tuple[int, int, int]] = []
     own = 0
@@ -127,9 +121,6 @@ def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_token
     if size > max_tokens:
         has = f"prompt and one frame with its texts have {size} tokens, max_tokens is {max_tokens}"
         raise InputError(f"clip {worst}: {has}; use --max-tokens {size}, or shorten its texts")
-
-
-# ---- where texts stand -------------------------------------------------------------------------------
 
 
 def _text_frame(turn: Turn, clip: ClipExample) -> int | None:
@@ -167,27 +158,16 @@ def texts_at(clip: ClipExample, role: str) -> dict[int, list[str]]:
     return texts
 
 
-def reference_updates(clip: ClipExample) -> dict[int, str]:
-    """The text of the reference's state updates by the (absolute) frame after which training puts it."""
-    return {frame: ", ".join(texts) for frame, texts in texts_at(clip, "DST_UPDATE").items()}
-
-
 def utterance(role: str, texts: Sequence[str], tokens: Tokens) -> list[int]:
     """Ids of a role's marker, its texts joined, and the end."""
     joined = (", " if role == "DST_UPDATE" else " ").join(texts)
     return [tokens.marker[role], *tokens.encode(joined), tokens.end]
 
 
-# ---- prompt ------------------------------------------------------------------------------------------
-
-
 def state_before(clip: ClipExample, frame: int) -> dict[str, str]:
-    """State of each step just before `frame`: the initial one, with the transitions whose text stands earlier.
-
-    A transition without frames counts from the next turn that has some, so the future never leaks in.
-    """
+    """State of each step just before `frame`: the initial one, with the transitions whose text stands earlier."""
     placed: list[tuple[int, tuple[tuple[str, str], ...]]] = []
-    at = clip.end_frame
+    at = clip.end_frame  # a transition without frames counts from the next turn that has some: no future leaks in
     for turn in reversed(clip.turns):
         own = _text_frame(turn, clip)
         at = at if own is None else own
@@ -205,10 +185,7 @@ def _prompt(clip: ClipExample, tokens: Tokens, frame: int, arm: Arm) -> list[int
 
 
 def prompt_ids(clip: ClipExample, tokens: Tokens, state: Mapping[str, str] | None) -> list[int]:
-    """Ids of role, goal and steps, each with its `state` (None: without); of the recipe where there are no steps.
-
-    Never the source's system turn: generated ones repeat a state, often one of the future.
-    """
+    """Ids of role, goal and steps, each with its `state` (None: without); of the recipe where there are no steps."""
     recipe = None if clip.steps else clip.knowledge
     task = [ROLE, *(text for text in (clip.goal, recipe) if text)]
     ids = [tokens.marker["system"], *tokens.encode("\n".join(task))]

@@ -1,8 +1,7 @@
 """Text -> ids, and the markers around it. Ids are looked up by string, never through eos_token or pad_token.
 
 SmolVLM has 88 `<|reserved_special_token_i|>` without a meaning; roles and states take the first eleven, so no
-vocabulary is resized. The order of MARKERS is a file format: a checkpoint knows them by number. A literal "<image>" in
-a text stays text: special tokens are never parsed out of data.
+vocabulary is resized. The order of MARKERS is a file format. Special tokens are never parsed out of data.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ TINY_VOCABULARY = 1024
 
 
 class Tokens:
-    """A tokenizer with the special ids that a sequence needs; InputError where one is missing.
-
-    choices: what says silence, speech and an update as the token after a frame: END, and what the two texts begin with.
-    """
+    """A tokenizer with the special ids that a sequence needs; InputError where one is missing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer: Any = tokenizer
@@ -40,6 +36,7 @@ class Tokens:
             raise InputError(f"tokenizer: no token {SPECIAL[ids.index(None)]}; choose another --model, a SmolVLM")
         self.image, self.end, *markers = ids
         self.marker = dict(zip(MARKERS, markers, strict=True))
+        # what says silence, speech and an update as the token after a frame: END, and what the two texts begin with
         self.choices = self.end, self.marker["assistant"], self.marker["DST_UPDATE"]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +49,6 @@ class Tokens:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text with its markers, for eyes."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
 

@@ -1,9 +1,8 @@
 """Trains a SmolVLM with two decision heads on preprocessed shards: `train` sets up and loops, `train_step` steps.
 
 One optimizer step is `clips_per_step` clips over all ranks, cut into packs by memory alone; the loss is normalised over
-the whole step, so neither the cut nor the number of ranks changes it. What step i reads is a pure function of i, so the
-state of a run is its weights, the optimizer's moments and the number of steps done: on the CPU a resumed run ends with
-the weights, bit for bit, of one that never stopped.
+the whole step, so neither the cut nor the number of ranks changes it. What step i reads is a pure function of i: on the
+CPU a resumed run ends with the weights, bit for bit, of one that never stopped.
 
     RUN/options.json               what the run is a function of (trainer.checkpoint)
     RUN/metrics.jsonl, curves.svg  one line per step and evaluation; the picture of them
@@ -99,8 +98,8 @@ def train_step(
 
     # what the sums are divided by is known before any forward pass: [7] for the 5 terms, tokens, tokens of blank packs
     heads = sum((of_pack.counts() for of_pack in supervised), torch.zeros(4))
-    texts, tokens = sum(len(pack.lm_targets) for pack in packs), sum(pack.num_tokens for pack in packs)
-    sizes = torch.tensor([texts, tokens, sum(pack.num_tokens for pack in passes) - tokens])
+    texts, tokens = sum(len(pack.lm_targets) for pack in packs), sum(len(pack.input_ids) for pack in packs)
+    sizes = torch.tensor([texts, tokens, sum(len(pack.input_ids) for pack in passes) - tokens])
     whole_step = world.sum(upload(torch.cat([heads, sizes]), world.device))
     counts = whole_step[:5]
 
@@ -164,17 +163,16 @@ def train(
     options = options or RunOptions()
     find_tracker(options.logger)
     if options.fsdp and (config.lora_rank or config.optimizer == "muon"):
-        raise InputError("fsdp excludes lora_rank, whose copies are small, and muon, which needs whole matrices")
+        raise InputError("fsdp excludes lora_rank (copies are small) and muon (needs whole matrices); drop one of them")
     with naming(run), join() as world, ExitStack() as stack:
         config = config.on(world.device.type)
         split = Split(data, "train")
-        there = sorted(split.manifest["splits"])
-        held_out = Split(data, config.eval_split) if config.eval_split in there else None
+        held_out = Split(data, config.eval_split) if config.eval_split in split.manifest["splits"] else None
         splits = [split, held_out] if held_out else [split]
         started = checkpoint.run_options(config, split, held_out, features)
         if world.is_main:
             checkpoint.check_folder(run, started, resume, stack)  # and moves RUN/last, which the others look for
-        world.wait()
+        world.gather(None)
         state = checkpoint.start_run(run, split, config, resume)
         already = state.info["step"]
         if len(set(world.gather(already))) > 1:
@@ -190,14 +188,15 @@ def train(
             checkpoint.load_state(run / "last", state.model, optimizer)
         if world.is_main:
             checkpoint.write_options(run, started, stack)
-            sizes = ((p.nbytes, p.requires_grad) for p in state.model.parameters())
-            needed = sum(size * (3 if learns else 1) for size, learns in sizes)  # RUN/last, with two moments
+            needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in state.model.parameters())  # with two moments
             if 0 < (free := shutil.disk_usage(run).free) < needed:  # 0: some buckets do not know
                 raise InputError(f"{run}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed; make room")
         note = None
         if already == config.steps:
             note = f"all {already} steps had been done before"
         elif held_out is None:
+            found = ", ".join(sorted(split.manifest["splits"]))
+            note = f"no split {config.eval_split!r} to evaluate on, found: {found}; preprocess one, or set --eval-split"
         done = TrainReport(config.steps, already, world.is_main, note)
         _Session(run, model, optimizer, state, options, frames, held_out, world, done).go(split)
         if world.is_main:
@@ -283,10 +282,7 @@ class _Session:
 
 
 def make_optimizer(model: ProspectModel, config: TrainConfig) -> torch.optim.AdamW:
-    """A group per part and kind, each with its peak rate (`peak`); no decay on biases and norms.
-
-    Muon gets matrices between hidden states: no embedding, LM head or decision head.
-    """
+    """A group per part and kind, each with its peak rate (`peak`); no decay on biases and norms."""
     groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

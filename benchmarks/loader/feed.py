@@ -77,7 +77,7 @@ def in_process(data: StepData, steps: int) -> tuple[float, float, float]:
             tokens, frames, began = 0, 0, time.process_time()
         for pack in data[step]:
             pack = pack.loaded()
-            tokens, frames = tokens + pack.num_tokens, frames + pack.labels.shape[1]
+            tokens, frames = tokens + len(pack.input_ids), frames + pack.labels.shape[1]
     took = time.process_time() - began
     return tokens / took, frames / took, frames / tokens
 
@@ -93,7 +93,7 @@ def from_worker(data: StepData, steps: int) -> float:
             if step == 0:
                 began = cpu_seconds()
             else:
-                tokens += sum(pack.num_tokens for pack in packs)
+                tokens += sum(len(pack.input_ids) for pack in packs)
         return tokens / (cpu_seconds() - began)
 
 

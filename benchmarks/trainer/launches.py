@@ -48,7 +48,7 @@ def counts(size: str, vocabulary: int, budget: int) -> tuple[int, int, int, int]
         with Waits("cpu") as of_step:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-    return len(pack.seg_lens), pack.num_tokens, of_pack.launches, of_step.launches
+    return len(pack.seg_lens), len(pack.input_ids), of_pack.launches, of_step.launches
 
 
 def main() -> None:

@@ -41,11 +41,11 @@ def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
 
 
 def test_workers_are_as_many_as_shared_memory_holds_and_too_little_is_told_in_one_line(data, tokens, monkeypatch):
-    """A step of 3 clips has at most 3 x 14 frames of 3 x 64 x 64 bytes: one worker takes 8 times that."""
+    """A step of 3 clips has at most 3 x 14 frames of 3 x 64 x 64 bytes: one worker takes 4 times that."""
     steps = StepData(Split(data, "train"), tokens, PixelFrames(data / "frames-on-disk", 64), CONFIG)
     free = SimpleNamespace(f_frsize=1, f_bavail=12 * 42 * 12288)
     monkeypatch.setattr("trainer.loader.os.statvfs", lambda path: free)
     assert (_workers_that_fit(steps, 0, 1), _workers_that_fit(steps, 0, 8)) == (1, 2)
     free.f_bavail = 1_000_000
-    with pytest.raises(InputError, match=r"up to 0 MB, so /dev/shm needs 4 MB but has 1 MB free; .*--workers 0"):
+    with pytest.raises(InputError, match=r"up to 0 MB, so /dev/shm needs 2 MB but has 1 MB free; .*--workers 0"):
         _workers_that_fit(steps, 0, 1)

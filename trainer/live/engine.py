@@ -3,9 +3,8 @@
     logits = yield ReadRequest([prompt, user_text, frame], prefix=0, decide_at=[40])  # decisions at the 40th token
     token = yield ReadRequest([[marker]], prefix=40)                                  # the next token to write
 
-A session is a generator written as if it ran alone, be it a live stream or one clip of a thousand in an evaluation.
-When one has finished, its slot of the KV cache goes to the next. On a GPU a single session's frames and written tokens
-are replayed as CUDA graphs: one launch each instead of 1,500.
+A session is a generator written as if it ran alone. When one has finished, its slot of the KV cache goes to the next.
+On a GPU a single session's frames and written tokens are replayed as CUDA graphs: one launch each instead of 1,500.
 
     L tokens of all requests    H hidden    V vocabulary    k tokens per frame
     W tokens of a pass of fixed shape    T tokens of a slot    G heads that share keys and values
@@ -46,8 +45,7 @@ Result = TypeVar("Result")
 class ReadRequest:
     """Read `parts` after the first `prefix` tokens of the slot, and forget what it holds past those.
 
-    The answer: float32 [n, 2], both heads' logits after each of the n numbers of tokens in `decide_at`; without, the id
-    of the likeliest next token.
+    The answer: both heads' logits [n, 2] after each number of tokens in `decide_at`, or the likeliest next token's id.
     """
 
     parts: Sequence[Part]
@@ -166,12 +164,10 @@ class _Graph:
 class StaticPass:
     """Reads at most `width` tokens in slot 0. The weights are those at construction.
 
-    What changes lies in buffers on the device: token ids, frame features, position, and the KV cache at full length
-    under a mask. Each pass is padded to W tokens, which lie past the session's end, and attends over all T.
+    Each pass is padded to W tokens, which lie past the session's end, and attends over all T under a mask.
     """
 
     def __init__(self, model: ProspectModel, cache: KVCache, token_bias: Tensor) -> None:
-        """`token_bias`: float [V], added to the LM head's logits of the token to write."""
         body, device = model.body, model.device
         self._model, self._token_bias, self._group = model, token_bias, cache.heads_per_kv
         self.width = max(WIDTH, model.tokens_per_frame + BESIDE)
@@ -187,7 +183,6 @@ class StaticPass:
         self._run = _Graph(self._step) if device.type == "cuda" else self._step
 
     def read(self, request: ReadRequest) -> Floats | int:
-        """What the engine answers."""
         ids: list[int] = []
         for part in request.parts:
             if isinstance(part, Tensor):
@@ -252,9 +247,8 @@ def slots_for(model: ProspectModel, capacity: int) -> int:
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # kept by torch
         budget = int(FREE_SHARE * (free + unused))
     text = model.vlm.config.text_config
-    slot_bytes = 2 * capacity * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    slot_bytes *= 2 if model.bf16 else 4
-    return max(1, min(MAX_SLOTS, budget // slot_bytes))
+    values = 2 * capacity * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return max(1, min(MAX_SLOTS, budget // (values * (2 if model.bf16 else 4))))
 
 
 @contextmanager

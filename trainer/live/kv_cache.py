@@ -1,8 +1,7 @@
 """Batched KV cache with one slot per session, and the attention function that extends and reads it.
 
-The new tokens of all sessions lie end to end in one row, as in training's packs: linear layers need no padding.
-Attention takes sessions that read few tokens (frames, a written token) in one padded call, each that reads many (a
-prompt) in its own. All slots are as long as the longest session.
+The new tokens of all sessions lie end to end in one row: linear layers need no padding. Attention takes sessions that
+read few tokens (frames, a written token) in one padded call, each that reads many (a prompt) in its own.
 
     L new tokens of all sessions    B batched slots    w new tokens of one    T tokens of the longest, with the cached
     H heads    G heads that share keys and values    D head width
@@ -100,8 +99,7 @@ class KVCache:
         return self._slabs
 
     def _grow(self, size: int) -> None:
-        """Pads with zeros: what is masked is still multiplied by 0, so nothing may be NaN."""
-        more = size - self._slabs[0][0].shape[2]
+        more = size - self._slabs[0][0].shape[2]  # zeros: what is masked is still multiplied by 0, so never NaN
         for layer, (keys, values) in enumerate(self._slabs):
             self._slabs[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
 

@@ -17,7 +17,7 @@ from trainer.live.engine import StaticPass
 from trainer.live.session import DecodingConfig
 from trainer.model import ProspectModel
 from trainer.packing import make_pack, windows_of
-from trainer.sequence import Window, reference_updates
+from trainer.sequence import Window, texts_at
 
 OPENING = 24  # tokens of "You are a helpful assistant.", which opens every prompt
 
@@ -149,7 +149,7 @@ def test_the_reference_s_updates_stand_where_training_puts_them_and_speech_is_th
     """Two updates that end at one frame are one text after it, S3's no text, as it has no frames."""
     turns = [dst(102, 105, ("S1", "start")), dst(104, 105, ("S2", "start")), dst(None, None, ("S3", "start"))]
     clip = example([*turns, turn("assistant", "not this", 102, 104)], 8)
-    updates = reference_updates(clip)
+    updates = {frame: ", ".join(texts) for frame, texts in texts_at(clip, "DST_UPDATE").items()}
     assert updates == {104: "S1->start, S2->start"}
     decoding = DecodingConfig({"speaking": -np.inf, "dst_update": np.inf}, refractory_s=99)
     script = lambda clip, frame: {"DST_UPDATE": updates[frame]} if frame in updates else {}  # noqa: E731
