@@ -32,8 +32,6 @@ from pipeline.state import Updates
 from pipeline.storage import make_folder
 from pipeline.summary import HUES
 from pipeline.terminal import clock, command, counted, plain
-from pipeline.timeline import find_clip
-from pipeline.viewer import write_page
 from trainer.checkpoint import LoadedRun, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
@@ -168,6 +166,8 @@ def find_task(
     if path is not None and path.is_dir():
         if clip is None:
             raise InputError(f"{path}: is a folder; name one of its clips: --clip test:0")
+        from pipeline.timeline import find_clip  # polars, which a GPU machine may not have
+
         view = find_clip(path, clip)
         example = Split(path, view.split).clip(view.row["clip"], rate=1.0)
         if fps not in (None, example.fps):
@@ -288,4 +288,6 @@ def html_page(path: Path, info: StreamInfo) -> Iterator[Show]:
     finally:
         if rows:
             data = {"page": "stream", "about": asdict(info), "frames": rows, "pictures": pictures}
+            from pipeline.viewer import write_page
+
             write_page(path, f"{info.video} - stream", data)
