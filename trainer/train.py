@@ -299,8 +299,7 @@ def make_optimizer(model: ProspectModel, config: TrainConfig) -> torch.optim.Ada
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but Muon for groups with `muon`; its momentum is kept as `exp_avg`, as AdamW's is.
 
-    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes all singular values of a matrix's momentum about
-    1, so that rare directions learn as fast as common ones. In float32 here, over all matrices of one shape at once.
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon): all singular values of a momentum become about 1.
     """
 
     @torch.no_grad()

@@ -162,10 +162,9 @@ class _Graph:
 
 
 class StaticPass:
-    """Reads at most `width` tokens in slot 0. The weights are those at construction.
+    """Reads at most `width` tokens in slot 0, padded to W past the session's end, which attend over all T under a mask.
 
-    Each pass is padded to W tokens, which lie past the session's end, and attends over all T under a mask.
-    """
+    The weights are those at construction. For use within `streaming`."""
 
     def __init__(self, model: ProspectModel, cache: KVCache, token_bias: Tensor) -> None:
         body, device = model.body, model.device
