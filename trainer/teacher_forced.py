@@ -147,8 +147,9 @@ def _start_pass(
 
 def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> dict[str, Any]:
     """The line `evaluation` of metrics.jsonl: over all frames of all clips, by head the average precision (None where
-    there is no positive frame, or the arm has no such head) and that of guessing, the share of positive frames; nats
-    per supervised text token. Raises NotFiniteError where a score is not finite."""
+    there is no positive frame, or the arm has no such head) and that of guessing, the share of positive frames; the
+    frames positive for one head alone and for both; nats per supervised text token. Raises NotFiniteError where a score
+    is not finite."""
     from sklearn.metrics import average_precision_score  # scoring alone needs none of it
 
     logits = np.concatenate([s.logits for s in scored], 1)
@@ -162,5 +163,8 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> dict[str, Any]
         has_ap = positives and (head == "speaking" or arm.dst_head)
         ap = float(average_precision_score(own[known], values[known])) if has_ap else None
         found[head] = {"ap": ap, "chance": positives / max(frames, 1), "frames": frames, "positives": positives}
+    speaks, updates = labels == 1
+    cells = {"speaking_only": speaks & ~updates, "dst_update_only": updates & ~speaks, "both": speaks & updates}
+    found |= {name: int(frames.sum()) for name, frames in cells.items()}
     text_tokens = sum(s.lm_tokens for s in scored)
     return found | {"lm_loss": sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None}

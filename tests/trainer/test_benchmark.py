@@ -161,6 +161,7 @@ def test_killed_it_leaves_the_report_of_its_first_pair_and_goes_on(told, plan, t
 def test_controls_and_the_true_state_need_no_training_of_their_own(told, plan, tmp_path, monkeypatch, pages):
     more = replace(plan, out=tmp_path / "out", rungs=ladder(["speak+dst", "true-state"]), seeds=(0,))
     shutil.copytree(plan.out / "runs/speak+dst/seed-0", run_of(more, ("speak+dst", 0)))
+    shutil.copytree(plan.out / "runs/speak+dst/seed-0", run_of(more, ("speak+dst", 0)).with_name("seed-0-old"))
     monkeypatch.setattr(trainer.benchmark, "train", lambda *given, **_: pytest.fail("trained"))
     lines: list[str] = []
     benchmark(more, lines.append)

@@ -109,6 +109,7 @@ def test_a_run_logs_each_step_and_each_evaluation_and_says_what_it_is(whole, dat
     found = report("val", scored, run.model.arm)
     assert (found["clips"], found["speaking"]["frames"]) == (3, labels.shape[1])
     assert found["speaking"]["chance"] == pytest.approx(6 / labels.shape[1])
+    assert (found["speaking_only"], found["dst_update_only"], found["both"]) == (6, 3, 0)
     assert lines[-1]["evaluation"] == found
 
 

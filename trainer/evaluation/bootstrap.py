@@ -37,6 +37,7 @@ DETECTABLE: Final = float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.
 ALPHA_SEEDS: Final = 0.04  # of `always_valid`, over all looks together
 ALPHA_RECORDINGS: Final = 0.01  # once: every look is at the same recordings
 SPREAD: Final = 20.0  # variance of the prior over effects in a seed's standard deviations: narrow at 3 to 12 seeds
+FEW_RECORDINGS: Final = 5  # with fewer no interval is to be trusted
 DISCORDANT: Final = 0.1  # share of events on which two arms differ: in all seeds, and again in each; measured on synth
 
 
@@ -161,22 +162,25 @@ def answer(comparison: Comparison, a: str, b: str, mode: str) -> str:
     does: the better arm comes first, and the numbers are its own minus the other's."""
     difference, low, high = comparison.difference, comparison.low, comparison.high
     where = f"on {counted(comparison.recordings, 'recording')}, {counted(comparison.seeds, 'seed')} ({mode})"
+    caveats = "; too few recordings for an interval to be trusted" if comparison.recordings < FEW_RECORDINGS else ""
+    caveats += "; one seed: says nothing about others" if comparison.seeds == 1 else ""
     if difference is None:
         return f"No answer: event F1 is undefined for {a}, {b} or both, {where}"
     if low is None or high is None:
         why = "for one recording" if comparison.recordings == 1 else f"undefined in {comparison.undefined} draws"
-        return f"No answer: {a} minus {b} is {difference:+.3f} event F1 {where}, but without an interval ({why})"
+        what = f"{a} minus {b} is {difference:+.3f} event F1 {where}"
+        return f"No answer: {what}, but without an interval ({why}){caveats}"
     if max(abs(difference), abs(low), abs(high)) < EQUAL:
-        return f"{a} and {b} came out equal in event F1, to 6 decimals, {where}"
+        return f"{a} and {b} came out equal in event F1, to 6 decimals, {where}{caveats}"
     digits = next(d for d in range(3, 16) if all(round(x, d) for x in (low, high) if abs(x) > 1e-12) or d == 15)
     if high < 0:
         a, b, difference, low, high = b, a, -difference, -high, -low
     limits = f"[{low + 0.0:.{digits}f}, {high + 0.0:.{digits}f}]"
     numbers = f"{round(difference, digits) + 0.0:+.{digits}f} event F1 {limits}"
     if low > 0:
-        return f"{a} beats {b} by {numbers} {where}"
+        return f"{a} beats {b} by {numbers} {where}{caveats}"
     power = f"a true difference under {comparison.detectable or 0.0:.{digits}f} could well have been missed"
-    return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}"
+    return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}{caveats}"
 
 
 def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:

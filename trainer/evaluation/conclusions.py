@@ -212,7 +212,7 @@ def question(bench: Benchmark) -> str:
 
 
 def limits(bench: Benchmark) -> Iterator[str]:
-    """What limits the answer, most important first: runs that are missing, exposure bias, steps, stopping."""
+    """What limits the answer, most important first: runs that are missing, exposure bias, power, steps, stopping."""
     reasons: dict[str, list[str]] = {}
     for rung in bench.rungs:
         if why := why_missing(bench, rung, str(bench.info["primary"]["mode"])):
@@ -235,10 +235,14 @@ def limits(bench: Benchmark) -> Iterator[str]:
                 f"Given the reference's texts {winner} reaches {format_number(forced)} event F1; free-running, given "
                 f"its own, {format_number(free)}: exposure bias costs {loss}."
             )
+    row = bench.comparison(a, b, bench.mode, PRIMARY)
+    if row.get("low") is not None and (row["low"] > 0 or row["high"] < 0):  # `answer` says it where nothing was shown
+        size = f"{counted(row['recordings'], 'recording')} and {counted(row['seeds'], 'seed')}"
+        missed = format_number(row["detectable"])
+        yield f"With these {size} a true difference under {missed} event F1 could well be missed."
     for rung, text in convergence(bench).items():
         if rung in bench.pair and text.startswith(IMPROVING):
             yield f"{rung} {text} when training ended: more --steps may change the answer."
-    row = bench.comparison(a, b, bench.mode, PRIMARY)
     if row.get("low") is not None and row["seeds"] > 1:  # bootstrap.always_valid
         told = (
             "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"

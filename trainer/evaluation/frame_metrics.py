@@ -2,7 +2,8 @@
 
 Computed over all supervised frames of all clips at once, never averaged over clips. Reported numbers are
 scikit-learn's; under the bootstrap's weights `ranking` sorts once and multiplies counts per recording. Speaking and
-DST events often coincide, so each head is also measured on the frames where the other has no event.
+DST events often coincide, so each head is also measured on the frames where the other has no event (`alone`), and on
+those where both heads have one or none has (`both`).
 
     N supervised frames    R recordings    B draws    K cells of scores
 """
@@ -71,6 +72,7 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
         **plain(confusion_rates(confusion(frames, threshold).sum(0))),
         "calibration": calibration,
         "alone": _ranking(frames.only(frames.other == 0)),
+        "both": _ranking(frames.only(frames.other == frames.positive)),
     }
 
 

@@ -121,10 +121,14 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Setti
     """The metrics JSON: plain types, None where undefined or without a threshold (free-running clips need none for
     their events); the same digits whatever the order of the clips."""
     clips, recordings = _by_clip_id(clips), recordings_of(clips)
+    speaking, updating = np.concatenate([scored.clip.labels for scored in clips], axis=1)
+    known = (speaking >= 0) & (updating >= 0)
+    cells = np.bincount((speaking + 2 * updating)[known], minlength=4).tolist()  # positive for which heads
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),
         "frames": sum(scored.clip.num_frames for scored in clips),
+        "cells": dict(zip(("neither", "speaking_only", "dst_update_only", "both"), cells, strict=True)),
     }
     for head in HEADS:
         frames = frame_metrics.head_frames(clips, head, recordings)

@@ -16,6 +16,7 @@ import polars as pl
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from scipy.special import expit
 from sklearn.metrics import precision_recall_curve
 
 from pipeline.schema import HEADS
@@ -32,6 +33,7 @@ from trainer.evaluation.plots import css_colour, format_interval, format_number,
 
 MOST_GROUPS: Final = 12  # of a kind, on the page
 MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
+HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
 _FIRST_PAGE: Final = """<!doctype html>
@@ -89,6 +91,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "opening": conclusions.opening(bench),
         "leaks": [*conclusions.leaks(bench)],
         "question": conclusions.question(bench),
+        "harness": harness_check(bench),
         "limits": [*conclusions.limits(bench)],
         "colours": plots.css_colours(),
         "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
@@ -206,6 +209,22 @@ def _labelled(bench: Benchmark, mode: str) -> Iterator[tuple[str, Iterator[pl.Da
         paths = [bench.run(rung, seed) / "scores" / f"{mode}.parquet" for seed in bench.info["seeds"]]
         scans = [pl.scan_parquet(path, glob=False) for path in paths if path.is_file()]
         yield rung, (scan.filter(known).select(columns).collect() for scan in scans)
+
+
+def harness_check(bench: Benchmark) -> str:
+    """Whether silence and speak, whose heads are inverted and direct, came out as the same model; "" where they did not
+    both run."""
+    seeds = dict(_labelled(bench, TEACHER_FORCED))
+    pairs = zip(seeds.get("silence", ()), seeds.get("speak", ()), strict=False)
+    probabilities = ([expit(frames["logit"].to_numpy()) for frames in pair] for pair in pairs)
+    apart = max((float(np.abs(p - q).max()) for p, q in probabilities), default=None)
+    if apart is None:
+        return ""
+    how = f"probabilities differ by up to {apart:.1e}, {HARNESS_TOLERANCE:g} is allowed"
+    if apart <= HARNESS_TOLERANCE:
+        return f"Harness check passed: silence and speak are the same model and came out equal ({how})."
+    must = "silence and speak are the same model and must come out equal"
+    return f"Harness check FAILED: {must}, but {how}. Trust no number on this page."
 
 
 def precision_recall(bench: Benchmark, mode: str) -> plots.Panel:

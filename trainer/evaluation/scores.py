@@ -63,7 +63,7 @@ _COLUMNS: Final = (  # name, type, nullable, description
     ("updates", _UPDATES, True, "the state update made at this frame; null: none; empty: one that says nothing"),
 )
 
-_READ: Final = {name for name, *_ in _COLUMNS} - {"recording_id", "time_s"}
+_READ: Final = {name for name, *_ in _COLUMNS} - {"recording_id", "time_s"} | {"clip"}
 
 
 def write_scores(path: Path, splits: Mapping[str, Sequence[ScoredClip]], info: dict[str, Any]) -> None:
@@ -114,22 +114,26 @@ def read_info(path: Path) -> dict[str, Any]:
 def read_scores(path: Path, splits: Mapping[str, Split], optional: Collection[str] = ()) -> dict[str, list[ScoredClip]]:
     """Each split's clips, by clip_id, with their scores from a file of any program.
 
-    Needed: `clip_id`, `frame`, and `speaking_logit` or `speaking_probability`; `split` too where several are asked for.
-    Infinite logits become +-LARGEST. From probabilities alone, logits are log(p / (1 - p)). `optional` splits are left
-    out where the file has no rows of them.
+    Needed: `clip_id` (or `clip`, the clip's position in its split), `frame`, and `speaking_logit` or
+    `speaking_probability`; `split` too where several are asked for. Infinite logits become +-LARGEST. From
+    probabilities alone, logits are log(p / (1 - p)). `optional` splits are left out where the file has no rows of them.
 
     Raises InputError, naming the first, where a frame is missing, double or unknown, a score NaN, or a label not the
     shards'.
     """
     names = pq.read_schema(path).names
-    needed = {"clip_id", "frame", *(["split"] if len(set(splits) - set(optional)) > 1 else [])}
+    key = "clip" if "clip" in names and "clip_id" not in names else "clip_id"
+    needed = {key, "frame", *(["split"] if len(set(splits) - set(optional)) > 1 else [])}
     if needed - {*names} or not {"speaking_logit", "speaking_probability"} & {*names}:
         expected = f"{', '.join(sorted(needed))}, and speaking_logit or speaking_probability"
         raise InputError(f"{path}: its columns are {', '.join(names)}; expected {expected}")
-    texts = ["clip_id", *(["split"] if "split" in names else [])]
+    texts = [name for name in ("clip_id", "split") if name in names]
     try:
         with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
             table = file.read([name for name in names if name in _READ])
+        for name, type_ in (("said", pa.string()), ("updates", _UPDATES)):  # DataFusion and polars have string views
+            if name in names:
+                table = table.set_column(table.column_names.index(name), name, table[name].cast(type_))
         of_split = table["split"].cast(pa.string()) if "split" in names else None
         there = set(splits) - set(optional) if of_split is None else {*pc.unique(of_split).to_pylist()} - {None}
         if lacking := set(splits) - set(optional) - there:
@@ -159,9 +163,10 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
             name = f"clip {clips[i].clip_id} frame {clips[i].start_frame + at - first[i]}"
             raise InputError(f"{where}: {bad.sum()} frames {what}; the first is {name}")
 
-    ids = rows["clip_id"].combine_chunks()
+    key = "clip_id" if "clip_id" in rows.column_names else "clip"
+    ids = rows[key].combine_chunks()
     ids = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
-    places = {clip.clip_id: i for i, clip in enumerate(clips)}
+    places = {getattr(clip, key): i for i, clip in enumerate(clips)}
     place_of = np.array([*(places.get(value, -1) for value in ids.dictionary.to_pylist()), -1])  # the last: of a null
     place = place_of[ids.indices.cast(pa.int64()).fill_null(-1).to_numpy()]
     start, end = (np.array([getattr(clip, name) for clip in clips]) for name in ("start_frame", "end_frame"))

@@ -23,6 +23,7 @@ _LABELS: Final = {metric.path: metric.label for metric in METRICS.values()} | {
     "state.completions.delay_s": "step completion delay (s)",
     "state.mistakes.f1": "mistake F1",
 }
+_CELLS: Final = "positive frames: speaking only {speaking_only:,}, DST only {dst_update_only:,}, both {both:,}"
 
 
 def render_evaluation(evaluation: Evaluation) -> Any:
@@ -30,7 +31,7 @@ def render_evaluation(evaluation: Evaluation) -> Any:
     metrics = evaluation.metrics
     by_mode = {name: report for name, report in metrics.items() if isinstance(report, dict)}
     chunks = {name: report["chunks"] for name, report in by_mode.items() if report.get("chunks")}
-    modes = {name: report for name, report in by_mode.items() if "speaking" in report and "state" in report}
+    modes = {name: report for name, report in by_mode.items() if "cells" in report}
     tables = _chunk_table(chunks) if chunks else []
     if not modes:
         return Group(*tables, *evaluation.notes)
@@ -47,7 +48,7 @@ def render_evaluation(evaluation: Evaluation) -> Any:
     window = "from {early_s:g} s before to {late_s:g} s after; after one, {refractory_s:g} s of silence"
     scope = (
         f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; in "
-        "brackets: 95% intervals by bootstrap over recordings\n"
+        f"brackets: 95% intervals by bootstrap over recordings\n{_CELLS.format(**report['cells'])}\n"
         f"an event is in time {window.format(**metrics['settings'])}; thresholds: {plain(source or 'none')}[/]"
     )
     return Group(rows, scope, *tables, *evaluation.notes)
@@ -74,9 +75,10 @@ def _with_interval(value: float | None, interval: list[float] | None, how: str =
 
 
 def render_report(report: dict[str, Any]) -> Any:
-    """A table: average precision per head against chance."""
+    """A table: average precision per head against chance, and where the positives lie."""
     rows = table("head", "average precision", "by chance", "positive frames", "of frames")
     for head, name in HEAD_TITLES.items():
         ap, chance, frames, positives = report[head].values()
         rows.add_row(name, "undefined" if ap is None else f"{ap:.3f}", f"{chance:.3f}", f"{positives:,}", f"{frames:,}")
-    return Group(rows, "[dim]teacher-forced: the reference's texts are in the context[/]")
+    context = "teacher-forced: the reference's texts are in the context"
+    return Group(rows, f"[dim]{_CELLS.format(**report)}\n{context}[/]")

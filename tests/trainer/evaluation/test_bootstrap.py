@@ -129,6 +129,15 @@ def test_the_answer_claims_no_more_than_the_interval_does(numbers, options, sent
     assert answer(found, "speak+dst", "speak", "self-fed") == sentence
 
 
+def test_the_answer_warns_of_few_recordings_and_of_one_seed():
+    sentence = answer(Comparison(0.2, 0.1, 0.3, 0.9, 0.1, 0.1, recordings=4, seeds=1), "speak+dst", "speak", "self-fed")
+    caveats = "too few recordings for an interval to be trusted; one seed: says nothing about others"
+    assert (
+        sentence
+        == f"speak+dst beats speak by +0.200 event F1 [0.100, 0.300] on 4 recordings, 1 seed (self-fed); {caveats}"
+    )
+
+
 # ---- coverage: seeds are fixed; 200 sets of 95% do not leave the bounds by chance ------------------------
 
 

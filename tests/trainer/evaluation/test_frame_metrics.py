@@ -14,6 +14,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from trainer.config import Settings
 from trainer.evaluation import frame_metrics
 from trainer.evaluation.frame_metrics import (
     HeadFrames,
@@ -22,6 +23,7 @@ from trainer.evaluation.frame_metrics import (
     ranking,
     report_frames,
 )
+from trainer.evaluation.metrics import Thresholds, measure
 
 RECORDINGS = [f"r{i}" for i in range(5)]
 
@@ -75,12 +77,15 @@ def test_a_heads_own_events_are_told_from_the_others():
     report = report_frames(frames_of([1, 2, 6, 5, 0, 9], [1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, -100]), None, 10)
     alone = report["alone"]
     assert (alone["frames"], alone["positives"], alone["ap"], alone["chance"]) == (3, 1, 0.5, 1 / 3)
+    assert (report["both"]["frames"], report["both"]["positives"], report["both"]["ap"]) == (3, 1, 1.0)
 
 
-def test_a_head_has_the_frames_that_are_labelled_for_it():
+def test_frames_are_counted_by_both_labels():
     labels = np.array([[1, 1, 0, 0, -100, 0], [0, 1, 1, 0, 0, -100]], np.int8)
     scored = clip_of(frames=6, speaking=range(6), updating=range(6))
     scored = replace(scored, clip=replace(scored.clip, labels=labels))
+    cells = {"speaking_only": 1, "dst_update_only": 1, "both": 1, "neither": 1}
+    assert measure([scored], Thresholds({}, {}), Settings())["cells"] == cells
     speaking = head_frames([scored], "speaking", ["r-c0"])
     assert (speaking.scores.tolist(), speaking.other.tolist()) == ([0, 1, 2, 3, 5], [0, 1, 1, 0, -100])
     assert head_frames([scored], "dst_update", ["r-c0"]).scores.tolist() == [0, 1, 2, 3, 4]

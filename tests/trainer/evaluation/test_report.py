@@ -21,7 +21,7 @@ from trainer.evaluation.clip_pictures import find_disagreements
 from trainer.evaluation.comparison import BEATS, NO_LARGER, Benchmark, compare_runs, read_benchmark, settle
 from trainer.evaluation.conclusions import ladder_steps, leaks, opening, top_rung
 from trainer.evaluation.metrics import Thresholds, all_metrics
-from trainer.evaluation.report import write_report
+from trainer.evaluation.report import harness_check, write_report
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.plan import Plan, run_of
 
@@ -154,6 +154,13 @@ def test_rungs_are_compared_on_the_seeds_both_have_and_controls_on_all(tmp_path)
     bench = folder(tmp_path, dict.fromkeys(seeds, metronome), seeds)
     assert bench.comparison("speak+dst", "speak", "self-fed", "event_f1")["seeds"] == 2
     assert bench.comparison("speak", "metronome", "self-fed", "event_f1")["seeds"] == 3
+
+
+def test_harness_check_wants_the_inverted_head_to_equal_the_direct_one(tmp_path):
+    same = harness_check(folder(tmp_path / "same", {"speak": oracle, "silence": oracle}))
+    assert same.startswith("Harness check passed: silence and speak are the same model and came out equal (")
+    other = harness_check(folder(tmp_path / "other", {"speak": oracle, "silence": late}))
+    assert other.endswith("differ by up to 2.3e-01, 1e-05 is allowed. Trust no number on this page.")
 
 
 def test_a_margin_is_settled_before_any_run(tmp_path):

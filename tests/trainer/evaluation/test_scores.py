@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_shards
@@ -97,12 +98,30 @@ def test_rows_of_any_order_and_types_are_read_the_same(tmp_path, split):
         pl.col("speaking_label").cast(pl.Int64),
         pl.lit("ignored").alias("model"),
     )
+    position = plain.with_columns(clip=pl.col("clip_id").replace_strict({"b": 0, "a": 1})).drop("clip_id")
     other = pl.concat([plain.with_columns(split=pl.lit("dev")), plain, plain.with_columns(split=pl.lit(None))])
-    for table in (plain, strange, other, plain.drop("split"), plain.drop("speaking_label")):
+    for table in (plain, strange, other, plain.drop("split"), plain.drop("speaking_label"), position):
         a, b = read(tmp_path, table, split)
         assert (a.clip.clip_id, a.logits["speaking"].tolist()) == ("a", [0, 0.5, 1, 1.5])
         assert b.logits["speaking"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
         assert (set(b.logits), b.probabilities) == ({"speaking"}, {})
+
+
+def test_texts_as_string_views_are_read_in_any_order(tmp_path, split):
+    """As DataFusion and polars have them."""
+    said = pl.when(pl.col("frame") == 12).then(pl.lit("Now.")).alias("said")
+    table = frame(split).reverse().with_columns(said).to_arrow()
+    for name in ("split", "clip_id", "said"):
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string_view()))
+    pq.write_table(table, tmp_path / "s.parquet")
+    assert read_scores(tmp_path / "s.parquet", {"test": split})["test"][1].said == [
+        None,
+        None,
+        "Now.",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_infinite_logits_and_certain_probabilities_become_large_finite_logits(tmp_path, split):
