@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "packed_attention"
 # torch 2.15 requires this where heads share keys; 2.11 infers it and has no such argument
@@ -73,3 +73,10 @@ def use_packed(vlm: Any) -> None:
     # without a mask function of that name, which would look through `position_ids` in every pass and wait for the GPU
     AttentionInterface.register(NAME, packed_attention)
     vlm.set_attn_implementation({"text_config": NAME})
+
+
+def refuse_mask(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before the text model: without a mask function the library would drop a 2-D mask in silence."""
+    name = body.config._attn_implementation  # type: ignore[union-attr]
+    if (len(args) > 1 or kwargs.get("attention_mask") is not None) and name not in AttentionMaskInterface():
+        raise ValueError(f"{name}: takes no mask; call the text model without one")

@@ -254,10 +254,11 @@ def stream(
     run: Annotated[Path, Argument(help="a run of train that was evaluated: its thresholds are those chosen on val")],
     video: Annotated[str, Argument(help="a video, a folder of images, an .arrow file, or a camera's number")],
     task: Annotated[
-        Path | None, _input(help='JSON, {"goal": "Tea", "steps": ["Boil water", "Pour"]}, or a folder of preprocess')
+        Path | None,
+        _input(help='JSON, {"goal": "Tea", "steps": ["Boil water", "Pour"]}; conversations; or a folder of preprocess'),
     ] = None,
     clip: Annotated[
-        str | None, _input(help="which clip of the folder: it gives its part of the video and its user, too")
+        str | None, _input(help="which clip of them; of a folder it gives its part of the video and its user, too")
     ] = None,
     fps: Annotated[float | None, _input(help="that the model reads; default: as trained", min=0.01, max=1000)] = None,
     realtime: Annotated[bool, _input("--realtime", help="read a file in real time, skip late frames")] = False,

@@ -88,6 +88,8 @@ class TrainConfig:
         for name, chosen, parts in (("freeze", self.freeze, PARTS[:3]), ("lr_by_part", self.lr_by_part, PARTS)):
             unknown = sorted(set(chosen).difference(parts))
             _require(not unknown, f"{name} names {', '.join(unknown)}; expected some of {', '.join(parts)}")
+        for part, lr in self.lr_by_part.items():
+            _require(0 < lr < math.inf, f"lr_by_part {part} is {lr}, expected above 0; to stop a part use freeze")
         k, both = self.tokens_per_frame, ", ".join(set(self.freeze) & set(self.lr_by_part))
         adapts_nothing = self.lora_rank > 0 and "text" in self.freeze
         for wrong, message in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import threading
 import time
@@ -80,47 +81,64 @@ def default_workers(device: torch.device) -> int:
     return min(MOST_WORKERS, max(1, available_cores() // LOCAL_RANKS - 1)) if device.type == "cuda" else 0
 
 
-def step_packs(data: StepData, first: int, workers: int, pin: bool = False) -> Generator[list[Pack]]:
+def step_packs(
+    data: StepData, first: int, workers: int, pin: bool = False, asked: bool = True
+) -> Generator[list[Pack]]:
     """The packs of step `first`, `first` + 1, ...; the same whatever the number of `workers`. Close it to end them.
 
-    pin: packs of workers come in pinned memory. Raises what reading a step raises.
+    pin: packs of workers come in pinned memory. asked: by the user; else there may be no worker where memory is small.
+    Raises what reading a step raises.
     """
     steps = range(first, data.config.steps)
-    if not workers or not steps:
+    workers = _workers_that_fit(data, steps, workers, asked) if workers and steps else 0
+    if not workers:
         yield from map(data.__getitem__, steps)
         return
     ahead = DataLoader(
         _Ahead(data),
         batch_size=None,
         sampler=steps,
-        num_workers=_workers_that_fit(data, first, workers),
+        num_workers=workers,
         pin_memory=pin,
         multiprocessing_context=_fork_server(),
         worker_init_fn=partial(end_with, os.getpid()),
         generator=torch.Generator(),  # its own: the global one's state is the run's
     )
-    for packs in ahead:
-        if isinstance(packs, InputError):
-            raise packs
-        yield packs
+    try:
+        for packs in ahead:
+            if isinstance(packs, InputError):
+                raise packs
+            yield packs
+    except RuntimeError as error:  # torch's words where a tensor's file descriptor could not be received
+        if "ancdata" not in str(error):
+            raise
+        raise InputError("too few files may be open (ulimit -n); raise the limit, or use --workers 0") from None
 
 
-def _workers_that_fit(data: StepData, first: int, workers: int) -> int:
-    """As many as can be two steps ahead in half of /dev/shm, where a worker without room dies of a bus error."""
+def _workers_that_fit(data: StepData, steps: range, workers: int, asked: bool) -> int:
+    """As many as can be two steps ahead in half of /dev/shm, where a worker without room dies of a bus error.
+
+    Fewer than `workers` are told in a line; InputError where the user `asked` for some and none fits.
+    """
     if not SHARED_MEMORY.is_dir():
         return workers
     disk = os.statvfs(SHARED_MEMORY)
     free = disk.f_bavail * disk.f_frsize / LOCAL_RANKS
-    steps = range(first, min(first + 100, data.config.steps))  # the largest of which is taken for the largest of all
-    frames = max(sum(data.split.num_frames(number) for number, _ in data.places(step)) for step in steps)
+    some = steps[:100]  # the largest of which is taken for the largest of all
+    frames = max(sum(data.split.num_frames(number) for number, _ in data.places(step)) for step in some)
     clip = data.split.clip(0)
     size = frames * data.frames.load(clip, clip.start_frame, clip.start_frame + 1).nbytes
-    if (needed := 4 * size) > free:  # two steps of one worker, one in use, one about to be
-        raise InputError(
-            f"a step's frames take up to {size / 1e6:,.0f} MB, so {SHARED_MEMORY} needs {needed / 1e6:,.0f} MB but has "
-            f"{free / 1e6:,.0f} MB free; give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
-        )
-    return min(workers, max(1, int(free / (4 * size)) - 1)) if size else workers
+    needed = max(4 * size, 1)  # two steps of one worker, one in use, one about to be
+    fit = 0 if needed > free else min(workers, max(1, int(free / needed) - 1))
+    if fit < workers:
+        needs = f"a step's frames take up to {size / 1e6:,.0f} MB, a worker {needed / 1e6:,.0f} MB"
+        has = f"{needs}, but {SHARED_MEMORY} has {free / 1e6:,.0f} MB free"
+        hint = "give it more (docker: --shm-size), lower --clips-per-step, or use --workers 0"
+        if asked and not fit:
+            raise InputError(f"{has}; {hint}")
+        if data.rank == 0:
+            print(f"{has}: {fit} workers, not {workers}", file=sys.stderr)
+    return fit
 
 
 def end_with(owner: int, worker: int = 0) -> None:

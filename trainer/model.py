@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import InputError
 from trainer import body_graph
 from trainer.arms import find_arm
-from trainer.attention import use_packed
+from trainer.attention import refuse_mask, use_packed
 from trainer.config import TrainConfig
 from trainer.features import feature_width, frame_side, most_tokens, run_connector, run_tower
 from trainer.hub import loading, model_folder
@@ -89,6 +89,7 @@ class ProspectModel(nn.Module):
             raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
         use_packed(vlm)
+        self.body.register_forward_pre_hook(refuse_mask, with_kwargs=True)
         if config.lora_rank:
             _add_adapters(self.body, config)
         for name, parameter in self.named_parameters():
@@ -237,6 +238,8 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
             values = config.to_dict() | {"model_type": "smolvlm"}
             values["vision_config"] |= {"model_type": "smolvlm_vision"}
             config = SmolVLMConfig.from_dict(values)
+        if not isinstance(config, SmolVLMConfig):
+            raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
         vlm, found = SmolVLMForConditionalGeneration.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
         )

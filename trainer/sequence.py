@@ -14,8 +14,10 @@ which each repeats up to CONTEXT of the budget from before its own frames. Every
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,17 +112,30 @@ def to_repeat(room: int, coming: int) -> int:
     return min(int(CONTEXT * room), room - coming)
 
 
-def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, arm: Arm) -> None:
-    """InputError where `build_windows` would refuse a clip; it names the budget that would do."""
+class _ByteTokens:
+    """In place of Tokens, gives at least as many ids as any tokenizer: one per byte, one for a space in front."""
 
-    def needed(clip: ClipExample) -> int:
+    marker: Mapping[str, int] = defaultdict(int)
+    end = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * (1 + len(text.encode()))
+
+
+def check_budget(clips: Iterable[ClipExample], tokens: Tokens, k: int, max_tokens: int, longest: int, arm: Arm) -> None:
+    """InputError where `build_windows` would refuse a clip; it names the budget that would do, if the model reads that
+    many tokens (`longest`). Only clips whose bytes could exceed `max_tokens` are tokenized."""
+
+    def needed(clip: ClipExample, tokens: Any) -> int:
         prompt = _prompt(clip, tokens, clip.start_frame, arm)
         return len(prompt) + max(block.cost(k) for block in _blocks(clip, tokens, arm))
 
-    size, worst = max((needed(clip), clip.clip_id) for clip in clips)
+    suspects = (clip for clip in clips if needed(clip, _ByteTokens()) > max_tokens)
+    size, worst = max(((needed(clip, tokens), clip.clip_id) for clip in suspects), default=(0, ""))
     if size > max_tokens:
         has = f"prompt and one frame with its texts have {size} tokens, max_tokens is {max_tokens}"
-        raise InputError(f"clip {worst}: {has}; use --max-tokens {size}, or shorten its texts")
+        hint = f"use --max-tokens {size}" if size <= longest else f"the model reads {longest}: shorten its texts"
+        raise InputError(f"clip {worst}: {has}; {hint}")
 
 
 def _text_frame(turn: Turn, clip: ClipExample) -> int | None:

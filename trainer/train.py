@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -179,7 +180,8 @@ def train(
             raise InputError("ranks disagree how far the run is; put --run on a disk that all of them see")
         if already < config.steps:
             clips = (clip for each in splits for clip in each.in_order(rate=None))
-            check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, state.model.arm)
+            longest = int(state.model.vlm.config.text_config.max_position_embeddings)
+            check_budget(clips, state.tokens, config.tokens_per_frame, config.max_tokens, longest, state.model.arm)
         frames = open_source(splits, state.model, frames_root, features)
 
         model = world.wrap(state.model, options.fsdp)
@@ -206,6 +208,36 @@ def train(
         return done
 
 
+def bytes_to_learn(model: ProspectModel) -> int:
+    """What the vision tower keeps of one frame for the backward pass without checkpointing: 378 MB at 256M in bf16.
+
+    Per layer and patch, of the hidden width: both norms' inputs in float32, queries, keys, values, attention's output,
+    and autocast's copies of inputs; of the MLP's width: its activation's input and output.
+    """
+    tower = model.vlm.config.vision_config
+    patches = (tower.image_size // tower.patch_size) ** 2
+    hidden, inner = (24, 4) if model.bf16 else (32, 8)  # bytes
+    return int(tower.num_hidden_layers * patches * (hidden * tower.hidden_size + inner * tower.intermediate_size))
+
+
+def memory_line(model: ProspectModel, frames: int, room: int, ranks: int = 1) -> str:
+    """What it takes to train the tower from pixels on a GPU of `room` bytes; InputError where that is too little.
+
+    A lower bound for packs of up to `frames`: weights, gradients and AdamW's moments in float32, shared by `ranks`, and
+    what the tower keeps of each frame. What the text body keeps of each token comes on top.
+    """
+    each = bytes_to_learn(model)
+    held = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) // ranks
+    line = (
+        f"the vision tower learns from pixels: {each / 1e6:,.0f} MB a frame, {frames} frames in a pack, "
+        f"{held / 1e9:.1f} GB of weights and optimizer: at least {(frames * each + held) / 1e9:,.1f} GB of the GPU's "
+        f"{room / 1e9:,.1f} GB"
+    )
+    if frames * each + held > room:
+        raise InputError(f"{line}; add --freeze vision or --checkpointing, or lower --micro-batch-tokens")
+    return line
+
+
 @dataclass
 class _Session:
     """The steps of a run, and what it writes: the log as it comes, checkpoints and evaluations when they are due."""
@@ -228,12 +260,16 @@ class _Session:
         data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
         workers = default_workers(world.device) if options.workers is None else options.workers
         blank = blank_pack(split.clip(0), self.state.tokens, self.frames, config.tokens_per_frame)
+        whole = self.state.model.arm.images and not (config.checkpointing or "vision" in config.freeze)
+        if whole and world.device.type == "cuda" and first < config.steps and blank.frames().dtype == torch.uint8:
+            self.check_memory(data[first])
         self.model.train()
         with ExitStack() as stack:
             if world.is_main:
                 log = open_log(self.run, config.steps, first, options.logger, options.progress, config.to_json())
                 self.log = stack.enter_context(log)
-            packs = stack.enter_context(closing(step_packs(data, first, workers, pin=transfer.overlaps)))
+            asked = options.workers is not None
+            packs = stack.enter_context(closing(step_packs(data, first, workers, transfer.overlaps, asked)))
             try:
                 before = time.monotonic()
                 for step, of_step in enumerate(uploaded(packs, transfer), first):
@@ -252,6 +288,14 @@ class _Session:
                 hint = "lower --micro-batch-tokens, or add --freeze vision or --checkpointing"
                 raise InputError(f"step {self.state.info['step'] + 1}: {reason}; {hint}") from None
         self.report.seconds = time.monotonic() - began
+
+    def check_memory(self, packs: Sequence[Pack]) -> None:
+        """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
+        world, frames = self.world, self.world.most(max((pack.labels.shape[1] for pack in packs), default=0))
+        room = torch.cuda.get_device_properties(world.device).total_memory
+        line = memory_line(self.state.model, frames, room, world.size if self.options.fsdp else 1)
+        if self.options.progress and world.is_main:
+            print(line, file=sys.stderr)
 
     def after_step(self, step: int, line: dict[str, Any]) -> None:
         state, config = self.state, self.state.config

@@ -11,6 +11,7 @@ from test_model import gradient, tiny, windows
 
 import trainer.attention
 from trainer.attention import packed_attention
+from trainer.live.engine import streaming
 from trainer.packing import make_pack
 
 FRAMES = NoisyFrames()
@@ -22,8 +23,15 @@ def test_attention_refuses_to_run_without_lengths_or_with_a_mask(tokens):
         packed_attention(None, q, q, q, None)
     with pytest.raises(ValueError, match="needs seg_lens and no mask"):
         packed_attention(None, q, q, q, torch.ones(1, 9), seg_lens=torch.tensor([9]))
-    body, given = tiny(tokens).body, {"inputs_embeds": torch.randn(1, 5, 128), "use_cache": False}
+    model = tiny(tokens)
+    body, given = model.body, {"inputs_embeds": torch.randn(1, 5, 128), "use_cache": False}
     with pytest.raises(ValueError, match="needs seg_lens"):
+        body(**given)
+    with pytest.raises(ValueError, match="packed_attention: takes no mask"):  # not dropped in silence
+        body(attention_mask=torch.ones(1, 5), seg_lens=torch.tensor([5]), **given)
+    with streaming(model), pytest.raises(ValueError, match="slot_sdpa: takes no mask"):
+        body(attention_mask=torch.ones(1, 5), **given)
+    with streaming(model), pytest.raises(ValueError, match="slot_sdpa: needs plan"):
         body(**given)
 
 

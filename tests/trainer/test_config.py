@@ -18,6 +18,7 @@ from trainer.config import TrainConfig
         ({"arm": "loud"}, r"arm 'loud': not known, expected one of silence, lm-eos, texts, "),
         ({"freeze": ("eyes",)}, "freeze names eyes; expected some of vision, connector, text"),
         ({"freeze": ("text",), "lora_rank": 4}, "lora_rank is 4 and text is in freeze"),
+        ({"lr_by_part": {"heads": -1e-3}}, "lr_by_part heads is -0.001, expected above 0"),
         ({"freeze": ("text",), "lr_by_part": {"text": 0.1}}, "text is in lr_by_part and in freeze"),
     ],
 )

@@ -12,7 +12,7 @@ from small_run import CONFIG, clip
 from pipeline.dataset import Split
 from pipeline.errors import InputError
 from trainer.frame_source import PixelFrames
-from trainer.loader import StepData, Transfer, _workers_that_fit, uploaded
+from trainer.loader import StepData, Transfer, _workers_that_fit, step_packs, uploaded
 from trainer.packing import Loaded, blank_pack
 
 GPU = torch.device("cuda")
@@ -40,12 +40,30 @@ def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
     assert found == list(range(100))
 
 
-def test_workers_are_as_many_as_shared_memory_holds_and_too_little_is_told_in_one_line(data, tokens, monkeypatch):
+def test_workers_are_as_many_as_shared_memory_holds_and_too_little_is_told_in_one_line(
+    data, tokens, monkeypatch, capsys
+):
     """A step of 3 clips has at most 3 x 14 frames of 3 x 64 x 64 bytes: one worker takes 4 times that."""
     steps = StepData(Split(data, "train"), tokens, PixelFrames(data / "frames-on-disk", 64), CONFIG)
     free = SimpleNamespace(f_frsize=1, f_bavail=12 * 42 * 12288)
     monkeypatch.setattr("trainer.loader.os.statvfs", lambda path: free)
-    assert (_workers_that_fit(steps, 0, 1), _workers_that_fit(steps, 0, 8)) == (1, 2)
+    coming = range(CONFIG.steps)
+    assert (_workers_that_fit(steps, coming, 1, True), _workers_that_fit(steps, coming, 8, True)) == (1, 2)
     free.f_bavail = 1_000_000
-    with pytest.raises(InputError, match=r"up to 0 MB, so /dev/shm needs 2 MB but has 1 MB free; .*--workers 0"):
-        _workers_that_fit(steps, 0, 1)
+    with pytest.raises(InputError, match=r"a worker 2 MB, but /dev/shm has 1 MB free; .*--workers 0"):
+        _workers_that_fit(steps, coming, 1, True)
+    capsys.readouterr()
+    assert _workers_that_fit(steps, coming, 8, asked=False) == 0
+    assert capsys.readouterr().err.endswith("a worker 2 MB, but /dev/shm has 1 MB free: 0 workers, not 8\n")
+
+
+def test_too_few_open_files_are_told_in_one_line(data, tokens, monkeypatch):
+    steps = StepData(Split(data, "train"), tokens, PixelFrames(data / "frames-on-disk", 64), CONFIG)
+
+    def refused(*_, **__):
+        raise RuntimeError("received 0 items of ancdata")
+        yield
+
+    monkeypatch.setattr("trainer.loader.DataLoader", refused)
+    with pytest.raises(InputError, match=r"too few files may be open \(ulimit -n\); .*, or use --workers 0"):
+        next(step_packs(steps, 0, 1))

@@ -8,6 +8,7 @@ import torch
 from by_hand import NoisyFrames, clip_example, dst, turn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from pipeline.errors import InputError
 from trainer.config import TrainConfig
 from trainer.features import most_tokens, pool, run_connector, run_tower
 from trainer.model import DecisionHeads, ProspectModel, load_model, part_of, tiny_config
@@ -165,3 +166,9 @@ def test_an_idefics3_loads_as_the_smolvlm_that_it_is(tmp_path):
     seen = {"input_ids": torch.tensor([[0, 5, 6, 7]]), "pixel_values": torch.rand(1, 1, 3, 64, 64)}
     with torch.no_grad():
         assert torch.equal(before(**seen).logits, after(**seen).logits)
+
+
+def test_a_model_that_is_no_smolvlm_says_so_in_one_line(tmp_path):
+    tiny_config(60).text_config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no SmolVLM could be loaded \(a llama, expected a smolvlm or an idefics3\)"):
+        load_model(str(tmp_path), 60)

@@ -192,9 +192,12 @@ def test_a_transition_without_frames_counts_from_the_next_turn_with_some():
 def test_the_budget_that_would_do_is_told_before_the_first_step_and_does():
     """Prompt [system] You are a helpful assistant. end = 7; the frame costs 1, its text 2 with marker and end added."""
     clips = [clip_example([turn("assistant", "w " * n, 2, 3)], 0, 5, clip_id=f"c{n}", steps=()) for n in (3, 40, 30)]
-    check_budget(clips, Words(), 1, 7 + 1 + 42, DEFAULT_ARM)
+    check_budget(clips, Words(), 1, 7 + 1 + 42, 8192, DEFAULT_ARM)
     with pytest.raises(InputError, match=r"clip c40: .* have 50 tokens, max_tokens is 30; use --max-tokens 50"):
-        check_budget(clips, Words(), 1, 30, DEFAULT_ARM)
+        check_budget(clips, Words(), 1, 30, 50, DEFAULT_ARM)
+    with pytest.raises(InputError, match=r"have 50 tokens, .*; the model reads 49: shorten its texts"):
+        check_budget(clips, Words(), 1, 30, 49, DEFAULT_ARM)
+    check_budget(clips, None, 1, 500, 8192, DEFAULT_ARM)  # so many bytes have none of them: none is tokenized
     build_windows(clips[1], Words(), 1, 50)
     with pytest.raises(InputError, match=r"clip c40 frame 2: 43 tokens .* leaves 42 beside"):
         build_windows(clips[1], Words(), 1, 49)

@@ -6,13 +6,14 @@ import pytest
 from by_hand import NoisyFrames, clip_example, dst, turn
 from counting import Waits
 
+from pipeline.errors import InputError
 from trainer.arms import find_arm
 from trainer.config import TrainConfig
 from trainer.loss import supervise
 from trainer.model import DecisionHeads, ProspectModel, load_model
 from trainer.packing import make_pack
 from trainer.sequence import build_windows
-from trainer.train import sum_terms
+from trainer.train import memory_line, sum_terms
 
 
 @pytest.mark.parametrize("arm", ["speak+dst", "lm-eos", "token"])
@@ -27,3 +28,13 @@ def test_a_pack_makes_the_host_wait_for_nothing(tokens, arm):
         sum_terms(model, pack, chosen).sum().backward()
     assert counting.found == []
     assert counting.launches > 100
+
+
+def test_pixels_that_do_not_fit_are_refused_beforehand(tokens):
+    model = ProspectModel(load_model("tiny", len(tokens)), DecisionHeads(128), TrainConfig(bf16=True))
+    weights = 16 * sum(p.numel() for p in model.parameters())
+    frame = 16 * (24 * 64 + 4 * 256)  # one layer of 16 patches
+    assert "0 MB a frame, 50 frames in a pack" in memory_line(model, 50, weights + 50 * frame)
+    with pytest.raises(InputError, match=r"of the GPU's .* GB; add --freeze vision or --checkpointing, or lower"):
+        memory_line(model, 51, weights + 50 * frame)
+    assert memory_line(model, 50, weights // 2 + 50 * frame, ranks=2)

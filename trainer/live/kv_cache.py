@@ -139,8 +139,12 @@ def slot_sdpa(
     plan: AttentionPlan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs."""
-    assert plan is not None
+    """([1, L, H, D], None) of query [1, H, L, D], key and value [1, H/G, L, D], which it adds to the slabs.
+
+    Raises ValueError without a plan, or with a mask.
+    """
+    if plan is None or attention_mask is not None:
+        raise ValueError(f"{NAME}: needs plan and no mask; call the text model with plan=..., use_cache=False")
     keys, values = plan.slabs[int(module.layer_idx)]  # type: ignore[arg-type]
     query, key, value = (new[0].transpose(0, 1).to(keys.dtype) for new in (query, key, value))  # [L, H or H/G, D]
     out = torch.empty_like(query)

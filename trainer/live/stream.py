@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.dataset import ClipExample, Split
-from pipeline.errors import InputError
-from pipeline.schema import HEADS, NOT_SAMPLED, State
-from pipeline.state import Updates
+from pipeline.errors import InputError, NotFiniteError
+from pipeline.readers.clip import text_of
+from pipeline.schema import HEADS, NOT_SAMPLED, TRANSITIONS, State
+from pipeline.state import Updates, contradicts
 from pipeline.storage import make_folder
 from pipeline.summary import HUES
 from pipeline.terminal import clock, command, counted, plain
@@ -97,7 +98,10 @@ class Stream(ExitStack):
         return self
 
     def step(self, video_frame: VideoFrame, user_texts: Sequence[str] = ()) -> StreamFrame:
-        """One frame's result. User texts that do not fit an empty context with the frame are cut, with an ellipsis."""
+        """One frame's result. User texts that do not fit an empty context with the frame are cut, with an ellipsis.
+
+        NotFiniteError where a logit is not finite.
+        """
         started, session, tokens = time.perf_counter(), self._session, self.run.tokens
         restarts, room = session.restarts, session.room - session.k
         if user_texts and len(utterance("user", user_texts, tokens)) > room:
@@ -106,6 +110,8 @@ class Stream(ExitStack):
         features = self._vision(video_frame.pixels)
         [output] = self._engine.run(session.step([FrameInput(video_frame.frame, user_texts, features)]))
         logits = dict(zip(session.heads, output.logits.tolist(), strict=False))
+        if not all(map(math.isfinite, logits.values())):
+            raise NotFiniteError(f"frame {video_frame.frame}: the scores are not finite; train again with a lower --lr")
         probabilities = {head: self.probability(logit) for head, logit in logits.items()}
         state = session.state if self._has_state else {}
         return StreamFrame(
@@ -149,10 +155,15 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
 # ---- the task ------------------------------------------------------------------------------------------
 
 
-class _TaskFile(msgspec.Struct, forbid_unknown_fields=True):
+class _Step(msgspec.Struct):
+    id: str
+    name: str
+
+
+class _TaskFile(msgspec.Struct):
     goal: str | None = None
     knowledge: str | None = None
-    steps: list[str] = []  # names; ids are S1, S2, ...
+    steps: list[_Step | str] = []  # names alone are S1, S2, ...
     initial_state: dict[str, State] = {}  # by id
 
 
@@ -161,7 +172,8 @@ def find_task(
 ) -> tuple[ClipExample, dict[int, list[str]]]:
     """A clip from whose fields prompts are built, and the user's texts by the frame that they stand before.
 
-    path: a JSON file, for a clip without frames; with `clip`, an output folder of preprocess; None: nothing is known.
+    path: an output folder of preprocess, of which `clip` is one; or, for a clip without frames, a JSON file: a task, or
+    conversations, of which `clip` is an id or a number; None: nothing is known.
     """
     if path is not None and path.is_dir():
         if clip is None:
@@ -173,16 +185,16 @@ def find_task(
         if fps not in (None, example.fps):
             raise InputError(f"clip {example.clip_id}: has {example.fps:g} frames/s, not {fps:g}; leave --fps out")
         return example, texts_at(example, "user")
-    if clip is not None:
-        raise InputError(f"clip {clip!r}: --clip needs --task, the output folder of preprocess that the clip is in")
+    if clip is not None and path is None:
+        raise InputError(f"clip {clip!r}: --clip needs --task, the file or folder that the clip is in")
     try:
-        task = _TaskFile() if path is None else msgspec.json.decode(path.read_bytes(), type=_TaskFile)
-    except msgspec.DecodeError as error:
+        task = _TaskFile() if path is None else msgspec.convert(_task_fields(_read_clip(path, clip)), _TaskFile)
+    except msgspec.ValidationError as error:
         form = '{"goal": "Tea", "knowledge": "", "steps": ["Boil water", "Pour"], "initial_state": {"S1": "completed"}}'
         raise InputError(f"{path}: {error}; expected something like {form}") from None
-    steps = {f"S{number}": name for number, name in enumerate(task.steps, 1)}
-    if not task.initial_state.keys() <= steps.keys():
-        raise InputError(f"{path} initial_state: expected ids of its steps: {', '.join(steps)}")
+    steps = dict((f"S{i}", s) if isinstance(s, str) else (s.id, s.name) for i, s in enumerate(task.steps, 1))
+    if len(steps) < len(task.steps) or not task.initial_state.keys() <= steps.keys():
+        raise InputError(f"{path}: expected steps of different ids, and initial_state by them: {', '.join(steps)}")
     name = Path(video).name
     example = ClipExample(
         clip_id=name, clip=0, video_uid=name, recording_id=name, fps=fps or trained_fps, start_frame=0, num_frames=0,
@@ -191,6 +203,44 @@ def find_task(
         labels=np.full((2, 0), NOT_SAMPLED, np.int8),
     )  # fmt: skip
     return example, {}
+
+
+def _read_clip(path: Path, clip: str | None) -> dict[str, Any]:
+    """The object that `clip` names in a JSON array, a single object, or a file with one object per line."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        try:
+            value = json.loads(content)
+        except json.JSONDecodeError:
+            value = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); expected goal and steps, or clips") from None
+    clips = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
+    names = [str(one.get("id", one.get("video_uid", number))) for number, one in enumerate(clips)]
+    chosen = [one for i, one in enumerate(clips) if clip in (None, names[i], str(i))]
+    if len(chosen) != 1:
+        some = f"name it with --clip, e.g. {', '.join(names[:4])}" if names else "give an object with goal and steps"
+        raise InputError(f"{path}: {len(chosen)} clips fit, expected one; {some}")
+    return chosen[0]
+
+
+def _task_fields(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of _TaskFile; of a clip of a conversations file they have other names.
+
+    A given state that the clip's own updates contradict is left out: generators write the one at the clip's end.
+    """
+    dst, given = clip.get("dst"), clip.get("initial_dst_state") or {}
+    contents = (turn.get("content") for turn in clip.get("conversation") or () if isinstance(turn, dict))
+    updates = [u for content in contents if isinstance(content, list) for u in content if isinstance(u, dict)]
+    known = [(u.get("id", ""), u["transition"]) for u in updates if u.get("transition") in TRANSITIONS]
+    if isinstance(given, dict) and contradicts(given, known):
+        given = {}
+    return {
+        "goal": clip.get("goal", text_of(clip.get("inferred_goal"), "", [])),
+        "knowledge": clip.get("knowledge", text_of(clip.get("inferred_knowledge"), "", [])),
+        "steps": clip.get("steps", dst.get("steps") if isinstance(dst, dict) else dst) or [],
+        "initial_state": clip.get("initial_state", given) or {},
+    }
 
 
 # ---- outputs, given one frame and its picture at a time; whole also after an error or Ctrl-C -------------

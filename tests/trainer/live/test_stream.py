@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from by_hand import NoisyFrames, clip_example
 from live_model import NEVER, write_video
 from PIL import Image
 from small_run import clip
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NotFiniteError
 from trainer.checkpoint import load_run
 from trainer.cli import main
 from trainer.evaluate import evaluate
@@ -77,6 +78,13 @@ def test_texts_are_cut_to_the_context_and_probabilities_corrected(splits_run):
         assert stream.probability(0.0) == pytest.approx(1 / 3)  # odds 1 among half of the silence: 1 to 2 in truth
 
 
+def test_scores_that_are_not_finite_are_an_error(splits_run):
+    loaded = load_run(splits_run)
+    torch.nn.init.constant_(loaded.model.heads.speak.bias, float("nan"))
+    with Stream(loaded, clip_example([]), NEVER) as stream, pytest.raises(NotFiniteError, match="frame 0: the scores"):
+        stream.step(frame(0))
+
+
 def test_memory_is_bounded_and_the_state_outlives_the_context(splits_run, monkeypatch):
     loaded = load_run(splits_run)
     loaded.model.vlm.config.text_config.max_position_embeddings = 150
@@ -128,28 +136,40 @@ def task_file(tmp_path: Path, content) -> Path:
     return tmp_path / "task.json"
 
 
-def test_a_task_file_has_the_goal_the_steps_by_name_and_their_states(tmp_path):
-    content = {
-        "goal": "Tea",
-        "knowledge": "Boil",
-        "steps": ["Boil water", "Pour"],
-        "initial_state": {"S1": "completed"},
-    }
-    task, heard = find_task(task_file(tmp_path, content), None, "at/v.mp4", None, 2.0)
+STEPS = (("S1", "Boil water"), ("S2", "Pour"))
+
+
+def read_task(path: Path, clip: str | None = None):
+    task, heard = find_task(path, clip, "at/v.mp4", None, 2.0)
     assert (task.clip_id, task.fps, task.num_frames, heard) == ("v.mp4", 2.0, 0, {})
-    assert (task.goal, task.knowledge, task.turns) == ("Tea", "Boil", ())
-    assert task.steps == (("S1", "Boil water"), ("S2", "Pour"))
-    assert task.initial_state == (("S1", "completed"),)
+    return task
+
+
+def test_a_task_is_given_by_names_by_ids_or_by_a_clip(tmp_path):
+    by_names = read_task(task_file(tmp_path, {"goal": "Tea", "steps": ["Boil water", "Pour"]}))
+    assert (by_names.goal, by_names.steps, by_names.initial_state) == ("Tea", STEPS, ())
+    one = {"id": "a", "inferred_goal": "Tea", "inferred_knowledge": ["Boil", "Pour"],
+           "dst": [{"id": i, "name": name, "start_ts": 0} for i, name in STEPS],
+           "initial_dst_state": {"S1": "completed"}, "conversation": [{"role": "user", "content": "Hi"}]}  # fmt: skip
+    lines = "".join(json.dumps(one | {"id": i}, ensure_ascii=False) + "\r\n" for i in ("b\u2028", "a"))
+    for content, name in (([one], None), ([one | {"id": "b"}, one], "1"), (lines, "a")):
+        task = read_task(task_file(tmp_path, content), name)
+        assert (task.goal, task.knowledge, task.steps) == ("Tea", "Boil\nPour", STEPS)
+        assert (task.initial_state, task.turns) == ((("S1", "completed"),), ())
+    updates = [{"role": "DST_UPDATE", "content": [{"id": "S1", "transition": "start"}]}]
+    late = task_file(tmp_path, one | {"conversation": updates})  # generators write the state at the clip's end
+    assert read_task(late).initial_state == ()
 
 
 def test_a_task_of_another_form_is_an_error(tmp_path):
     for content, message in (
-        ("{", "task.json: .*; expected something like"),
-        ({"inferred_goal": "Tea"}, "task.json: Object contains unknown field `inferred_goal`"),
-        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "initial_state: expected ids of its steps: S1"),
+        ("{", "task.json: not JSON"),
+        ([{"id": "a"}, {"id": "b"}], "task.json: 2 clips fit, expected one; name it with --clip, e.g. a, b"),
+        ({"steps": ["a"], "initial_state": {"S2": "completed"}}, "expected steps of .*, and initial_state by them: S1"),
+        ({"steps": [1]}, "task.json: .*; expected something like"),
     ):
         with pytest.raises(InputError, match=message):
-            find_task(task_file(tmp_path, content), None, "v", None, 2.0)
+            read_task(task_file(tmp_path, content))
 
 
 # ---- from the command line -----------------------------------------------------------------------------
@@ -186,6 +206,8 @@ def test_without_stdin_a_shell_s_loop_keeps_its_lines_and_ctrl_c_keeps_the_page(
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-def test_the_real_video_runs(splits_run, capsys):
-    frames = streamed(capsys, splits_run, SHARED / "drive.mp4", *THRESHOLDS, "--max-tokens", 600)
+def test_the_real_video_runs_with_the_real_clip_as_its_task(splits_run, capsys):
+    task = SHARED / "prospect_clip.json"
+    frames = streamed(capsys, splits_run, SHARED / "drive.mp4", "--task", task, *THRESHOLDS, "--max-tokens", 600)
     assert len(frames) == 33
+    assert set(frames[-1]["state"]) == {"S1", "S2", "S3", "S4", "S5", "S6"}
