@@ -82,15 +82,20 @@ def replacing(path: Path) -> Iterator[Path]:
         with naming(path, new):
             yield new
             sync(new)
-            try:
-                new.replace(path)
-            except PermissionError:  # an open file may not be replaced (SMB, 9p)
-                path.unlink(missing_ok=True)
-                new.replace(path)
+            move(new, path)
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
     sync(path.parent)
+
+
+def move(new: Path, path: Path) -> None:
+    """Rename a file; where an open one may not be replaced (SMB, 9p), the old one is removed first."""
+    try:
+        new.replace(path)
+    except PermissionError:
+        path.unlink(missing_ok=True)
+        new.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

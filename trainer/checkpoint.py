@@ -5,13 +5,14 @@ A checkpoint is a folder that `transformers` opens, plus our heads:
     model.safetensors, config.json   the SmolVLM, by save_pretrained, LoRA adapters merged in
     heads.safetensors                both heads
     tokenizer.json, ...              the tokenizer
-    run.json                         TrainConfig, step, sampling rate, fps, SHA-256 of each file
+    run.json                         TrainConfig, step, label statistics, fps, SHA-256 of each file
     state.safetensors                `last` alone: the optimizer's moments and the random generators' states
     README.md                        the model card
 
-It is written beside its place, run.json last, and renamed: whenever a process is killed, the old one or the new one is
-complete. Logits are bit-equal after loading (with LoRA to float rounding; a resume keeps the adapters apart, bit for
-bit). options.json is written just before the first step; every resume is compared with it.
+It is written beside its place, then moved there file by file (buckets rename no folders), run.json last both times:
+whenever a process is killed, the old one is complete, or the next `load_run` or resume completes the new one. Logits
+are bit-equal after loading (with LoRA to float rounding; a resume keeps the adapters apart, bit for bit). options.json
+is written just before the first step; every resume is compared with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from torch.distributed.checkpoint import state_dict as states
 
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from pipeline.storage import LOCK, is_vacant, lock, make_folder, sha256, sync, write_json
+from pipeline.schema import HEADS as HEAD_NAMES
+from pipeline.storage import LOCK, is_vacant, lock, make_folder, move, sha256, sync, write_json
 from trainer.arms import find_arm
 from trainer.config import RANDOM_MODELS, TrainConfig
 from trainer.distributed import World
@@ -53,7 +55,7 @@ _WHOLE = states.StateDictOptions(
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A model and what training updates of it (`info`: step, best mean AP, neg_rate, fps)."""
+    """A model and what training updates of it (`info`: step, best mean AP, labels, neg_rate, fps)."""
 
     model: ProspectModel
     tokens: Tokens
@@ -127,22 +129,23 @@ def _write_files(new: Path, run: LoadedRun, weights: dict[str, Tensor], state: d
 
 
 def _draft(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.new")
+    return folder.parent / f".{folder.name}.new"
 
 
 def _move_into_place(new: Path, folder: Path) -> None:
-    """Two renames; after a kill between them a resume's `recover` does the second."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    """Move the files, run.json last: while `new` has it, `recover` knows that there is more to move."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(new.rglob("*"), key=lambda path: path.name == RUN_INFO):
+        if path.is_file():
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            move(path, target)
+    sync(folder)
+    shutil.rmtree(new)
 
 
 def recover(folder: Path) -> None:
-    """After a kill: a complete new checkpoint takes its place, one that is half-written is removed."""
+    """After a kill: complete the move of a new checkpoint, or remove one that is half-written."""
     new = _draft(folder)
     if (new / RUN_INFO).is_file():
         _move_into_place(new, folder)
@@ -152,6 +155,8 @@ def recover(folder: Path) -> None:
 def model_card(run: LoadedRun) -> str:
     """Markdown: what the model is, what its scores mean, how to load it."""
     config, info, correction = run.config, run.info, run.logit_correction
+    labels = [(head, n["positive"], n["negative"]) for head, n in info.get("labels", {}).items()]
+    shares = ", ".join(f"{head} {positive / max(1, positive + negative):.4f}" for head, positive, negative in labels)
     how = "calibrate it on held-out clips" if correction is None else f"add {correction:.4f} to the logit first"
     return f"""---
 library_name: transformers
@@ -165,6 +170,7 @@ A logit above 0 says: the assistant speaks, or the task's state changes, at this
     run = trainer.load("this folder")
     for clip in run.score("labels", "test"): print(clip.clip.clip_id, clip.logits.shape)
 
+Positive among the supervised labels of training: {shares or "not known"}.
 Silent frames were sampled at rate {info.get("neg_rate", 1.0):g} (mean over clips).
 To read a logit's sigmoid as a probability, {how}.
 Scores are with the reference's texts in the context, unless you feed it its own.
@@ -180,7 +186,7 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
     InputError where there is none, or one that is damaged, incomplete or of another format. `to_train`: as it was in
     training, LoRA adapters apart from the weights that they adapt.
     """
-    folder = Path(model_folder(str(run)))
+    folder = _checkpoint_folder(run)
     info = _verified_info(folder, to_train)
     config = TrainConfig.from_json(info.pop("config"))
     tokens = load_tokens(folder.resolve())
@@ -217,14 +223,23 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
 
 def verify_model(name: str) -> None:
     """InputError where `name` is a run or a checkpoint of ours with a damaged file; any other model passes."""
-    folder = Path(model_folder(name))
+    folder = _checkpoint_folder(Path(name))
     if (folder / RUN_INFO).is_file():
         _verified_info(folder)
 
 
 def run_hash(run: Path) -> str:
     """The SHA-256 that names a checkpoint: that of run.json, which holds every other file's."""
-    return sha256(Path(model_folder(str(run))) / RUN_INFO)
+    return sha256(_checkpoint_folder(run) / RUN_INFO)
+
+
+def _checkpoint_folder(run: Path) -> Path:
+    """RUN/last, or `run` itself; a move that a kill interrupted is completed first."""
+    for folder in (run / "last", run):
+        if (_draft(folder) / RUN_INFO).is_file():
+            with lock(folder.parent / LOCK, InputError(f"{folder}: is being written just now; try again")):
+                recover(folder)
+    return Path(model_folder(str(run)))
 
 
 def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:
@@ -232,10 +247,14 @@ def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:
     path = folder / RUN_INFO
     if not path.is_file():
         raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first")
-    info: dict[str, Any] = json.loads(path.read_bytes())
-    if (version := info.pop("format")) != FORMAT:
+    try:
+        info: dict[str, Any] = json.loads(path.read_bytes())
+        version, files = info.pop("format"), info.pop("files")
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: damaged; train again, or get the whole folder again") from None
+    if version != FORMAT:
         raise InputError(f"{path}: format {version}, expected {FORMAT}; use the version that wrote it")
-    for name, expected in info.pop("files").items():
+    for name, expected in files.items():
         path = folder / name
         if (to_train or name != STATE) and not (path.is_file() and sha256(path) == expected["sha256"]):
             what = "damaged, its SHA-256 differs" if path.is_file() else "not found"
@@ -297,8 +316,12 @@ def lock_folder(run: Path, held: ExitStack) -> None:
 
 def read_options(run: Path) -> dict[str, Any]:
     """RUN/options.json, as `run_options` made it, its config with today's defaults."""
-    options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
-    return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
+    try:
+        options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
+        return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
+    except (ValueError, KeyError) as error:
+        what = f"damaged, or of another version ({error!r})"
+        raise InputError(f"{run / OPTIONS}: {what}; train into a new folder") from None
 
 
 def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:
@@ -327,6 +350,12 @@ def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> Loa
     heads = DecisionHeads(int(text.hidden_size), rates)
     if find_arm(config.arm).decides == "inverted":
         heads.speak.bias.data.neg_()
-    best = -1.0  # mean AP on the evaluation split
-    info = {"step": 0, "best": best, "neg_rate": statistics.neg_rate, "fps": next(split.in_order()).fps}
+    kinds, counts = ("negative", "positive", "not_sampled"), zip(HEAD_NAMES, statistics.counts.tolist(), strict=True)
+    info = {
+        "step": 0,
+        "best": -1.0,  # mean AP on the evaluation split
+        "labels": {head: dict(zip(kinds, row, strict=True)) for head, row in counts},
+        "neg_rate": statistics.neg_rate,
+        "fps": next(split.in_order()).fps,
+    }
     return LoadedRun(ProspectModel(vlm, heads, config, tokens.choices), tokens, config, info)

@@ -118,7 +118,8 @@ def train(
     resumed = f" after the {report.resumed_from} done before" if report.resumed_from else ""
     steps = report.steps - report.resumed_from
     typer.echo(f"{steps:,} steps in {report.seconds:.0f} s{resumed}, {plain(run)}/curves.svg shows them")
-    more = ["--features", features] if features else []
+    where = {"--features": features, "--frames-root": frames_root}
+    more = [word for option, path in where.items() if path is not None for word in (option, path)]
     typer.echo(f"next: {command('evaluate', run, data, '--split', 'test', *more)}")
     return 0
 
@@ -162,6 +163,10 @@ def evaluate(
     if scores is not None:
         from trainer.evaluation.metrics import evaluate_scores, evaluate_submission
 
+        unused = {"--features": features is not None, "--frames-root": frames_root is not None}
+        unused |= {"--no-self-fed": not self_fed, "--updates": updates != "own"}
+        if wrong := [name for name, is_given in unused.items() if is_given]:
+            raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
         shards, thresholds = (places[-1] if places else None), numbers("--threshold", threshold)
         if scores.suffix == ".jsonl" and chunks is not None:
             result = evaluate_submission(scores, chunks, out)
@@ -277,6 +282,8 @@ def stream(
     from trainer.live.stream import Stream, decoding_config, find_task, html_page, json_lines, terminal_log
     from trainer.live.video_input import UserInput, open_video_input
 
+    if html is not None and html.suffix.lower() not in (".html", ".htm") and html.is_file():
+        raise UsageError(f"--html {html}: is there, and its name is no page's; expected a new name, or one in .html")
     loaded = load_run(run)
     decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
     about, heard = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))

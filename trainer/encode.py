@@ -116,7 +116,10 @@ def encode(
     taken = InputError(f"{out}: another run of part {part} is writing there; choose another --out")
     with lock(out / f"{LOCK}-{share}-of-{shares}", taken), progress_bar() as show:
         jobs = [job for clips in videos.values() if (job := _plan(clips, source, out, tower, report)) is not None]
-        frames = sum(len(job.frames) for job in jobs)
+        paths, frames = {job.path for job in jobs}, sum(len(job.frames) for job in jobs)
+        for left in out.rglob(".*.new"):  # of a run that was killed: .NAME.01234567.new
+            if left.with_name(left.name[1:-13]) in paths:
+                left.unlink(missing_ok=True)
         if mapper is None:
             results = _encode_all(tower, jobs, source, batch, lambda done: show("encode", done, frames))
         else:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,12 @@ def fingerprint(vlm: SmolVLMForConditionalGeneration, layer: str = "vision") -> 
 
 
 def feature_path(folder: Path, video_uid: str, fps: float) -> Path:
-    """A video's file in `folder`."""
+    """A video's file in `folder`, a long name cut."""
     rate = np.format_float_positional(np.float32(fps), trim="-")  # 2.0 -> 2, 29.97 -> 29.97
-    return folder / f"{video_uid}.{rate}fps.safetensors"
+    above, name = os.path.split(video_uid)
+    if len(name.encode()) > 200:  # files may have names of 255 bytes
+        name = name.encode()[:120].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+    return folder / above / f"{name}.{rate}fps.safetensors"
 
 
 def write_features(path: Path, header: dict[str, Any], frames: npt.NDArray[np.int32], features: Features) -> None:

@@ -50,18 +50,24 @@ def open_log(
     What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`; a resumed run is a new one of
     the same name and group there. shown: progress on stderr.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     rewind(run, done)
     with ExitStack() as stack:
         file = stack.enter_context((run / METRICS).open("ab", buffering=0))
-        # purge_step: what a killed run logged after its checkpoint is not shown
-        board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
-        stack.enter_context(board)
+        board: Any = None
+        with suppress(ImportError):  # metrics.jsonl has the same numbers
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step: what a killed run logged after its checkpoint is not shown
+            board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+            stack.enter_context(board)
         progress = stack.enter_context(_progress(total_steps, done)) if shown else None
         if wandb := find_tracker(tracker):
             name, project = run.resolve().name, os.environ.get("WANDB_PROJECT", "prospect-dst")
-            wandb.init(project=project, name=name, group=name, config=config or {}, dir=str(run))
+            try:
+                wandb.init(project=project, name=name, group=name, config=config or {}, dir=str(run))
+            except Exception as error:
+                why = " ".join(str(error).split())
+                raise InputError(f"--log wandb: does not start ({why}); see its manual, or leave it out") from None
             stack.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
 
         def log(line: Line) -> None:
@@ -70,7 +76,7 @@ def open_log(
                 line["clock"] = {"seconds": round(seconds, 4), "tokens_per_s": round(line["tokens"] / seconds, 1)}
             file.write(msgspec.json.encode(line) + b"\n")
             numbers = scalars(line)
-            for name, value in numbers.items():
+            for name, value in numbers.items() if board else ():
                 board.add_scalar(name, value, line["step"])
             if wandb:
                 wandb.log(numbers, step=line["step"])
@@ -109,21 +115,33 @@ def scalars(line: Line) -> dict[str, float]:
 
 
 def read_metrics(run: Path) -> list[Line]:
-    """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file."""
-    return [json.loads(text) for text in _whole_lines(run)]
+    """All lines of RUN/metrics.jsonl, less a last one that was cut off; none where there is no file.
+
+    InputError where another line is damaged.
+    """
+    return [line for _, line in _whole_lines(run)]
 
 
 def rewind(run: Path, step: int) -> None:
     """Drop from RUN/metrics.jsonl the lines of later steps, and a last one that was cut off; the file is replaced."""
-    kept = b"".join(text for text in _whole_lines(run) if json.loads(text)["step"] <= step)
+    kept = b"".join(text for text, line in _whole_lines(run) if line["step"] <= step)
     with replacing(run / METRICS) as new:
         new.write_bytes(kept)
 
 
-def _whole_lines(run: Path) -> list[bytes]:
+def _whole_lines(run: Path) -> Iterator[tuple[bytes, Line]]:
+    """(bytes, parsed) of every line that ends in a newline."""
     path = run / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [text for text in lines if text.endswith(b"\n")]
+    for number, text in enumerate(lines, 1):
+        if text.endswith(b"\n"):
+            try:
+                line = json.loads(text)
+                line["step"] = int(line["step"])
+            except (ValueError, KeyError, TypeError):
+                what = "damaged, expected a JSON object with a step; remove that line and run again"
+                raise InputError(f"{path} line {number}: {what}") from None
+            yield text, line
 
 
 @contextmanager

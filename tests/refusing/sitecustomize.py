@@ -10,6 +10,7 @@ REFUSALS = {  # name: (module, functions, error, given which arguments)
     "chmod": (os, ("chmod", "fchmod"), errno.EPERM, lambda *given: True),  # as CIFS, exFAT and mounted buckets
     "fsync": (os, ("fsync",), errno.EINVAL, lambda fd: os.path.isdir(_path(fd))),  # of a folder, as CIFS and FUSE
     "over": (os, RENAMES, errno.EACCES, lambda old, new: os.path.isfile(new)),  # as SMB while somebody has it open
+    "folders": (os, RENAMES, errno.EMFILE, lambda old, new: os.path.isdir(old)),  # as gcsfuse
     "rename": (os, RENAMES, errno.ENOSYS, lambda *given: True),  # as mountpoint-s3
 }
 

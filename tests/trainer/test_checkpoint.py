@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.packing import Pack, make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens
 
-INFO = {"step": 3, "best": -1.0, "neg_rate": 0.25, "positive_rates": [0.5, 0.5]}
+INFO = {"step": 3, "best": -1.0, "neg_rate": 0.25}
 
 
 def pack_of(tokens: Tokens) -> Pack:
@@ -52,9 +53,18 @@ def theirs(folder: Path, pack: Pack, which=AutoModelForImageTextToText):
 
 
 def test_run_json_says_what_the_scores_depend_on(whole):
+    """Seven clips of 12 to 14 frames: 2 speak, 1 updates the state, and each is silence for the other head."""
     info = json.loads((whole / "last" / "run.json").read_bytes())
     assert TrainConfig.from_json(info["config"]) == CONFIG.on("cpu")
     assert (info["step"], info["neg_rate"]) == (10, 0.5)
+    frames, drawn = 3 * 12 + 2 * 13 + 2 * 14, sum(int((clip(i).labels == 0).all(0).sum()) for i in range(7))
+    assert 0 < drawn < frames - 21
+    assert info["labels"] == {
+        "speaking": {"positive": 14, "negative": 7 + drawn, "not_sampled": frames - 21 - drawn},
+        "dst_update": {"positive": 7, "negative": 14 + drawn, "not_sampled": frames - 21 - drawn},
+    }
+    rate = 14 / (21 + drawn)
+    assert f"labels of training: speaking {rate:.4f}, dst_update " in (whole / "last" / "README.md").read_text()
 
 
 # ---- with transformers alone -------------------------------------------------------------------------
@@ -135,6 +145,9 @@ def test_a_flipped_bit_or_missing_heads_are_refused_by_name(whole, tmp_path):
         trainer.load(tmp_path)
     path.unlink()
     with pytest.raises(InputError, match=r"heads\.safetensors: not found; train again, or get the whole folder"):
+        trainer.load(tmp_path)
+    os.truncate(tmp_path / "last" / "run.json", 100)
+    with pytest.raises(InputError, match=r"run\.json: damaged; train again, or get the whole folder"):
         trainer.load(tmp_path)
 
 

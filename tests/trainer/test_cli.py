@@ -19,8 +19,10 @@ FEW = ("--steps", 2, "--clips-per-step", 2, "--max-tokens", 200, "--model", "nan
 
 
 def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
-    assert train(data, tmp_path / "run", *FEW) == 0
-    assert "2 steps in" in capsys.readouterr().out
+    assert train(data, tmp_path / "run", *FEW, "--frames-root", data / "frames-on-disk") == 0
+    said = capsys.readouterr().out
+    assert "2 steps in" in said
+    assert f"--split test --frames-root {data / 'frames-on-disk'}" in said
     encode = ["encode", str(data), "--model", str(tmp_path / "run" / "last"), "--out", str(tmp_path / "features")]
     assert main([*encode, "--store", "float32"]) == 0
     assert "10 videos, 129 frames" in capsys.readouterr().out
@@ -67,6 +69,16 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_would_be_ignored_or_overwritten_is_bad_usage(tmp_path, capsys):
+    for option in (["--updates", "reference"], ["--no-self-fed"], ["--features", "f"], ["--frames-root", "f"]):
+        assert main(["evaluate", "labels", "--scores", "s.parquet", *option]) == 2
+        assert f"{option[0]}: no model runs with --scores" in capsys.readouterr().err
+    video = tmp_path / "video.mp4"
+    video.touch()
+    assert main(["stream", "run", str(video), "--html", str(video)]) == 2
+    assert "its name is no page's; expected a new name, or one in .html" in capsys.readouterr().err
 
 
 def test_a_mistake_before_the_first_checkpoint_can_be_corrected(data, tmp_path, capsys):

@@ -19,8 +19,9 @@ refusing = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(refusing)
 
 
-def test_a_run_is_saved_over_an_older_checkpoint_to_the_same_bits(data, whole, cut, monkeypatch):
-    refusing.refuse(monkeypatch.setattr, cut, "flock", "chmod", "fsync", "over")
+@pytest.mark.parametrize("what", [("flock", "chmod", "fsync", "over"), ("folders", "chmod")])
+def test_a_run_is_saved_over_an_older_checkpoint_to_the_same_bits(data, whole, cut, monkeypatch, what):
+    refusing.refuse(monkeypatch.setattr, cut, *what)
     assert go(data, cut, resume=True).resumed_from == 6
     assert same(cut, whole)
     assert [path.name for path in cut.glob(".*")] in ([], [".lock"])

@@ -116,7 +116,10 @@ def test_a_gpu_encodes_what_a_cpu_does_also_where_copies_overlap(model, root, da
 
 def test_a_second_run_does_only_what_is_new_damaged_or_of_other_options(model, root, data, tmp_path):
     (vlm, folder), out = model, tmp_path / "out"
+    out.mkdir()
+    (out / f".{NAMES[1]}.89abcdef.new").write_bytes(b"what kill -9 leaves")
     assert encode(data, out, folder, dtype="bfloat16").computed == "bfloat16"
+    assert not list(out.glob("*.new"))
     assert 1e-5 < apart(cached(vlm, out, "v1", range(9)), live(vlm, root, "v1", range(9))) < 3e-2
     assert encode(data, out, folder, dtype="float32").videos == 3
     assert encode(data, out, folder, dtype="float32").skipped == 3

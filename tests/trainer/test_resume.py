@@ -58,11 +58,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(data, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_kill_while_a_checkpoint_is_moved_into_place_loses_none(data, cut, whole, name):
-    """The old one has left its place, the new one has not come; beside it, half of another."""
-    (cut / name).rename(cut / f".{name}.new")
-    (cut / f".{name}.old").mkdir()
-    recover(cut / name)
+    """All of it is in .NAME.new but for one file, which is in place already."""
+    draft = (cut / name).rename(cut / f".{name}.new")
+    (cut / name).mkdir()
+    (draft / "heads.safetensors").rename(cut / name / "heads.safetensors")
     assert load_run(cut).info["step"] == 6
+    recover(cut / name)
     assert (cut / name / "run.json").is_file()
     if name == "last":
         assert go(data, cut, resume=True).resumed_from == 6
@@ -89,7 +90,7 @@ def test_other_data_is_refused(cut, tmp_path, size, which):
         go(write_data(tmp_path / "other", **size), cut, resume=True)
 
 
-def test_a_damaged_or_missing_state_is_refused_by_name(data, cut):
+def test_damaged_options_or_a_damaged_or_missing_state_are_refused_by_name(data, cut):
     path = cut / "last" / "state.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -98,6 +99,9 @@ def test_a_damaged_or_missing_state_is_refused_by_name(data, cut):
         go(data, cut, resume=True)
     path.unlink()
     with pytest.raises(InputError, match=r"last/state\.safetensors: not found"):
+        go(data, cut, resume=True)
+    os.truncate(cut / "options.json", 100)
+    with pytest.raises(InputError, match=r"options\.json: damaged"):
         go(data, cut, resume=True)
 
 

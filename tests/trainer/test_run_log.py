@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.run_log import open_log, scalars
+from pipeline.errors import InputError
+from trainer.run_log import open_log, read_metrics, scalars
 
 LINE_3 = {
     "step": 3, "loss": 1.25, "speaking": 0.5, "dst_update": 0.25, "lm": 0.0, "n_speaking": 390.0, "n_dst_update": 39.0,
@@ -41,6 +42,9 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_keeps_the_rest_b
     with open_log(tmp_path, 6, done=2, shown=False):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    (tmp_path / "metrics.jsonl").write_text(before.replace('"step": 2, "loss"', '"loss"'))
+    with pytest.raises(InputError, match=r"metrics\.jsonl line 2: damaged"):
+        read_metrics(tmp_path)
 
 
 def test_tensorboard_has_what_was_measured_by_name(tmp_path):
@@ -78,6 +82,12 @@ def test_wandb_gets_config_numbers_and_whether_the_run_failed(tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError), open_log(run, 2, tracker="wandb", shown=False):
         raise ZeroDivisionError
     assert calls[-1] == ("finish", 1)
+    del wandb.init
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # which may not be installed
+    with pytest.raises(InputError, match="--log wandb: does not start"), open_log(run, 2, tracker="wandb"):
+        pass
+    with open_log(run, 2, shown=False) as log:
+        log({"step": 1, "loss": 2.0})
 
 
 def test_a_log_file_gets_plain_lines(tmp_path, capsys, monkeypatch):
