@@ -33,7 +33,7 @@ def test_the_demo_goes_through_every_step_and_ends_with_numbers_and_a_picture(ma
     names = ("synth", "preprocess", "inspect", "train", "evaluate")
     order = [text.index(f"{number}  {name}") for number, name in enumerate(names, 1)]
     assert order == sorted(order)
-    assert "average precision" in text
+    assert "speaking AP" in text
     assert "self-fed" in text
     assert report.metrics["teacher-forced"]["speaking"]["frames"]["positives"] > 0
     picture = (out / "learned.svg").read_text()
