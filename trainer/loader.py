@@ -109,8 +109,8 @@ def step_packs(
             if isinstance(packs, InputError):
                 raise packs
             yield packs
-    except RuntimeError as error:  # torch's words where a tensor's file could not be received, or none be opened
-        if "ancdata" not in str(error) and "ulimit -n" not in str(error):
+    except (RuntimeError, EOFError) as error:  # torch's, where a tensor's file could not be received, or none be opened
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("ancdata", "ulimit -n")):
             raise
         raise InputError("too few files may be open (ulimit -n); raise the limit, or use --workers 0") from None
 

@@ -57,12 +57,14 @@ def test_workers_are_as_many_as_shared_memory_holds_and_too_little_is_told_in_on
     assert capsys.readouterr().err.endswith("a worker 2 MB, but /dev/shm has 1 MB free: 0 workers, not 8\n")
 
 
-@pytest.mark.parametrize("words", ["received 0 items of ancdata", "increase the limit using `ulimit -n` in the shell"])
-def test_too_few_open_files_are_told_in_one_line(data, tokens, monkeypatch, words):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("received 0 items of ancdata"), RuntimeError("limit using `ulimit -n` in"), EOFError()]
+)
+def test_too_few_open_files_are_told_in_one_line(data, tokens, monkeypatch, error):
     steps = StepData(Split(data, "train"), tokens, PixelFrames(data / "frames-on-disk", 64), CONFIG)
 
     def refused(*_, **__):
-        raise RuntimeError(words)
+        raise error
         yield
 
     monkeypatch.setattr("trainer.loader.DataLoader", refused)
