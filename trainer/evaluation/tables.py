@@ -46,9 +46,10 @@ def render_evaluation(evaluation: Evaluation) -> Any:
             rows.add_row(label, *map(_with_interval, values, limits), compared)
     report, source = next(iter(modes.values())), metrics.get("thresholds_from")
     window = "from {early_s:g} s before to {late_s:g} s after; after one, {refractory_s:g} s of silence"
+    brackets = "; in brackets: 95% intervals by bootstrap over recordings" if report.get("intervals") else ""
     scope = (
-        f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings; in "
-        f"brackets: 95% intervals by bootstrap over recordings\n{_CELLS.format(**report['cells'])}\n"
+        f"[dim]{report['frames']:,} frames, {report['clips']:,} clips, {report['recordings']:,} recordings{brackets}\n"
+        f"{_CELLS.format(**report['cells'])}\n"
         f"an event is in time {window.format(**metrics['settings'])}; thresholds: {plain(source or 'none')}[/]"
     )
     return Group(rows, scope, *tables, *evaluation.notes)
