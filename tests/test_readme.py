@@ -49,6 +49,7 @@ def test_polars_lines_work(sample, monkeypatch):
     assert kept.item() < 0.5
 
 
+@pytest.mark.slow
 def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("trainer.demo.RECORDINGS", {"train": 2, "val": 2, "test": 2})
     monkeypatch.setattr("trainer.evaluation.plots.write_figure", lambda stem, make, label: "")  # which takes seconds

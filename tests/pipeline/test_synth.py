@@ -73,15 +73,6 @@ def test_dst_state_is_the_state_before_the_turn_and_goes_from_clip_to_clip(clips
         left[clip["video_uid"]] = state
 
 
-def test_views_of_a_recording_share_events_and_differ_in_pictures(out, clips):
-    names = ("id", "video_uid", "frames_file")
-    views = [[c for c in clips if c["video_uid"] == f"synth_nusar-train-0000__view{view}"] for view in (0, 1)]
-    same = [[{k: v for k, v in clip.items() if k not in names} for clip in view] for view in views]
-    assert same[0] == same[1] != []
-    first, second = (read_frames(out, view[0]) for view in views)
-    assert np.abs(first.astype(int) - second).mean() > 5
-
-
 def plans(state_tells: float) -> list[module.Recording]:
     config = SynthConfig(tells={"state": state_tells, "vision": 1 - state_tells})
     return [plan_recording(f"nusar-{i}", np.random.default_rng([1, i]), config) for i in range(100)]
@@ -159,9 +150,3 @@ def test_the_same_seed_gives_the_same_bytes_and_more_training_recordings_leave_v
         return {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*val*")}
 
     assert val("a", 0, 1) == val("b", 0, 2) != val("c", 1, 1)
-
-
-def test_a_folder_with_files_is_refused(tmp_path):
-    (tmp_path / "mine").touch()
-    with pytest.raises(ValueError, match=r"not empty; expected a new or empty folder"):
-        synth(tmp_path, SMALL)

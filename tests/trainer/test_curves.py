@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.curves import draw, loss_curve, make_figure, running_mean
+from trainer.curves import draw, make_figure, running_mean
 
 STEP = {"loss": 1.0, "speaking": 0.5, "dst_update": 0.25, "lm": 0.125, "grad_norm": 2.0, "lr": 0.001}
 STEP |= {"n_speaking": 9.0, "n_dst_update": 9.0, "n_lm": 5.0}
@@ -26,12 +26,6 @@ def steps(count: int) -> list[dict]:
 def evaluation(step: int, speaking: float | None, dst: float | None) -> dict:
     heads = {"speaking": {"ap": speaking, "chance": 0.125}, "dst_update": {"ap": dst, "chance": 0.0625}}
     return {"step": step, "evaluation": {"split": "val", **heads, "lm_loss": None}}
-
-
-def test_a_term_with_nothing_to_supervise_is_no_point():
-    lines = [*steps(2), {**STEP, "step": 3, "lm": 0.0, "n_lm": 0.0}, {**STEP, "step": 4, "loss": None}]
-    np.testing.assert_array_equal(loss_curve(lines, "lm", 1)[0], [0.125, 0.125, math.nan, 0.125])
-    np.testing.assert_array_equal(loss_curve(lines, "loss", 1)[0], [1, 1, 1, math.nan])
 
 
 def test_running_mean_is_of_sums_over_sums_in_both_directions():

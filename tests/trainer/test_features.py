@@ -75,11 +75,6 @@ def test_what_is_missing_damaged_or_of_another_kind_is_named(tmp_path):
         CachedFeatures(tmp_path, TOWER).load(clip(), 0, 1)
 
 
-def test_a_video_at_two_rates_has_two_files(tmp_path):
-    rates = [2.0, float(np.float32(29.97)), float(np.float32(30000 / 1001))]
-    assert len({feature_path(tmp_path, "v", rate) for rate in rates}) == 3
-
-
 def test_a_name_too_long_for_a_file_is_cut_and_still_its_own(tmp_path):
     for video in ("a/" + "é" * 120 + "1", "a/" + "é" * 120 + "2"):
         path = write(tmp_path, [0, 1], video=video)

@@ -75,14 +75,6 @@ def test_one_step_at_the_width_of_256m(tmp_path):
     assert set(watched) == {"vision", "connector", "text", "heads"}
 
 
-def test_a_bfloat16_file_loads_as_float32(tmp_path):
-    saved = SmolVLMForConditionalGeneration(tiny_config(60)).bfloat16()
-    saved.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), 60).state_dict()
-    assert {value.dtype for value in loaded.values()} == {torch.float32}
-    assert all(torch.equal(value.float(), loaded[name]) for name, value in saved.state_dict().items())
-
-
 def logits(vlm: SmolVLMForConditionalGeneration, tokens: Tokens) -> Tensor:
     model = ProspectModel(vlm, DecisionHeads(vlm.config.text_config.hidden_size), TrainConfig()).eval()
     with torch.no_grad():

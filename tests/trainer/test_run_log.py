@@ -88,16 +88,3 @@ def test_wandb_gets_config_numbers_and_whether_the_run_failed(tmp_path, monkeypa
         pass
     with open_log(run, 2, shown=False) as log:
         log({"step": 1, "loss": 2.0})
-
-
-def test_a_log_file_gets_plain_lines(tmp_path, capsys, monkeypatch):
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("trainer.run_log.time", SimpleNamespace(monotonic=lambda: clock.now))
-    with open_log(tmp_path, 13, done=2) as log:
-        clock.now += 0.8
-        log(LINE_3 | {"speaking": 0.0042})
-        log({"step": 3, "evaluation": EVALUATION})
-    assert capsys.readouterr().err.splitlines() == [
-        "step 3/13  loss 1.250  speaking 4.2e-03  dst_update 0.250  lm -  4,250 tok/s  eta 0:08",
-        "step 3/13  on val: speaking AP 0.750 (chance 0.125)  dst_update AP - (chance 0.000)",
-    ]

@@ -58,14 +58,6 @@ def test_no_pair_is_begun_that_would_end_after_the_clock(until, expected):
     assert log[-1][2] + 4.0 <= until
 
 
-def test_a_shorter_rung_fills_what_no_pair_fits_into_but_only_at_a_seed_that_the_pair_has():
-    units = in_order(("texts", *PAIR), PAIR, range(9))
-    log = play(Schedule(units, PAIR, until=68.0), {"texts": 5.0, "speak": 10.0, "speak+dst": 10.0})
-    assert [job for job, _, _ in log][4:] == [("texts", 0), ("speak", 2), ("speak+dst", 2)]
-    log = play(Schedule(units, PAIR, until=60.0), {"texts": 5.0, "speak": 10.0, "speak+dst": 10.0})
-    assert [job for job, _, _ in log][4:] == [("texts", 0), ("texts", 1)]
-
-
 def test_while_nothing_was_measured_one_pair_is_begun_and_no_more():
     schedule = Schedule(in_order(PAIR, PAIR, range(9)), PAIR, workers=4, until=100.0)
     assert [schedule.next(0.0) for _ in range(4)] == [("speak", 0), ("speak+dst", 0), None, None]

@@ -24,7 +24,7 @@ from trainer.plan import Plan
 
 DARK, FLASH, BRIGHT = 20, 120, 250
 SEEDS = (0, 1, 2)
-CONFIG = TrainConfig(model="nano", steps=80, lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200)
+CONFIG = TrainConfig(model="nano", steps=60, lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200)
 
 
 def world(out: Path, state_tells: bool) -> Path:
@@ -52,6 +52,7 @@ def _clip(out, split, number, rng, state_tells):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_tells", [True, False], ids=["the state tells", "the state tells nothing"])
 def test_an_effect_is_found_and_reported_where_there_is_one_and_only_there(tmp_path, monkeypatch, state_tells):
     monkeypatch.setattr(trainer.evaluation.plots, "write_figure", lambda stem, make, label: "")  # which takes seconds

@@ -80,17 +80,6 @@ def test_a_part_of_a_file_is_read(tmp_path):
         read(path, frames=range(4, 8))
 
 
-def test_people_see_the_whole_picture_and_the_model_its_middle(tmp_path):
-    (tmp_path / "v").mkdir()
-    wide = np.zeros((900, 1800, 3), np.uint8)
-    wide[:, 450:1350] = np.random.default_rng(0).integers(200, 256, (900, 900, 3))
-    Image.fromarray(wide).save(tmp_path / "v" / "0.png")
-    [one] = read(tmp_path / "v")
-    assert (one.image.size, one.image.mode, one.image.getpixel((10, 160))) == ((640, 320), "RGB", (0, 0, 0))
-    trained_on = PixelFrames(tmp_path, 64).load(clip_example([], video="v"), 0, 1)[0]
-    assert np.array_equal(one.pixels, trained_on)  # of the picture, not of the smaller one
-
-
 def test_in_real_time_no_frame_is_early_and_late_ones_are_counted(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     folder = write_images(tmp_path / "v", 7)
