@@ -65,8 +65,13 @@ def report_frames(frames: HeadFrames, threshold: float | None, bins: int) -> dic
     """Plain numbers; None where undefined: no positive or no negative frame, no threshold, no probabilities."""
     sums, calibration = bin_sums(frames, bins), None
     if sums is not None and len(frames.positive):
-        total = sums.sum(0)  # the bins: frames, sum of their probabilities, positives
-        calibration = {"ece": float(calibration_error(total)), "bins": total.T.tolist()}
+        total = sums.sum(0)
+        shares = {"probability": ratio(total[1], total[0]), "positive": ratio(total[2], total[0])}
+        curve = [
+            {"low": i / bins, "high": (i + 1) / bins, "frames": int(n)} | plain({k: v[i] for k, v in shares.items()})
+            for i, n in enumerate(total[0])
+        ]
+        calibration = {"ece": float(calibration_error(total)), "bins": curve}
     return {
         **_ranking(frames),
         **plain(confusion_rates(confusion(frames, threshold).sum(0))),

@@ -69,7 +69,9 @@ def test_calibration_of_two_bins_by_hand():
     report = report_frames(frames_of(p, labels, probabilities=p), None, 2)["calibration"]
     # three frames at 0.2 on average, one of them positive; two at 0.75, both positive
     assert report["ece"] == pytest.approx((3 * abs(1 / 3 - 0.2) + 2 * abs(1 - 0.75)) / 5, rel=1e-6)
-    assert report["bins"] == [pytest.approx([3, 0.6, 1]), pytest.approx([2, 1.5, 2])]
+    low, high = report["bins"]
+    assert (low["low"], low["high"], low["frames"], low["positive"]) == (0, 0.5, 3, 1 / 3)
+    assert (high["frames"], high["positive"]) == (2, 1)
 
 
 def test_a_heads_own_events_are_told_from_the_others():
