@@ -186,7 +186,7 @@ def synth(
     views: Annotated[int, Option(help="camera views per recording", min=1)] = 2,
     difficulty: Annotated[float, Option(help="of reading the pictures: 0 easy .. 1 hard", min=0, max=1)] = 0.25,
     tells: Annotated[str, Option(help=TELLS_HELP)] = "vision",
-    px: Annotated[int, Option(help="side of the square frames, pixels", min=32)] = 64,
+    px: Annotated[int, Option(help="side of the square frames, pixels", min=32, max=1024)] = 64,
     seed: Annotated[int, Option(help="same seed, same bytes", min=0)] = 0,
 ) -> int:
     """Make task videos with conversations, in the file formats that users have."""
@@ -195,6 +195,8 @@ def synth(
     from pipeline.terminal import command
 
     counts = {split: n for split, n in {"train": train, "val": val, "test": test}.items() if n}
+    if not counts:
+        raise UsageError("--train, --val and --test are all 0: nothing to make")
     config = SynthConfig(counts, views, difficulty=difficulty, tells=parse_tells(tells), px=px, seed=seed)
     for split, clips in run(out, config).items():
         typer.echo(f"{split:5} {counts[split]} recordings, {counts[split] * views} videos, {clips} clips")

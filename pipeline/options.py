@@ -107,6 +107,7 @@ def find_inputs(inputs: list[Path], options: Options) -> tuple[list[Path], list[
     files: list[Path] = []
     skipped: list[Skipped] = []
     for path in inputs:
+        path.stat()  # an OSError where it is not there
         found = list(_search(path, options)) if path.is_dir() else [(path, "")]
         left = [(file, why) for file, why in found if why]
         if len(left) == len(found):

@@ -37,7 +37,7 @@ from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.state import replay
-from pipeline.storage import is_vacant
+from pipeline.storage import is_vacant, make_folder
 
 SPLITS: Final = ("train", "val", "test")
 SOURCES: Final = ("state", "vision", "user", "history", "nothing")  # of what tells when to speak
@@ -87,7 +87,11 @@ def parse_tells(text: str) -> dict[str, float]:
         shares = {name.strip(): float(share) if equals else 1.0 for name, equals, share in items}
     except ValueError:
         shares = {}
-    if not set(shares) <= {*SOURCES} or min(shares.values(), default=-1) < 0 or abs(sum(shares.values()) - 1) > 1e-9:
+    if (
+        not set(shares) <= {*SOURCES}
+        or min(shares.values(), default=-1) < 0
+        or not abs(sum(shares.values()) - 1) < 1e-9
+    ):
         raise UsageError(f"--tells {text!r}: expected {', '.join(SOURCES)}, or NAME=SHARE,... that add up to 1")
     return shares
 
@@ -313,6 +317,7 @@ def synth(out: Path, config: SynthConfig) -> dict[str, int]:
         raise UsageError(f"{out}: is there and not empty; expected a new or empty folder; name another")
     created, new = not out.exists(), out / ".synth.new"  # in it, as it may be a mount point
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    make_folder(out)
     (new / "frames").mkdir(parents=True)
     counts = {split: 0 for split in SPLITS if split in config.recordings}
     try:

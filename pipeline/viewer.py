@@ -22,6 +22,7 @@ import jinja2
 import numpy as np
 import polars as pl
 
+from pipeline.errors import InputError
 from pipeline.schema import HEADS, NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.terminal import plain
@@ -33,6 +34,8 @@ GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is 
 
 def write_page(path: Path, title: str, data: Mapping[str, Any]) -> None:
     """Write a page as a whole: `data` is JSON of one of the two kinds that viewer.html shows. ValueError on NaN."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --html wants the name of a file, e.g. {path}/page.html")
     environment = jinja2.Environment(loader=jinja2.PackageLoader("pipeline", "."), autoescape=True)
     page = environment.get_template("viewer.html").render(title=plain(title), policy="\1", data="\0")
     policy = "default-src 'none'; img-src data:"

@@ -200,6 +200,11 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
         state = load_file(folder / STATE).items()
         learnt = {name.removeprefix("parameter/"): v for name, v in state if name.startswith("parameter/")}
         model.load_state_dict(learnt, strict=False)
+        merged = merge_adapters(vlm, vlm.state_dict())
+        for name, value in ((n, v) for file in folder.glob("model*.safetensors") for n, v in load_file(file).items()):
+            if not torch.allclose(merged[name], value, atol=1e-5):
+                what = f"{name} is not what the adapters were trained on; get that model back"
+                raise InputError(f"{config.model}: {what}")
     return LoadedRun(model.eval(), tokens, config, info)
 
 
@@ -249,11 +254,13 @@ def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: not found, expected a run of prospect-dst train; run train first")
     try:
         info: dict[str, Any] = json.loads(path.read_bytes())
-        version, files = info.pop("format"), info.pop("files")
-    except (ValueError, KeyError):
+        version, files, _ = info.pop("format"), info.pop("files"), info["config"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: damaged; train again, or get the whole folder again") from None
     if version != FORMAT:
         raise InputError(f"{path}: format {version}, expected {FORMAT}; use the version that wrote it")
+    if to_train and STATE not in files:
+        raise InputError(f"{folder}: holds no {STATE}, so training can't go on from it; resume from RUN/last")
     for name, expected in files.items():
         path = folder / name
         if (to_train or name != STATE) and not (path.is_file() and sha256(path) == expected["sha256"]):
@@ -319,7 +326,7 @@ def read_options(run: Path) -> dict[str, Any]:
     try:
         options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
         return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         what = f"damaged, or of another version ({error!r})"
         raise InputError(f"{run / OPTIONS}: {what}; train into a new folder") from None
 

@@ -54,7 +54,7 @@ def encode(
     keep: Annotated[
         str, Option(help="vision: the connector can still learn; connector: its output, 21 times smaller at 256M")
     ] = "vision",
-    batch: Annotated[int, Option(help="frames in one pass of the tower")] = 32,
+    batch: Annotated[int, Option(help="frames in one pass of the tower", min=1)] = 32,
     part: Annotated[
         str, Option(help="3/16: the third of 16 shares of the videos; all may write into one --out at once")
     ] = "1/1",

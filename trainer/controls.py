@@ -44,7 +44,7 @@ from trainer.evaluation.scores import Floats, ScoredClip, Singles
 from trainer.sequence import texts_at
 
 CONTROLS: Final = ("metronome", "history")
-VERSION: Final = 2  # of the features and the fit: what another wrote is made again
+VERSION: Final = 3  # of the features and the fit: what another wrote is made again
 MAX_FRAMES: Final = 2_000_000  # of train
 CLIPS_AT_ONCE: Final = 2_000
 CUTS: Final = 24  # thresholds tried free-running
@@ -60,6 +60,7 @@ FEATURES: Final = (
 
 Mask = npt.NDArray[np.bool_]
 Thresholds = Mapping[str, Floats]  # by head [C]
+Speech = Sequence[Sequence[str | None]] | None  # [C] of [F]
 
 
 def score_control(
@@ -76,11 +77,13 @@ def score_control(
     clips = [train.clip(number, rate=1.0) for number in sorted(drawn.tolist())]
     clock = Metronome.fit(clips, settings)
     control = clock if name == "metronome" else History.fit(clips, seed)
+    free_running: dict[str, Any] = {}  # how it decides to speak, which the pass below finds out
     origin: dict[str, Any] = {
         "data": str(data.resolve()),
         "data_key": {part: s.key for part, s in held.all.items()},
         "model": control_key(name, train, seed),
         "arm": name,
+        "free_running": free_running,
     }
     scored = {part: list(control.teacher_forced(list(s.in_order()))) for part, s in held.all.items()}
     notes: list[str] = []
@@ -90,13 +93,16 @@ def score_control(
         val, measured = scored[held.val.name], [one.clip for one in scored[split]]
         chosen = {head: thresholds.event.get(head, math.inf) for head in HEADS}
         chosen["speaking"], f1 = _best_free_running(control, val, chosen, settings)
-        own, beat = control, clock.beats.get("speaking")
+        speech, beat = None, clock.beats.get("speaking")
         ticking = (beat and beat.f1([one.clip for one in val], "speaking", settings)) or 0.0
+        free_running["threshold"] = chosen["speaking"]
         if name == "history" and beat and ticking >= f1:
-            own, chosen = clock, dict.fromkeys(HEADS, 0.0)
+            zeros = dict.fromkeys(HEADS, np.zeros(len(measured)))
+            speech = [one.said or [] for one in clock.free_running(measured, zeros, settings.refractory_s)]
             notes.append(f"self-fed it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}")
+            free_running.update(threshold=None, speaks_as="metronome")
         rows = {head: np.full(len(measured), value) for head, value in chosen.items()}
-        return list(own.free_running(measured, rows, settings.refractory_s))
+        return list(control.free_running(measured, rows, settings.refractory_s, speech))
 
     live_pass = free_running_pass if live else None
     evaluation = scoring.write_evaluation(out, scored, held, settings, origin, live_pass)
@@ -156,7 +162,7 @@ class Metronome:
             yield ScoredClip(clip, logits, {})
 
     def free_running(
-        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float
+        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float, _: Speech = None
     ) -> Iterator[ScoredClip]:
         for i, scored in enumerate(self.teacher_forced(clips)):
             events = np.zeros((2, scored.clip.num_frames), bool)
@@ -196,8 +202,9 @@ class History:
             yield ScoredClip(clip, logits, {head: expit(values) for head, values in logits.items()})
 
     def free_running(
-        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float
+        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float, speech: Speech = None
     ) -> Iterator[ScoredClip]:
+        """speech: what it says after each frame of each clip, instead of speaking where a threshold is reached."""
         for first in range(0, len(clips), CLIPS_AT_ONCE):
             own = clips[first : first + CLIPS_AT_ONCE]
             sizes, fps = np.array([clip.num_frames for clip in own]), np.array([clip.fps for clip in own])
@@ -209,7 +216,10 @@ class History:
                     row = HEADS.index(head)
                     logits[row, active, frame] = values
                     rested = (frame - last[row, active]) / fps[active] >= refractory_s - TOLERANCE
-                    events[row, active, frame] = rested & (values >= thresholds[head][first + active])
+                    fires = rested & (values >= thresholds[head][first + active])
+                    if speech is not None and head == "speaking":
+                        fires = np.array([speech[first + i][frame] is not None for i in active.tolist()])
+                    events[row, active, frame] = fires
                     last[row, events[row, :, frame]] = frame
             for i, clip in enumerate(own):
                 scores = {head: logits[HEADS.index(head), i, : clip.num_frames] for head in self.classifiers}

@@ -141,9 +141,8 @@ class FeatureFile:
             self.checksums: npt.NDArray[np.uint32] = file.get_tensor("checksums").numpy()
             self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: no features ({error}); delete it if it is there, {ENCODE} on this data"
-            ) from None
+            there = "name another --features, or delete it and " if path.is_file() else ""
+            raise InputError(f"{path}: no features ({error}); {there}{ENCODE} on this data") from None
 
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""

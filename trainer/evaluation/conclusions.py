@@ -162,6 +162,8 @@ def _sources(step: Step) -> list[str]:
 
 def _added(bench: Benchmark, step: Step) -> str:
     """'+0.010 [-0.020, +0.040] (no more than 0.05)'"""
+    if step.rung == "history" and step.low == step.high == 0:  # it speaks as the metronome
+        return "+0.000 (no difference)"
     small, least = f" (under {bench.info['margin']:g})", f" (no more than {bench.info['margin']:g})"
     words = {BEATS: "", WORSE: " (worse)", UNDECIDED: " (undecided)", SMALL: small, NO_LARGER: least}
     return format_interval(step.difference, step.low, step.high, signed=True) + words[step.verdict]

@@ -286,8 +286,8 @@ def evaluate_scores(
         raise InputError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
     held = hold(data or Path(info["data"]), split)
     scored = read_scores(path, held.all, optional=held.all.keys() - {split})
-    if wrong := (given or {}).keys() - HEADS:
-        raise InputError(f"threshold of {', '.join(sorted(wrong))}: expected one of {', '.join(HEADS)}")
+    if wrong := [head for head, value in (given or {}).items() if head not in HEADS or math.isnan(value)]:
+        raise InputError(f"threshold of {', '.join(sorted(wrong))}: expected a logit of one of {', '.join(HEADS)}")
     thresholds, source, notes = pick_thresholds(scored, held, settings)
     if given:
         thresholds, source, notes = Thresholds(dict(given), dict(given)), "given", []

@@ -149,7 +149,8 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
     if "speaking" not in chosen:
         again = f"run {command('evaluate', run, 'DATA')}, with speech in val, or give --threshold speaking=LOGIT"
         raise InputError(f"{run}: no evaluation of this checkpoint has a threshold for speaking; {again}")
-    return DecodingConfig(dict.fromkeys(HEADS, math.inf) | chosen, rest if refractory_s is None else refractory_s)
+    rest = Settings(refractory_s=rest if refractory_s is None else refractory_s).refractory_s  # checked
+    return DecodingConfig(dict.fromkeys(HEADS, math.inf) | chosen, rest)
 
 
 # ---- the task ------------------------------------------------------------------------------------------
@@ -182,6 +183,8 @@ def find_task(
 
         view = find_clip(path, clip)
         example = Split(path, view.split).clip(view.row["clip"], rate=1.0)
+        if video.isascii() and video.isdigit():
+            raise InputError(f"camera {video}: a clip of {path} is a part of a video; name a JSON file with --task")
         if fps not in (None, example.fps):
             raise InputError(f"clip {example.clip_id}: has {example.fps:g} frames/s, not {fps:g}; leave --fps out")
         return example, texts_at(example, "user")

@@ -109,7 +109,7 @@ def test_the_opening_names_what_tells_and_what_adds_nothing(tmp_path):
         "add 0.05 event F1 at most."
     )
     assert second.startswith("Event F1 (self-fed, 8 recordings, 2 seeds): metronome 0.")
-    assert "history 0.000 [0.000, 0.000] (no more than 0.05), texts 0.000" in second
+    assert "history +0.000 (no difference), texts 0.000 [0.000, 0.000] (no more than 0.05), pictures" in second
     assert "own state 0.000 [0.000, 0.000] (no more than 0.05); the true state would add 0.000" in second
     assert not [*leaks(bench)]
 
