@@ -200,23 +200,24 @@ def _windows(bench: Benchmark, mode: str) -> plots.Panel:
     return plots.Panel(f"Event F1, {mode}", curves, "width of the window (s)", "event F1", line, dots=True)
 
 
-def _labelled(bench: Benchmark, mode: str) -> Iterator[tuple[str, Iterator[pl.DataFrame]]]:
-    """(trained rung, of each of its seeds the frames that have a label: speaking's logit, probability and label)."""
+def _labelled(bench: Benchmark, mode: str) -> Iterator[tuple[str, dict[int, pl.LazyFrame]]]:
+    """(trained rung, {seed: the frames that have a label: speaking's logit, probability and label})."""
     names = ("logit", "probability", "label")
     columns = [pl.col(f"speaking_{name}").cast(pl.Float64).alias(name) for name in names]
     known = (pl.col("split") == bench.info["split"]) & (pl.col("speaking_label") >= 0)
     for rung in [rung for rung in bench.rungs if RUNGS[rung].kind == "arm"]:
-        paths = [bench.run(rung, seed) / "scores" / f"{mode}.parquet" for seed in bench.info["seeds"]]
-        scans = [pl.scan_parquet(path, glob=False) for path in paths if path.is_file()]
-        yield rung, (scan.filter(known).select(columns).collect() for scan in scans)
+        paths = {seed: bench.run(rung, seed) / "scores" / f"{mode}.parquet" for seed in bench.info["seeds"]}
+        scans = {seed: pl.scan_parquet(path, glob=False) for seed, path in paths.items() if path.is_file()}
+        yield rung, {seed: scan.filter(known).select(columns) for seed, scan in scans.items()}
 
 
 def harness_check(bench: Benchmark) -> str:
     """Whether silence and speak, whose heads are inverted and direct, came out as the same model; "" where they did not
     both run."""
-    seeds = dict(_labelled(bench, TEACHER_FORCED))
-    pairs = zip(seeds.get("silence", ()), seeds.get("speak", ()), strict=False)
-    probabilities = ([expit(frames["logit"].to_numpy()) for frames in pair] for pair in pairs)
+    runs = dict(_labelled(bench, TEACHER_FORCED))
+    silence, speak = runs.get("silence", {}), runs.get("speak", {})
+    pairs = [(silence[seed], speak[seed]) for seed in silence if seed in speak]
+    probabilities = ([expit(frames.collect()["logit"].to_numpy()) for frames in pair] for pair in pairs)
     apart = max((float(np.abs(p - q).max()) for p, q in probabilities), default=None)
     if apart is None:
         return ""
@@ -232,7 +233,7 @@ def precision_recall(bench: Benchmark, mode: str) -> plots.Panel:
     curves, guessing, recalls = [], None, np.linspace(0, 1, 101)
     for rung, seeds in _labelled(bench, mode):
         lines = []
-        for frames in seeds:
+        for frames in map(pl.LazyFrame.collect, seeds.values()):
             positive = frames["label"].to_numpy() == 1
             if positive.any() and not positive.all():
                 chance = positive.mean()
@@ -257,7 +258,7 @@ def _reliability(bench: Benchmark, mode: str) -> plots.Panel:
 
     for rung, seeds in _labelled(bench, mode):
         bins = []
-        for frames in seeds:
+        for frames in map(pl.LazyFrame.collect, seeds.values()):
             p, label = frames["probability"], frames["label"]
             if not p.has_nulls():
                 at = np.minimum((p.to_numpy() * count).astype(int), count - 1)

@@ -161,6 +161,8 @@ def test_harness_check_wants_the_inverted_head_to_equal_the_direct_one(tmp_path)
     assert same.startswith("Harness check passed: silence and speak are the same model and came out equal (")
     other = harness_check(folder(tmp_path / "other", {"speak": oracle, "silence": late}))
     assert other.endswith("differ by up to 2.3e-01, 1e-05 is allowed. Trust no number on this page.")
+    begun = folder(tmp_path / "begun", {"speak": oracle, "silence": late}, {"speak": [0], "silence": [1]})
+    assert harness_check(begun) == ""  # no seed has run under both
 
 
 def test_a_margin_is_settled_before_any_run(tmp_path):
