@@ -308,10 +308,9 @@ def _unique_ids(source: Source, taken: dict[tuple[str, str], Clip]) -> None:
 def _decide_convention(source: Source, given: str | None) -> None:
     """Let the file's valid clips vote on how start_frame and end_frame are meant."""
     voters = []
-    for (
-        clip
-    ) in source.kept():  # with bounds that are right in one convention at least (`window` adds a frame at the end)
+    for clip in source.kept():
         start, end = _given_or(clip, clip.extent)
+        # Only bounds that are right in one convention at least; `window` adds a frame at the end.
         if end - start + (clip.end_frame is None) > 0 and end - start <= MAX_FRAMES:
             voters.append(clip.votes)
     source.votes = np.array(voters, np.int64).reshape(-1, 4).sum(axis=0).tolist()

@@ -81,7 +81,7 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     clips = [clip for source in sources for clip in source.kept()]
     told, decisions = (sum(clip.given_away[i] for clip in clips) for i in (0, 1))
     if told > BY_CHANCE * decisions:
-        text = f"{told:,} of {decisions:,} speaking decisions are told by the file's `dialog`, which grows exactly"
+        text = f"{told:,} of {decisions:,} speaking decisions can be read off the file's `dialog`, which grows exactly"
         text += " after an interrupt: it is not read here; do not show a model later entries or their number"
         yield "dialog history tells the answers", split, text
     given = [clip for clip in clips if clip.initial_state is not None]

@@ -1,6 +1,6 @@
 """What `preprocess` is asked: its options, from which its command line follows, and which files it reads.
 
-The split of a file is told by its name, else its folder's, or by --split. A folder is searched for JSON files; what is
+A file's name says its split, else its folder's name, else --split. A folder is searched for JSON files; what is
 not read of it is returned with the reason, never left out silently.
 """
 

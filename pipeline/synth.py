@@ -87,11 +87,8 @@ def parse_tells(text: str) -> dict[str, float]:
         shares = {name.strip(): float(share) if equals else 1.0 for name, equals, share in items}
     except ValueError:
         shares = {}
-    if (
-        not set(shares) <= {*SOURCES}
-        or min(shares.values(), default=-1) < 0
-        or not abs(sum(shares.values()) - 1) < 1e-9
-    ):
+    known, positive = set(shares) <= {*SOURCES}, min(shares.values(), default=-1) >= 0
+    if not (known and positive and abs(sum(shares.values()) - 1) < 1e-9):
         raise UsageError(f"--tells {text!r}: expected {', '.join(SOURCES)}, or NAME=SHARE,... that add up to 1")
     return shares
 

@@ -48,9 +48,8 @@ FORMAT = 2
 HEADS, RUN_INFO, STATE, CARD = "heads.safetensors", "run.json", "state.safetensors", "README.md"
 OPTIONS = "options.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter; Muon no squares
-_WHOLE = states.StateDictOptions(
-    full_state_dict=True, cpu_offload=True
-)  # on rank 0; other ranks take part and get nothing
+# On rank 0; other ranks take part and get nothing.
+_WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +215,8 @@ def load_state(folder: Path, model: ProspectModel, optimizer: torch.optim.Optimi
         if key in _MOMENTS:
             moments.setdefault(name, {})[key] = saved[f"{key}/{name}"]
     if moments:
-        state: dict[str, Any] = {
-            **states.get_optimizer_state_dict(model, optimizer),
-            "state": moments,
-        }  # its own groups
+        own_groups = states.get_optimizer_state_dict(model, optimizer)
+        state: dict[str, Any] = {**own_groups, "state": moments}
         states.set_optimizer_state_dict(model, optimizer, state, options=states.StateDictOptions(full_state_dict=True))
     torch.set_rng_state(saved["rng/cpu"])
     if "rng/cuda" in saved and torch.cuda.is_available():
