@@ -178,9 +178,8 @@ def _parts(source: Source, spool: str, options: Options) -> Iterator[tuple[Any, 
     """Calls of `extract`, one a part of a file; none, and a refusal, where it is not one of clips."""
     try:
         clips, broken = index(source.path)
-    except InputError as error:
-        what = str(error).removeprefix(f"{source.path}: ").removeprefix("found ")
-        source.refuse(None, ClipError("file", what, "clips"), (0, source.bytes))
+    except ClipError as reason:
+        source.refuse(None, reason, (0, source.bytes))
         return
     if broken:
         source.refuse(*broken)

@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 import msgspec
 import numpy as np
 
-from pipeline.errors import InputError
 from pipeline.readers.clip import ClipError, Range, brief
 from pipeline.schema import ROLES, STATES, TRANSITIONS
 
@@ -48,10 +47,10 @@ Index = tuple[np.ndarray, tuple[int, ClipError, Range] | None]
 def index(path: Path) -> Index:
     """(int64 [clips, 2]: the bytes of a file's clips, in order; number, reason and bytes of what is not JSON, or None).
 
-    Raises InputError where the file is empty, or begins like none of JSON array, object and JSON Lines.
+    Raises ClipError where the file is empty, or begins like none of JSON array, object and JSON Lines.
     """
     if not path.stat().st_size:
-        raise InputError(f"{path}: found an empty file (or a pipe), expected clips as JSON; check how it was made")
+        raise ClipError("file", "an empty file (or a pipe)", "clips as JSON; check how it was made")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = _after_space(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
         head = data[start : start + 20]
@@ -61,9 +60,7 @@ def index(path: Path) -> Index:
             return np.array(list(_lines(data, start)), np.int64), None
         if head.startswith(b"{"):
             return _walk(data, start, b"")
-    raise InputError(
-        f"{path}: found {brief(head)}, expected clips as a JSON array, one object or lines, in plain UTF-8"
-    )
+    raise ClipError("file", brief(head), "clips as a JSON array, one object or lines, in plain UTF-8")
 
 
 def _array(data: mmap.mmap, start: int) -> Index:
