@@ -168,7 +168,7 @@ def inspect(
 
     manifest = verify(folder)
     if clip is not None:
-        console().print(timeline.Timeline(timeline.find_clip(folder, clip)))
+        console().print(timeline.Timeline(*timeline.find_clip(folder, clip)))
     elif html is None:
         console().print(render_summary(manifest))
     if html is not None:

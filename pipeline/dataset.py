@@ -66,6 +66,7 @@ class ClipExample:
     labels: Labels  # int8 [2, F] (speaking, DST update)
     unlabelled: tuple[tuple[int, int], ...] = ()  # absolute ranges that nobody annotated
     dataset: str = "unknown"
+    frame_convention: str = "event"  # how the source's frames were read
 
     @property
     def end_frame(self) -> int:

@@ -14,7 +14,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,11 +21,12 @@ import jinja2
 import numpy as np
 import polars as pl
 
+from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS, NOT_SAMPLED
 from pipeline.storage import write_text
 from pipeline.terminal import plain
-from pipeline.timeline import ClipView, clip_index, read_clips, state_line, states_of, turn_note, turn_seconds
+from pipeline.timeline import clip_index, state_line, states_of, turn_note, turn_seconds
 
 MAX_CLIPS: Final = 200  # shown, evenly spaced, at least one of each split
 GAP_EDGES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # seconds; the last bin is open
@@ -63,7 +63,7 @@ def labels_page(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
             for source in manifest.get("inputs") or []
         ],
-        "clips": [_clip(view) for view in _views(folder)],
+        "clips": [*_clips(folder)],
     }
 
 
@@ -92,36 +92,34 @@ def _split(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _views(folder: Path) -> Iterator[ClipView]:
+def _clips(folder: Path) -> Iterator[dict[str, Any]]:
     index = clip_index(folder)
     every = -(-index.height // MAX_CLIPS)
-    for _, rows in index.group_by("split", maintain_order=True):
-        chosen = rows.gather_every(every).select("split", "part", "clip").rows()
-        for (split, part), clips in groupby(chosen, key=lambda row: row[:2]):
-            yield from read_clips(folder, split, part, [clip for *_, clip in clips])
+    for (name,), rows in index.group_by("split", maintain_order=True):
+        split = Split(folder, str(name))
+        yield from (_clip(split.name, split.clip(number)) for number in rows["clip"].gather_every(every))
 
 
-def _clip(view: ClipView) -> dict[str, Any]:
+def _clip(split: str, clip: ClipExample) -> dict[str, Any]:
     """A clip's labels, turns and states; a turn is [role, text, start, end, seconds, updates, note, state after it]."""
-    row, states = view.row, states_of(view.row)
-    turns = []
-    for turn, state in zip(row["turns"], states[1:], strict=True):
-        updates = [[plain(u["id"]), u["transition"]] for u in turn["updates"]]
-        shown = [turn["role"], plain(turn["text"]), turn["start_frame"], turn["end_frame"], turn_seconds(row, turn)]
-        turns.append([*shown, updates, turn_note(row, turn), plain(state_line(state)) if updates else ""])
+    states, turns = states_of(clip), []
+    for turn, state in zip(clip.turns, states[1:], strict=True):
+        updates = [[plain(step), transition] for step, transition in turn.updates]
+        shown = [turn.role, plain(turn.text), turn.start_frame, turn.end_frame, turn_seconds(clip, turn)]
+        turns.append([*shown, updates, turn_note(clip, turn), plain(state_line(state)) if updates else ""])
     return {
-        "id": plain(row["clip_id"]),
-        "split": view.split,
-        "clip": row["clip"],
-        "recording": plain(row["recording_id"]),
-        "goal": plain(row["goal"] or ""),
-        "fps": row["fps"],
-        "start": row["start_frame"],
-        "frames": row["num_frames"],
-        "initial": plain(state_line(states[0])) if row["steps"] else "",
-        "steps": [[plain(step["id"]), plain(step["name"])] for step in row["steps"]],
+        "id": plain(clip.clip_id),
+        "split": split,
+        "clip": clip.clip,
+        "recording": plain(clip.recording_id),
+        "goal": plain(clip.goal or ""),
+        "fps": clip.fps,
+        "start": clip.start_frame,
+        "frames": clip.num_frames,
+        "initial": plain(state_line(states[0])) if clip.steps else "",
+        "steps": [[plain(step), plain(name)] for step, name in clip.steps],
         "turns": turns,
-        "labels": run_lengths(view.speaking, view.dst),
+        "labels": run_lengths(*clip.labels),
     }
 
 

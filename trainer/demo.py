@@ -56,7 +56,7 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
     console.print(render_summary(manifest))
 
     heading("3  inspect", f"one clip of them ({command('inspect', data, '--clip', 'test:0')})")
-    console.print(Timeline(find_clip(data, "test:0")))
+    console.print(Timeline(*find_clip(data, "test:0")))
 
     heading("4  train", f"a tiny SmolVLM (1M parameters) from scratch, {steps} steps -> {run}")
     trained = train(data, run, TrainConfig(steps=steps, warmup_steps=min(TrainConfig.warmup_steps, steps), seed=seed))

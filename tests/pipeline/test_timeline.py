@@ -11,11 +11,11 @@ from pipeline import timeline
     [("toy_a#0", "toy_a#0"), ("b#", "toy_b#1"), ("1", "toy_b#1"), ("val:0", "toy_c#0"), ("toy_c", "toy_c#0")],
 )
 def test_clip_by_id_number_part_or_split(toy, asked, found):
-    assert timeline.find_clip(toy.folder, asked).row["clip_id"] == found
+    assert timeline.find_clip(toy.folder, asked)[1].clip_id == found
 
 
 def test_timeline_shows_labels_and_turns_with_the_state_they_lead_to(toy):
-    text = text_of(timeline.Timeline(timeline.find_clip(toy.folder, "toy_a#0")))
+    text = text_of(timeline.Timeline(*timeline.find_clip(toy.folder, "toy_a#0")))
     lines = [line.rstrip() for line in text.splitlines()]
     at = lines.index("frame    ╷193 1:36.5")
     assert lines[at + 1 : at + 4] == [

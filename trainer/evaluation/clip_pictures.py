@@ -59,35 +59,35 @@ def render_busiest_clip(
     ranked = table.group_by("clip_id", maintain_order=True).agg(rank=rank).collect()
     clip_id = ranked.row(int(ranked["rank"].arg_max() or 0))[0]
     frames = table.filter(pl.col("clip_id") == clip_id).sort("frame").collect()
-    row = find_clip(data, f"{split}:{clip_id}").row
-    return plots.render(lambda: _make_figure(row, frames, frames_root, captions, title))[0]
+    _, clip = find_clip(data, f"{split}:{clip_id}")
+    return plots.render(lambda: _make_figure(clip, frames, frames_root, captions, title))[0]
 
 
 def _make_figure(
-    row: dict[str, Any], scored: pl.DataFrame, frames_root: Path, captions: dict[str, str], title: str
+    clip: ClipExample, scored: pl.DataFrame, frames_root: Path, captions: dict[str, str], title: str
 ) -> Figure:
-    """row: of the clips table; scored: the clip's rows of the scores file."""
+    """scored: the clip's rows of the scores file."""
     by_frame: dict[tuple[int, str], list[str]] = {}  # the texts of one frame and role stand in one line
-    for turn in row["turns"]:
-        start = turn["start_frame"]
-        if turn["role"] != "system" and start is not None and row["start_frame"] <= start < row["end_frame"]:
-            by_frame.setdefault((start, turn["role"]), []).append(plain(turn["text"]))
+    for turn in clip.turns:
+        start = turn.start_frame
+        if turn.role != "system" and start is not None and clip.start_frame <= start < clip.end_frame:
+            by_frame.setdefault((start, turn.role), []).append(plain(turn.text))
     turns = list(by_frame.items())[:MAX_TURNS]
     heights = [30, *[100] * len(HEADS), 22 * len(turns)]
     figure = plots.new_figure(sum(heights) + 170, width=1200)
     pictures, *panels, texts = figure.subplots(len(heights), height_ratios=heights)
     figure.suptitle(title, x=0.02, ha="left", size=19, weight="bold")
     about = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
-    about = f"clip {plots.printable(row['clip_id'], 60)}, {about}"
+    about = f"clip {plots.printable(clip.clip_id, 60)}, {about}"
     pictures.set_title(about, size=13, weight="normal", color=plots.MUTED)
-    if path := find_frames(frames_root, row["video_uid"], row["frames_file"], row["dataset"]):
-        which = np.linspace(0, row["num_frames"] - 1, min(row["num_frames"], MAX_THUMBNAILS)).round().astype(int)
-        numbers = (row["start_frame"] + which).tolist()
+    if path := find_frames(frames_root, clip.video_uid, clip.frames_file, clip.dataset):
+        which = np.linspace(0, clip.num_frames - 1, min(clip.num_frames, MAX_THUMBNAILS)).round().astype(int)
+        numbers = (clip.start_frame + which).tolist()
         with closing(open_pictures(path)) as opened:
-            images = [fit(opened.image(number, row["fps"]), THUMBNAIL_SIDE).transpose(1, 2, 0) for number in numbers]
+            images = [fit(opened.image(number, clip.fps), THUMBNAIL_SIDE).transpose(1, 2, 0) for number in numbers]
         pictures.imshow(np.concatenate(images, axis=1), extent=(0, 1, 0, 1), aspect="auto")
     pictures.set_axis_off()
-    edges = (row["start_frame"] + np.arange(row["num_frames"] + 1)) / row["fps"]
+    edges = (clip.start_frame + np.arange(clip.num_frames + 1)) / clip.fps
     for axes, (head, name) in zip(panels, HEAD_TITLES.items(), strict=True):
         axes.set_title(name, color=COLOURS[name], size=14)
         axes.set_title(captions[name], loc="right", size=13, weight="normal", color=plots.MUTED)
@@ -95,13 +95,13 @@ def _make_figure(
         axes.stairs(scored[f"{head}_label"].to_numpy() == 1, edges, fill=True, color=COLOURS[name], alpha=0.22)
         axes.stairs(scores, edges, baseline=None, color=COLOURS[name], linewidth=2, clip_on=False)
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(edges[0], edges[-1]))
-        axes.set_xticks(edges[:: max(1, round(row["num_frames"] / 10))])
+        axes.set_xticks(edges[:: max(1, round(clip.num_frames / 10))])
         axes.xaxis.set_major_formatter(lambda second, _: clock(second))
     texts.set_axis_off()
     texts.set_ylim(max(1, len(turns)), 0)
     style: dict[str, Any] = {"size": 13, "va": "top", "transform": texts.get_yaxis_transform()}
     for y, ((frame, role), lines) in enumerate(turns):
-        texts.text(0.045, y, clock(frame / row["fps"], tenths=True), ha="right", color=plots.MUTED, **style)
+        texts.text(0.045, y, clock(frame / clip.fps, tenths=True), ha="right", color=plots.MUTED, **style)
         texts.text(0.055, y, role, color=COLOURS.get(role, plots.MUTED), **style)
         texts.text(0.16, y, plots.printable(", ".join(lines), 140), **style)
     return figure

@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.dataset import ClipExample, Split
+from pipeline.dataset import ClipExample
 from pipeline.errors import InputError, NotFiniteError
 from pipeline.readers.clip import text_of
 from pipeline.schema import HEADS, NOT_SAMPLED, TRANSITIONS, State
@@ -181,8 +181,7 @@ def find_task(
             raise InputError(f"{path}: is a folder; name one of its clips: --clip test:0")
         from pipeline.timeline import find_clip  # polars, which a GPU machine may not have
 
-        view = find_clip(path, clip)
-        example = Split(path, view.split).clip(view.row["clip"], rate=1.0)
+        _, example = find_clip(path, clip)
         if video.isascii() and video.isdigit():
             raise InputError(f"camera {video}: a clip of {path} is a part of a video; name a JSON file with --task")
         if fps not in (None, example.fps):
