@@ -52,7 +52,7 @@ def _all_commands(
 
 @dataclass(frozen=True)
 class Given:
-    """Values of the options that `with_options` added to a command, and the names of those that the user wrote."""
+    """Values of the options that `with_options` added to a command, and the names of all that the user wrote."""
 
     values: dict[str, Any]
     chosen: set[str]
@@ -91,7 +91,7 @@ def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Cal
                     given[name] = numbers(f"--{name.replace('_', '-')}", given[name])
                 elif kind is tuple:
                     given[name] = tuple(names(given[name]))
-            chosen = {name for name in given if ctx.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+            chosen = {name for name in ctx.params if ctx.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
             return command(**values, given=Given(given, chosen))
 
         context = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)

@@ -14,7 +14,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,10 +91,16 @@ def read_manifest(data: Path) -> dict[str, Any]:
 def verify_shard(data: Path, shard: dict[str, Any]) -> Path:
     """The path of a manifest's shard; InputError where it is missing or its SHA-256 is another."""
     path = data / shard["path"]
-    if not path.is_file() or sha256(path) != shard["sha256"]:
+    if not path.is_file() or _sha256(path, path.stat().st_mtime_ns) != shard["sha256"]:
         what = "damaged, SHA-256 differs from the manifest's" if path.is_file() else "missing"
         raise InputError(f"{path}: {what}; run preprocess again")
     return path
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Read once per process, unless the file has changed since."""
+    return sha256(path)
 
 
 def verify(folder: Path) -> dict[str, Any]:

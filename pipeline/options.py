@@ -17,7 +17,7 @@ from typing import Annotated, Final
 from typer import Option
 
 from pipeline.errors import InputError, UsageError
-from pipeline.schema import MANIFEST
+from pipeline.schema import MANIFEST, QUARANTINE
 
 ASSEMBLY101: Final = r"nusar-.*?(?=__)"  # the take, without task prefix and camera
 SPLITS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -127,7 +127,8 @@ def _search(folder: Path, options: Options) -> Iterator[Skipped]:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ("frames", "features"))
-        files = sorted(here / name for name in names if name.endswith((".json", ".jsonl")) and not name.startswith("."))
+        own = {MANIFEST, QUARANTINE} if MANIFEST in names else set()  # of an output in the folder itself
+        files = sorted(here / name for name in {*names} - own if name.endswith((".json", ".jsonl")) and name[0] != ".")
         if "prepared" in folders:  # ProAssist's layout: the other folders hold what it was made from
             others = [*files, *(here / name for name in folders if name != "prepared")]
             yield from ((path, "beside prepared/, which is read instead") for path in others)

@@ -84,7 +84,7 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         schedule = _schedule(plan, splits, trained_on, until)
         count, there = sum(map(len, schedule.units)), len(schedule.done)
         of = f" of {count}" if len(plan.seeds) < MOST_SEEDS else ""
-        update = partial(_update, plan, schedule, splits.test, report_line)
+        update = partial(_update, plan, schedule, splits, report_line)
         write_first_page(plan.out)
         try:
             if there:
@@ -115,11 +115,11 @@ def answer_of(out: Path) -> str:
 
 
 def _update(
-    plan: Plan, schedule: Schedule, split: Split, report_line: Callable[[str], None], in_progress: bool = False
+    plan: Plan, schedule: Schedule, splits: EvalSplits, report_line: Callable[[str], None], in_progress: bool = False
 ) -> None:
     """Tables and report of the runs that are done; the page of a benchmark in progress reloads itself."""
     began = time.monotonic()
-    compare_runs(plan, [job for unit in schedule.units for job in unit if job in schedule.done], split)
+    compare_runs(plan, [job for unit in schedule.units for job in unit if job in schedule.done], splits)
     bench = read_benchmark(plan.out)
     row = bench.comparison(*bench.pair, bench.mode, PRIMARY)
     narrowing = what_narrows(row, schedule.pair_seconds()) if row and row["low"] is not None else ""

@@ -160,15 +160,18 @@ def evaluate(
     settings, places = given.make(Settings), places or []
     if submission is not None and chunks is None:
         raise UsageError("--submission needs --chunks: the sessions that it answers")
+    matching = {field.name for field in fields(Settings)}
+    answers = scores is not None and scores.suffix == ".jsonl" and chunks is not None
+    of_scores = {"places", "split", "threshold", "draws", "submission", *matching} if not answers else set()
+    reads = {"scores": {"out", "chunks", *of_scores}, "control": {"places", "split", "out", "self_fed", *matching}}
+    for option in given.chosen & reads.keys():
+        if unused := given.chosen - reads[option] - {option}:
+            raise UsageError(f"--{min(unused).replace('_', '-')}: not used with --{option}; drop one of them")
     if scores is not None:
         from trainer.evaluation.metrics import evaluate_scores, evaluate_submission
 
-        unused = {"--features": features is not None, "--frames-root": frames_root is not None}
-        unused |= {"--no-self-fed": not self_fed, "--updates": updates != "own"}
-        if wrong := [name for name, is_given in unused.items() if is_given]:
-            raise UsageError(f"{wrong[0]}: no model runs with --scores; drop one of them")
         shards, thresholds = (places[-1] if places else None), numbers("--threshold", threshold)
-        if scores.suffix == ".jsonl" and chunks is not None:
+        if answers and chunks is not None:
             result = evaluate_submission(scores, chunks, out)
         else:
             result = evaluate_scores(scores, shards, split, out, settings, thresholds, chunks, submission, draws)

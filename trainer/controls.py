@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,6 @@ from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS, ROLE_OF
 from trainer.config import Settings
-from trainer.evaluation import metrics as scoring
 from trainer.evaluation.event_metrics import (
     TOLERANCE,
     Beat,
@@ -40,6 +39,7 @@ from trainer.evaluation.event_metrics import (
     targets_of,
     threshold_frames,
 )
+from trainer.evaluation.metrics import METRICS_FILE, Evaluation, FreeRunning, Thresholds, hold, write_evaluation
 from trainer.evaluation.scores import Floats, ScoredClip, Singles
 from trainer.sequence import texts_at
 
@@ -59,54 +59,50 @@ FEATURES: Final = (
 )
 
 Mask = npt.NDArray[np.bool_]
-Thresholds = Mapping[str, Floats]  # by head [C]
+OfClips = Mapping[str, Floats]  # thresholds by head [C]
 Speech = Sequence[Sequence[str | None]] | None  # [C] of [F]
 
 
 def score_control(
     name: str, data: Path, split: str, out: Path, seed: int, settings: Settings, live: bool = True
-) -> scoring.Evaluation:
+) -> Evaluation:
     """Fit the control on train, score val and `split`, and write into `out` what `trainer.evaluate` writes of a run."""
     if name not in CONTROLS:
         raise InputError(f"control {name!r}: not known, expected one of {', '.join(CONTROLS)}")
-    held, train = scoring.hold(data, split), Split(data, "train")
-    (out / scoring.METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
+    held, train = hold(data, split), Split(data, "train")
+    (out / METRICS_FILE).unlink(missing_ok=True)  # the last to be written: with it the folder is complete
     shards = [shard for shard in train.manifest["shards"] if (shard["split"], shard["table"]) == (train.name, "frames")]
     share = min(1.0, MAX_FRAMES / sum(shard["rows"] for shard in shards))
     drawn = np.random.default_rng(seed).permutation(len(train))[: math.ceil(share * len(train))]
     clips = [train.clip(number, rate=1.0) for number in sorted(drawn.tolist())]
     clock = Metronome.fit(clips, settings)
     control = clock if name == "metronome" else History.fit(clips, seed)
-    free_running: dict[str, Any] = {}  # how it decides to speak, which the pass below finds out
     origin: dict[str, Any] = {
         "data": str(data.resolve()),
         "data_key": {part: s.key for part, s in held.all.items()},
         "model": control_key(name, train, seed),
         "arm": name,
-        "free_running": free_running,
     }
     scored = {part: list(control.teacher_forced(list(s.in_order()))) for part, s in held.all.items()}
-    notes: list[str] = []
 
-    def free_running_pass(thresholds: scoring.Thresholds) -> list[ScoredClip]:
+    def free_running_pass(thresholds: Thresholds) -> FreeRunning:
         assert held.val is not None  # thresholds were chosen there
         val, measured = scored[held.val.name], [one.clip for one in scored[split]]
         chosen = {head: thresholds.event.get(head, math.inf) for head in HEADS}
         chosen["speaking"], f1 = _best_free_running(control, val, chosen, settings)
-        speech, beat = None, clock.beats.get("speaking")
+        rows = {head: np.full(len(measured), value) for head, value in chosen.items()}
+        beat = clock.beats.get("speaking")
         ticking = (beat and beat.f1([one.clip for one in val], "speaking", settings)) or 0.0
-        free_running["threshold"] = chosen["speaking"]
-        if name == "history" and beat and ticking >= f1:
+        if isinstance(control, History) and beat and ticking >= f1:
             zeros = dict.fromkeys(HEADS, np.zeros(len(measured)))
             speech = [one.said or [] for one in clock.free_running(measured, zeros, settings.refractory_s)]
-            notes.append(f"self-fed it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}")
-            free_running.update(threshold=None, speaks_as="metronome")
-        rows = {head: np.full(len(measured), value) for head, value in chosen.items()}
-        return list(control.free_running(measured, rows, settings.refractory_s, speech))
+            clips = control.free_running(measured, rows, settings.refractory_s, speech)
+            note = f"self-fed it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}"
+            return FreeRunning(list(clips), {"threshold": None, "speaks_as": "metronome"}, (note,))
+        clips = control.free_running(measured, rows, settings.refractory_s)
+        return FreeRunning(list(clips), {"threshold": chosen["speaking"]})
 
-    live_pass = free_running_pass if live else None
-    evaluation = scoring.write_evaluation(out, scored, held, settings, origin, live_pass)
-    return replace(evaluation, notes=(*evaluation.notes, *notes))
+    return write_evaluation(out, scored, held, settings, origin, free_running_pass if live else None)
 
 
 def control_key(name: str, train: Split, seed: int) -> str:
@@ -162,7 +158,7 @@ class Metronome:
             yield ScoredClip(clip, logits, {})
 
     def free_running(
-        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float, _: Speech = None
+        self, clips: Sequence[ClipExample], thresholds: OfClips, refractory_s: float
     ) -> Iterator[ScoredClip]:
         for i, scored in enumerate(self.teacher_forced(clips)):
             events = np.zeros((2, scored.clip.num_frames), bool)
@@ -202,7 +198,7 @@ class History:
             yield ScoredClip(clip, logits, {head: expit(values) for head, values in logits.items()})
 
     def free_running(
-        self, clips: Sequence[ClipExample], thresholds: Thresholds, refractory_s: float, speech: Speech = None
+        self, clips: Sequence[ClipExample], thresholds: OfClips, refractory_s: float, speech: Speech = None
     ) -> Iterator[ScoredClip]:
         """speech: what it says after each frame of each clip, instead of speaking where a threshold is reached."""
         for first in range(0, len(clips), CLIPS_AT_ONCE):

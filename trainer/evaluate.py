@@ -24,7 +24,7 @@ from trainer.checkpoint import LoadedRun, load_run, run_hash
 from trainer.config import Settings
 from trainer.distributed import best_device
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
-from trainer.evaluation.metrics import METRICS_FILE, Evaluation, Thresholds, hold, write_evaluation
+from trainer.evaluation.metrics import METRICS_FILE, Evaluation, FreeRunning, Thresholds, hold, write_evaluation
 from trainer.evaluation.scores import ScoredClip
 from trainer.frame_source import FrameSource
 from trainer.live.rollout import free_running
@@ -87,7 +87,7 @@ def evaluate(
 
 def _run_live(
     run: LoadedRun, split: Split, frames: FrameSource, settings: Settings, updates: str, thresholds: Thresholds
-) -> list[ScoredClip]:
+) -> FreeRunning:
     """All clips of the split, free-running. Which clips share a pass moves last digits, so they go by clip_id."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     given = {clip.clip_id: texts_at(clip, "DST_UPDATE") if updates == "reference" else {} for clip in clips}
@@ -99,7 +99,8 @@ def _run_live(
     own = {head: at for head, at in thresholds.event.items() if updates == "own" or head != "dst_update"}
     decoding = DecodingConfig(own, settings.refractory_s)
     passes = free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
-    return sorted((_with_probabilities(run, scored) for scored in passes), key=lambda scored: scored.clip.clip)
+    scored = [_with_probabilities(run, one) for one in passes]
+    return FreeRunning(sorted(scored, key=lambda one: one.clip.clip))
 
 
 def _with_probabilities(run: LoadedRun, scored: ScoredClip) -> ScoredClip:

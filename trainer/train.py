@@ -276,13 +276,14 @@ class _Session:
                     share_of_peak = schedule(step, config)
                     for group in self.optimizer.param_groups:
                         group["lr"] = group["peak"] * share_of_peak
-                    result = train_step(self.model, self.optimizer, of_step, config, world, blank)
+                    try:
+                        result = train_step(self.model, self.optimizer, of_step, config, world, blank)
+                    except NotFiniteError:
+                        self.save("last")  # the optimizer has not moved: the weights are those of the last good step
+                        raise
                     numbers = {**result.__dict__, "lr": config.lr * share_of_peak, "seconds": time.monotonic() - before}
                     self.after_step(step + 1, {"step": step + 1, **numbers})
                     before = time.monotonic()
-            except NotFiniteError:
-                self.save("last")  # the optimizer has not moved: the weights are those of the last good step
-                raise
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
                 hint = "lower --micro-batch-tokens, or add --freeze vision or --checkpointing"

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from pipeline.cluster import available_cores
-from pipeline.dataset import Split
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, make_clips, plan_recording, synth
@@ -47,6 +46,7 @@ from trainer.evaluation.comparison import (
     settle,
 )
 from trainer.evaluation.conclusions import ladder_steps, top_rung
+from trainer.evaluation.metrics import hold
 from trainer.evaluation.report import write_report
 from trainer.plan import Plan
 
@@ -106,7 +106,7 @@ def answer(folder: Path, world: str, repeat: int) -> str:
         for job in jobs:
             if not metrics_of(plan, job):
                 carry_out(plan, job)
-        compare_runs(plan, jobs, Split(data, plan.split))
+        compare_runs(plan, jobs, hold(data, plan.split))
         write_report(out)
     return f"{world} {repeat}: {answer_of(out)}"
 

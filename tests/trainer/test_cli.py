@@ -72,9 +72,10 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(
 
 
 def test_what_would_be_ignored_or_overwritten_is_bad_usage(tmp_path, capsys):
-    for option in (["--updates", "reference"], ["--no-self-fed"], ["--features", "f"], ["--frames-root", "f"]):
-        assert main(["evaluate", "labels", "--scores", "s.parquet", *option]) == 2
-        assert f"{option[0]}: no model runs with --scores" in capsys.readouterr().err
+    for kind in (["--scores", "s.parquet"], ["--control", "history"]):
+        for option in (["--updates", "reference"], ["--features", "f"], ["--frames-root", "f"]):
+            assert main(["evaluate", "labels", *kind, *option]) == 2
+            assert f"{option[0]}: not used with {kind[0]}" in capsys.readouterr().err
     video = tmp_path / "video.mp4"
     video.touch()
     assert main(["stream", "run", str(video), "--html", str(video)]) == 2

@@ -42,7 +42,7 @@ from trainer.arms import RUNGS
 from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.event_metrics import count_matches, group_rows, metronomes, references, window_rows
-from trainer.evaluation.metrics import METRICS, METRICS_FILE, Thresholds, replicates, value_at
+from trainer.evaluation.metrics import METRICS, METRICS_FILE, EvalSplits, Thresholds, replicates, value_at
 from trainer.evaluation.plots import Curve, format_number
 from trainer.evaluation.scores import Ints, read_scores
 from trainer.evaluation.tables import BASELINES
@@ -181,8 +181,9 @@ def what_narrows(row: Mapping[str, Any], pair_s: float) -> str:
 # ---- tables ------------------------------------------------------------------------------------------
 
 
-def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
+def compare_runs(plan: Plan, jobs: Sequence[Job], held: EvalSplits) -> None:
     """Write OUT's tables and benchmark.json from those of the jobs that are finished."""
+    split = held.test
     metrics = {job: found for job in jobs if (found := metrics_of(plan, job))}
     recordings = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
@@ -195,7 +196,6 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
             measured.setdefault((rung, mode), {})[seed] = values
             if events is not None:
                 matches.setdefault((rung, mode), {})[seed] = events
-    val = Split(plan.data, "val") if "val" in split.manifest["splits"] else None
     results = (
         {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
         | {"value": value_at(found[mode], metric.path)}
@@ -211,7 +211,7 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], split: Split) -> None:
         "results": results,
         "rungs": intervals,
         "comparisons": _comparison_rows(plan, measured, recordings),
-        "windows": window_rows(matches, plan.settings, metronomes(split, val, plan.settings)),
+        "windows": window_rows(matches, plan.settings, metronomes(split, held.val, plan.settings)),
         "groups": group_rows(matches, split, plan.settings, plan.draws),
     }
     for table, columns in TABLES.items():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -260,6 +260,14 @@ class EvalSplits:
         return {split.name: split for split in (self.val, self.test) if split is not None}
 
 
+class FreeRunning(NamedTuple):
+    """What a free-running pass over the measured split gives."""
+
+    clips: list[ScoredClip]
+    how: dict[str, Any] | None = None  # how a control decides to speak, for metrics.json
+    notes: tuple[str, ...] = ()
+
+
 def hold(data: Path, split: str) -> EvalSplits:
     test = Split(data, split)
     return EvalSplits(test, Split(data, "val") if "val" in test.manifest["splits"] and split != "val" else None)
@@ -319,7 +327,7 @@ def write_evaluation(
     held: EvalSplits,
     settings: Settings,
     origin: dict[str, Any],
-    run_live: Callable[[Thresholds], list[ScoredClip]] | None,
+    run_live: Callable[[Thresholds], FreeRunning] | None,
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
@@ -335,7 +343,8 @@ def write_evaluation(
     write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
     by_mode = {TEACHER_FORCED: scored[split]}
     if run_live is not None and "speaking" in thresholds.event:  # a DST head without a threshold never fires
-        by_mode[SELF_FED] = run_live(thresholds)
+        by_mode[SELF_FED], how, live_notes = run_live(thresholds)
+        origin, notes = origin | ({} if how is None else {"free_running": how}), [*notes, *live_notes]
         write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
     elif run_live is not None:
         notes.append("not self-fed: no threshold for speaking")

@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -141,10 +141,11 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
     chosen, rest, checkpoint = {}, Settings.refractory_s, run_hash(run)
     paths = [path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json"))]
     for path in [*paths, *run.glob("scores/metrics.json")]:  # a benchmark's runs have the latter
-        metrics = json.loads(path.read_bytes())
-        if metrics.get("model") == checkpoint:
-            chosen, rest = metrics["thresholds"]["event"], metrics["settings"]["refractory_s"]
-            break
+        with suppress(ValueError):  # of an evaluation that was cut off
+            metrics = json.loads(path.read_bytes())
+            if metrics.get("model") == checkpoint:
+                chosen, rest = metrics["thresholds"]["event"], metrics["settings"]["refractory_s"]
+                break
     chosen = chosen | dict(thresholds)
     if "speaking" not in chosen:
         again = f"run {command('evaluate', run, 'DATA')}, with speech in val, or give --threshold speaking=LOGIT"

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from by_hand import clip_example, turn, write_shards
 
-from pipeline.dataset import ClipExample, Split
+from pipeline.dataset import ClipExample
 from pipeline.errors import InputError
 from trainer.config import MODES, Settings
 from trainer.evaluation import plots
 from trainer.evaluation.clip_pictures import find_disagreements
 from trainer.evaluation.comparison import BEATS, NO_LARGER, Benchmark, compare_runs, read_benchmark, settle
 from trainer.evaluation.conclusions import ladder_steps, leaks, opening, top_rung
-from trainer.evaluation.metrics import Thresholds, all_metrics
+from trainer.evaluation.metrics import Thresholds, all_metrics, hold
 from trainer.evaluation.report import harness_check, write_report
 from trainer.evaluation.scores import ScoredClip, write_scores
 from trainer.plan import Plan, run_of
@@ -72,7 +72,7 @@ def folder(
         ways = ways if isinstance(ways, tuple) else (ways, ways)
         write_run(run_of(plan, job) / "scores", clips, dict(zip(MODES, ways, strict=False)), settings, said)
     settle(plan)
-    compare_runs(plan, jobs, Split(data, "test"))
+    compare_runs(plan, jobs, hold(data, "test"))
     return read_benchmark(plan.out)
 
 
