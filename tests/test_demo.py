@@ -34,7 +34,7 @@ def test_the_demo_goes_through_every_step_and_ends_with_numbers_and_a_picture(ma
     order = [text.index(f"{number}  {name}") for number, name in enumerate(names, 1)]
     assert order == sorted(order)
     assert "speaking AP" in text
-    assert "self-fed" in text
+    assert "free-running" in text
     assert report.metrics["teacher-forced"]["speaking"]["frames"]["positives"] > 0
     picture = (out / "learned.svg").read_text()
     assert picture.startswith("<svg")

@@ -94,7 +94,7 @@ def test_the_documented_commands_lead_from_the_published_files_to_numbers(tmp_pa
             assert re.search(r"macro F1 +1\.0000 \[1\.0000, 1\.0000\]", printed)
     metrics = json.loads(Path("run/evaluation-test/metrics.json").read_text())
     sessions = [json.loads(line) for line in SESSIONS.open()]
-    for mode in ("teacher-forced", "self-fed"):
+    for mode in ("teacher-forced", "free-running"):
         assert metrics[mode]["chunks"]["overall"]["support"] == sum(len(session["answers"]) for session in sessions)
-    free = metrics["self-fed"]["chunks"]
+    free = metrics["free-running"]["chunks"]
     assert evaluate_submission(Path("submission.jsonl"), SESSIONS).metrics["submission"]["chunks"] == free

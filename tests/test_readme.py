@@ -71,7 +71,7 @@ def test_commands_work_as_shown(tmp_path, monkeypatch, capsys):
     exec(source, {})
     assert capsys.readouterr().out.count("(2, ") == len(pl.read_parquet("made/clips").filter(split="test"))
     assert "tea_nusar" in (tmp_path / "labels.html").read_text()
-    assert "(self-fed, 2 recordings, 1 seed)" in (tmp_path / "answer/report.html").read_text()
+    assert "(free-running, 2 recordings, 1 seed)" in (tmp_path / "answer/report.html").read_text()
 
 
 def test_every_command_of_the_readme_exists():

@@ -38,7 +38,9 @@ Features = Annotated[Path | None, _input(help="features written by encode, inste
 Thresholds = Annotated[
     list[str] | None, _model(help="logits speaking=0.5,dst_update=0, instead of those chosen on val")
 ]
-FreeRunning = Annotated[bool, _measure("--self-fed/--no-self-fed", help="also free-running: on its own texts")]
+FreeRunning = Annotated[
+    bool, _measure("--free-running/--no-free-running", help="also with its own texts in the context")
+]
 EvalSplit = Annotated[str, _measure(help="split to measure on; thresholds are chosen on val")]
 
 
@@ -141,7 +143,7 @@ def evaluate(
     threshold: Thresholds = None,
     frames_root: FramesRoot = None,
     features: Features = None,
-    self_fed: FreeRunning = True,
+    free_running: FreeRunning = True,
     updates: Annotated[
         str, _measure(help="free-running, whose state updates it reads: own, or reference (the rung true-state)")
     ] = "own",
@@ -163,7 +165,7 @@ def evaluate(
     matching = {field.name for field in fields(Settings)}
     answers = scores is not None and scores.suffix == ".jsonl" and chunks is not None
     of_scores = {"places", "split", "threshold", "draws", "submission", *matching} if not answers else set()
-    reads = {"scores": {"out", "chunks", *of_scores}, "control": {"places", "split", "out", "self_fed", *matching}}
+    reads = {"scores": {"out", "chunks", *of_scores}, "control": {"places", "split", "out", "free_running", *matching}}
     for option in given.chosen & reads.keys():
         if unused := given.chosen - reads[option] - {option}:
             raise UsageError(f"--{min(unused).replace('_', '-')}: not used with --{option}; drop one of them")
@@ -178,7 +180,7 @@ def evaluate(
     elif control is not None and len(places) == 1 and out is not None:
         from trainer.controls import score_control
 
-        result = score_control(control, places[0], split, out, 0, settings, self_fed)
+        result = score_control(control, places[0], split, out, 0, settings, free_running)
     elif control is not None or len(places) != 2:
         raise UsageError("evaluate: expected RUN DATA; DATA --scores FILE; or DATA --control NAME --out FOLDER")
     else:
@@ -186,7 +188,7 @@ def evaluate(
 
         run, data = places
         result = evaluate_run(
-            run, data, split, out, frames_root, features, settings, self_fed, chunks, submission, draws, updates
+            run, data, split, out, frames_root, features, settings, free_running, chunks, submission, draws, updates
         )
     console().print(render_evaluation(result))
     if result.folder is not None:
@@ -212,7 +214,7 @@ def benchmark(
     split: EvalSplit = "test",
     frames_root: FramesRoot = None,
     features: Features = None,
-    self_fed: FreeRunning = True,
+    free_running: FreeRunning = True,
     tells: Annotated[str, Option(help=f"with synth: {TELLS_HELP}")] = "state",
     draws: Annotated[int, _measure(help="of the recordings, for the intervals", min=100)] = 10_000,
     margin: Annotated[float, _measure(help="event F1 that does not matter; settled before any run")] = 0.05,
@@ -245,7 +247,7 @@ def benchmark(
     hazards = tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", []))
     plan = Plan(
         data, out, ladder(names(rungs) or DEFAULT_RUNGS), tuple(range(many)), given.make(TrainConfig),
-        given.make(Settings), split, frames_root, features, self_fed, draws, margin, jobs, asked, hazards,
+        given.make(Settings), split, frames_root, features, free_running, draws, margin, jobs, asked, hazards,
     )  # fmt: skip
     check_plan(plan)  # before torch is imported, which takes seconds
     from trainer import benchmark as of

@@ -19,7 +19,10 @@ from trainer.arms import ARMS, find_arm
 RANDOM_MODELS = ("tiny", "nano")  # built from a config, with random weights and a tokenizer of the data's own texts
 BALANCES = ("none", "mean")
 OPTIMIZERS = ("adamw", "muon")
-TEACHER_FORCED, SELF_FED = MODES = ("teacher-forced", "self-fed")  # evaluation: the reference's texts, or its own
+TEACHER_FORCED, FREE_RUNNING = MODES = (
+    "teacher-forced",
+    "free-running",
+)  # evaluation: the reference's texts, or its own
 PARTS = ("vision", "connector", "text", "heads")  # vision: the tower; text: body, embeddings and LM head
 _ABOVE_ZERO = {
     *("steps", "clips_per_step", "lr", "grad_clip"),

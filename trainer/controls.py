@@ -97,7 +97,7 @@ def score_control(
             zeros = dict.fromkeys(HEADS, np.zeros(len(measured)))
             speech = [one.said or [] for one in clock.free_running(measured, zeros, settings.refractory_s)]
             clips = control.free_running(measured, rows, settings.refractory_s, speech)
-            note = f"self-fed it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}"
+            note = f"free-running, it speaks as the metronome, whose event F1 on val is {ticking:.3f}, not {f1:.3f}"
             return FreeRunning(list(clips), {"threshold": None, "speaks_as": "metronome"}, (note,))
         clips = control.free_running(measured, rows, settings.refractory_s)
         return FreeRunning(list(clips), {"threshold": chosen["speaking"]})

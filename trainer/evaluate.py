@@ -1,7 +1,7 @@
 """Score a run on held-out clips and measure the scores: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
-    OUT/self-fed.parquet          that split once more, free-running
+    OUT/free-running.parquet          that split once more, free-running
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else. `evaluation.metrics.evaluate_scores` gives the same

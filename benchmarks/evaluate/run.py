@@ -2,7 +2,7 @@
 
 The shards and the scores are made up: every clip is a recording of its own (the most that a bootstrap can meet), with
 12 utterances and 10 state updates; a logit is noise plus 3 at an event, so hardly two frames tie. Two files, as
-`evaluate` writes them: `teacher-forced` (val and test, thresholds chosen on val) and `self-fed` (with texts and
+`evaluate` writes them: `teacher-forced` (val and test, thresholds chosen on val) and `free-running` (with texts and
 updates). The plain way is scikit-learn, once per draw, with the frames' weights. Each case is a process of its own.
 
     uv run python benchmarks/evaluate/run.py --work /tmp/evaluate            # writes results.md beside this file
@@ -32,7 +32,7 @@ PLAIN_CLIPS, PLAIN_DRAWS = (300, 2_000), 20  # 300: every score has a cell of it
 
 
 def make(work: Path, clips: int, frames: int, val_clips: int) -> None:
-    """WORK/data: shards; WORK/{teacher-forced,self-fed}.parquet: scores."""
+    """WORK/data: shards; WORK/{teacher-forced,free-running}.parquet: scores."""
     from pipeline.dataset import Split
     from pipeline.preprocess import preprocess
     from trainer.evaluation.scores import ScoredClip, write_scores
@@ -57,10 +57,10 @@ def make(work: Path, clips: int, frames: int, val_clips: int) -> None:
     thresholds = {"frame": {"speaking": 0.0, "dst_update": 0.0}, "event": {"speaking": 1.0, "dst_update": 1.0}}
     free = [said(one) for one in scored["test"]]
     info = origin | {
-        "mode": "self-fed",
+        "mode": "free-running",
         "thresholds": thresholds | {"metronome": {"speaking": {"period_s": 20.0, "phase": 0.5}}},
     }
-    write_scores(work / "self-fed.parquet", {"test": free}, info)
+    write_scores(work / "free-running.parquet", {"test": free}, info)
 
 
 def conversation(rng: np.random.Generator, name: str, frames: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def against_plain(work: Path, draws: int) -> dict[str, float]:
     from trainer.evaluation.frame_metrics import head_frames, ranking
     from trainer.evaluation.scores import read_scores
 
-    clips = read_scores(work / "self-fed.parquet", {"test": Split(work / "data", "test")})["test"]
+    clips = read_scores(work / "free-running.parquet", {"test": Split(work / "data", "test")})["test"]
     recordings = sorted({scored.clip.recording_id for scored in clips})
     frames = head_frames(clips, "speaking", recordings)
     assert frames is not None
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=FULL_SIZE)
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--case", choices=("make", "teacher-forced", "self-fed", "plain"))
+    parser.add_argument("--case", choices=("make", "teacher-forced", "free-running", "plain"))
     given = parser.parse_args()
     if given.case == "make":
         make(given.work, given.clips, FRAMES, max(2, given.clips // 50))
@@ -184,9 +184,9 @@ def main() -> None:
 
 
 def report(work: Path, clips: int, draws: int) -> None:
-    if not (work / "whole" / "self-fed.parquet").exists():
+    if not (work / "whole" / "free-running.parquet").exists():
         case(work / "whole", "make", clips, draws)
-    modes = ("teacher-forced", "self-fed")
+    modes = ("teacher-forced", "free-running")
     whole = {f"{mode}, {draws:,} draws": case(work / "whole", mode, clips, draws) for mode in modes}
     plain = {}
     for count in PLAIN_CLIPS:

@@ -41,12 +41,12 @@ def row(work: Path, data_seed: int, config: TrainConfig, seeds: int) -> str:
     data, began = made_data(out.parent, data_seed), time.process_time()
     benchmark(Plan(data, out, ARMS, tuple(range(seeds)), config, WINDOW, jobs=1), lambda line: print(line, flush=True))
     bench = read_benchmark(out)
-    found = bench.comparison("speak+dst", "speak", "self-fed", "event_f1")
+    found = bench.comparison("speak+dst", "speak", "free-running", "event_f1")
     half, always = (
         "-" if found[low] is None else f"{(found[high] - found[low]) / 2:.3f}"
         for low, high in (("low", "high"), ("always_low", "always_high"))
     )
-    f1s = ["; ".join(f"{f1:.3f}" for f1 in bench.of_seeds(arm, "self-fed", "speaking.events.f1")) for arm in ARMS]
+    f1s = ["; ".join(f"{f1:.3f}" for f1 in bench.of_seeds(arm, "free-running", "speaking.events.f1")) for arm in ARMS]
     cells = [str(data_seed), f"{found['difference']:+.3f}", half, always, *f1s, f"{time.process_time() - began:.0f}"]
     return f"| {' | '.join(cells)} |"
 

@@ -1,9 +1,10 @@
 """The streaming engine: many clips at once against one at a time, frames a second live, and eight hours of it.
 
-    A  self-fed evaluation: ours (a slot per clip, several frames a pass) against the loop that it replaced (`plain.py`:
-       the library's attention and cache, one clip at a time, a forward per frame and written token) and against itself
-       with one slot and one frame a pass. The sides take turns. On a CPU all must write the same texts; in bf16 on a
-       GPU near ties fall either way, so it is told how many clips have them, and logits are compared up to there
+    A  free-running evaluation: ours (a slot per clip, several frames a pass) against the loop that it replaced
+       (`plain.py`: the library's attention and cache, one clip at a time, a forward per frame and written token) and
+       against itself with one slot and one frame a pass. The sides take turns. On a CPU all must write the same texts;
+       in bf16 on a GPU near ties fall either way, so it is told how many clips have them, and logits are compared up
+       to there
     B  live: one frame at a time with ready features, k=1, in a context of at most 2,048 tokens. Every frame of a whole
        cycle is timed, from just after the context started over to just after it did so again. At four sizes of context
        the rivals read its last frames: the library's `DynamicCache`, and everything once more at each frame
@@ -500,7 +501,7 @@ class Report:
         return lines
 
     def ratio_bar(self, name: str, what: str) -> str:
-        claim = f"- A, {what}: self-fed at least 5x faster than one clip at a time"
+        claim = f"- A, {what}: free-running at least 5x faster than one clip at a time"
         if name not in self.all:
             return f"{claim}: not run"
         times = self.all[name]["found"]["times"]
@@ -635,7 +636,7 @@ positions or cache to be right, and shares the work of a training step.
 
 To ours: the rivals take thresholds, prompts, texts and the rule of what is kept from our code, so that they can be
 compared at all; their bookkeeping is shorter. In A all sides find decoded frames in the same cache of the frame reader,
-as the self-fed pass of `evaluate` does, and each runs the vision tower (tiny) or the connector (256M) itself."""
+as the free-running pass of `evaluate` does, and each runs the vision tower (tiny) or the connector (256M) itself."""
 
 
 def faster(times: dict[str, list[tuple[float, float]]], side: str) -> float:

@@ -33,7 +33,7 @@ from pipeline.options import Options
 from pipeline.preprocess import preprocess
 from pipeline.synth import SynthConfig, make_clips, plan_recording, synth
 from trainer.benchmark import answer_of, carry_out
-from trainer.config import SELF_FED, Settings, TrainConfig
+from trainer.config import FREE_RUNNING, Settings, TrainConfig
 from trainer.controls import CONTROLS, score_control
 from trainer.evaluation.comparison import (
     CHAIN,
@@ -120,7 +120,7 @@ def false_claims(bench: Benchmark, right: str) -> list[str]:
     beaten = [
         f"{high} beats {low}"
         for low, high in combinations(above, 2)
-        if (bench.comparison(high, low, SELF_FED, PRIMARY).get("low") or 0.0) > 0
+        if (bench.comparison(high, low, FREE_RUNNING, PRIMARY).get("low") or 0.0) > 0
     ]
     missed = [step for step in ladder_steps(bench) if step.rung == right and step.verdict == NO_LARGER]
     return [*beaten, *(f"{step.rung} adds nothing" for step in missed)]
@@ -128,7 +128,7 @@ def false_claims(bench: Benchmark, right: str) -> list[str]:
 
 def about_world(world: str, folders: list[Path]) -> Iterator[str]:
     benches, right = [read_benchmark(folder / "answer") for folder in folders], TRUTH[world]
-    rungs = [rung for rung in benches[0].rungs if all(bench.score(rung, SELF_FED, PRIMARY) for bench in benches)]
+    rungs = [rung for rung in benches[0].rungs if all(bench.score(rung, FREE_RUNNING, PRIMARY) for bench in benches)]
     yield f"## {world}: the right answer is {right}"
     yield ""
     yield f"| data set | seeds | {' | '.join(rungs)} | named | false claims |"
@@ -138,7 +138,7 @@ def about_world(world: str, folders: list[Path]) -> Iterator[str]:
         top, false = top_rung(bench), false_claims(bench, right)
         rung = top.rung if top else "none"
         named, wrong = named + (rung == right), wrong + bool(false)
-        values = " | ".join(f"{bench.score(name, SELF_FED, PRIMARY)['value']:.3f}" for name in rungs)
+        values = " | ".join(f"{bench.score(name, FREE_RUNNING, PRIMARY)['value']:.3f}" for name in rungs)
         yield f"| {folder.name} | {len(bench.info['seeds'])} | {values} | {rung} | {'; '.join(false) or '-'} |"
     yield ""
     yield f"- right rung named: {named} of {len(benches)}; data sets with a false claim: {wrong} of {len(benches)}"
@@ -150,7 +150,7 @@ def about_controls(work: Path) -> Iterator[str]:
     yield ""
     yield "Event F1 over data sets: mean (lowest to highest)."
     yield ""
-    yield "| world | data sets | metronome | history, teacher-forced | history, self-fed | ahead of the metronome |"
+    yield "| world | data sets | metronome | history, teacher-forced | history, free-running | ahead of the metronome |"
     yield "|---|---|---|---|---|---|"
     for world in TRUTH:
         found = [
@@ -171,7 +171,7 @@ def about_controls(work: Path) -> Iterator[str]:
     yield ""
 
 
-MODES = (SELF_FED, "teacher-forced", SELF_FED)  # of the table's columns
+MODES = (FREE_RUNNING, "teacher-forced", FREE_RUNNING)  # of the table's columns
 
 
 def report(work: Path) -> str:
@@ -183,7 +183,7 @@ def report(work: Path) -> str:
         "- command: `uv run python benchmarks/truth/run.py --work WORK`; " + window,
         f"- {RECORDINGS['train']} recordings to train on, {RECORDINGS['test']} to test on; model {NANO.model}, "
         f"{NANO.steps} steps ({', '.join(f'{world}: {steps}' for world, steps in STEPS.items())}; {MORE}); "
-        "event F1, self-fed",
+        "event F1, free-running",
         "",
         *about_controls(work),
     ]

@@ -81,21 +81,21 @@ def test_each_run_is_told_and_kept(told, plan):
     assert 'http-equiv="refresh"' not in page
     for job in jobs:
         names = sorted(path.name for path in (run_of(plan, job) / "scores").iterdir())
-        assert names == ["metrics.json", "self-fed.parquet", "teacher-forced.parquet"]
+        assert names == ["free-running.parquet", "metrics.json", "teacher-forced.parquet"]
 
 
 def test_tables_hold_every_arm_seed_mode_and_metric(told, plan):
     results = rows(plan.out, "results")
     assert len(results) == 2 * 2 * 2 * 18
     metrics = json.loads((plan.out / "runs/speak/seed-1/scores/metrics.json").read_text())
-    (row,) = rows(plan.out, "results", rung="speak", seed=1, mode="self-fed", metric="speaking_ap")
-    assert row["value"] == metrics["self-fed"]["speaking"]["frames"]["ap"]
-    both = [r["value"] for r in rows(plan.out, "results", rung="speak", mode="self-fed", metric="speaking_ap")]
-    (arm,) = rows(plan.out, "rungs", rung="speak", mode="self-fed", metric="speaking_ap")
+    (row,) = rows(plan.out, "results", rung="speak", seed=1, mode="free-running", metric="speaking_ap")
+    assert row["value"] == metrics["free-running"]["speaking"]["frames"]["ap"]
+    both = [r["value"] for r in rows(plan.out, "results", rung="speak", mode="free-running", metric="speaking_ap")]
+    (arm,) = rows(plan.out, "rungs", rung="speak", mode="free-running", metric="speaking_ap")
     assert arm["value"] == pytest.approx(sum(both) / 2)
     assert arm["low"] <= arm["value"] <= arm["high"]
     (primary,) = rows(plan.out, "comparisons", primary=True)
-    assert [primary[key] for key in ("a", "b", "mode", "metric")] == ["speak+dst", "speak", "self-fed", "event_f1"]
+    assert [primary[key] for key in ("a", "b", "mode", "metric")] == ["speak+dst", "speak", "free-running", "event_f1"]
 
 
 def test_stopped_at_any_run_it_leaves_a_report_and_goes_on(told, plan, tmp_path, monkeypatch, pages):

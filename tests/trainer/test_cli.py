@@ -35,7 +35,7 @@ def test_train_encode_and_train_again_on_features(data, tmp_path, capsys):
     live, cached = ([line["loss"] for line in curve(tmp_path / r) if "loss" in line] for r in ("live", "cached"))
     assert cached == pytest.approx(live, rel=1e-4)
     where = [str(tmp_path / "cached"), str(data), "--features", str(tmp_path / "features")]
-    assert main(["evaluate", *where, "--split", "val", "--no-self-fed", "--draws", "0"]) == 0
+    assert main(["evaluate", *where, "--split", "val", "--no-free-running", "--draws", "0"]) == 0
 
 
 def test_resume_keeps_the_run_s_options_refuses_others_by_name_and_a_second_process(data, tmp_path, capsys):

@@ -86,5 +86,5 @@ def test_history_finds_what_follows_from_the_user_and_a_metronome_what_is_period
         assert (events["f1"] == 1) if name == "history" or not questions else (events["f1"] < 0.7)
     # of two that are as good on val, the metronome: a rung that is worse than the one below makes the next look good
     assert ["speaks as the metronome" in note for note in found["history"].notes] == ([] if questions else [True])
-    how = found["history"].metrics["free_running"]
+    how = found["history"].metrics["speaks_at"]
     assert (how["threshold"] is None, how.get("speaks_as")) == ((False, None) if questions else (True, "metronome"))

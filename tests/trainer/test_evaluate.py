@@ -16,7 +16,7 @@ from trainer.cli import main
 from trainer.evaluate import evaluate
 from trainer.evaluation.metrics import evaluate_scores
 
-MODES = ("teacher-forced", "self-fed")
+MODES = ("teacher-forced", "free-running")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def found(splits_run, splits):
     return evaluate(splits_run, splits)
 
 
-def test_it_writes_val_and_test_teacher_forced_and_test_self_fed(found, splits_run):
+def test_it_writes_val_and_test_teacher_forced_and_test_free_running(found, splits_run):
     assert found.folder == splits_run / "evaluation-test"
     assert {p.name for p in found.folder.iterdir()} == {"metrics.json", *(f"{m}.parquet" for m in MODES)}
     forced, live = (pq.read_table(found.folder / f"{mode}.parquet") for mode in MODES)
@@ -69,12 +69,12 @@ def test_without_val_nothing_is_chosen_and_it_says_so(splits_run, splits, tmp_pa
     found = evaluate(splits_run, splits, split="val", out=tmp_path / "out")
     assert found.notes == (
         "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one",
-        "not self-fed: no threshold for speaking",
+        "not free-running: no threshold for speaking",
     )
     report = found.metrics["teacher-forced"]["speaking"]
     assert report["frames"]["ap"] is not None
     assert report["events"] is None
-    assert "self-fed" not in found.metrics
+    assert "free-running" not in found.metrics
 
 
 def test_the_reference_s_updates_are_read_instead_of_its_own(found, splits_run, splits):
@@ -82,7 +82,7 @@ def test_the_reference_s_updates_are_read_instead_of_its_own(found, splits_run, 
     assert told.folder == splits_run / "evaluation-test-true-state"
     assert told.metrics["teacher-forced"] == found.metrics["teacher-forced"]
     assert (told.metrics["updates"], found.metrics["updates"]) == ("reference", "own")
-    rows = pq.read_table(told.folder / "self-fed.parquet").to_pylist()
+    rows = pq.read_table(told.folder / "free-running.parquet").to_pylist()
     updates = {(row["clip_id"], row["frame"]): row["updates"] for row in rows if row["updates"] is not None}
     assert updates == {(f"test{i}", 3 + i % 5): [{"id": "S1", "transition": "complete"}] for i in range(6)}
     assert all(row["dst_update_logit"] is not None for row in rows)
@@ -94,7 +94,7 @@ def test_an_arm_without_a_dst_head_is_not_judged_by_one(splits, tmp_path):
     for mode in MODES:
         assert found.metrics[mode]["dst_update"]["frames"] is None
         assert found.metrics[mode]["state"] is None
-    table = pq.read_table(found.folder / "self-fed.parquet")
+    table = pq.read_table(found.folder / "free-running.parquet")
     assert table["dst_update_logit"].null_count == len(table)
 
 

@@ -59,13 +59,13 @@ def test_an_effect_is_found_and_reported_where_there_is_one_and_only_there(tmp_p
     out = tmp_path / "answer"
     benchmark(Plan(world(tmp_path / "data", state_tells), out, QUESTION, SEEDS, CONFIG, draws=2000, jobs=1))
     rows = pq.read_table(out / "comparisons.parquet").to_pylist()
-    for metric, mode in product(("event_f1", "speaking_ap"), ("teacher-forced", "self-fed")):
+    for metric, mode in product(("event_f1", "speaking_ap"), ("teacher-forced", "free-running")):
         (row,) = [row for row in rows if (row["metric"], row["mode"]) == (metric, mode)]
         assert (row["a"], row["b"], row["seeds"], row["recordings"]) == ("speak+dst", "speak", 3, 24)
         assert (row["low"] > 0) if state_tells else (row["low"] <= 0 <= row["high"])
     answer = answer_of(out)
     assert f"{'speak+dst' if state_tells else 'speak'} is the lowest rung that reaches the top" in answer
     assert ("is told by own state" in answer) == state_tells
-    assert "(self-fed, 24 recordings, 3 seeds)" in answer
+    assert "(free-running, 24 recordings, 3 seeds)" in answer
     first, _, second = answer.partition(". ")
     assert f'<h1>{first}.</h1>\n<p class="numbers">{second}</p>' in (out / "report.html").read_text()

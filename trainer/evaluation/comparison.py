@@ -39,7 +39,7 @@ from pipeline.errors import InputError
 from pipeline.storage import replacing, write_json
 from pipeline.terminal import clock, command, counted
 from trainer.arms import RUNGS
-from trainer.config import MODES, SELF_FED, TEACHER_FORCED, Settings
+from trainer.config import FREE_RUNNING, MODES, TEACHER_FORCED, Settings
 from trainer.evaluation.bootstrap import Floats, always_valid, compare_of, holm, interval_of, power_before
 from trainer.evaluation.event_metrics import count_matches, group_rows, metronomes, references, window_rows
 from trainer.evaluation.metrics import METRICS, METRICS_FILE, EvalSplits, Thresholds, replicates, value_at
@@ -138,7 +138,7 @@ def settle(plan: Plan) -> None:
 
 
 def _question(plan: Plan) -> Row:
-    mode = SELF_FED if plan.live else TEACHER_FORCED
+    mode = FREE_RUNNING if plan.live else TEACHER_FORCED
     return {"metric": PRIMARY, "mode": mode, "pair": list(question_of(plan.rungs))}
 
 

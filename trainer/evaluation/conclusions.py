@@ -15,7 +15,7 @@ from scipy import stats
 
 from pipeline.terminal import counted
 from trainer.arms import RUNGS
-from trainer.config import MODES, SELF_FED, TEACHER_FORCED
+from trainer.config import FREE_RUNNING, MODES, TEACHER_FORCED
 from trainer.evaluation.bootstrap import Comparison, answer
 from trainer.evaluation.comparison import (
     BEATS,
@@ -226,10 +226,10 @@ def limits(bench: Benchmark) -> Iterator[str]:
         window = "from {early_s:g} s early to {late_s:g} s late".format(**bench.info["settings"])
         yield f"At this window ({window}) event F1 does not show skill; narrow it with --early-s and --late-s."
     a, b = bench.pair
-    if SELF_FED not in bench.modes:
+    if FREE_RUNNING not in bench.modes:
         yield "No free-running evaluation: each model read the reference's texts, as no user can: too favourable."
     else:
-        winner = b if (bench.comparison(a, b, SELF_FED, PRIMARY).get("high") or 0.0) < 0 else a
+        winner = b if (bench.comparison(a, b, FREE_RUNNING, PRIMARY).get("high") or 0.0) < 0 else a
         forced, free = (bench.score(winner, mode, PRIMARY).get("value") for mode in MODES)
         if forced is not None and free is not None:
             loss = format_number(forced - free) if forced > free else "nothing here"

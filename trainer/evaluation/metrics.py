@@ -21,7 +21,7 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from pipeline.storage import write_json
-from trainer.config import SELF_FED, TEACHER_FORCED, Settings
+from trainer.config import FREE_RUNNING, TEACHER_FORCED, Settings
 from trainer.evaluation import chunk_metrics, event_metrics, frame_metrics, state_metrics
 from trainer.evaluation.bootstrap import (
     ANY,
@@ -343,11 +343,13 @@ def write_evaluation(
     write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
     by_mode = {TEACHER_FORCED: scored[split]}
     if run_live is not None and "speaking" in thresholds.event:  # a DST head without a threshold never fires
-        by_mode[SELF_FED], how, live_notes = run_live(thresholds)
-        origin, notes = origin | ({} if how is None else {"free_running": how}), [*notes, *live_notes]
-        write_scores(folder / f"{SELF_FED}.parquet", {split: by_mode[SELF_FED]}, origin | {"mode": SELF_FED})
+        by_mode[FREE_RUNNING], how, live_notes = run_live(thresholds)
+        origin, notes = origin | ({} if how is None else {"speaks_at": how}), [*notes, *live_notes]
+        write_scores(
+            folder / f"{FREE_RUNNING}.parquet", {split: by_mode[FREE_RUNNING]}, origin | {"mode": FREE_RUNNING}
+        )
     elif run_live is not None:
-        notes.append("not self-fed: no threshold for speaking")
+        notes.append("not free-running: no threshold for speaking")
     metrics, missing = all_metrics(by_mode, thresholds, settings, chunks, submission, draws)
     metrics |= origin | {"split": split}
     write_json(folder / METRICS_FILE, metrics)

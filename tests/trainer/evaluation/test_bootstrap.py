@@ -108,7 +108,7 @@ def test_holm_multiplies_the_smallest_by_all_and_never_falls():
     assert holm([0.6, None, 0.001, 0.5]) == pytest.approx([1.0, None, 0.003, 1.0])
 
 
-ON = "on 37 recordings, 3 seeds (self-fed)"
+ON = "on 37 recordings, 3 seeds (free-running)"
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,17 @@ ON = "on 37 recordings, 3 seeds (self-fed)"
 )  # fmt: skip
 def test_the_answer_claims_no_more_than_the_interval_does(numbers, options, sentence):
     found = Comparison(*numbers, 0.9, 0.1, options.get("detectable"), recordings=37, seeds=3)
-    assert answer(found, "speak+dst", "speak", "self-fed") == sentence
+    assert answer(found, "speak+dst", "speak", "free-running") == sentence
 
 
 def test_the_answer_warns_of_few_recordings_and_of_one_seed():
-    sentence = answer(Comparison(0.2, 0.1, 0.3, 0.9, 0.1, 0.1, recordings=4, seeds=1), "speak+dst", "speak", "self-fed")
+    sentence = answer(
+        Comparison(0.2, 0.1, 0.3, 0.9, 0.1, 0.1, recordings=4, seeds=1), "speak+dst", "speak", "free-running"
+    )
     caveats = "too few recordings for an interval to be trusted; one seed: says nothing about others"
     assert (
         sentence
-        == f"speak+dst beats speak by +0.200 event F1 [0.100, 0.300] on 4 recordings, 1 seed (self-fed); {caveats}"
+        == f"speak+dst beats speak by +0.200 event F1 [0.100, 0.300] on 4 recordings, 1 seed (free-running); {caveats}"
     )
 
 

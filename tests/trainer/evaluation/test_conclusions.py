@@ -16,9 +16,9 @@ from trainer.evaluation.conclusions import converged, ladder_steps, leaks, limit
 from trainer.evaluation.report import precision_recall
 
 VALUES: dict[tuple[str, str], float | None] = {  # event F1
-    ("speak", "teacher-forced"): 0.52, ("speak", "self-fed"): 0.5,
-    ("speak+markers", "teacher-forced"): 0.6, ("speak+markers", "self-fed"): 0.525,
-    ("speak+dst", "teacher-forced"): 0.82, ("speak+dst", "self-fed"): 0.6,
+    ("speak", "teacher-forced"): 0.52, ("speak", "free-running"): 0.5,
+    ("speak+markers", "teacher-forced"): 0.6, ("speak+markers", "free-running"): 0.525,
+    ("speak+dst", "teacher-forced"): 0.82, ("speak+dst", "free-running"): 0.6,
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def benchmark(
     info = {
         "rungs": rungs, "seeds": list(seeds), "margin": 0.05, "recordings": 5, "split": "test",
         "settings": {"bins": 10, "early_s": 2, "late_s": 4},
-        "primary": {"metric": "event_f1", "mode": "self-fed", "pair": ["speak+dst", "speak"]},
+        "primary": {"metric": "event_f1", "mode": "free-running", "pair": ["speak+dst", "speak"]},
     }  # fmt: skip
     run = {mode: {} for mode in modes} | {"thresholds": {"event": {"speaking": 0.5}}}
     return Benchmark(out, info, scores, rows, pl.DataFrame(), [], {job: dict(run) for job in product(rungs, seeds)})
@@ -58,7 +58,7 @@ def test_the_answer_comes_first_then_what_limits_it():
     assert opening(bench) == [
         "On these data, when to speak is told by own state, beyond what speak has; speak+dst is the lowest "
         "rung that reaches the top.",
-        "Event F1 (self-fed, 5 recordings, 2 seeds): speak 0.500, own state +0.100 [+0.060, +0.140].",
+        "Event F1 (free-running, 5 recordings, 2 seeds): speak 0.500, own state +0.100 [+0.060, +0.140].",
     ]
     assert [*limits(bench)][:2] == [
         "Given the reference's texts speak+dst reaches 0.820 event F1; free-running, given its own, 0.600: exposure "
@@ -68,7 +68,11 @@ def test_the_answer_comes_first_then_what_limits_it():
 
 
 def test_the_opening_says_where_a_control_without_the_states_content_does_as_well():
-    values = {("speak", "self-fed"): 0.5, ("speak+markers", "self-fed"): 0.6, ("speak+dst", "self-fed"): 0.6}
+    values = {
+        ("speak", "free-running"): 0.5,
+        ("speak+markers", "free-running"): 0.6,
+        ("speak+dst", "free-running"): 0.6,
+    }
     told = "or by what comes with it: speak+markers, which lacks the state's content, is not shown to be worse"
     assert f"is told by own state, beyond what speak has, {told}; " in opening(benchmark(values))[0]
 
@@ -76,14 +80,16 @@ def test_the_opening_says_where_a_control_without_the_states_content_does_as_wel
 def test_a_rung_that_is_not_better_than_all_below_it_tells_nothing():
     """History alone is right; the models above learn worse, and pictures make up for half of it."""
     values = {"metronome": 0.1, "history": 0.9, "texts": 0.1, "speak": 0.9}
-    bench = benchmark({(rung, "self-fed"): value for rung, value in values.items()})
+    bench = benchmark({(rung, "free-running"): value for rung, value in values.items()})
     assert [step.verdict for step in ladder_steps(bench)] == ["", BEATS, WORSE, BEATS]
     assert opening(bench)[0].startswith("On these data, when to speak is told by history; history is the lowest rung ")
     (text,) = leaks(bench)
-    assert text.startswith("Seeing was not needed (self-fed): history, which sees no picture, comes within 0.05 event")
+    assert text.startswith(
+        "Seeing was not needed (free-running): history, which sees no picture, comes within 0.05 event"
+    )
 
 
-LOSS = {**VALUES, ("speak+dst", "self-fed"): 0.3}
+LOSS = {**VALUES, ("speak+dst", "free-running"): 0.3}
 FORCED = {(rung, mode): value for (rung, mode), value in VALUES.items() if mode == "teacher-forced"}
 
 
@@ -105,7 +111,10 @@ def test_limits_say_what_the_numbers_allow(changes, said):
         ({"half_width": 0.2}, "No difference between speak+dst and speak could be shown: +0.100 event F1 [-0.100"),
         ({"values": LOSS}, "speak beats speak+dst by +0.200 event F1 [0.160, 0.240]"),
         ({"values": dict.fromkeys(VALUES), "half_width": None}, "No answer: event F1 is undefined for speak+dst"),
-        ({"values": {("speak", "self-fed"): 0.5}}, "No answer: speak+dst and speak were not compared (self-fed)."),
+        (
+            {"values": {("speak", "free-running"): 0.5}},
+            "No answer: speak+dst and speak were not compared (free-running).",
+        ),
     ],
 )
 def test_the_question_gets_no_more_than_its_interval(changes, starts):
@@ -115,7 +124,7 @@ def test_the_question_gets_no_more_than_its_interval(changes, starts):
 def test_an_arm_without_free_running_scores_is_named_with_the_reason():
     bench = benchmark()
     bench.metrics["speak+dst", 1] = {"teacher-forced": {}, "thresholds": {"event": {}}}
-    why = "speak+dst was not self-fed: no threshold could be chosen, as val has no frame to speak at (seed 1)."
+    why = "speak+dst was not free-running: no threshold could be chosen, as val has no frame to speak at (seed 1)."
     assert next(limits(bench)) == why
     del bench.metrics["speak+dst", 1]
     assert next(limits(bench)) == "speak+dst was not evaluated (seed 1); run the benchmark again."
@@ -141,8 +150,8 @@ def test_a_verdict_is_what_the_interval_allows(low, high, verdict):
 def test_a_rung_with_few_seeds_does_not_hide_what_is_shown_against_a_better_one(texts, told, top):
     """speak+dst is shown to beat metronome and speak, but not texts, whose seeds are few; 0.6 is better than those."""
     values = {"metronome": 0.5, "texts": texts, "speak": 0.48, "speak+dst": 0.71}
-    bench = benchmark({(rung, "self-fed"): value for rung, value in values.items()}, half_width=0.15)
-    bench.comparisons["speak+dst", "texts", "self-fed", "event_f1"]["low"] = -0.18
+    bench = benchmark({(rung, "free-running"): value for rung, value in values.items()}, half_width=0.15)
+    bench.comparisons["speak+dst", "texts", "free-running", "event_f1"]["low"] = -0.18
     assert (tells(bench), top_rung(bench).rung) == (told, top)
 
 

@@ -83,7 +83,7 @@ def write_run(out: Path, clips: Sequence[ClipExample], ways: dict[str, Speaks], 
         for clip in clips:
             spoken = np.isin(np.arange(240), speaks(clip))
             heads, probabilities = {"speaking": spoken.astype(np.float32)}, {"speaking": spoken * np.float32(0.75)}
-            texts = [said if here else None for here in spoken] if mode == "self-fed" else None
+            texts = [said if here else None for here in spoken] if mode == "free-running" else None
             by_mode.setdefault(mode, []).append(ScoredClip(clip, heads, probabilities, texts))
         write_scores(out / f"{mode}.parquet", {"test": by_mode[mode]}, {})
     chosen = {"speaking": 0.5}
@@ -108,7 +108,7 @@ def test_the_opening_names_what_tells_and_what_adds_nothing(tmp_path):
         "On these data, when to speak is told by pictures; speak is the lowest rung that reaches the top: those above "
         "add 0.05 event F1 at most."
     )
-    assert second.startswith("Event F1 (self-fed, 8 recordings, 2 seeds): metronome 0.")
+    assert second.startswith("Event F1 (free-running, 8 recordings, 2 seeds): metronome 0.")
     assert "history +0.000 (no difference), texts 0.000 [0.000, 0.000] (no more than 0.05), pictures" in second
     assert "own state 0.000 [0.000, 0.000] (no more than 0.05); the true state would add 0.000" in second
     assert not [*leaks(bench)]
@@ -138,10 +138,10 @@ def test_where_nothing_tells_no_rung_beats_the_metronome(tmp_path):
 def test_windows_and_groups_have_values_counted_by_hand(tmp_path):
     rungs = {"speak": late, "speak+dst": lambda clip: oracle(clip) if clip.goal == TEA else []}
     bench = folder(tmp_path, rungs, settings=Settings(early_s=2.0, late_s=4.0))
-    rows = bench.windows.filter(rung="speak", seed=1, mode="self-fed")
+    rows = bench.windows.filter(rung="speak", seed=1, mode="free-running")
     assert rows["width_s"].to_list() == [0.5, 1, 2, 3, 4, 5, 6]  # late by up to two thirds of it
     assert rows["f1"].to_list() == [0, 0, 1, 1, 1, 1, 1]
-    ours = [row for row in bench.groups if (row["rung"], row["mode"]) == ("speak+dst", "self-fed")]
+    ours = [row for row in bench.groups if (row["rung"], row["mode"]) == ("speak+dst", "free-running")]
     assert {(row["by"], row["group"]): (row["value"], row["recordings"], row["events"]) for row in ours} == {
         ("dataset", "unknown"): (pytest.approx(40 / 60), 8, 40),
         ("task", TEA): (1.0, 4, 20),
@@ -152,8 +152,8 @@ def test_windows_and_groups_have_values_counted_by_hand(tmp_path):
 def test_rungs_are_compared_on_the_seeds_both_have_and_controls_on_all(tmp_path):
     seeds = {"metronome": [0], "speak": [0, 1, 2], "speak+dst": [0, 1]}
     bench = folder(tmp_path, dict.fromkeys(seeds, metronome), seeds)
-    assert bench.comparison("speak+dst", "speak", "self-fed", "event_f1")["seeds"] == 2
-    assert bench.comparison("speak", "metronome", "self-fed", "event_f1")["seeds"] == 3
+    assert bench.comparison("speak+dst", "speak", "free-running", "event_f1")["seeds"] == 2
+    assert bench.comparison("speak", "metronome", "free-running", "event_f1")["seeds"] == 3
 
 
 def test_harness_check_wants_the_inverted_head_to_equal_the_direct_one(tmp_path):
