@@ -37,7 +37,7 @@ from pipeline.readers.index import index
 from pipeline.schema import MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
 from pipeline.shards import Plan, counts_by_split, write_part
 from pipeline.storage import LOCK, lock, make_folder, naming, sha256, sync, write_json
-from pipeline.summary import CARD, card_text, is_our_card, split_order
+from pipeline.summary import CARD, card_text, is_our_card
 
 PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
@@ -155,7 +155,9 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     written = list(_map(mapper, write_part, [(plan,) for plan in plans], "writing", progress))
     shutil.rmtree(spool, ignore_errors=True)
     counts, names = counts_by_split(written), recordings(sources)
-    splits = {split: counts[split] | {"recordings": len(names[split])} for split in sorted(counts, key=split_order)}
+    in_order: list[str] = [name for name in ("train", "val", "test") if name in counts]
+    in_order += sorted(counts.keys() - {*in_order})
+    splits = {split: counts[split] | {"recordings": len(names[split])} for split in in_order}
     hazards = find_hazards(sources, splits, options.frames_root)
     manifest = {
         "schema_version": SCHEMA_VERSION,

@@ -24,11 +24,6 @@ CARD: Final = "README.md"
 _LAST: Final = "<!-- Written by prospect-dst, and replaced by its next run unless edited. sha256: {} -->\n"
 
 
-def split_order(name: str) -> tuple[int, str]:
-    """Sort key of splits: train, val, test first, then others by name."""
-    return {"train": 0, "val": 1, "test": 2}.get(name, 3), name
-
-
 def render_summary(manifest: Mapping[str, Any]) -> RenderableType:
     """A table (one column per split), then the inputs and hazards; 100 columns wide."""
     splits = manifest["splits"]

@@ -55,10 +55,7 @@ class BodyGraph:
         self.off = config.checkpointing or not self.parameters
         self._gradients: list[Tensor] = []  # the parameters' own, made with the first pack
         self._step = max(budget // 8, 1)
-        self._room = [
-            max(budget // 256, 1),
-            config.max_tokens,
-        ]  # windows, tokens of one: up to powers of two
+        self._room = [max(budget // 256, 1), config.max_tokens]  # windows, tokens of one: grow to powers of two
         self._rows: dict[int, _Row] = {}  # by M
         self.pool: Any = None
 

@@ -34,13 +34,6 @@ def draw(run: Path) -> None:
     write_text(run / "curves.svg", svg)
 
 
-def loss_curve(steps: Sequence[Line], name: str, half_life: int) -> tuple[Values, Values]:
-    """A loss of each step [S], NaN where nothing was supervised, and its running mean [S]."""
-    weights = np.array([line.get(f"n_{name}", 1.0) for line in steps])
-    values = np.where(weights > 0, np.array([line[name] for line in steps], float), np.nan)
-    return values, running_mean(values, weights, half_life)
-
-
 def running_mean(values: Values, weights: Values, half_life: float) -> Values:
     """[S]: mean around each step, earlier and later, weights halving every `half_life` steps; NaN where values are.
 
@@ -84,7 +77,11 @@ def _draw_losses(axes: Axes, steps: Sequence[Line], half_life: int) -> None:
     """Each step thin, the running mean thick and named; logarithmic where they span more than 1.5 decades."""
     axes.set_title("Loss")
     numbers = np.array([line["step"] for line in steps], float)
-    curves = {name: loss_curve(steps, name, half_life) for name in NAMES}
+    curves = {}  # name -> [S] values, NaN where nothing was supervised; [S] running mean
+    for name in NAMES:
+        weights = np.array([line.get(f"n_{name}", 1.0) for line in steps])
+        values = np.where(weights > 0, np.array([line[name] for line in steps], float), np.nan)
+        curves[name] = values, running_mean(values, weights, half_life)
     ends = {name: mean[np.isfinite(mean)][-1] for name, (_, mean) in curves.items() if np.isfinite(mean).any()}
     for name in sorted(ends, key=ends.__getitem__, reverse=True):
         values, mean = curves[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
@@ -107,9 +108,5 @@ def _with_probabilities(run: LoadedRun, scored: ScoredClip) -> ScoredClip:
     """float32 [F] by head: of the logits after the correction for sampling; none where that is not known."""
     if (correction := run.logit_correction) is None:
         return scored
-    with np.errstate(over="ignore"):
-        probabilities = {
-            head: (1 / (1 + np.exp(-(values.astype(np.float64) + correction)))).astype(np.float32)
-            for head, values in scored.logits.items()
-        }
-    return replace(scored, probabilities=probabilities)
+    corrected = {head: values.astype(np.float64) + correction for head, values in scored.logits.items()}
+    return replace(scored, probabilities={head: expit(v).astype(np.float32) for head, v in corrected.items()})

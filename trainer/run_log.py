@@ -50,7 +50,9 @@ def open_log(
     What was logged after step `done` is dropped. tracker: 'wandb', which gets `config`; a resumed run is a new one of
     the same name and group there. shown: progress on stderr.
     """
-    rewind(run, done)
+    kept = [text for text, line in _whole_lines(run) if line["step"] <= done]
+    with replacing(run / METRICS) as new:
+        new.write_bytes(b"".join(kept))
     with ExitStack() as stack:
         file = stack.enter_context((run / METRICS).open("ab", buffering=0))
         board: Any = None
@@ -120,13 +122,6 @@ def read_metrics(run: Path) -> list[Line]:
     InputError where another line is damaged.
     """
     return [line for _, line in _whole_lines(run)]
-
-
-def rewind(run: Path, step: int) -> None:
-    """Drop from RUN/metrics.jsonl the lines of later steps, and a last one that was cut off; the file is replaced."""
-    kept = b"".join(text for text, line in _whole_lines(run) if line["step"] <= step)
-    with replacing(run / METRICS) as new:
-        new.write_bytes(kept)
 
 
 def _whole_lines(run: Path) -> Iterator[tuple[bytes, Line]]:

@@ -120,7 +120,7 @@ def choose_thresholds(val: Sequence[ScoredClip], settings: Settings) -> Threshol
 def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Settings) -> dict[str, Any]:
     """The metrics JSON: plain types, None where undefined or without a threshold (free-running clips need none for
     their events); the same digits whatever the order of the clips."""
-    clips, recordings = _by_clip_id(clips), recordings_of(clips)
+    clips, recordings = sorted(clips, key=lambda scored: scored.clip.clip_id), recordings_of(clips)
     speaking, updating = np.concatenate([scored.clip.labels for scored in clips], axis=1)
     known = (speaking >= 0) & (updating >= 0)
     cells = np.bincount((speaking + 2 * updating)[known], minlength=4).tolist()  # positive for which heads
@@ -145,11 +145,6 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Setti
     return report | {"state": states and state_metrics.report_states(states)}
 
 
-def _by_clip_id(clips: Sequence[ScoredClip]) -> list[ScoredClip]:
-    """Sums in this order do not depend on the order given."""
-    return sorted(clips, key=lambda scored: scored.clip.clip_id)
-
-
 def recordings_of(clips: Sequence[ScoredClip]) -> list[str]:
     """Sorted and unique."""
     return sorted({scored.clip.recording_id for scored in clips})
@@ -170,7 +165,7 @@ def weighted(
     recordings: sorted and unique, at least those of the clips. The function takes [B, R] and gives float64 [B] each,
     NaN where a draw leaves it undefined.
     """
-    clips = _by_clip_id(clips)
+    clips = sorted(clips, key=lambda scored: scored.clip.clip_id)  # sums do not depend on the order given
     parts: dict[str, dict[str, Any]] = {}
     latency: Estimator = _undefined
     for head in HEADS:

@@ -52,6 +52,10 @@ DARK: Final = dict([(INK, "#e4e7eb"), (MUTED, "#98a1ad"), (GRID, "#353c45"), (WH
                     (FALSE_ALARM, "#ff7b72"), *(style[:2] for style in RUNG_STYLES.values())])  # fmt: skip
 
 
+# declarations of the variables that `css_colour` names
+CSS_COLOURS: Final = " ".join(f"--x{light[1:]}: light-dark({light}, {dark});" for light, dark in DARK.items())
+
+
 def rung_colour(rung: str) -> str:
     return RUNG_STYLES[rung][0]
 
@@ -128,11 +132,6 @@ def write_figure(stem: Path, make: Callable[[], Figure], label: str) -> str:
 def css_colour(colour: str) -> str:
     """The CSS variable that stands for a figure's colour in a page."""
     return f"var(--x{colour[1:]})" if colour in DARK else colour
-
-
-def css_colours() -> str:
-    """CSS declarations of these variables."""
-    return " ".join(f"--x{light[1:]}: light-dark({light}, {dark});" for light, dark in DARK.items())
 
 
 class Curve(NamedTuple):

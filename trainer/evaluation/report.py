@@ -93,7 +93,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "question": conclusions.question(bench),
         "harness": harness_check(bench),
         "limits": [*conclusions.limits(bench)],
-        "colours": plots.css_colours(),
+        "colours": plots.CSS_COLOURS,
         "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
         "steps": ladder_steps(bench),
         "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
+from scipy.special import expit
 
 from pipeline.dataset import ClipExample
 from pipeline.errors import InputError, NotFiniteError
@@ -122,7 +123,7 @@ class Stream(ExitStack):
 
     def probability(self, logit: float) -> float:
         """Of a head's logit, corrected for sampling where that is known (LoadedRun.logit_correction)."""
-        return float(1 / (1 + np.exp(-np.float64(logit + (self.run.logit_correction or 0.0)))))
+        return float(expit(logit + (self.run.logit_correction or 0.0)))
 
     def info(self, video: str, run: str) -> StreamInfo:
         heads = self._session.heads
