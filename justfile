@@ -40,7 +40,7 @@ bench-trainer *ARGS:
 bench-loader *ARGS:
     uv run --group bench python benchmarks/loader/run.py {{ARGS}}
 
-# clips at once against one at a time, frames a second live, eight hours (half an hour; measurements stay in WORK)
+# clips at once against one at a time, frames a second live, eight hours of it (an hour and a half; measurements stay in WORK)
 bench-stream WORK *ARGS:
     uv run python benchmarks/stream/run.py --work {{WORK}} {{ARGS}}
 

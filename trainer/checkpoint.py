@@ -64,7 +64,7 @@ class LoadedRun:
     @property
     def logit_correction(self) -> float | None:
         """To add to a logit before it is read as a probability: ln(neg_rate), or 0 where the loss was reweighed; None
-        with `balance="mean"`. Exact but where a silent frame is kept for the other head (DESIGN.md, Loss)."""
+        with `balance="mean"`. Exact but where a silent frame is kept because it is positive for the other head."""
         if self.config.balance == "mean":
             return None
         return 0.0 if self.config.reweigh else math.log(max(self.info.get("neg_rate", 1.0), 2**-32))

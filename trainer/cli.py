@@ -188,8 +188,9 @@ def evaluate(
 
         run, data = places
         result = evaluate_run(
-            run, data, split, out, frames_root, features, settings, free_running, chunks, submission, draws, updates
-        )
+            run, data, split, out, frames_root, features, settings, free_running, chunks, submission, draws, updates,
+            numbers("--threshold", threshold),
+        )  # fmt: skip
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))

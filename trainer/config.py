@@ -7,6 +7,7 @@ pretrained SmolVLM start from lr 2e-5 and freeze the vision tower.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -14,15 +15,14 @@ from typing import Annotated, Any
 from typer import Option
 
 from pipeline.errors import InputError
+from pipeline.schema import HEADS
 from trainer.arms import ARMS, find_arm
 
 RANDOM_MODELS = ("tiny", "nano")  # built from a config, with random weights and a tokenizer of the data's own texts
 BALANCES = ("none", "mean")
 OPTIMIZERS = ("adamw", "muon")
-TEACHER_FORCED, FREE_RUNNING = MODES = (
-    "teacher-forced",
-    "free-running",
-)  # evaluation: the reference's texts, or its own
+# evaluation with the reference's texts in the context, or with the model's own
+TEACHER_FORCED, FREE_RUNNING = MODES = ("teacher-forced", "free-running")
 PARTS = ("vision", "connector", "text", "heads")  # vision: the tower; text: body, embeddings and LM head
 _ABOVE_ZERO = {
     *("steps", "clips_per_step", "lr", "grad_clip"),
@@ -147,6 +147,13 @@ class Settings:
     refractory_s: Annotated[float, _events(help="seconds of silence after an event")] = 2.0
     reactive_s: float = 2.0  # an event this soon after the user spoke is a reaction
     bins: int = 10  # of the reliability curve
+
+
+def check_thresholds(given: Mapping[str, float]) -> None:
+    """InputError unless each is a logit of a head."""
+    for head, value in given.items():
+        if head not in HEADS or math.isnan(value):
+            raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,7 +1,7 @@
 """Score a run on held-out clips and measure the scores: `prospect-dst evaluate RUN DATA`.
 
     OUT/teacher-forced.parquet    val and the split asked for, the reference's texts in the context
-    OUT/free-running.parquet          that split once more, free-running
+    OUT/free-running.parquet      that split once more, free-running
     OUT/metrics.json              every metric of both (trainer.evaluation.metrics), thresholds, settings, hashes
 
 Thresholds are chosen on `val`, teacher-forced, and nowhere else. `evaluation.metrics.evaluate_scores` gives the same
@@ -10,6 +10,7 @@ digits from the Parquet files and the shards, without the model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.dataset import ClipExample, Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from trainer.checkpoint import LoadedRun, load_run, run_hash
-from trainer.config import Settings
+from trainer.config import Settings, check_thresholds
 from trainer.distributed import best_device
 from trainer.evaluation.chunk_metrics import match_clips, read_sessions
 from trainer.evaluation.metrics import METRICS_FILE, Evaluation, FreeRunning, Thresholds, hold, write_evaluation
@@ -47,14 +48,17 @@ def evaluate(
     submission: Path | None = None,
     draws: int = 0,
     updates: str = "own",
+    given: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Score `split` of `data` with the checkpoint in `run` into the folder `out` (None: RUN/evaluation-SPLIT).
 
     features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. chunks,
     submission, draws: as for `all_metrics`. updates: whose state updates a free-running model has in its context and
     prompt, its "own" or the "reference"'s (the rung true-state): it still speaks by itself, and its DST head's scores
-    are written, but all metrics of the state are the reference's. InputError for an arm whose updates have no content.
+    are written, but all metrics of the state are the reference's. given: thresholds (logits by head), instead of those
+    chosen on val. InputError for an arm whose updates have no content.
     """
+    check_thresholds(given or {})
     settings = settings or Settings()
     loaded, held = load_run(run), hold(data, split)
     arm = loaded.model.arm
@@ -83,7 +87,7 @@ def evaluate(
     }
 
     live_pass = partial(_run_live, loaded, held.test, frames, settings, updates) if live else None
-    return write_evaluation(folder, scored, held, settings, origin, live_pass, chunks, submission, draws)
+    return write_evaluation(folder, scored, held, settings, origin, live_pass, chunks, submission, draws, given)
 
 
 def _run_live(

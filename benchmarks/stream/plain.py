@@ -1,4 +1,4 @@
-"""The rivals: the free-running loop as part 3 had it, and one frame live with the library's cache or without any.
+"""The rivals: the free-running loop by the library's cache, and one frame live with the library's cache or without any.
 
 Stock attention, transformers' own `DynamicCache`, one clip at a time, one forward pass per frame and per written token.
 Prompts, texts, thresholds and what a context keeps when it starts over are ours, so that both sides read the same.

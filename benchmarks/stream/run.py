@@ -90,7 +90,7 @@ SIDES = {
     "ours": "**ours**: many clips at once",
     "one": "ours: one slot, one frame a pass",
     "ahead": "ours: one slot, up to four frames a pass",
-    "plain": "part 3's loop: `DynamicCache`, one clip at a time",
+    "plain": "a plain loop: `DynamicCache`, one clip at a time",
 }
 
 
@@ -529,7 +529,7 @@ class Report:
     # tables
 
     def part_a(self) -> list[str]:
-        lines = ["## A  Self-fed: many clips at once", ""]
+        lines = ["## A  Free-running: many clips at once", ""]
         for name, whole in self.of("A-").items():
             found, times = whole["found"], whole["found"]["times"]
             lines += [

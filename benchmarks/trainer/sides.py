@@ -9,7 +9,7 @@
 Fair to HF: SDPA attention, right padding (its mask is made once per batch), no KV cache, fused AdamW with our
 settings, no logging, no saving, no evaluation, no worker processes, only the loss returned (returned logits would be
 copied to float32 under bf16), the tower frozen and its features cached, the connector and heads ours. Its model
-returns the mean over a micro-batch, as people write it: a mean of means is not the mean of the step (DESIGN.md, Loss),
+returns the mean over a micro-batch, as people write it: a mean of means is not the mean of the step (trainer/loss.py),
 but costs the same.
 
 What is unfair to whom: `results.md`.

@@ -35,6 +35,14 @@ def test_it_writes_val_and_test_teacher_forced_and_test_free_running(found, spli
     assert json.loads((found.folder / "metrics.json").read_text()) == found.metrics
 
 
+def test_given_thresholds_are_used_in_both_modes(splits, splits_run, tmp_path):
+    out = ["--out", str(tmp_path), "--draws", "0"]
+    assert main(["evaluate", str(splits_run), str(splits), "--threshold", "speaking=1e9", *out]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["thresholds"]["event"], metrics["thresholds_from"]) == ({"speaking": 1e9}, "given")
+    assert [metrics[mode]["speaking"]["events"]["predictions"] for mode in MODES] == [0, 0]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_metrics_follow_from_the_parquet_alone(found, mode):
     again = evaluate_scores(found.folder / f"{mode}.parquet")  # the file says which shards it is of

@@ -21,7 +21,7 @@ from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from pipeline.storage import write_json
-from trainer.config import FREE_RUNNING, TEACHER_FORCED, Settings
+from trainer.config import FREE_RUNNING, TEACHER_FORCED, Settings, check_thresholds
 from trainer.evaluation import chunk_metrics, event_metrics, frame_metrics, state_metrics
 from trainer.evaluation.bootstrap import (
     ANY,
@@ -284,17 +284,14 @@ def evaluate_scores(
     Thresholds are `given` (logits by head), those that a free-running file was made with, or chosen on the file's own
     `val` rows; else what needs one is None. out: a folder for metrics.json. The last three are as for `all_metrics`.
     """
+    check_thresholds(given or {})
     settings, info = settings or Settings(), read_info(path)
     if data is None and "data" not in info:
         raise InputError(f"{path}: does not say which shards it is of; name them: evaluate DATA --scores {path}")
     held = hold(data or Path(info["data"]), split)
     scored = read_scores(path, held.all, optional=held.all.keys() - {split})
-    if wrong := [head for head, value in (given or {}).items() if head not in HEADS or math.isnan(value)]:
-        raise InputError(f"threshold of {', '.join(sorted(wrong))}: expected a logit of one of {', '.join(HEADS)}")
-    thresholds, source, notes = pick_thresholds(scored, held, settings)
-    if given:
-        thresholds, source, notes = Thresholds(dict(given), dict(given)), "given", []
-    elif "thresholds" in info and scored[split][0].said is not None:
+    thresholds, source, notes = pick_thresholds(scored, held, settings, given)
+    if not given and "thresholds" in info and scored[split][0].said is not None:
         was, source, notes = info["thresholds"], held.val.name if held.val else None, []
         beats = {head: Beat(**beat) for head, beat in was.get("metronome", {}).items()}
         thresholds = Thresholds(was["frame"], was["event"], beats)
@@ -326,14 +323,15 @@ def write_evaluation(
     chunks: Path | None = None,
     submission: Path | None = None,
     draws: int = 0,
+    given: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """The metrics and files of what was just scored: the Parquet files first, metrics.json last.
 
     scored: teacher-forced, by split. origin: what the files say of their data and model. run_live: the measured split,
-    free-running, or None. The last three are as for `all_metrics`.
+    free-running, or None. chunks, submission, draws: as for `all_metrics`; given: as for `pick_thresholds`.
     """
     split = held.test.name
-    thresholds, source, notes = pick_thresholds(scored, held, settings)
+    thresholds, source, notes = pick_thresholds(scored, held, settings, given)
     origin = {**origin, "thresholds": asdict(thresholds), "thresholds_from": source}
     write_scores(folder / f"{TEACHER_FORCED}.parquet", scored, origin | {"mode": TEACHER_FORCED})
     by_mode = {TEACHER_FORCED: scored[split]}
@@ -352,9 +350,11 @@ def write_evaluation(
 
 
 def pick_thresholds(
-    scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings
+    scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings, given: Mapping[str, float] | None
 ) -> tuple[Thresholds, str | None, list[str]]:
-    """(thresholds, the split they were chosen on or None, notes)"""
+    """(thresholds, the split they were chosen on or 'given' or None, notes); given: logits by head, instead of any."""
+    if given:
+        return Thresholds(dict(given), dict(given)), "given", []
     if held.val is not None and held.val.name in scored:
         return choose_thresholds(scored[held.val.name], settings), held.val.name, []
     note = "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one"

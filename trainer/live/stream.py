@@ -35,7 +35,7 @@ from pipeline.storage import make_folder
 from pipeline.summary import HUES
 from pipeline.terminal import clock, command, counted, plain
 from trainer.checkpoint import LoadedRun, run_hash
-from trainer.config import Settings
+from trainer.config import Settings, check_thresholds
 from trainer.distributed import best_device
 from trainer.live.engine import Engine, StaticVision, streaming
 from trainer.live.session import DecodingConfig, FrameInput, Session, token_budget
@@ -136,9 +136,7 @@ class Stream(ExitStack):
 def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: float | None) -> DecodingConfig:
     """The thresholds (logits) and the refractory time that `evaluate` chose on val for the checkpoint in `run`, or
     what is given instead. A head without one never fires; InputError where that is speaking."""
-    for head, value in thresholds.items():
-        if head not in HEADS or math.isnan(value):
-            raise InputError(f"threshold {head}={value:g}: expected a logit of one of {', '.join(HEADS)}")
+    check_thresholds(thresholds)
     chosen, rest, checkpoint = {}, Settings.refractory_s, run_hash(run)
     paths = [path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json"))]
     for path in [*paths, *run.glob("scores/metrics.json")]:  # a benchmark's runs have the latter
