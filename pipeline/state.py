@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -48,18 +49,18 @@ def replay_frames(before: Mapping[str, str], updates: Iterable[tuple[int, Update
 
 def contradicts(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether some step's first update is impossible from `before`: it changes nothing, or starts what is completed."""
-    return any(
-        TRANSITIONS[transition] == before.get(step, NOT_STARTED)
-        or (transition, before.get(step)) == ("start", "completed")
-        for step, transition in dict(reversed(list(updates))).items()
-    )
+    for step, transition in dict(reversed(list(updates))).items():
+        state = before.get(step, NOT_STARTED)
+        if TRANSITIONS[transition] == state or (transition == "start" and state == "completed"):
+            return True
+    return False
 
 
 def lacks(before: Mapping[str, str], updates: Iterable[Update]) -> bool:
     """Whether the first update of some step completes, pauses or resumes it though `before` has not started it."""
-    first = dict(reversed(list(updates)))
-    needs = ("complete", "pause", "resume")
-    return any(before.get(step, NOT_STARTED) == NOT_STARTED and first[step] in needs for step in first)
+    first = dict(reversed(list(updates))).items()
+    begun = [step for step, transition in first if transition in ("complete", "pause", "resume")]
+    return any(before.get(step, NOT_STARTED) == NOT_STARTED for step in begun)
 
 
 class Segment(NamedTuple):
@@ -76,18 +77,18 @@ def states_before(segments: Sequence[Segment]) -> list[dict[str, str]]:
     Of those, updates up to the clip's first turn count, but for the ones that the clip repeats: generators begin a clip
     with the last turns of the one before. The earliest clips start from their given state.
     """
-    first = min(segment.first_turn for segment in segments)
-    base = dict(next((s.given for s in segments if s.first_turn == first and s.given), {}))
-    updates: list[tuple[int, tuple[int, str, str]]] = []  # (first turn of the clip that it is from, update)
+    by_time = sorted(segments, key=itemgetter(0))
+    first = by_time[0].first_turn
+    base = next((s.given for s in by_time if s.first_turn == first and s.given), {})
+    updates: list[tuple[int, int, tuple[int, str, str]]] = []  # (frame, first turn of the clip it is from, update)
     known: set[tuple[int, str, str]] = set()
-    for segment in sorted(segments, key=lambda segment: segment.first_turn):
-        updates += [(segment.first_turn, update) for update in segment.updates if update not in known]
+    for segment in by_time:
+        updates += [(update[0], segment.first_turn, update) for update in segment.updates if update not in known]
         known.update(segment.updates)
-    updates.sort(key=lambda item: item[1][0])
+    updates.sort(key=itemgetter(0))
     states = []
     for start, own, given in segments:
-        now = {u for source, u in updates if u[0] == start and source < start} - set(own)
-        before = [u[1:] for _, u in updates if u[0] < start or u in now]
+        before = [u[1:] for at, of, u in updates if at < start or (at == start and of < start and u not in own)]
         states.append(dict(given or base) if start == first else replay(base, before))
     return states
 
