@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.extract import Source
-from pipeline.media import count_frames, find_frames
 from pipeline.readers.clip import EVERYWHERE
 from pipeline.schema import HEAD_TITLES, HEADS
 from pipeline.state import initial_state
@@ -87,10 +86,9 @@ def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     given = [clip for clip in clips if clip.initial_state is not None]
     wrong = 0  # given states that the replay, or the clip's own updates, contradict
     for clip in given:
-        own = clip.initial_state or {}
-        replayed = own if clip.state is None else clip.state
-        steps = {*own, *replayed}
-        wrong += clip.contradicted or initial_state(steps, own) != initial_state(steps, replayed)
+        own, state = clip.initial_state or {}, clip.state  # None: as given
+        differ = state is not None and state != own and initial_state(state, own) != initial_state(own, state)
+        wrong += clip.contradicted or differ
     if wrong:
         text = f"{wrong:,} of {len(given):,} given initial states contradict the updates of the conversation's earlier"
         text += " clips or the clip's own: the replayed state was taken"
@@ -138,6 +136,8 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
 
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
     """Annotations against the frames below `root`."""
+    from pipeline.media import count_frames, find_frames  # with Pillow
+
     ends: dict[tuple[str, str, str | None, str, float], int] = {}  # video of a split -> its last annotated frame + 1
     for source, clip in [(owner, clip) for owner in sources for clip in owner.kept()]:
         video = (source.split, clip.video_uid, clip.frames_file, clip.dataset or "unknown", clip.fps)

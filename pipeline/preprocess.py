@@ -30,7 +30,6 @@ from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import Source, cut, extract, resolve
 from pipeline.hazards import find_hazards, recordings
-from pipeline.media import IMAGES, VIDEOS
 from pipeline.options import Options, find_inputs, split_of
 from pipeline.readers.clip import ClipError
 from pipeline.readers.index import index
@@ -66,18 +65,7 @@ def preprocess(
     if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
         there = ", ".join(sorted(splits))
         raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
-    root = options.frames_root
-    paths: list[str] = []
-    seen: set[str] = set()  # folders: links may lead upwards
-    for folder, folders, names in os.walk(root, followlinks=True) if root else ():
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        paths += [os.path.join(folder, name) for name in names]
-    frames = [path for path in paths if path.lower().endswith((".arrow", *VIDEOS, *IMAGES)) and os.path.exists(path)]
-    on_disk = sorted((os.path.relpath(path, root), os.path.getsize(path)) for path in frames)
+    on_disk = sorted(_frames_below(options.frames_root)) if options.frames_root else []
     read = [(source.path.name, source.split, source.sha256) for source in sources]
     of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # what the output is a function of
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
@@ -101,6 +89,22 @@ def preprocess(
             manifest["skipped"] = [{"path": str(path), "why": why} for path, why in skipped]
             _commit(Path(folder), out, manifest)
     return manifest, False
+
+
+def _frames_below(root: str) -> Iterator[tuple[str, int]]:
+    """Relative path and bytes of each file of frames."""
+    from pipeline.media import IMAGES, VIDEOS  # with Pillow
+
+    seen: set[str] = set()  # folders: links may lead upwards
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for path in (os.path.join(folder, name) for name in names):
+            if path.lower().endswith((".arrow", *VIDEOS, *IMAGES)) and os.path.exists(path):
+                yield os.path.relpath(path, root), os.path.getsize(path)
 
 
 def _leave_nothing(out: Path) -> None:
@@ -210,9 +214,8 @@ def _plans(sources: list[Source], options: Options, staged: Path) -> list[Plan]:
             continue
         for table in ("frames", "clips"):
             (staged / shard_path(table, split, 0)).parent.mkdir(parents=True, exist_ok=True)
-        kept = [part[row] for row in rows]
         place = (spool, str(staged), split, numbers[split], clips[split])
-        plans.append(Plan(*place, source.convention, options, np.array(rows), kept))
+        plans.append(Plan(*place, source.convention, options, np.array(rows), [part[row] for row in rows]))
         numbers[split] += 1
         clips[split] += len(rows)
     return plans
