@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from pipeline.readers.clip import ClipError, Range, brief
 from pipeline.schema import ROLES, STATES, TRANSITIONS
@@ -68,10 +69,8 @@ def _array(data: mmap.mmap, start: int) -> Index:
         clips = msgspec.json.decode(data, type=list[msgspec.Raw])
     except NOT_STRICT:
         return _walk(data, start, b"]")
-    base = np.frombuffer(data, np.uint8).ctypes.data
-    starts = np.array([np.frombuffer(clip, np.uint8).ctypes.data for clip in clips], np.int64) - base
-    sizes = np.array([memoryview(clip).nbytes for clip in clips], np.int64)
-    return np.stack([starts, starts + sizes], axis=1), None
+    spans = [(clip.address, clip.address + clip.size) for clip in map(pa.py_buffer, clips)]
+    return np.array(spans, np.int64).reshape(-1, 2) - pa.py_buffer(data).address, None
 
 
 def _lines(data: mmap.mmap, start: int) -> Iterator[Range]:

@@ -17,7 +17,7 @@ from pipeline.readers.index import parse
 from pipeline.schema import TRANSITIONS, State
 
 
-class Turn(msgspec.Struct, gc=False):
+class Turn(msgspec.Struct, gc=False):  # in the order of Clip.turns
     role: Literal["system", "user", "assistant", "DST_UPDATE"]
     content: str | list[Update] | None = None
     time: float | None = None
@@ -55,7 +55,6 @@ class Record(msgspec.Struct, gc=False):
 
 
 RECORD = msgspec.json.Decoder(Record)
-_COLUMNS = operator.attrgetter("role", "content", "time", "start_frame", "end_frame")
 _CONTENT_TYPES: Final = {"system": str, "user": str, "assistant": str, "DST_UPDATE": list}
 
 
@@ -70,7 +69,7 @@ READER: Final = Reader("prospect", lambda names, raw: "video_uid" in names or "c
 def clip_in(record: Record, fps: float | None) -> Clip:
     """The Clip of a decoded record. Raises ClipError."""
     clip = clip_of(record, "prospect", fps)
-    clip.turns = role, content, _, start, end = columns(map(_COLUMNS, record.conversation))
+    clip.turns = role, content, _, start, end = columns(map(msgspec.structs.astuple, record.conversation))
     whole = None not in start and None not in end and all(map(operator.le, start, end))
     if whole and list(map(type, content)) == list(map(_CONTENT_TYPES.__getitem__, role)):
         return clip
