@@ -40,7 +40,7 @@ from pipeline.state import Segment, contradicts, lacks, states_before
 GROUP_CLIPS: Final = 256
 GROUP_BYTES: Final = 64 << 20
 
-_AS_STORED = "video_uid recording_id dataset clip_idx fps frames_file goal knowledge steps initial_state neg_rate"
+_AS_STORED = "video_uid recording_id dataset clip_idx fps frames_file goal knowledge steps neg_rate"
 _FRAMES = ("start_frame", "end_frame")  # int64 in the spool, as the source has them
 _SPOOL_TYPES: Final = {"role": pa.int8(), "start_frame": pa.int64(), "end_frame": pa.int64()}  # role: index in ROLES
 _TURN = pa.struct([f.with_type(_SPOOL_TYPES.get(f.name, f.type)) for f in CLIPS.field("turns").type.value_type])
@@ -141,7 +141,6 @@ def _spooled(clips: list[Clip]) -> pa.RecordBatch:
     values = {
         "dataset": [clip.dataset or "unknown" for clip in clips],
         "clip_idx": [clip.clip_idx or 0 for clip in clips],
-        "initial_state": [list((clip.initial_state or {}).items()) for clip in clips],
         "turns": pa.ListArray.from_arrays(offsets, turns, type=SPOOL.field("turns").type),
     }
     for name in set(SPOOL.names) - set(values):

@@ -14,6 +14,7 @@ import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -200,14 +201,12 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
     seconds = (frame / batch.column("fps").to_numpy()[clip]).astype(np.float32)
     by_id = pa.DictionaryArray.from_arrays(pa.array(clip), ids)
     rows = [by_id, *map(pa.array, (clip + np.int32(first), frame.astype(np.int32), seconds, *group.labels))]
-    states = batch.column("initial_state")  # as the source has them; replayed ones hold every step of the clip
-    if any(clip.state is not None for clip in group.clips):
-        own: list[Any] = states.to_pylist()
-        for i, (steps, one) in enumerate(zip(batch.column("steps").to_pylist(), group.clips, strict=True)):
-            if one.state is not None:
-                replayed = initial_state((step["id"] for step in steps), one.state)
-                own[i] = [{"id": step, "state": state} for step, state in replayed.items()]
-        states = pa.array(own, states.type)
+    at, steps = flat_lists(batch.column("steps"))
+    names = steps.field("id").to_pylist()
+    states = [  # as the source has them; replayed ones hold every step of the clip
+        one.initial_state or {} if one.state is None else initial_state(names[begin:stop], one.state)
+        for one, (begin, stop) in zip(group.clips, pairwise(at.tolist()), strict=True)
+    ]
     unlabelled: list[list[Range]] = [[] for _ in sizes]
     for owner, *bounds in zip(*(column.tolist() for column in group.unlabelled), strict=True):
         unlabelled[owner].append(tuple(bounds))
@@ -227,7 +226,7 @@ def _batches(group: _Group, plan: Plan, first: int) -> tuple[pa.RecordBatch, pa.
         "start_frame": rule.starts.astype(np.int32),
         "end_frame": (rule.starts + sizes).astype(np.int32),
         "num_frames": sizes.astype(np.int32),
-        "initial_state": states,
+        "initial_state": [list(state.items()) for state in states],
         "turns": pa.ListArray.from_arrays(pa.array(at), turns, type=type_),
         "sampling_seed": rule.seeds,
         "neg_rate": rule.rates,
@@ -256,8 +255,7 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
         clip = np.searchsorted(first, frames, side="right") - 1
         quiet = np.diff(frames) - 1
         between = (quiet > 0) & (np.diff(clip) == 0)
-        seconds = np.round(quiet[between] / fps[clip[1:][between]], 3)
-        counts[head].update(dict(zip(*(a.tolist() for a in np.unique(seconds, return_counts=True)), strict=True)))
+        counts[head].update(np.round(quiet[between] / fps[clip[1:][between]], 3).tolist())
     events = np.isin(group.turns.role, [ROLES.index(role) for role in ROLE_OF.values()])
     owner, _, start, end = (column[events] for column in group.turns)
     low, high = rule.starts[owner], (rule.starts + rule.sizes)[owner]
