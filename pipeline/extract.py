@@ -92,8 +92,9 @@ def extract(
             batch = _spooled(clips)
             writer.write_batch(batch)
             at, turns = flat_lists(batch.column("turns"))
-            _describe(clips, turns, at)
-            _measure(clips, turns, np.repeat(np.arange(len(clips)), np.diff(at)))
+            owner = np.repeat(np.arange(len(clips)), np.diff(at))
+            _describe(clips, turns, at, owner)
+            _measure(clips, turns, owner)
             kept += clips
     new.rename(spool)
     return kept, refused
@@ -116,25 +117,23 @@ def _spooled(clips: list[Clip]) -> pa.RecordBatch:
     flat = [list(chain.from_iterable(part)) for part in zip(*[clip.turns for clip in clips], strict=True)]
     roles, contents, time, start, end = flat or [[]] * 5
     role = np.fromiter(map(_ROLE_CODES.__getitem__, roles), np.int8, len(roles))
-    which = np.flatnonzero(role == ROLES.index("DST_UPDATE"))
-    changes = [contents[turn] for turn in which.tolist()]
+    words, is_update = np.fromiter(contents, object, len(roles)), role == ROLES.index("DST_UPDATE")
+    changes = words[is_update]
+    words[is_update] = None
     sizes = np.zeros(len(roles) + 1, np.int32)
-    sizes[which + 1] = list(map(len, changes))
-    for turn in which.tolist():
-        contents[turn] = None
-    updates = [update for change in changes for update in change]
-    ids = pa.array([update.id for update in updates], pa.string())
-    transitions = pa.array([update.transition for update in updates], pa.string())
+    sizes[1:][is_update] = list(map(len, changes))
+    updates = list(chain.from_iterable(changes))
+    fields = (list(map(operator.attrgetter(name), updates)) for name in ("id", "transition"))
+    ids, transitions = (pa.array(values, pa.string()) for values in fields)
     offsets = pa.array(np.cumsum(sizes, dtype=np.int32))
-    type_ = _TURN.field("updates").type
-    pairs = pa.StructArray.from_arrays([ids, transitions], fields=[*type_.value_type])
+    pairs = pa.StructArray.from_arrays([ids, transitions], fields=[*_TURN.field("updates").type.value_type])
     each = pa.ListArray.from_arrays(offsets, pc.binary_join_element_wise(ids, transitions, "->"))
     columns = [
         pa.array(role),
-        pc.coalesce(pa.array(contents, pa.string()), pc.binary_join(each, ", ")),  # 'S1->complete, S2->start'
+        pc.coalesce(pa.array(words, pa.string()), pc.binary_join(each, ", ")),  # 'S1->complete, S2->start'
         *(pa.array(column, pa.int64()) for column in (start, end)),
         pa.array(time, pa.float64()),
-        pa.ListArray.from_arrays(offsets, pairs, type=type_),
+        pa.ListArray.from_arrays(offsets, pairs, type=_TURN.field("updates").type),
     ]
     turns = pa.StructArray.from_arrays(columns, fields=list(_TURN))
     offsets = pa.array(np.cumsum([0, *(len(clip.turns[0]) for clip in clips)], dtype=np.int32))
@@ -148,53 +147,56 @@ def _spooled(clips: list[Clip]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(values, SPOOL)
 
 
-def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray) -> None:
-    """Each clip's id, and what it says about the dialog state; turns[at[i] : at[i + 1]] are its turns, which go.
+def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray, owner: np.ndarray) -> None:
+    """Each clip's id, and what its turns say about the dialog state and of each other; they go.
 
-    The id is the clip's own, else its video, number, user and a digest of its conversation: a function of the clip
-    alone, so that two conversations over one video differ, a true duplicate does not, and other clips change nothing.
+    turns [T] of all clips; at [C + 1]: where each clip's begin; owner [T]: each turn's clip. The id is the clip's own,
+    else its video, number, user and a digest of its conversation: of the clip alone, so that only duplicates share it.
     """
+    role, text, echoed = turns.field("role").to_numpy(), turns.field("text"), _echoes(clips, turns, owner)
     start, end = (turns.field(name).fill_null(none) for name, none in zip(_FRAMES, labels.NO_FRAMES, strict=True))
     time = turns.field("time_s").fill_null(np.nan).to_numpy().view(np.int64)
-    size = pc.binary_length(turns.field("text"))
-    numbers = np.stack([turns.field("role"), start, end, time, size], axis=1, dtype=np.int64)
-    for clip, begin, stop in zip(clips, at, at[1:], strict=False):
+    numbers = np.stack([role, start, end, time, pc.binary_length(text)], axis=1, dtype=np.int64)
+    texts = pc.binary_join(pa.ListArray.from_arrays(pa.array(at), text), "")
+    system, is_update = (role == ROLES.index(name) for name in ("system", "DST_UPDATE"))
+    told: list[dict[str, str]] = [{} for _ in clips]  # the states that system turns name
+    for i, words in zip(owner[system].tolist(), text.filter(pa.array(system)).to_pylist(), strict=True):
+        if _ANY_STATE.search(words):
+            told[i].update(_STEP_STATE.findall(words))
+    tracked = np.bincount(owner[is_update], minlength=len(clips)).tolist()
+    first, updates = flat_lists(turns.field("updates"))
+    frames = np.repeat(numbers[:, 1:3], np.diff(first), axis=0).T.tolist()
+    changes = list(zip(*frames, *(column.to_pylist() for column in updates.flatten()), strict=True))
+    for i, (clip, (begin, stop)) in enumerate(zip(clips, pairwise(first[at].tolist()), strict=True)):
+        clip.clip_id = str(clip.id)
         if clip.id is None:
-            said = hashlib.sha256(numbers[begin:stop].tobytes())
-            said.update("".join(turns.field("text")[begin:stop].to_pylist()).encode())
-            said.update(f"{clip.start_frame} {clip.end_frame}".encode())
-        parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8]) if clip.id is None else (clip.id,)
-        clip.clip_id = "_".join(str(part) for part in parts if part is not None)
-        roles, contents, _, starts, ends = clip.turns
-        own = [(starts[i], ends[i], contents[i]) for i, role in enumerate(roles) if role == "DST_UPDATE"]
-        flat = [(a, b, u.id, u.transition) for a, b, us in own if a is not None and b is not None for u in us]
-        clip.updates, clip.tracked = msgspec.msgpack.encode(flat), bool(clip.steps or own)
-        told: dict[str, str] = {}  # the states that its system turns name
-        for role, text in zip(roles, contents, strict=True):
-            if role == "system" and _ANY_STATE.search(text):
-                told.update(_STEP_STATE.findall(text))
-        if clip.initial_state or told:
-            changes = [(update.id, update.transition) for _, _, updates in own for update in updates]
-            clip.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, changes)
-            clip.system_contradicted = bool(told) and contradicts(told, changes)
-        clip.echoed = _echoes(roles, contents)
-        clip.turns, clip.goal, clip.knowledge, clip.steps = (), None, None, ()
+            bounds = f"{clip.start_frame} {clip.end_frame}".encode()
+            said = hashlib.sha256(b"".join((numbers[at[i] : at[i + 1]].tobytes(), texts[i].as_buffer(), bounds)))
+            parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8])
+            clip.clip_id = "_".join(str(part) for part in parts if part is not None)
+        clip.updates, clip.tracked = msgspec.msgpack.encode(changes[begin:stop]), bool(clip.steps or tracked[i])
+        if clip.initial_state or told[i]:
+            own = [update[2:] for update in changes[begin:stop]]
+            clip.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, own)
+            clip.system_contradicted = bool(told[i]) and contradicts(told[i], own)
+        clip.turns, clip.goal, clip.knowledge, clip.steps, clip.echoed = (), None, None, (), echoed[i]
         clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
 
 
-def _echoes(roles: Sequence[str], texts: Sequence[Any]) -> tuple[int, int]:
-    """(assistant turns whose whole text stands in an earlier user turn, of how many)."""
-    heard: list[str] = []
-    echoed = spoken = longest = 0
-    for role, text in zip(roles, texts, strict=True):
-        if role == "user":
-            heard.append(text)
-            longest = max(longest, len(text))
-        elif role == "assistant":
-            spoken += 1
-            if ECHO_BYTES <= len(text) <= longest:
-                echoed += any(text in earlier for earlier in heard)
-    return echoed, spoken
+def _echoes(clips: list[Clip], turns: pa.StructArray, owner: np.ndarray) -> list[tuple[int, int]]:
+    """Per clip (assistant turns whose whole text stands in an earlier user turn, of how many)."""
+    role, size = turns.field("role").to_numpy(), pc.utf8_length(turns.field("text")).to_numpy()
+    user, assistant = (role == ROLES.index(name) for name in ("user", "assistant"))
+    longest, echoed = np.zeros((2, len(clips)), np.int64)  # user turn, count
+    np.maximum.at(longest, owner[user], size[user])
+    for i in set(owner[assistant & (size >= ECHO_BYTES) & (size <= longest[owner])].tolist()):
+        heard: list[str] = []
+        for who, text in zip(*clips[i].turns[:2], strict=True):
+            if who == "user":
+                heard.append(text)
+            elif who == "assistant" and len(text) >= ECHO_BYTES:
+                echoed[i] += any(text in earlier for earlier in heard)
+    return list(zip(echoed.tolist(), np.bincount(owner[assistant], minlength=len(clips)).tolist(), strict=True))
 
 
 def _measure(clips: list[Clip], turns: pa.StructArray, owner: np.ndarray) -> None:
@@ -212,9 +214,12 @@ def _measure(clips: list[Clip], turns: pa.StructArray, owner: np.ndarray) -> Non
     columns = extents(framed, start), extents(framed & (role == ROLES.index("DST_UPDATE")), start), extents(framed, end)
     for clip, extent, dst_extent, of_ends in zip(clips, *columns, strict=True):
         clip.extent, clip.dst_extent, clip.first_end = extent, dst_extent, of_ends[0]
+        clip.unbounded = clip.given == (0, 0) and dst_extent[1] < 0 < extent[1]
     voting = framed & ~np.isnan(time) & np.array([not clip.convention for clip in clips], bool)[owner]
     firsts = [  # bounds that are the DST turns' may leave turns out
-        clip.extent[0] if clip.unbounded or clip.given[0] is None or clip.given == clip.dst_extent else clip.given[0]
+        clip.extent[0]
+        if clip.unbounded or clip.start_frame is None or clip.given == clip.dst_extent
+        else clip.start_frame
         for clip in clips
     ]
     start, end, owner = start[voting].astype(np.int64), end[voting].astype(np.int64), owner[voting]
@@ -364,8 +369,7 @@ def _replay_states(source: Source) -> None:
     conversations: dict[tuple[str | None, ...], list[Clip]] = {}
     for clip in source.kept():
         if clip.tracked:
-            key = (clip.dataset, clip.video_uid, clip.user)
-            conversations.setdefault(key, []).append(clip)
+            conversations.setdefault((clip.dataset, clip.video_uid, clip.user), []).append(clip)
     for group in (group for members in conversations.values() for group in _tell_apart(members)):
         if len(group) == 1:
             group[0].state = {} if group[0].contradicted else None
@@ -377,11 +381,12 @@ def _replay_states(source: Source) -> None:
             updates = [
                 (max(end - 1, 0) if lead_in else start, step, transition)
                 for start, end, step, transition in msgspec.msgpack.decode(clip.updates)
+                if end != labels.NO_FRAMES[1]
             ]
             given = None if clip.contradicted else clip.initial_state
             segments.append(Segment(clip.bounds[0] if clip.extent[1] < 0 else first, updates, given))
         for clip, segment, state in zip(group, segments, states_before(segments), strict=True):
-            clip.state, clip.lacks_updates = state, lacks(state, (update[1:] for update in segment.updates))
+            clip.state, clip.lacks_updates = state, lacks(state, [update[1:] for update in segment.updates])
 
 
 def _tell_apart(members: list[Clip]) -> Iterator[list[Clip]]:

@@ -70,9 +70,10 @@ class Clip:
     echoed: tuple[int, int] = (0, 0)  # assistant turns whose whole text an earlier user turn has, of how many
     extent: Range = (-1, -1)  # of the non-system turns
     dst_extent: Range = (-1, -1)  # of the DST_UPDATE turns
+    unbounded: bool = False  # whether `given` is the 0..0 that generators write for a clip without DST updates
     first_end: int = -1  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # those of turns with frames, as msgpack of (start, end, step id, transition): 20 bytes each
+    updates: bytes = b""  # msgpack of (start, end, step id, transition), or labels.NO_FRAMES: 20 bytes each
     # what `resolve` decides
     keep: bool = True
     bounds: Range = (0, 0)
@@ -83,11 +84,6 @@ class Clip:
     def given(self) -> tuple[int | None, int | None]:
         """The bounds as given."""
         return self.start_frame, self.end_frame
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether `given` is the 0..0 that generators write for a clip without DST updates."""
-        return self.given == (0, 0) and self.dst_extent[1] < 0 < self.extent[1]
 
 
 @dataclass(frozen=True)
