@@ -144,6 +144,9 @@ def _explained(error: msgspec.ValidationError, tree: Any) -> ClipError:
     in_turn = re.match(r"conversation\[(\d+)\]\.?(.*)", where)
     turn, where = (int(in_turn[1]), in_turn[2]) if in_turn else (None, where)
     if missing := re.match(r"Object missing required field `(.*)`", message):
+        if missing[1] == "role" and "type" in tree:
+            expected = "the field role; this is of an early generator version: use a later one's {split}_training.json"
+            return ClipError("role", "type in its place", expected, turn)
         return ClipError(f"{where}.{missing[1]}".lstrip("."), "nothing", f"the field {missing[1]}", turn)
     if message.startswith("Invalid enum value"):
         names = STATES if "state" in where else TRANSITIONS if "transition" in where else ROLES

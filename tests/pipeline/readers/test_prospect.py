@@ -90,6 +90,7 @@ def test_an_answer_that_an_earlier_user_turn_holds_is_a_hazard(tmp_path):
 
 
 EVENTS = {"video_uid": "v", "fps": 2, "dst": [], "events": [{"frame_idx": 6, "speaking": 1, "response": "now"}]}
+TYPED = {"video_uid": "v", "conversation": [{"type": "assistant", "content": "x", "start_frame": 1, "end_frame": 2}]}
 DIALOGS = {"video_uid": "v", "inferred_goal": "g", "conversations": [{"user_type": "no_talk", "conversation": []}]}
 
 
@@ -98,6 +99,7 @@ DIALOGS = {"video_uid": "v", "inferred_goal": "g", "conversations": [{"user_type
     [
         (EVENTS, ("events without a conversation", "times are gone", "--fps 2", "sparse_sequence_generator")),
         (DIALOGS, ("generated dialogs", "no frames were made", "{split}_training.json")),
+        (TYPED, ("turn 0: role: found type in its place", "a later one's {split}_training.json")),
         ({"video": "v"}, ("prospect", "proassist", "egoproactive", "streamo")),
     ],
 )
