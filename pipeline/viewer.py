@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +52,11 @@ def labels_page(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Data of the page of an output folder, as JSON types; `manifest`: what `dataset.verify` gave."""
     recordings = pl.scan_parquet(folder / "clips" / "**" / "*.parquet").select(pl.col("recording_id").n_unique())
     kept = ("clips", "quarantined", "frame_convention", "sha256")
+    index, clips = clip_index(folder), []
+    every = -(-index.height // MAX_CLIPS)
+    for (name,), rows in index.group_by("split", maintain_order=True):
+        split = Split(folder, str(name))
+        clips += [_clip(split.name, split.clip(number)) for number in rows["clip"].gather_every(every)]
     return {
         "page": "labels",
         "folder": plain(folder.resolve().name),
@@ -63,7 +68,7 @@ def labels_page(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             {"name": Path(source["path"]).name} | {k: source[k] for k in kept if k in source}
             for source in manifest.get("inputs") or []
         ],
-        "clips": [*_clips(folder)],
+        "clips": clips,
     }
 
 
@@ -90,14 +95,6 @@ def _split(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
         "rates": counts["neg_rates"],
         "heads": heads,
     }
-
-
-def _clips(folder: Path) -> Iterator[dict[str, Any]]:
-    index = clip_index(folder)
-    every = -(-index.height // MAX_CLIPS)
-    for (name,), rows in index.group_by("split", maintain_order=True):
-        split = Split(folder, str(name))
-        yield from (_clip(split.name, split.clip(number)) for number in rows["clip"].gather_every(every))
 
 
 def _clip(split: str, clip: ClipExample) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch
 from pipeline.cluster import available_cores
 from pipeline.dataset import Split
 from pipeline.errors import InputError
-from pipeline.storage import make_folder, naming, write_json
+from pipeline.storage import make_folder, naming, write_json, write_text
 from pipeline.terminal import clock
 from trainer.arms import RUNGS
 from trainer.checkpoint import check_resume, lock_folder, run_hash, run_options
@@ -55,9 +55,9 @@ from trainer.evaluation.comparison import (
 from trainer.evaluation.conclusions import opening
 from trainer.evaluation.metrics import METRICS, EvalSplits, hold, value_at
 from trainer.evaluation.plots import format_number
-from trainer.evaluation.report import PAGE, write_first_page, write_report
+from trainer.evaluation.report import FIRST_PAGE, PAGE, write_report
 from trainer.loader import end_with
-from trainer.plan import MOST_SEEDS, Job, Plan, Schedule, check_plan, config_of, in_order, jobs_with, run_of
+from trainer.plan import MOST_SEEDS, Job, Plan, Schedule, check_plan, in_order, jobs_with, run_of
 from trainer.run_log import read_metrics
 from trainer.train import train
 
@@ -85,7 +85,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         count, there = sum(map(len, schedule.units)), len(schedule.done)
         of = f" of {count}" if len(plan.seeds) < MOST_SEEDS else ""
         update = partial(_update, plan, schedule, splits, report_line)
-        write_first_page(plan.out)
+        if not (plan.out / PAGE).exists():
+            write_text(plan.out / PAGE, FIRST_PAGE)
         try:
             if there:
                 report_line(f"{there}{of} runs are there already")
@@ -162,7 +163,7 @@ def is_done(plan: Plan, job: Job, splits: EvalSplits, trained_on: Split) -> bool
         if not (trained / "last").is_dir():
             return False
         if rung.kind == "arm":
-            config = config_of(plan, job).on(best_device().type)
+            config = replace(plan.config, arm=rung.name, seed=seed).on(best_device().type)
             held_out = {"train": trained_on, **splits.all}.get(config.eval_split)
             check_resume(run, run_options(config, trained_on, held_out, plan.features))
         model = run_hash(trained)
@@ -187,7 +188,8 @@ def carry_out(plan: Plan, job: Job) -> Result:
         run, updates = run_of(plan, (str(rung.below), seed)), "reference"
     else:
         options = RunOptions(progress=False, save_every=max(1, min(RunOptions.save_every, plan.config.steps // 10)))
-        report = train(plan.data, run, config_of(plan, job), *sources, options, resume=True)
+        config = replace(plan.config, arm=name, seed=seed)
+        report = train(plan.data, run, config, *sources, options, resume=True)
         before = sum(_step_seconds(plan, job)[: report.resumed_from])
     evaluation = evaluate(run, plan.data, plan.split, scores, *sources, plan.settings, plan.live, updates=updates)
     return before + time.monotonic() - began, evaluation.notes

@@ -22,7 +22,7 @@ import math
 import shutil
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _write_files(new: Path, run: LoadedRun, weights: dict[str, Tensor], state: d
             shutil.copymode(new / CARD, path)  # safetensors makes files that nobody else may read
         sync(path)
         files[path.relative_to(new).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(new / RUN_INFO, {"format": FORMAT, "config": run.config.to_json(), **run.info, "files": files})
+    write_json(new / RUN_INFO, {"format": FORMAT, "config": asdict(run.config), **run.info, "files": files})
 
 
 def _draft(folder: Path) -> Path:
@@ -278,7 +278,7 @@ def run_options(config: TrainConfig, split: Split, held_out: Split | None, featu
         if not set(frozen.split(",")) <= set(config.freeze):
             raise InputError(f"{features}: these features are for frozen parts; add --freeze {frozen}")
     keys = {"train data": split.key, "evaluation data": held_out.key if held_out else None}
-    return {"config": config.to_json(), **keys, "frames": frames}
+    return {"config": asdict(config), **keys, "frames": frames}
 
 
 def check_folder(run: Path, options: dict[str, Any], resume: bool, held: ExitStack) -> None:
@@ -322,7 +322,7 @@ def read_options(run: Path) -> dict[str, Any]:
     """RUN/options.json, as `run_options` made it, its config with today's defaults."""
     try:
         options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
-        return options | {"config": TrainConfig.from_json(options["config"]).to_json()}
+        return options | {"config": asdict(TrainConfig.from_json(options["config"]))}
     except (ValueError, KeyError, TypeError) as error:
         what = f"damaged, or of another version ({error!r})"
         raise InputError(f"{run / OPTIONS}: {what}; train into a new folder") from None

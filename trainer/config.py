@@ -107,12 +107,9 @@ class TrainConfig:
         """With `bf16` decided for 'cuda' or 'cpu': what a run there is a function of."""
         return self if self.bf16 is not None else replace(self, bf16=device_type == "cuda")
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """What `to_json` wrote; InputError on a name or a value that this version does not know."""
+        """Of what `asdict` gave, also through JSON; InputError on a name or a value that this version does not know."""
         try:
             return cls(**values)
         except TypeError as error:

@@ -85,6 +85,7 @@ class ProspectModel(nn.Module):
         super().__init__()
         self.vlm, self.heads, self.choices = vlm, heads, choices
         self.arm, self.tokens_per_frame, self._bf16 = find_arm(config.arm), config.tokens_per_frame, config.bf16
+        self.side, self.hidden = frame_side(vlm), int(vlm.config.text_config.hidden_size)  # S, H
         if (k := config.tokens_per_frame) > (most := most_tokens(vlm)):
             raise InputError(f"tokens_per_frame is {k}, but this model has {most} per frame; lower --tokens-per-frame")
         exact_float32()
@@ -111,14 +112,6 @@ class ProspectModel(nn.Module):
     def body(self) -> Any:
         """The text model: embeddings, layers, norm."""
         return self.vlm.model.text_model
-
-    @property
-    def side(self) -> int:  # S
-        return frame_side(self.vlm)
-
-    @property
-    def hidden(self) -> int:
-        return int(self.vlm.config.text_config.hidden_size)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Final
@@ -82,10 +82,6 @@ def jobs_with(plan: Plan, file: str = "scores/metrics.json") -> list[Job]:
     """The runs in OUT, asked for or not, that have such a file or folder, by rung and seed: one look at the disk."""
     found = [path.relative_to(plan.out / "runs").parts for path in (plan.out / "runs").glob(f"*/seed-*/{file}")]
     return sorted((rung, int(seed[5:])) for rung, seed, *_ in found if seed[5:].isdecimal())  # no copy, seed-0-old
-
-
-def config_of(plan: Plan, job: Job) -> TrainConfig:
-    return replace(plan.config, arm=job[0], seed=job[1])
 
 
 def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) -> list[Unit]:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,7 @@ class _Session:
         self.model.train()
         with ExitStack() as stack:
             if world.is_main:
-                log = open_log(self.run, config.steps, first, options.logger, options.progress, config.to_json())
+                log = open_log(self.run, config.steps, first, options.logger, options.progress, asdict(config))
                 self.log = stack.enter_context(log)
             asked = options.workers is not None
             packs = stack.enter_context(closing(step_packs(data, first, workers, transfer.overlaps, asked)))

@@ -19,7 +19,7 @@ import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +91,7 @@ def answer(folder: Path, world: str, repeat: int) -> str:
     torch.set_num_threads(1)
     raw, data, out, config = folder / "raw", folder / "data", folder / "answer", config_of(world, repeat)
     training = replace(NANO, steps=STEPS.get(world, NANO.steps), **MORE.get(world, {}))
-    recipe = json.dumps({"training": training.to_json(), "seeds": SEEDS.get(world, 2)})
+    recipe = json.dumps({"training": asdict(training), "seeds": SEEDS.get(world, 2)})
     if (made := out / "recipe.json").exists() and made.read_text() != recipe:
         raise SystemExit(f"{out}: made with other settings; name another --work")
     if not (out / "report.html").exists():

@@ -29,4 +29,4 @@ def test_fields_that_disagree_are_named(wrong, message):
 
 def test_config_goes_through_json():
     config = TrainConfig(lr=3e-4, betas=(0.8, 0.9), reweigh=True)
-    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig.from_json(json.loads(json.dumps(vars(config)))) == config

@@ -130,13 +130,10 @@ class TranscriptLine(NamedTuple):
 class Disagreement(NamedTuple):
     """A clip on which two arms differ."""
 
+    clip: ClipExample
     outcomes: tuple[Outcome, Outcome]
     span: tuple[float, float]  # seconds that are shown
     lines: list[TranscriptLine]  # of that span
-
-    @property
-    def clip_id(self) -> str:
-        return self.outcomes[0].scored.clip.clip_id
 
 
 def find_disagreements(bench: Benchmark) -> tuple[list[Disagreement], str]:
@@ -188,7 +185,7 @@ def _disagreement(pair: tuple[Outcome, Outcome]) -> Disagreement:
         start = max(start, min(first - LEAD_SECONDS, end - MAX_SECONDS))
         end = start + MAX_SECONDS
     lines = sorted(_transcript(pair), key=lambda line: line.seconds)
-    return Disagreement(pair, (start, end), [line for line in lines if start <= line.seconds <= end])
+    return Disagreement(clip, pair, (start, end), [line for line in lines if start <= line.seconds <= end])
 
 
 def _transcript(pair: tuple[Outcome, Outcome]) -> Iterator[TranscriptLine]:
@@ -201,7 +198,8 @@ def _transcript(pair: tuple[Outcome, Outcome]) -> Iterator[TranscriptLine]:
             yield TranscriptLine(instant(turn, clip), names[turn.role], plots.printable(turn.text, MAX_CHARACTERS))
     for outcome in pair:
         nothing, scored = [None] * clip.num_frames, outcome.scored
-        written = zip(_seconds(clip), scored.said or nothing, scored.updates or nothing, strict=True)
+        times = (np.arange(clip.start_frame, clip.end_frame) / clip.fps).tolist()
+        written = zip(times, scored.said or nothing, scored.updates or nothing, strict=True)
         for time, said, update in written:
             if update is not None:
                 text = write_updates(update) or "(empty)"
@@ -210,13 +208,10 @@ def _transcript(pair: tuple[Outcome, Outcome]) -> Iterator[TranscriptLine]:
                 yield TranscriptLine(time, outcome.arm, plots.printable(said, MAX_CHARACTERS) or "(no words)")
 
 
-def _seconds(clip: ClipExample) -> list[float]:
-    return (np.arange(clip.start_frame, clip.end_frame) / clip.fps).tolist()
-
-
 def timeline(shown: Disagreement) -> Figure:
     """The reference in three lanes; below it each arm's score, where it spoke, and where it wrote an update."""
-    clip, (start, end) = shown.outcomes[0].scored.clip, shown.span
+    clip, (start, end) = shown.clip, shown.span
+    times = np.arange(clip.start_frame, clip.end_frame) / clip.fps
     figure = plots.new_figure(150 + 126 * 2)
     lanes, *panels = figure.subplots(3, sharex=True, height_ratios=[55, 84, 84])
     lanes.set_title(f"{plots.printable(f'clip {clip.clip_id}', 70)}\n", pad=4)
@@ -233,12 +228,12 @@ def timeline(shown: Disagreement) -> Figure:
     lanes.set_yticks(range(len(events)), list(events))
     lanes.set_ylim(2.6, -0.6)
     for axes, (arm, scored, threshold, hits, false_alarms, _) in zip(panels, shown.outcomes, strict=True):
-        colour, times = plots.rung_colour(arm), _seconds(clip)
+        colour = plots.RUNG_STYLES[arm].colour
         axes.set_title(" ", size=12)  # room for the marks above the axes
         axes.set(ylim=(-0.16, 1.06), yticks=[0, 0.5, 1])
         axes.set_ylabel(plots.printable(arm, 18), rotation=0, ha="right", color=colour, size=12, weight="bold")
         scores = expit(scored.logits["speaking"].astype(np.float64))
-        axes.plot(*plots.thin(np.array(times), scores), color=colour, linewidth=1.3)
+        axes.plot(*plots.thin(times, scores), color=colour, linewidth=1.3)
         axes.axhline(float(expit(threshold)), color=colour, linewidth=0.9, linestyle=plots.DASHED, alpha=0.8)
         for instants, marker, shade in ((hits, "o", colour), (false_alarms, "x", plots.FALSE_ALARM)):
             within = [t for t in instants if start <= t <= end]

@@ -256,7 +256,7 @@ def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterato
 
 def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int) -> Row:
     """The content of benchmark.json."""
-    config = {name: value for name, value in plan.config.to_json().items() if name not in ("arm", "seed")}
+    config = {name: value for name, value in asdict(plan.config).items() if name not in ("arm", "seed")}
     shards = [shard for shard in split.manifest["shards"] if shard["split"] == split.name]
     trained = [job for job in metrics if RUNGS[job[0]].kind == "arm"]
     cost: dict[str, dict[str, float]] = {}  # of training, as the runs logged it

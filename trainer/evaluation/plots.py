@@ -32,21 +32,28 @@ NEVER: Final = "never updating"
 DASHED: Final = (0, (4, 3))
 INK, MUTED, GRID, WHITE = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
 FALSE_ALARM, SPEAKING, DST = "#cf222e", "#2563eb", "#d97706"
-# rung -> (colour, on a dark page, line style); after Okabe and Ito's palette, with more contrast to white
-RUNG_STYLES: Final[dict[str, tuple[str, str, Any]]] = {
-    "metronome": ("#3d4650", "#c3cad3", (0, (1, 3))),
-    "history": ("#6639ba", "#b794f6", (0, (3, 1, 1, 1))),
-    "true-state": ("#a40e26", "#ff8f9c", ":"),
-    "silence": ("#6e7781", "#a5adb8", ":"),
-    "lm-eos": ("#a8478f", "#dd8fc4", "-."),
-    "texts": ("#4b5fc4", "#9aa8f0", ":"),
-    "frames": ("#7a5c3d", "#c9a27e", "-."),
-    "speak": ("#0072b2", "#56b4e9", "-"),
-    "speak+dst-head": ("#008f68", "#3cc9a0", "--"),
-    "speak+dst": ("#d55e00", "#ff8a47", "-"),
-    "speak+markers": ("#a87900", "#e6b422", (0, (6, 2))),
-    "token": ("#0f7b8a", "#4fc3d6", "--"),
-    NEVER: (MUTED, "#98a1ad", DASHED),
+
+
+class RungStyle(NamedTuple):
+    colour: str
+    dark: str  # on a dark page
+    line: Any
+
+
+RUNG_STYLES: Final = {  # after Okabe and Ito's palette, with more contrast to white
+    "metronome": RungStyle("#3d4650", "#c3cad3", (0, (1, 3))),
+    "history": RungStyle("#6639ba", "#b794f6", (0, (3, 1, 1, 1))),
+    "true-state": RungStyle("#a40e26", "#ff8f9c", ":"),
+    "silence": RungStyle("#6e7781", "#a5adb8", ":"),
+    "lm-eos": RungStyle("#a8478f", "#dd8fc4", "-."),
+    "texts": RungStyle("#4b5fc4", "#9aa8f0", ":"),
+    "frames": RungStyle("#7a5c3d", "#c9a27e", "-."),
+    "speak": RungStyle("#0072b2", "#56b4e9", "-"),
+    "speak+dst-head": RungStyle("#008f68", "#3cc9a0", "--"),
+    "speak+dst": RungStyle("#d55e00", "#ff8a47", "-"),
+    "speak+markers": RungStyle("#a87900", "#e6b422", (0, (6, 2))),
+    "token": RungStyle("#0f7b8a", "#4fc3d6", "--"),
+    NEVER: RungStyle(MUTED, "#98a1ad", DASHED),
 }
 DARK: Final = dict([(INK, "#e4e7eb"), (MUTED, "#98a1ad"), (GRID, "#353c45"), (WHITE, "#1b1f25"), (DST, "#f0a04b"),
                     (FALSE_ALARM, "#ff7b72"), *(style[:2] for style in RUNG_STYLES.values())])  # fmt: skip
@@ -54,10 +61,6 @@ DARK: Final = dict([(INK, "#e4e7eb"), (MUTED, "#98a1ad"), (GRID, "#353c45"), (WH
 
 # declarations of the variables that `css_colour` names
 CSS_COLOURS: Final = " ".join(f"--x{light[1:]}: light-dark({light}, {dark});" for light, dark in DARK.items())
-
-
-def rung_colour(rung: str) -> str:
-    return RUNG_STYLES[rung][0]
 
 
 def printable(text: str, most: int = 36) -> str:
@@ -82,12 +85,12 @@ def format_interval(value: float | None, low: float | None, high: float | None, 
     return f"{number} (no interval)" if "-" in ends else f"{number} [{', '.join(ends)}]"
 
 
-def thin(x: Values, y: Values, buckets: int = 400) -> Line:
+def thin(x: Values, y: Values) -> Line:
     """The same line in at most 800 points: of each of 400 stretches the lowest and the highest, in their order."""
     known = np.flatnonzero(np.isfinite(y))
-    if len(known) <= 2 * buckets:
+    if len(known) <= 800:
         return x[known], y[known]
-    parts = np.array_split(known, buckets)
+    parts = np.array_split(known, 400)
     chosen = np.array([sorted((p[y[p].argmin()], p[y[p].argmax()])) for p in parts]).ravel()
     return x[chosen], y[chosen]
 
@@ -142,10 +145,6 @@ class Curve(NamedTuple):
     mean: Line
     note: str = ""  # a number for the legend
 
-    @property
-    def style(self) -> dict[str, Any]:
-        return {"color": rung_colour(self.rung), "linestyle": RUNG_STYLES[self.rung][2]}
-
 
 class Panel(NamedTuple):
     heading: str
@@ -161,7 +160,6 @@ def curve_panels(panels: Sequence[Panel], note: str) -> Figure:
     """Panels side by side, and a legend of all rungs with their numbers, named `note`."""
     figure = new_figure(350)
     notes: dict[str, list[str]] = {}
-    styles = {curve.rung: curve.style for panel in panels for curve in panel.curves}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         axes.set_title(printable(panel.heading, 40))
@@ -176,16 +174,18 @@ def curve_panels(panels: Sequence[Panel], note: str) -> Figure:
             axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=DASHED)
             axes.annotate(name, (xs[0], ys[0]), (4, 4), textcoords="offset points", size=11, color=MUTED)
         for curve in panel.curves:
+            style = RUNG_STYLES[curve.rung]
             notes.setdefault(curve.rung, ["-"] * len(panels))[i] = curve.note or "-"
             for line in curve.seeds:
-                axes.plot(*line, color=curve.style["color"], linewidth=0.8, alpha=0.4)
+                axes.plot(*line, color=style.colour, linewidth=0.8, alpha=0.4)
             marker = "o" if panel.dots or len(curve.mean[0]) < 3 else ""
-            axes.plot(*curve.mean, linewidth=2.2, marker=marker, markersize=4.5, clip_on=False, zorder=3, **curve.style)
+            axes.plot(*curve.mean, color=style.colour, linestyle=style.line, linewidth=2.2, marker=marker,
+                      markersize=4.5, clip_on=False, zorder=3)  # fmt: skip
         axes.set_xlim(0, panel.x_end or max(line[0][-1] for curve in panel.curves for line in curve.seeds))
-    handles = [
-        Line2D([], [], linewidth=2.2, label=f"{printable(rung, 20)}  {', '.join(numbers)}", **styles[rung])
-        for rung, numbers in notes.items()
-    ]
+    handles = []
+    for rung, numbers in notes.items():
+        label, style = f"{printable(rung, 20)}  {', '.join(numbers)}", RUNG_STYLES[rung]
+        handles.append(Line2D([], [], color=style.colour, linestyle=style.line, linewidth=2.2, label=label))
     title = note if len(panels) == 1 else f"{note}: left, right"
     legend = figure.legend(handles=handles, loc="outside right upper", labelcolor="linecolor", title=title,
                            alignment="left", title_fontproperties={"size": 11.5})  # fmt: skip

@@ -29,14 +29,14 @@ from trainer.evaluation.clip_pictures import find_disagreements, timeline
 from trainer.evaluation.comparison import PRIMARY, Benchmark, Row, baseline, read_benchmark
 from trainer.evaluation.conclusions import ladder_steps
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.plots import css_colour, format_interval, format_number, rung_colour
+from trainer.evaluation.plots import RUNG_STYLES, css_colour, format_interval, format_number
 
 MOST_GROUPS: Final = 12  # of a kind, on the page
 MIN_FRAMES_PER_BIN: Final = 20  # a point of the reliability curve with fewer is noise
 HARNESS_TOLERANCE: Final = 1e-5  # between the probabilities of a direct and an inverted head
 PAGE, FIGURES = "report.html", "figures"
 UPDATE_LATENCY: Final = "median latency of right updates (s)"
-_FIRST_PAGE: Final = """<!doctype html>
+FIRST_PAGE: Final = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="20">
 <meta name="color-scheme" content="light dark"><title>No result yet</title>
 <p>No pair of runs has ended yet. The report replaces this page when one has; the page reloads itself.</p></html>
@@ -60,12 +60,6 @@ def write_report(out: Path, narrowing: str = "", in_progress: bool = False) -> P
     more = {"narrowing": narrowing, "in_progress": in_progress}
     write_text(out / PAGE, page.get_template(PAGE).render(page_data(bench) | more))
     return out / PAGE
-
-
-def write_first_page(out: Path) -> None:
-    """Where OUT has no report yet: a page that says so, and reloads itself until there is one."""
-    if not (out / PAGE).exists():
-        write_text(out / PAGE, _FIRST_PAGE)
 
 
 def page_data(bench: Benchmark) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "harness": harness_check(bench),
         "limits": [*conclusions.limits(bench)],
         "colours": plots.CSS_COLOURS,
-        "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(rung_colour(rung))} for rung in bench.rungs},
+        "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(RUNG_STYLES[rung].colour)} for rung in bench.rungs},
         "steps": ladder_steps(bench),
         "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
         "convergence": conclusions.convergence(bench),
@@ -103,7 +97,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "primary": {"metric": PRIMARY, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
         "disagreements": about,
         "clips": [
-            {"svg": draw(f"timeline-{i}", partial(timeline, clip), f"clip {clip.clip_id}"), "lines": clip.lines}
+            {"svg": draw(f"timeline-{i}", partial(timeline, clip), f"clip {clip.clip.clip_id}"), "lines": clip.lines}
             for i, clip in enumerate(clips, 1)
         ],
         "metrics": _metric_rows(bench),
@@ -137,11 +131,15 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
 
 def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
     """Name of its files -> (what draws it, accessible name); `state` only where some rung tells the state."""
+    training = []
+    for name, head in zip(("Speaking", "DST update"), HEADS, strict=True):
+        curves, split = comparison.training_curves(bench, head)
+        training.append(plots.Panel(f"{name}, {split}", curves, "optimizer steps", "average precision"))
     panels = {
         "windows": ([_windows(bench, mode) for mode in bench.modes], "F1 at the widest"),
         "precision-recall": ([precision_recall(bench, mode) for mode in MODES], "AP"),
         "reliability": ([_reliability(bench, mode) for mode in MODES], "ECE"),
-        "training": ([_training(bench, head) for head in HEADS], "last AP"),
+        "training": (training, "last AP"),
         "state": ([_state_over_time(bench)], "in the whole clip"),
     }
     if not panels["state"][0][0].curves:
@@ -155,7 +153,7 @@ def _figures(bench: Benchmark) -> dict[str, tuple[Callable[[], Figure], str]]:
 def _ladder(bench: Benchmark) -> Figure:
     """A panel per mode, the lowest rung at the bottom; the broad bar is the step from the rung below, the numbers at
     the right are the value and that step."""
-    figure, colours = plots.new_figure(38 * len(bench.rungs) + 74), [*map(rung_colour, bench.rungs)]
+    figure, colours = plots.new_figure(38 * len(bench.rungs) + 74), [RUNG_STYLES[rung].colour for rung in bench.rungs]
     all_axes = figure.subplots(1, len(bench.modes), sharex=True, sharey=True, squeeze=False)[0]
     for axes, mode in zip(all_axes, bench.modes, strict=True):
         axes.set_title(mode)
@@ -267,12 +265,6 @@ def _reliability(bench: Benchmark, mode: str) -> plots.Panel:
             note = format_number(bench.score(rung, mode, "speaking_ece").get("value"))
             curves.append(plots.Curve(rung, [*map(shares, bins)], shares(sum(bins)), note))
     return plots.Panel(f"Speaking, {mode}", curves, "probability", "share", _DIAGONAL, 1.0, dots=True)
-
-
-def _training(bench: Benchmark, head: str) -> plots.Panel:
-    curves, split = comparison.training_curves(bench, head)
-    name = "Speaking" if head == "speaking" else "DST update"
-    return plots.Panel(f"{name}, {split}", curves, "optimizer steps", "average precision")
 
 
 def _state_over_time(bench: Benchmark) -> plots.Panel:
