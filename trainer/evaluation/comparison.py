@@ -79,31 +79,27 @@ Measured = dict[tuple[str, str], Runs]  # by (rung, mode)
 # ---- the ladder --------------------------------------------------------------------------------------
 
 
-def below_of(rung: str, measured: Sequence[str]) -> str | None:
-    """The nearest rung below that was measured; None where there is none."""
-    below = RUNGS[rung].below
-    return below if below is None or below in measured else below_of(below, measured)
+def steps_of(rungs: Sequence[str]) -> dict[str, str]:
+    """Each rung -> the nearest one below it that is among `rungs`, from the lowest up; left out where there is none."""
+    steps = {}
+    for rung in (name for name in RUNGS if name in rungs):
+        below = RUNGS[rung].below
+        while below is not None and below not in rungs:
+            below = RUNGS[below].below
+        if below is not None:
+            steps[rung] = below
+    return steps
 
 
 def question_of(rungs: Sequence[str]) -> tuple[str, str]:
     """The pair that is to be answered: speak+dst against speak, else the highest rung against the one below it."""
-    return QUESTION if set(QUESTION) <= set(rungs) else [QUESTION, *_steps(rungs)][-1]
-
-
-def _steps(rungs: Sequence[str]) -> list[tuple[str, str]]:
-    return [(rung, below) for rung in RUNGS if rung in rungs and (below := below_of(rung, rungs))]
+    return QUESTION if set(QUESTION) <= set(rungs) else [QUESTION, *steps_of(rungs).items()][-1]
 
 
 def pairs_of(rungs: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of interest: the question, each rung against the one below it, and the controls of the question."""
-    pairs = dict.fromkeys([question_of(rungs), *_steps(rungs), *CONTROL_PAIRS])
+    pairs = dict.fromkeys([question_of(rungs), *steps_of(rungs).items(), *CONTROL_PAIRS])
     return [pair for pair in pairs if set(pair) <= set(rungs)]
-
-
-def ladder_pairs(rungs: Sequence[str]) -> list[tuple[str, str]]:
-    """The other pairs of CHAIN, higher minus lower: a rung may beat the one below it, but not the one below that."""
-    below = combinations([rung for rung in CHAIN if rung in rungs], 2)
-    return [(high, low) for low, high in below if (high, low) not in pairs_of(rungs)]
 
 
 def verdict_of(low: float | None, high: float | None, margin: float) -> str:
@@ -232,12 +228,15 @@ def _read_run(
 
 
 def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[Row]:
-    """Each pair on the seeds that both have. A control without a model has no seeds: where it lacks one, any run of it
-    serves, as each comes out the same."""
+    """Each pair on the seeds that both have: those of interest, and by the primary metric the others of CHAIN: a rung
+    may beat the one below it, but not the one below that. A control without a model has no seeds: where it lacks one,
+    any run of it serves, as each comes out the same."""
     question = _question(plan)
     for mode, metric in product(MODES, METRICS):
         rungs, bounds, rows = [rung for rung, known in measured if known == mode], METRICS[metric].bounds, []
-        for pair in [*pairs_of(rungs), *(ladder_pairs(rungs) if metric == PRIMARY else ())]:
+        interest, chain = pairs_of(rungs), [rung for rung in CHAIN if rung in rungs and metric == PRIMARY]
+        others = [(high, low) for low, high in combinations(chain, 2) if (high, low) not in interest]
+        for pair in [*interest, *others]:
             runs = [measured[rung, mode] for rung in pair]
             having = [set(of) for rung, of in zip(pair, runs, strict=True) if RUNGS[rung].kind != "control"]
             if not (seeds := sorted(set.intersection(*having or map(set, runs)))):
@@ -248,7 +247,7 @@ def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterato
             row["primary"] = {"metric": metric, "mode": mode, "pair": list(pair)} == question
             row["verdict"] = verdict_of(one.low, one.high, plan.margin) if metric == PRIMARY else None
             rows.append(row | asdict(one))
-        tested = [row for row in rows if (row["a"], row["b"]) in pairs_of(rungs)]
+        tested = [row for row in rows if (row["a"], row["b"]) in interest]
         for row, p_holm in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
             row["p_holm"] = p_holm
         yield from rows
@@ -296,7 +295,7 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
 # ---- what is there afterwards ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Benchmark:
     """OUT's tables, NaN as None."""
 
@@ -308,26 +307,12 @@ class Benchmark:
     groups: list[Row]  # by, group, rung, mode, value, low, high, seeds, recordings, events
     metrics: dict[tuple[str, int], Row]  # (rung, seed) -> its metrics.json; a run that has none is absent
 
-    @property
-    def pair(self) -> tuple[str, str]:
-        """The rungs of the question that was fixed beforehand."""
-        return tuple(self.info["primary"]["pair"])
-
-    @property
-    def rungs(self) -> list[str]:
-        """Those that were measured, from the lowest."""
-        return list(self.info["rungs"])
-
-    @property
-    def modes(self) -> list[str]:
-        """The modes that were measured."""
-        return [mode for mode in MODES if any(mode == measured for _, measured, _ in self.scores)]
-
-    @property
-    def mode(self) -> str:
-        """The mode of the answer: the primary one where it was measured."""
-        wanted = str(self.info["primary"]["mode"])
-        return wanted if wanted in self.modes or not self.modes else self.modes[-1]
+    def __post_init__(self) -> None:
+        self.pair: tuple[str, str] = tuple(self.info["primary"]["pair"])  # of the question that was fixed beforehand
+        self.rungs: list[str] = list(self.info["rungs"])  # that were measured, from the lowest
+        self.modes = [mode for mode in MODES if any(mode == measured for _, measured, _ in self.scores)]  # measured
+        wanted = str(self.info["primary"]["mode"])  # `mode`, the answer's, is the primary one where it was measured
+        self.mode = wanted if wanted in self.modes or not self.modes else self.modes[-1]
 
     def run(self, rung: str, seed: int) -> Path:
         return self.out / "runs" / rung / f"seed-{seed}"

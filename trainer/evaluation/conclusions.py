@@ -29,8 +29,7 @@ from trainer.evaluation.comparison import (
     UNDECIDED,
     WORSE,
     Benchmark,
-    Row,
-    below_of,
+    steps_of,
     training_curves,
     verdict_of,
     why_missing,
@@ -61,8 +60,9 @@ def ladder_steps(bench: Benchmark, mode: str | None = None) -> list[Step]:
     """Every rung measured in `mode` (None: that of the answer), from the lowest up."""
     mode = mode or bench.mode
     steps, measured = [], [rung for rung in bench.rungs if bench.score(rung, mode, PRIMARY)]
+    lower = steps_of(measured)
     for rung in measured:
-        value, below = bench.score(rung, mode, PRIMARY)["value"], below_of(rung, measured)
+        value, below = bench.score(rung, mode, PRIMARY)["value"], lower.get(rung)
         row = bench.comparison(rung, below, mode, PRIMARY) if below else {}
         low, high = row.get("low"), row.get("high")
         verdict = verdict_of(low, high, bench.info["margin"]) if below else ""
@@ -128,7 +128,11 @@ def opening(bench: Benchmark) -> list[str]:
     steps = {step.rung: step for step in ladder_steps(bench)}
     lowest, *others = top.chain
     beyond = "" if lowest == "metronome" else f"beyond what {lowest} has"
-    if told := [source for rung in tells(bench) for source in _sources(steps[rung])]:
+    adds = {}  # rung -> the sources that it has more than the one below it, which need not be the next
+    for rung in others:
+        place = CHAIN.index(str(steps[rung].below)) + 1
+        adds[rung] = [SOURCES[added] for added in CHAIN[place : CHAIN.index(rung) + 1]]
+    if told := [source for rung in tells(bench) for source in adds[rung]]:
         first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
         rows = [(control, bench.comparison(a, control, bench.mode, PRIMARY)) for a, control in CONTROL_PAIRS]
         alike = [control for control, row in rows if row and (row["low"] or 0.0) <= 0]
@@ -147,17 +151,11 @@ def opening(bench: Benchmark) -> list[str]:
     size = f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
     size = f"{counted(bench.info['recordings'], 'recording')}, {size}{counted(max(seeds), 'seed')}"
     numbers = [f"{lowest} {format_number(steps[lowest].value)}"]
-    numbers += [f"{_listed(_sources(steps[rung]))} {_added(bench, steps[rung])}" for rung in others]
+    numbers += [f"{_listed(adds[rung])} {_added(bench, steps[rung])}" for rung in others]
     text = f"Event F1 ({bench.mode}, {size}): {', '.join(numbers)}"
     if "true-state" in steps and steps["true-state"].below == QUESTION[0]:
         text += f"; the true state would add {_added(bench, steps['true-state'])}"
     return [f"{first}.", f"{text}."]
-
-
-def _sources(step: Step) -> list[str]:
-    """What the rung has more than the one below it, which need not be the next."""
-    lower = CHAIN.index(step.below) if step.below else -1
-    return [SOURCES[rung] for rung in CHAIN[lower + 1 : CHAIN.index(step.rung) + 1]]
 
 
 def _added(bench: Benchmark, step: Step) -> str:
@@ -177,9 +175,10 @@ def leaks(bench: Benchmark) -> Iterator[str]:
             row = bench.comparison("speak", blind, mode, PRIMARY)
             near = row.get("high") is not None and row["high"] <= bench.info["margin"]
             if near and top and top.rung != top.chain[0]:
+                difference = format_interval(row["difference"], row["low"], row["high"], signed=True)
                 yield (
                     f"Seeing was not needed ({mode}): {blind}, which sees no picture, comes within "
-                    f"{bench.info['margin']:g} event F1 of speak (speak minus {blind}: {_difference(row)})."
+                    f"{bench.info['margin']:g} event F1 of speak (speak minus {blind}: {difference})."
                 )
                 yield from _given_away(bench, blind) if mode == TEACHER_FORCED else ()
                 break
@@ -196,7 +195,8 @@ def _given_away(bench: Benchmark, blind: str) -> Iterator[str]:
     )
     row = bench.comparison("texts", "history", TEACHER_FORCED, PRIMARY)
     if blind == "texts" and (row.get("low") or 0.0) > bench.info["margin"]:
-        text += f" The times of past events do not ({_difference(row)} over history): look for a text before its event."
+        over = format_interval(row["difference"], row["low"], row["high"], signed=True)
+        text += f" The times of past events do not ({over} over history): look for a text before its event."
     yield text
 
 
@@ -287,7 +287,3 @@ def converged(seeds: Sequence[Line], margin: float) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _difference(row: Row) -> str:
-    return format_interval(row["difference"], row["low"], row["high"], signed=True)
