@@ -178,9 +178,9 @@ class CachedFeatures:
             raise InputError(f"{file.path}: {what}; delete it, {ENCODE}")
         return found if found.shape[1] == self.k else pool(torch.from_numpy(found).float(), self.k).numpy()
 
-    def check(self, clip: ClipExample) -> None:
-        """InputError unless every frame of the clip is there."""
-        self._find(clip, clip.start_frame, clip.end_frame)
+    def find(self, clip: ClipExample) -> Path:
+        """The file with the clip's features; InputError unless every frame of the clip is there."""
+        return self._find(clip, clip.start_frame, clip.end_frame)[0].path
 
     def _find(self, clip: ClipExample, start: int, end: int) -> tuple[FeatureFile, int]:
         """The clip's file, and the row of frame `start` in it."""

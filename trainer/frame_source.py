@@ -26,10 +26,6 @@ from pipeline.schema import MANIFEST
 class FrameSource(Protocol):
     """What can give a clip's frames: `PixelFrames`, `BlankFrames`, `features.CachedFeatures`; tests have others."""
 
-    def check(self, clip: ClipExample) -> None:
-        """InputError where it is known without reading that the clip has no frames."""
-        ...
-
     def load(self, clip: ClipExample, start: int, end: int) -> npt.NDArray[Any]:
         """The frames [start, end) of the clip's video (absolute numbers): uint8 RGB [F, 3, S, S], or the vision
         tower's features, float16 or float32 [F, k, D]."""
@@ -38,9 +34,6 @@ class FrameSource(Protocol):
 
 class BlankFrames:
     """For an arm without images: no video is looked for; a frame is a byte (`ProspectModel.frame_features`)."""
-
-    def check(self, clip: ClipExample) -> None:
-        pass
 
     def load(self, clip: ClipExample, start: int, end: int) -> npt.NDArray[np.uint8]:
         """uint8 [F, 1]."""
@@ -82,9 +75,6 @@ class PixelFrames:
                 )
             self._paths[video] = path
         return self._paths[video]
-
-    def check(self, clip: ClipExample) -> None:
-        self.find(clip)
 
     def count(self, clip: ClipExample) -> int:
         """Frames that the clip's video has at the clip's fps."""

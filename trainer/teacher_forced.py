@@ -27,7 +27,7 @@ from trainer.arms import Arm
 from trainer.checkpoint import LoadedRun
 from trainer.distributed import World, best_device
 from trainer.features import CachedFeatures, fingerprint, kept_layer
-from trainer.frame_source import BlankFrames, FrameSource, open_frames
+from trainer.frame_source import BlankFrames, FrameSource, PixelFrames, open_frames
 from trainer.loader import Transfer, fetched
 from trainer.loss import lm_sum
 from trainer.model import ProspectModel
@@ -65,7 +65,7 @@ def open_source(
 ) -> FrameSource:
     """Cached features where there is a folder of them, else pixels below `frames_root` (None: as the manifest says);
     blank frames for an arm without images. Raises InputError where a clip of `splits` has none."""
-    source: FrameSource
+    source: PixelFrames | CachedFeatures
     if not model.arm.images:
         return BlankFrames()
     if features is None:
@@ -74,7 +74,7 @@ def open_source(
         source = CachedFeatures(features, fingerprint(model.vlm, kept_layer(features)), model.tokens_per_frame)
     for split in splits:
         for clip in split.in_order(rate=None):
-            source.check(clip)
+            source.find(clip)
     return source
 
 

@@ -40,7 +40,7 @@ def test_missing_files_and_frames_say_where_and_how_many(tmp_path):
     with pytest.raises(InputError, match=r"no such folder.*--frames-root"):
         PixelFrames(tmp_path / "nowhere", 64)
     source = PixelFrames(tmp_path, 64)
-    for call in (source.check, lambda clip: source.load(clip, 3, 7)):
+    for call in (source.find, lambda clip: source.load(clip, 3, 7)):
         with pytest.raises(InputError, match="clip c0: no frames of v below"):
             call(clip("v"))
     with pytest.raises(InputError, match=r"nusar-1.arrow: 20 frames, but clip c0 needs frame 20"):
