@@ -12,7 +12,7 @@ On a GPU a single session's frames and written tokens are replayed as CUDA graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -143,24 +143,6 @@ class Engine:
 # ---- passes of fixed shape, as CUDA graphs -----------------------------------------------------------
 
 
-class _Graph:
-    """A step that reads and writes the same tensors in every call, from its second call on as a CUDA graph."""
-
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self._step, self._result = step, torch.empty(0)
-        self._replay: Step | None = None
-
-    def __call__(self) -> Tensor:
-        """The step's result, in the same memory in every call."""
-        if self._replay is None:
-            [self._replay] = record([self._keep])
-        self._replay()
-        return self._result
-
-    def _keep(self) -> None:
-        self._result = self._step()
-
-
 class StaticPass:
     """Reads at most `width` tokens in slot 0, padded to W past the session's end, which attend over all T under a mask.
 
@@ -170,7 +152,8 @@ class StaticPass:
         body, device = model.body, model.device
         self._model, self._token_bias, self._group = model, token_bias, cache.heads_per_kv
         self.width = max(WIDTH, model.tokens_per_frame + BESIDE)
-        self._slabs = cache.reserve(self.width)
+        # past the capacity, so that they stay where they are; SDPA would copy a mask of a length that 8 does not divide
+        self._slabs = cache.reserve(-(-(cache.capacity + self.width) // 8) * 8)
         layers = [(name, part) for name, part in body.named_modules() if isinstance(part, nn.Linear) and model.bf16]
         self._weights = {f"{name}.weight": layer.weight.detach().bfloat16() for name, layer in layers}  # cast once
         host = torch.zeros(self.width + 2, dtype=torch.int64)
@@ -179,7 +162,8 @@ class StaticPass:
         self._features = torch.zeros(self.width, model.hidden, dtype=body.embed_tokens.weight.dtype, device=device)
         self._places = torch.arange(self._slabs[0][0].shape[2], device=device)  # [T]
         self._slot = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self._run = _Graph(self._step) if device.type == "cuda" else self._step
+        self._result = torch.empty(0)  # of `_step`, in the same memory in every replay
+        self._replay: Step | None = None
 
     def read(self, request: ReadRequest) -> Floats | int:
         ids: list[int] = []
@@ -192,13 +176,16 @@ class StaticPass:
         padding = [0] * (self.width - len(ids))
         self._host.copy_(torch.tensor([*ids, *padding, request.prefix, len(ids) - 1]))
         self._inputs.copy_(self._host, non_blocking=True)  # the host waits for each result before it writes again
-        result = self._run().cpu().numpy()
+        if self._replay is None:
+            [self._replay] = record([self._step]) if self._inputs.is_cuda else [self._step]
+        self._replay()
+        result = self._result.cpu().numpy()
         if request.decide_at is None:
             return int(result[-1])
         return result[:-1].reshape(2, self.width).T[[end - 1 for end in request.decide_at]]
 
-    def _step(self) -> Tensor:
-        """float32 [2 * W + 1]: decision logits, likeliest id. Nothing here may wait for the device."""
+    def _step(self) -> None:
+        """The result, float32 [2 * W + 1]: decision logits, likeliest id. Nothing here may wait for the device."""
         model, width = self._model, self.width
         ids, prefix, last = self._inputs.split([width, 1, 1])
         positions = prefix + self._places[:width]
@@ -214,14 +201,14 @@ class StaticPass:
             out = functional_call(model.body, self._weights, (), {**inputs, "plan": plan}, tie_weights=False)
             states = out.last_hidden_state[0]  # [W, H]
             likeliest = (model.vlm.lm_head(states.index_select(0, last)) + self._token_bias).argmax(-1)
-            return torch.cat([model.decisions(states)[:2].flatten(), likeliest.float()])  # ids are below 2**24
+            self._result = torch.cat([model.decisions(states)[:2].flatten(), likeliest.float()])  # ids are below 2**24
 
 
 class StaticVision:
     """Features of one live frame after the other, all of one shape. For use within `streaming`."""
 
     def __init__(self, model: ProspectModel) -> None:
-        self._model, self._frame = model, torch.empty(0)
+        self._model, self._frame, self._result = model, torch.empty(0), torch.empty(0)
 
     def __call__(self, frame: npt.NDArray[Any]) -> Tensor:
         """[k, H] of one frame as ProspectModel.frame_features takes it, without the first dimension."""
@@ -229,13 +216,15 @@ class StaticVision:
         if self._model.device.type == "cpu":
             return self._model.frame_features(pixels)[0]
         if self._frame.shape != pixels.shape:
-            self._frame, self._run = pixels.to(self._model.device), _Graph(self._step)
+            self._frame = pixels.to(self._model.device)
+            [self._replay] = record([self._step])
         self._frame.copy_(pixels.pin_memory(), non_blocking=True)
-        return self._run().clone()  # the next frame's will stand there
+        self._replay()
+        return self._result.clone()  # the next frame's will stand there
 
-    def _step(self) -> Tensor:
+    def _step(self) -> None:
         with torch.autocast(self._frame.device.type, torch.bfloat16, enabled=self._model.bf16, cache_enabled=False):
-            return self._model.frame_features(self._frame)[0]
+            self._result = self._model.frame_features(self._frame)[0]
 
 
 def slots_for(model: ProspectModel, capacity: int) -> int:

@@ -70,8 +70,14 @@ class KVCache:
         """A pass over these new tokens, slots ascending; what a slot held from a row's start on is overwritten."""
         needed, allocated = max(row.start + row.length for row in rows), self._slabs[0][0].shape[2]
         if needed > allocated:
-            self._grow(min(self.capacity, max(FIRST_CAPACITY, 2 * allocated, needed)))
-        limit = _batched_length([row.length for row in rows])
+            self.reserve(min(self.capacity, max(FIRST_CAPACITY, 2 * allocated, needed)))
+        lengths = [row.length for row in rows]
+        costs = {  # new tokens of the batched call's longest session -> its padded tokens, and the others' own calls
+            limit: sum(limit if length <= limit else CALL_COST + length for length in lengths)
+            for limit in {*lengths}
+            if limit <= MAX_BATCHED
+        }
+        limit = min(costs, key=costs.__getitem__, default=0)
         short = [row for row in rows if row.length <= limit]
         positions = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
         if len(short) < 2:
@@ -93,24 +99,12 @@ class KVCache:
         batched = BatchedRows(chosen, slot, batch_positions, tokens, kept_, end, mask)
         return AttentionPlan(self._slabs, all_positions, [row for row in rows if row.length > limit], batched)
 
-    def reserve(self, more: int) -> Slabs:
-        """The slabs at full size and at least `more` tokens past it: they are not moved again."""
-        self._grow(-(-(self.capacity + more) // 8) * 8)  # SDPA would copy a mask of other lengths
-        return self._slabs
-
-    def _grow(self, size: int) -> None:
+    def reserve(self, size: int) -> Slabs:
+        """The slabs, grown to `size` tokens; from the capacity on they are not moved again."""
         more = size - self._slabs[0][0].shape[2]  # zeros: what is masked is still multiplied by 0, so never NaN
         for layer, (keys, values) in enumerate(self._slabs):
             self._slabs[layer] = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
-
-
-def _batched_length(lengths: Sequence[int]) -> int:
-    """New tokens of the longest session in the batched call: where padding plus own calls cost least."""
-
-    def cost(limit: int) -> int:
-        return sum(limit if length <= limit else CALL_COST + length for length in lengths)
-
-    return min((length for length in {*lengths} if length <= MAX_BATCHED), key=cost, default=0)
+        return self._slabs
 
 
 def upload(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[Tensor]:

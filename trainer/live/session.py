@@ -122,7 +122,7 @@ class Session:
             updates = parse_updates(dst_text)
             self._frames[-1].updates = tuple((step, move) for step, move in updates if step in self._state)
         elif updates is not None and self.arm.dst_text == "markers":
-            self._append(utterance("DST_UPDATE", [], self.tokens))
+            yield from self._write("DST_UPDATE", "")
         if "assistant" in texts:
             assistant_text = (yield from self._write("assistant", texts["assistant"])) if self.arm.texts else ""
         last = FrameOutput(logits[count - 1], assistant_text, dst_text, updates)
@@ -142,7 +142,9 @@ class Session:
     def _write(self, role: str, text: str | None) -> Steps[str]:
         """A text after the last frame; None: greedy decoding until END or `max_text` tokens."""
         if text is not None:
-            self._append(utterance(role, [text], self.tokens))
+            given = utterance(role, [text], self.tokens)
+            self._frames[-1].block.replies.append(given)
+            self._unread.append(given)
             return text
         ids: list[int] = []
         self._unread.append([self.tokens.marker[role]])
@@ -157,10 +159,6 @@ class Session:
         self._unread.append([self.tokens.end])
         self._frames[-1].block.replies.append([self.tokens.marker[role], *ids, self.tokens.end])
         return self.tokens.decode(ids)
-
-    def _append(self, ids: list[int]) -> None:
-        self._frames[-1].block.replies.append(ids)
-        self._unread.append(ids)
 
     def _start_over(self, coming: _ContextFrame | None) -> None:
         """Forget all but the last frames: as many as a training window repeats before the `coming` one."""
