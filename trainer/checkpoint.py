@@ -304,12 +304,16 @@ def check_resume(run: Path, options: dict[str, Any]) -> None:
         raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with the same, or train into a new folder")
 
 
-def write_options(run: Path, options: dict[str, Any], held: ExitStack) -> None:
-    """Make and lock the folder, and write RUN/options.json: a file system that can't take a run is found out here."""
+def write_options(run: Path, options: dict[str, Any], model: ProspectModel, held: ExitStack) -> None:
+    """Make and lock the folder, and write RUN/options.json: a file system that can't take a run is found out here.
+    InputError where it has no room for a checkpoint of the `model` in training."""
     make_folder(run)
     held.close()
     lock_folder(run, held)
     write_json(run / OPTIONS, options)
+    needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())  # with two moments
+    if 0 < (free := shutil.disk_usage(run).free) < needed:  # 0: some buckets do not know
+        raise InputError(f"{run}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed; make room")
 
 
 def lock_folder(run: Path, held: ExitStack) -> None:

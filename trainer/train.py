@@ -12,7 +12,6 @@ CPU a resumed run ends with the weights, bit for bit, of one that never stopped.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -189,10 +188,7 @@ def train(
         if already:
             checkpoint.load_state(run / "last", state.model, optimizer)
         if world.is_main:
-            checkpoint.write_options(run, started, stack)
-            needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in state.model.parameters())  # with two moments
-            if 0 < (free := shutil.disk_usage(run).free) < needed:  # 0: some buckets do not know
-                raise InputError(f"{run}: {free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB are needed; make room")
+            checkpoint.write_options(run, started, state.model, stack)
         note = None
         if already == config.steps:
             note = f"all {already} steps had been done before"
@@ -260,9 +256,7 @@ class _Session:
         data = StepData(split, self.state.tokens, self.frames, config, world.rank, world.size)
         workers = default_workers(world.device) if options.workers is None else options.workers
         blank = blank_pack(split.clip(0), self.state.tokens, self.frames, config.tokens_per_frame)
-        whole = self.state.model.arm.images and not (config.checkpointing or "vision" in config.freeze)
-        if whole and world.device.type == "cuda" and first < config.steps and blank.frames().dtype == torch.uint8:
-            self.check_memory(data[first])
+        self.check_memory(data, first, blank)
         self.model.train()
         with ExitStack() as stack:
             if world.is_main:
@@ -290,9 +284,13 @@ class _Session:
                 raise InputError(f"step {self.state.info['step'] + 1}: {reason}; {hint}") from None
         self.report.seconds = time.monotonic() - began
 
-    def check_memory(self, packs: Sequence[Pack]) -> None:
+    def check_memory(self, data: StepData, first: int, blank: Pack) -> None:
         """Say what a tower that learns from pixels takes; InputError, on every rank, where a GPU has not as much."""
-        world, frames = self.world, self.world.most(max((pack.labels.shape[1] for pack in packs), default=0))
+        world, config = self.world, self.state.config
+        learns = self.state.model.arm.images and not (config.checkpointing or "vision" in config.freeze)
+        if not learns or world.device.type != "cuda" or first >= config.steps or blank.frames().dtype != torch.uint8:
+            return
+        frames = world.most(max((pack.labels.shape[1] for pack in data[first]), default=0))
         room = torch.cuda.get_device_properties(world.device).total_memory
         line = memory_line(self.state.model, frames, room, world.size if self.options.fsdp else 1)
         if self.options.progress and world.is_main:
