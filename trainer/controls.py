@@ -75,7 +75,7 @@ def score_control(
     share = min(1.0, MAX_FRAMES / sum(shard["rows"] for shard in shards))
     drawn = np.random.default_rng(seed).permutation(len(train))[: math.ceil(share * len(train))]
     clips = [train.clip(number, rate=1.0) for number in sorted(drawn.tolist())]
-    clock = Metronome.fit(clips, settings)
+    clock = Metronome({head: beat for head in HEADS if (beat := best_beat(clips, head, settings))})
     control = clock if name == "metronome" else History.fit(clips, seed)
     origin: dict[str, Any] = {
         "data": str(data.resolve()),
@@ -144,11 +144,6 @@ class Metronome:
     """Logits are 1 at a tick, else -1. A head without events on train is absent."""
 
     beats: Mapping[str, Beat]
-
-    @classmethod
-    def fit(cls, clips: Sequence[ClipExample], settings: Settings) -> Metronome:
-        beats = {head: best_beat(clips, head, settings) for head in HEADS}
-        return cls({head: beat for head, beat in beats.items() if beat is not None})
 
     def teacher_forced(self, clips: Sequence[ClipExample]) -> Iterator[ScoredClip]:
         for clip in clips:

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -208,15 +208,16 @@ class Tower:
 
     def features(self, passes: Iterable[Tensor]) -> Iterator[npt.NDArray[Any]]:
         """[n, k, D] of pixels [n, 3, S, S], a pass late."""
-        store = getattr(torch, self.store)
-        started = (self.transfer.down(self._look(*self.transfer.up([pixels])()).to(store)) for pixels in passes)
-        return (block.numpy() for block in fetched(started))
+        bf16, store = self.computed == "bfloat16", getattr(torch, self.store)
 
-    def _look(self, pixels: Tensor) -> Tensor:
-        bf16 = self.computed == "bfloat16"
-        with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            seen = features.run_tower(self.vlm, pixels, self.k, chunk=len(pixels))
-            return features.run_connector(self.vlm, seen) if self.keep == "connector" else seen
+        def start(pixels: Tensor) -> Callable[[], Tensor]:
+            [pixels] = self.transfer.up([pixels])()
+            with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+                seen = features.run_tower(self.vlm, pixels, self.k, chunk=len(pixels))
+                seen = features.run_connector(self.vlm, seen) if self.keep == "connector" else seen
+            return self.transfer.down(seen.to(store))
+
+        return (block.numpy() for block in fetched(map(start, passes)))
 
 
 def load_tower(model: str, k: int, keep: str, store: str, computed: str) -> Tower:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from pipeline.dataset import ClipExample, Split
+from pipeline.dataset import Split
 from pipeline.errors import InputError
 from pipeline.schema import HEADS
 from trainer.checkpoint import LoadedRun, load_run, run_hash
@@ -95,15 +95,17 @@ def _run_live(
 ) -> FreeRunning:
     """All clips of the split, free-running. Which clips share a pass moves last digits, so they go by clip_id."""
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
-    given = {clip.clip_id: texts_at(clip, "DST_UPDATE") if updates == "reference" else {} for clip in clips}
-
-    def script(clip: ClipExample, frame: int) -> dict[str, str]:
-        texts = given[clip.clip_id].get(frame)
-        return {"DST_UPDATE": ", ".join(texts)} if texts else {}
-
+    given = {
+        (clip.clip_id, frame): {"DST_UPDATE": ", ".join(texts)}
+        for clip in (clips if updates == "reference" else ())
+        for frame, texts in texts_at(clip, "DST_UPDATE").items()
+    }
     own = {head: at for head, at in thresholds.event.items() if updates == "own" or head != "dst_update"}
     decoding = DecodingConfig(own, settings.refractory_s)
-    passes = free_running(run.model, run.tokens, clips, frames, run.config, decoding, script)
+    passes = free_running(
+        run.model, run.tokens, clips, frames, run.config, decoding,
+        script=lambda clip, frame: given.get((clip.clip_id, frame), {}),
+    )  # fmt: skip
     scored = [_with_probabilities(run, one) for one in passes]
     return FreeRunning(sorted(scored, key=lambda one: one.clip.clip))
 
