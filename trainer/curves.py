@@ -39,10 +39,7 @@ def running_mean(values: Values, weights: Values, half_life: float) -> Values:
 
     Sums over sums: a step with little to supervise counts little. Looks both ways, so it does not lag.
     """
-
-    def decayed(terms: Values) -> Values:
-        return lfilter([1.0], [1.0, -(0.5 ** (1 / half_life))], terms)
-
+    decayed = partial(lfilter, [1.0], [1.0, -(0.5 ** (1 / half_life))])
     known = np.isfinite(values)
     products, weights = (np.where(known, terms, 0.0) for terms in (values * weights, weights))
     total, weight = (decayed(terms) + decayed(terms[::-1])[::-1] - terms for terms in (products, weights))

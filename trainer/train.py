@@ -369,13 +369,13 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_sub_(parameters, list(updates.unbind()))
 
 
-def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
+def orthogonalised(matrices: Tensor) -> Tensor:
     """[n, rows, columns] with all singular values near 1, singular vectors kept."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
-    for _ in range(rounds):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

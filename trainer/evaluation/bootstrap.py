@@ -67,9 +67,9 @@ class Comparison:
     seed_share: float | None = None  # share of the interval's width that is due to having few seeds, 0 to 1
 
 
-def draw_recordings(num_recordings: int, num_draws: int = 10_000, seed: int = 0) -> Weights:
+def draw_recordings(num_recordings: int, num_draws: int = 10_000) -> Weights:
     """How often each recording is drawn, int16 [B, R]: each row sums to R."""
-    generator, chance = np.random.default_rng(seed), np.full(num_recordings, 1 / num_recordings)
+    generator, chance = np.random.default_rng(0), np.full(num_recordings, 1 / num_recordings)
     draws = np.empty((num_draws, num_recordings), np.int16)
     for first in range(0, num_draws, BLOCK):
         rows = draws[first : first + BLOCK]
@@ -183,15 +183,15 @@ def answer(comparison: Comparison, a: str, b: str, mode: str) -> str:
     return f"No difference between {a} and {b} could be shown: {numbers} {where}; {power}{caveats}"
 
 
-def t_bound(seeds: int, alpha: float = ALPHA_SEEDS) -> float:
-    """c such that |t| < c at every number of seeds at once, with probability 1 - alpha: inf below 3 seeds.
+def t_bound(seeds: int) -> float:
+    """c such that |t| < c at every number of seeds at once, with probability 1 - ALPHA_SEEDS: inf below 3 seeds.
 
     The t statistic's Bayes factor for effects N(0, SPREAD) against none is a test martingale whatever the standard
     deviation (Lai 1976, "On confidence sequences"; Wang & Ramdas, "Anytime-valid t-tests", arXiv 2310.03722): by
-    Ville's inequality it ever exceeds 1 / alpha, as it does at c, with probability alpha at most.
+    Ville's inequality it ever exceeds 1 / ALPHA_SEEDS, as it does at c, with that probability at most.
     """
     ratio = 1 + seeds * SPREAD
-    most = (math.sqrt(ratio) / alpha) ** (2 / seeds)
+    most = (math.sqrt(ratio) / ALPHA_SEEDS) ** (2 / seeds)
     return math.sqrt((seeds - 1) * (most - 1) / (1 - most / ratio)) if seeds > 1 and most < ratio else math.inf
 
 

@@ -167,7 +167,7 @@ def weighted(
     """
     clips = sorted(clips, key=lambda scored: scored.clip.clip_id)  # sums do not depend on the order given
     parts: dict[str, dict[str, Any]] = {}
-    latency: Estimator = _undefined
+    latency: Estimator | None = None
     for head in HEADS:
         frames, threshold = frame_metrics.head_frames(clips, head, recordings), thresholds.frame.get(head)
         events = event_metrics.find_events(clips, head, thresholds.event.get(head), settings)
@@ -188,8 +188,8 @@ def weighted(
         }
         report["state"] = of_states and of_states(weights)
         found = {name: value_at(report, metric.path) for name, metric in METRICS.items()}
-        found["median_latency_s"] = latency(weights)
-        return {name: _undefined(weights) if value is None else value for name, value in found.items()}
+        found["median_latency_s"] = latency and latency(weights)
+        return {name: np.full(len(weights), np.nan) if value is None else value for name, value in found.items()}
 
     return rates
 
@@ -201,17 +201,13 @@ def _weighted_counts(counted: Counted, recordings: Sequence[str], rates: Callabl
     return lambda weights: rates(dict(zip(counted.counts[0], (weights @ sums).T, strict=True)))
 
 
-def _undefined(weights: Weights) -> Floats:
-    return np.full(len(weights), np.nan)
-
-
 def weighted_median(values: Floats, recording: Ints) -> Estimator:
     """The median of values [M] that each count as often as their recording is drawn; NaN where none is drawn."""
     order = np.argsort(values, kind="stable")
     values, recording = values[order], recording[order]
 
     def median(weights: Weights) -> Floats:
-        found = _undefined(weights)
+        found = np.full(len(weights), np.nan)
         rows = max(1, 4_000_000 // max(1, len(values)))  # draws at a time: 32 MB
         for first in range(0, len(weights) if len(values) else 0, rows):
             up_to = np.cumsum(weights[first : first + rows, recording], axis=1)  # [b, M]
