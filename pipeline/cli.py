@@ -8,6 +8,7 @@ adds the trainer's commands; this module alone runs without torch (`python -m pi
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -136,6 +137,7 @@ def preprocess(
     """Turn conversations into Parquet shards of per-frame labels."""
     from pipeline.cluster import available_cores, ray_cluster
     from pipeline.preprocess import preprocess as run
+    from pipeline.schema import QUARANTINE
     from pipeline.summary import CARD, is_our_card, render_summary
     from pipeline.terminal import console, plain, progress_bar
 
@@ -150,7 +152,10 @@ def preprocess(
     if not is_our_card(out / CARD):
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
-        typer.echo(f"{manifest['quarantined']} quarantined: each has a line in {plain(out)}/quarantine.jsonl", err=True)
+        with (out / QUARANTINE).open(encoding="utf-8") as file:
+            first = json.loads(file.readline())["message"]
+        where = f"{manifest['quarantined']} quarantined, each with a line in {out / QUARANTINE}; the first"
+        typer.echo(plain(f"{where}: {first}"), err=True)
     return int(manifest["status"])
 
 

@@ -123,8 +123,9 @@ def _spooled(clips: list[Clip]) -> pa.RecordBatch:
     sizes = np.zeros(len(roles) + 1, np.int32)
     sizes[1:][is_update] = list(map(len, changes))
     updates = list(chain.from_iterable(changes))
-    fields = (list(map(operator.attrgetter(name), updates)) for name in ("id", "transition"))
-    ids, transitions = (pa.array(values, pa.string()) for values in fields)
+    ids, transitions = (
+        pa.array(list(map(str, map(operator.attrgetter(name), updates))), pa.string()) for name in ("id", "transition")
+    )
     offsets = pa.array(np.cumsum(sizes, dtype=np.int32))
     pairs = pa.StructArray.from_arrays([ids, transitions], fields=[*_TURN.field("updates").type.value_type])
     each = pa.ListArray.from_arrays(offsets, pc.binary_join_element_wise(ids, transitions, "->"))

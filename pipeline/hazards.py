@@ -5,6 +5,7 @@ A hazard never changes a label. Each function yields (name, split, text); the ma
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -22,9 +23,11 @@ MOST_CLIPS: Final = 0.5  # share of clips that begin on an event: a position sho
 COINCIDE: Final = 0.8  # of one head's positives also positive for the other: comparisons mean little
 FIXED_PERIOD: Final = 0.8  # share of the gaps between events that have one length
 FEW_GAPS: Final = 20  # fewer say nothing of a period
+OTHER_RATE: Final = 4  # so many more pictures than annotated frames: probably extracted at the camera's rate
 BY_CHANCE: Final = 0.2  # share of decisions that a history which grows at random may tell
 
 Hazard = tuple[str, str, str]
+_VIEW: Final = re.compile(r"(.+?)(?:__.+|[_-](?:cam|view|head|chest|side|ego|exo)\w*)", re.IGNORECASE)
 
 
 def find_hazards(
@@ -40,6 +43,7 @@ def find_hazards(
         for split, own in by_split.items():
             yield from find(split, own)
     yield from of_recordings(recordings(sources))
+    yield from of_views(sources)
     if frames_root:
         yield from of_frames(Path(frames_root), sources)
 
@@ -134,6 +138,19 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
             yield "recording in several splits", f"{a}+{b}", f"{text}: results flatter; split by recording"
 
 
+def of_views(sources: list[Source]) -> Iterator[Hazard]:
+    """Videos that are views of one recording by their names, but count as recordings of their own."""
+    views: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what names share -> (video, split)
+    for source, clip in [(owner, clip) for owner in sources for clip in owner.kept()]:
+        if clip.recording_id == clip.video_uid and (match := _VIEW.fullmatch(clip.video_uid)):
+            views[match[1]].add((clip.video_uid, source.split))
+    if several := [videos for videos in views.values() if len(dict(videos)) > 1]:
+        names, splits = (sorted({pair[i] for videos in several for pair in videos}) for i in (0, 1))
+        text = f"{len(names):,} videos look like views of {counted(len(several), 'recording')}, {_examples(names)}, but"
+        text += " each counts as one: intervals are too narrow, leaks unseen; say what names a recording, e.g."
+        yield "views counted as recordings", "+".join(splits), f"{text} --recording-regex '^.*?(?=__)'"
+
+
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
     """Annotations against the frames below `root`."""
     from pipeline.media import count_frames, find_frames  # with Pillow
@@ -155,6 +172,9 @@ def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
             problems["frames unreadable", split].append(str(path.relative_to(root)))
         elif there < end:
             problems["annotations longer than the frames", split].append(f"{uid} (annotated to {end:,}, has {there:,})")
+        elif there >= OTHER_RATE * end and (path.is_dir() or path.suffix == ".arrow"):  # they have no clock
+            many = f"{uid} (annotated to {end:,} at {fps:g} a second, has {there:,})"
+            problems["frames perhaps at another rate than the clips'", split].append(many)
     for (name, split), which in sorted(problems.items()):
         where = f"{counted(len(which), 'video')} below {root.resolve().name}"
         yield name, split, f"{name}: {where}, {_examples(which)}"

@@ -33,7 +33,11 @@ class Options:
     seed: Annotated[int, _labels(help="seed of the sampling draws")] = 0
     positive: Annotated[str, _labels(help="span: every frame of an event is positive; onset: its first")] = "span"
     neg_rate: Annotated[
-        dict[str, float], _labels(help="share of silent frames to supervise: 0.3, or by split train=0.3,val=1")
+        dict[str, float],
+        _labels(
+            help="share of silent frames to supervise: 0.3, or train=0.3,val=1; default: the clip's own, else "
+            "0.5, in train, 1 in other splits"
+        ),
     ] = field(default_factory=dict)
     pad_s: Annotated[float, _labels(help="widen each clip by so many seconds on both sides")] = 0.0
     split: Annotated[str | None, _input(help="split of inputs whose names tell none")] = None

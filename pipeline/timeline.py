@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -56,9 +55,20 @@ def find_clip(folder: Path, clip: str) -> tuple[str, ClipExample]:
 
 
 def states_of(clip: ClipExample) -> list[dict[str, str]]:
-    """State of every step before the first turn and after each turn; a step nothing is said of is not started."""
-    start = initial_state((step for step, _ in clip.steps), clip.initial_state)
-    return list(accumulate((turn.updates for turn in clip.turns), replay, initial=start))
+    """State of every step before the first turn and after each turn; a step nothing is said of is not started.
+
+    Updates count in the order of time, also where the source has turns in another; a turn without a time stays behind
+    the one before it.
+    """
+    state = initial_state((step for step, _ in clip.steps), clip.initial_state)
+    times = [0.0]
+    for turn in clip.turns:
+        seconds = turn_seconds(clip, turn)
+        times.append(times[-1] if seconds is None else seconds)
+    states = [state] * len(times)
+    for i in sorted(range(len(clip.turns)), key=lambda i: times[i + 1]):
+        states[i + 1] = state = replay(state, clip.turns[i].updates)
+    return states
 
 
 def turn_seconds(clip: ClipExample, turn: Turn) -> float | None:

@@ -107,6 +107,8 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         finally:
             if schedule.done:
                 update()
+        if not schedule.done:
+            raise InputError(f"{plan.out}: no run ended in the time given; call again to go on, or give more time")
         return plan.out / PAGE
 
 
@@ -248,9 +250,12 @@ def _predict(plan: Plan, schedule: Schedule, splits: EvalSplits) -> str:
         pair = [(arm, job[1]) for arm in schedule.pair if (arm, job[1]) not in schedule.done]
         takes, left = (schedule.end(pair, now) or now) - now, schedule.until - now
         if takes * (1.0 if len(first) >= steps / 5 else 0.5) > left:
-            what = f"{' and '.join(schedule.pair)} need about {clock(round(takes))} more, {clock(round(left))} are left"
+            need = f"need about {clock(max(round(takes), round(left) + 1))} more, {clock(round(left))} are left"
             fewer = f"lower --steps to about {int(steps * left / takes)}"
-            return f"no pair of runs would end in time: {what}; {fewer}, take --model nano, or give more time"
+            fewer += "" if config.model == "nano" else ", take --model nano"
+            return (
+                f"no pair of runs would end in time: {' and '.join(schedule.pair)} {need}; {fewer}, or give more time"
+            )
     return ""
 
 

@@ -194,7 +194,7 @@ def evaluate(
     console().print(render_evaluation(result))
     if result.folder is not None:
         typer.echo(f"wrote {plain(result.folder)}: metrics.json" + (", scores as Parquet" if scores is None else ""))
-    if scores is None and control is None:
+    if scores is None and control is None and "speaking" in result.metrics["thresholds"]["event"]:
         typer.echo(f"next: {command('stream', places[0], 'VIDEO', '--task', places[1], '--clip', f'{split}:0')}")
     return 0
 
@@ -273,7 +273,9 @@ def stream(
     ] = None,
     fps: Annotated[float | None, _input(help="that the model reads; default: as trained", min=0.01, max=1000)] = None,
     realtime: Annotated[bool, _input("--realtime", help="read a file in real time, skip late frames")] = False,
-    stdin: Annotated[bool, _input("--stdin", help="read user lines from a file or a pipe, too")] = False,
+    stdin: Annotated[
+        bool, _input("--stdin", help='read user lines from a file or a pipe, too; "@12.5 text" is due at 12.5 s')
+    ] = False,
     threshold: Thresholds = None,
     refractory_s: Annotated[
         float | None, _model(help="seconds of silence after an event; default: as evaluated")

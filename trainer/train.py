@@ -172,6 +172,8 @@ def train(
         started = checkpoint.run_options(config, split, held_out, features)
         if world.is_main:
             checkpoint.check_folder(run, started, resume, stack)  # and moves RUN/last, which the others look for
+            if resume and options.progress and not (run / "last").exists():
+                print(f"{run}: nothing to resume there; this is a new run", file=sys.stderr)
         world.gather(None)
         state = checkpoint.start_run(run, split, config, resume)
         already = state.info["step"]

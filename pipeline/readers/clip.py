@@ -27,7 +27,7 @@ Frame = Annotated[int, msgspec.Meta(ge=0, le=MAX_FRAME)]
 
 
 class Update(msgspec.Struct, gc=False):  # of a step's state
-    id: str
+    id: str | int
     transition: Literal["start", "complete", "pause", "resume", "cancel", "reset", "fail"]
 
 
@@ -108,7 +108,8 @@ class ClipError(Exception):
 
 def brief(value: object, width: int = 60) -> str:
     """A value for an error message: one line, at most `width` characters, printable."""
-    text = json.dumps(value[: 2 * width]) if isinstance(value, str) else repr(value).removeprefix("b")
+    short = value[: 2 * width] if isinstance(value, str) else value
+    text = repr(value)[1:] if isinstance(value, bytes) else json.dumps(short, default=repr)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

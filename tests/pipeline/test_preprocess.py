@@ -128,17 +128,29 @@ def test_hazards_are_named(tmp_path):
     }
 
 
+def test_views_that_count_as_recordings_are_a_hazard(tmp_path):
+    clips = [clip(uid, video_uid=uid) for uid in ("r1__head", "r1__side", "r2_cam1", "r2_cam2", "r3__head", "r_4")]
+    text = run(tmp_path, clips).hazards()["views counted as recordings"]
+    assert text.startswith("4 videos look like views of 2 recordings, e.g. r1__head, r1__side, r2_cam1, but")
+    assert "views counted as recordings" not in run(tmp_path, clips, recording_regex="r_?[0-9]").hazards()
+
+
 def test_frames_on_disk_are_held_against_the_annotations(tmp_path):
     root = tmp_path / "frames"
     root.mkdir()
     write_frames(root / "video of short.arrow", np.zeros((15, 8, 8, 3), np.uint8))
     write_frames(root / "video of long.arrow", np.zeros((25, 8, 8, 3), np.uint8))
     (root / "video of bad.arrow").write_bytes(b"no arrow")
-    out = run(tmp_path, [clip(n) for n in ("short", "long", "bad")], frames_root=str(root), pad_s=2)
+    (root / "video of many").mkdir()
+    for i in range(120):
+        (root / "video of many" / f"{i}.jpg").touch()
+    out = run(tmp_path, [clip(n) for n in ("short", "long", "bad", "many")], frames_root=str(root), pad_s=2)
     told = {name: text for name, text in out.hazards().items() if "frames" in name or "annot" in name}
-    assert set(told) == {"annotations longer than the frames", "frames unreadable"}
+    rate = "frames perhaps at another rate than the clips'"
+    assert set(told) == {"annotations longer than the frames", "frames unreadable", rate}
+    assert "video of many (annotated to 24 at 2 a second, has 120)" in told[rate]
     assert "video of short (annotated to 20, has 15)" in told["annotations longer than the frames"]
-    assert [end for _, end in out.bounds()] == [20, 24, 24]  # padding ends with the frames
+    assert [end for _, end in out.bounds()] == [20, 24, 24, 24]  # padding ends with the frames
 
 
 def test_an_unchanged_input_is_skipped_and_a_changed_one_is_not(tmp_path):

@@ -1,9 +1,10 @@
 """One clip in the terminal."""
 
 import pytest
-from made_up import text_of
+from made_up import run, tea, text_of, turn
 
 from pipeline import timeline
+from pipeline.dataset import Split
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,12 @@ from pipeline import timeline
 )
 def test_clip_by_id_number_part_or_split(toy, asked, found):
     assert timeline.find_clip(toy.folder, asked)[1].clip_id == found
+
+
+def test_updates_count_in_the_order_of_time(tmp_path):
+    done, begun = (turn("DST_UPDATE", f"K1 {word}", at / 2, at, at + 1) for word, at in (("complete", 8), ("start", 2)))
+    [clip] = Split(run(tmp_path, [tea([done, begun], 0, 9)]).folder, "train").in_order()
+    assert [state["K1"] for state in timeline.states_of(clip)[2:]] == ["completed", "in_progress"]
 
 
 def test_timeline_shows_labels_and_turns_with_the_state_they_lead_to(toy):

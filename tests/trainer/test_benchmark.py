@@ -195,6 +195,8 @@ def test_data_that_cannot_answer_is_refused_before_training(plan, tmp_path):
 def test_with_a_clock_runs_have_a_process_of_their_own_and_come_out_the_same(told, plan, tmp_path, pages, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here (conftest): another number of threads rounds otherwise
     timed = replace(plan, out=tmp_path / "out", seeds=(0,))
+    with pytest.raises(InputError, match="out: no run ended in the time given; call again to go on, or give more time"):
+        benchmark(replace(timed, rungs=ARMS[:1]), until=time.monotonic() - 1)
     benchmark(timed, until=time.monotonic() + 3600)
     for arm in ARMS:
         assert rows(timed.out, "results", rung=arm) == rows(plan.out, "results", rung=arm, seed=0)

@@ -122,8 +122,8 @@ def measure(clips: Sequence[ScoredClip], thresholds: Thresholds, settings: Setti
     their events); the same digits whatever the order of the clips."""
     clips, recordings = sorted(clips, key=lambda scored: scored.clip.clip_id), recordings_of(clips)
     speaking, updating = np.concatenate([scored.clip.labels for scored in clips], axis=1)
-    known = (speaking >= 0) & (updating >= 0)
-    cells = np.bincount((speaking + 2 * updating)[known], minlength=4).tolist()  # positive for which heads
+    known = (speaking >= 0) | (updating >= 0)
+    cells = np.bincount(((speaking == 1) + 2 * (updating == 1))[known], minlength=4).tolist()  # by heads
     report: dict[str, Any] = {
         "clips": len(clips),
         "recordings": len(recordings),

@@ -65,6 +65,11 @@ class StreamFrame:
     skipped: int  # frames that were due since the one before
     seconds: float  # from having the frame to having all its texts
 
+    @property
+    def known_updates(self) -> Updates:
+        """Those of steps that the task has."""
+        return tuple(update for update in self.updates or () if update[0] in self.state)
+
 
 @dataclass(frozen=True)
 class StreamInfo:  # all text is safe to show
@@ -157,7 +162,7 @@ def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: fl
 
 
 class _Step(msgspec.Struct):
-    id: str
+    id: str | int
     name: str
 
 
@@ -194,7 +199,7 @@ def find_task(
     except msgspec.ValidationError as error:
         form = '{"goal": "Tea", "knowledge": "", "steps": ["Boil water", "Pour"], "initial_state": {"S1": "completed"}}'
         raise InputError(f"{path}: {error}; expected something like {form}") from None
-    steps = dict((f"S{i}", s) if isinstance(s, str) else (s.id, s.name) for i, s in enumerate(task.steps, 1))
+    steps = dict((f"S{i}", s) if isinstance(s, str) else (str(s.id), s.name) for i, s in enumerate(task.steps, 1))
     if len(steps) < len(task.steps) or not task.initial_state.keys() <= steps.keys():
         raise InputError(f"{path}: expected steps of different ids, and initial_state by them: {', '.join(steps)}")
     name = Path(video).name
@@ -263,8 +268,8 @@ def events_at(frame: StreamFrame) -> Iterator[tuple[str, str, str]]:
         yield "context", "full; the prompt was rebuilt" + (" with the state" if frame.state else ""), ""
     for text in frame.user_texts:
         yield "user", plain(text), ""
-    if frame.updates:
-        changes = ", ".join(f"{plain(step)} {transition}" for step, transition in frame.updates)
+    if known := frame.known_updates:
+        changes = ", ".join(f"{plain(step)} {transition}" for step, transition in known)
         yield "state", changes, " ".join(f"{_MARKS.get(s, '[-]')} {plain(step)}" for step, s in frame.state.items())
     elif frame.updates is not None:
         text = plain(frame.dst_text or "")
@@ -281,7 +286,7 @@ def terminal_log(console: Console, info: StreamInfo) -> Iterator[Show]:
 
     def show(frame: StreamFrame, image: Image.Image) -> None:
         seconds.append(frame.seconds)
-        spoken, changes = frame.assistant_text is not None, len(frame.updates or ())
+        spoken, changes = frame.assistant_text is not None, len(frame.known_updates)
         counts.update(spoken=spoken, changes=changes, restarts=frame.started_over, skipped=frame.skipped)
         counts["end"] = frame.frame + 1
         for kind, text, note in events_at(frame):
@@ -323,7 +328,7 @@ def html_page(path: Path, info: StreamInfo) -> Iterator[Show]:
         row = [frame.frame - last, frame.tokens, round(1000 * frame.seconds, 1), *shares]
         more: dict[str, Any] = {}
         if events := list(map(list, events_at(frame))):
-            more = {"events": events, "changes": len(frame.updates or ()), "lost": frame.skipped}
+            more = {"events": events, "changes": len(frame.known_updates), "lost": frame.skipped}
         if frame.state != state:
             more["state"] = {plain(step): name for step, name in frame.state.items()}
         if (more or frame.time_s >= picture_due_s) and len(pictures) < MAX_PICTURES:

@@ -57,6 +57,13 @@ def two_clips(repeated: int):
     return [first, tea(TEA[8 - repeated :], 19, 42, id="t2", clip_idx=1, initial_dst_state={})]
 
 
+def test_step_ids_may_be_numbers(tmp_path):
+    update = {"role": "DST_UPDATE", "content": [{"id": 1, "transition": "start"}], "start_frame": 3, "end_frame": 4}
+    out = run(tmp_path, [tea([update], 0, 9, dst=[{"id": 1, "name": "boil"}])])
+    assert out.clips()[0]["turns"][1]["updates"] == [{"id": "1", "transition": "start"}]
+    assert out.clips()[0]["steps"] == [{"id": "1", "name": "boil"}]
+
+
 def test_the_state_before_a_clip_is_replayed_over_the_earlier_ones(tmp_path):
     """As generated: the first clip gives its own end as initial state, the last one nothing."""
     out = run(tmp_path, two_clips(0))

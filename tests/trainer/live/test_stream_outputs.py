@@ -39,7 +39,7 @@ SCRIPT = [
     frame(0),
     frame(1, user_texts=("and now?",)),
     frame(2, 0.9, 0.4, GOING, updates=(("S1", "start"),), dst_text="S1->start", assistant_text="Take the wheels."),
-    frame(3, 0.1, 0.6, GOING, updates=(), dst_text="S9->begin"),
+    frame(3, 0.1, 0.6, GOING, updates=(("S9", "start"),), dst_text="S9->start"),
     frame(7, 0.3, 0.1, GOING, skipped=3, started_over=True, assistant_text=""),
     frame(8, 0.1, 0.5, ("completed", "paused"), updates=DONE, dst_text="...", user_texts=(HOSTILE,)),
 ]
@@ -59,7 +59,7 @@ def test_the_log_has_a_line_per_event_in_order_and_none_that_controls_the_termin
         "   0:00.5  user     and now?",
         "   0:01.0  state    S1 start  [>] S1 [ ] S2",
         "   0:01.0  says     Take the wheels.",
-        "   0:01.5  state    fired, but changes nothing: S9->begin",
+        "   0:01.5  state    fired, but changes nothing: S9->start",
         "   0:03.5  lost     3 frames that came too fast",
         "   0:03.5  context  full; the prompt was rebuilt with the state",
         "   0:03.5  says     (nothing)",
