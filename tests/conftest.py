@@ -1,6 +1,16 @@
-"""With `pytest -n`: files with slow tests first, and an idle worker takes over half of what another has left."""
+"""Byte code is kept. With `pytest -n`: files with slow tests first, and an idle worker takes over half of what another
+has left."""
+
+import os
+import sys
+from pathlib import Path
 
 import pytest
+
+if sys.dont_write_bytecode:  # with which every process that a test starts compiles torch and transformers, for seconds
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
 
 def pytest_collection_modifyitems(items):
