@@ -3,6 +3,7 @@ has left."""
 
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ if sys.dont_write_bytecode:  # with which every process that a test starts compi
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
+
+IMPORTED = ["trainer.train", "trainer.encode", "trainer.cli", "trainer.curves", "sklearn.metrics", "torch.utils.tensorboard"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_fork_server():
+    """Whoever starts it: what processes of tests need is imported in it, once, also what they import when they need it."""
+    with pytest.MonkeyPatch.context() as patch:
+        forkserver.set_forkserver_preload(IMPORTED)
+        patch.setattr(forkserver, "set_forkserver_preload", lambda modules: None)
+        yield
 
 
 def pytest_collection_modifyitems(items):

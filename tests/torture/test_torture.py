@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pipeline.options import Options
 from pipeline.preprocess import preprocess
 
-CONTEXT = multiprocessing.get_context("forkserver")  # which has torch imported
+CONTEXT = multiprocessing.get_context("forkserver")
 TIMES = int(os.environ.get("PROSPECT_DST_TORTURE", "1"))
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "train_sample.json"
 SYNTH = "synth raw --train 3 --val 1 --test 1 --seed 3"
@@ -110,7 +110,6 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    CONTEXT.set_forkserver_preload(["trainer.train", "trainer.encode", "trainer.cli", "pipeline.preprocess"])
     return World(tmp_path_factory.mktemp("torture"))
 
 

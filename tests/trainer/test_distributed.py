@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import socket
 from dataclasses import replace
@@ -45,7 +44,6 @@ def on_ranks(size: int, task, out: Path, *args) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["trainer.train"])  # torch is imported once
     mp.start_processes(_rank, (size, port, task, out, args), nprocs=size, start_method="forkserver")
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 

@@ -113,7 +113,6 @@ def test_kills_at_random_moments_change_no_bit(data, whole, tmp_path):
     """
     wanted = int(os.environ.get("PROSPECT_DST_KILLS", "3"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train"])  # torch is imported once
 
     def start(run):
         process = context.Process(target=go, args=(data, run), kwargs={"resume": True, "save_every": 1})
