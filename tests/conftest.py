@@ -13,14 +13,16 @@ if sys.dont_write_bytecode:  # with which every process that a test starts compi
     os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
-IMPORTED = ["trainer.train", "trainer.encode", "trainer.cli", "trainer.curves", "sklearn.metrics", "torch.utils.tensorboard"]
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from threads; on a busy machine they lose tenfold
+
+IMPORTED = ("trainer.train", "trainer.encode", "trainer.cli", "trainer.curves", "sklearn.metrics")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_fork_server():
-    """Whoever starts it: what processes of tests need is imported in it, once, also what they import when they need it."""
+    """Whoever starts it, what the processes of tests need is imported in it, once: also what they import late."""
     with pytest.MonkeyPatch.context() as patch:
-        forkserver.set_forkserver_preload(IMPORTED)
+        forkserver.set_forkserver_preload([*IMPORTED, "torch.utils.tensorboard"])
         patch.setattr(forkserver, "set_forkserver_preload", lambda modules: None)
         yield
 

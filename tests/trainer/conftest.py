@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from small_run import go, go_until, write_data
 
 from trainer.tokenizer import Tokens, train_tiny_tokens
@@ -15,12 +14,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Bits and gloo are the CPU's: a GPU is used by `-m gpu` alone."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and on a busy machine lose tenfold to them."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

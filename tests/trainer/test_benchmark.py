@@ -192,8 +192,8 @@ def test_data_that_cannot_answer_is_refused_before_training(plan, tmp_path):
 
 
 @pytest.mark.slow
-def test_with_a_clock_runs_have_a_process_of_their_own_and_come_out_the_same(told, plan, tmp_path, pages, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here (conftest): another number of threads rounds otherwise
+def test_with_a_clock_runs_have_a_process_of_their_own_and_come_out_the_same(told, plan, tmp_path, pages):
+    """With one thread, as here (conftest): another number of threads rounds otherwise."""
     timed = replace(plan, out=tmp_path / "out", seeds=(0,))
     with pytest.raises(InputError, match="out: no run ended in the time given; call again to go on, or give more time"):
         benchmark(replace(timed, rungs=ARMS[:1]), until=time.monotonic() - 1)
