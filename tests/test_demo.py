@@ -90,8 +90,8 @@ def test_both_heads_learn_to_see(tmp_path):
     raw, data = tmp_path / "raw", tmp_path / "data"
     synth(raw, SynthConfig(recordings={"train": 90, "val": 10}, views=1, px=32))
     assert run("preprocess", raw, "--out", data, "--frames-root", raw) == 0
-    more = ("--model", "nano", "--optimizer", "muon", "--lr", "4e-3", "--steps", 120)
-    assert run("train", data, "--run", tmp_path / "run", *more) == 0
+    more = ("--model", "nano", "--optimizer", "muon", "--lr", "4e-3", "--steps", 100, "--clips-per-step", 10)
+    assert run("train", data, "--run", tmp_path / "run", *more, "--warmup-steps", 20) == 0
     lines = [json.loads(line) for line in Path(tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = lines[-1]["evaluation"]
     assert min(found["speaking"]["ap"], found["dst_update"]["ap"]) > 0.9
