@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from by_hand import clip_example, dst, turn, write_frames, write_shards
 
+import trainer.curves
 import trainer.evaluation.plots
 from trainer.benchmark import answer_of, benchmark
 from trainer.config import TrainConfig
@@ -24,7 +25,9 @@ from trainer.plan import Plan
 
 DARK, FLASH, BRIGHT = 20, 120, 250
 SEEDS = (0, 1, 2)
-CONFIG = TrainConfig(model="nano", steps=60, lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200)
+CONFIG = TrainConfig(
+    model="nano", steps=30, optimizer="muon", lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200
+)
 
 
 def world(out: Path, state_tells: bool) -> Path:
@@ -56,6 +59,7 @@ def _clip(out, split, number, rng, state_tells):
 @pytest.mark.parametrize("state_tells", [True, False], ids=["the state tells", "the state tells nothing"])
 def test_an_effect_is_found_and_reported_where_there_is_one_and_only_there(tmp_path, monkeypatch, state_tells):
     monkeypatch.setattr(trainer.evaluation.plots, "write_figure", lambda stem, make, label: "")  # which takes seconds
+    monkeypatch.setattr(trainer.curves, "draw", lambda run: None)  # so does this
     out = tmp_path / "answer"
     benchmark(Plan(world(tmp_path / "data", state_tells), out, QUESTION, SEEDS, CONFIG, draws=2000, jobs=1))
     rows = pq.read_table(out / "comparisons.parquet").to_pylist()
