@@ -1,5 +1,4 @@
-"""Byte code is kept. With `pytest -n`: files with slow tests first, and an idle worker takes over half of what another
-has left."""
+"""With `pytest -n`: files with slow tests first, and an idle worker takes over half of what another has left."""
 
 import os
 import sys
@@ -12,10 +11,8 @@ if sys.dont_write_bytecode:  # with which every process that a test starts compi
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
-
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from threads; on a busy machine they lose tenfold
-
-IMPORTED = ("trainer.train", "trainer.encode", "trainer.cli", "trainer.curves", "sklearn.metrics")
+IMPORTED = ["trainer.train", "trainer.encode", "trainer.cli", "trainer.curves", "sklearn.metrics"]
 
 
 @pytest.fixture(autouse=True, scope="session")

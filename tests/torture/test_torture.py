@@ -48,11 +48,8 @@ def _child(command: str, folder: Path, err: Path, max_file_size: int | None) -> 
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), handle)
     if max_file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    import torch
-
     from trainer.cli import main
 
-    torch.set_num_threads(1)
     status = main(command.split())
     sys.stderr.flush()
     os._exit(status)

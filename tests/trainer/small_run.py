@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from by_hand import clip_example, dst, turn, write_frames, write_shards
 
 import trainer.train
@@ -42,8 +41,7 @@ def write_data(out: Path, clips: int = 7, val: int = 3, test: int = 0, order=lis
 
 
 def go(data: Path, run: Path, resume=False, workers=0, save_every=2, fsdp=False, **changed) -> TrainReport:
-    """Train, quietly, on one thread; top-level, so that a fresh process can be started on it."""
-    torch.set_num_threads(1)
+    """Train, quietly; top-level, so that a fresh process can be started on it."""
     config = TrainConfig(**{**CONFIG.__dict__, **changed})
     options = RunOptions(workers=workers, save_every=save_every, fsdp=fsdp, progress=False)
     return train(data, run, config, options=options, resume=resume)

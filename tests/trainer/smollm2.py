@@ -71,9 +71,6 @@ def random_smolvlm(config: SmolVLMConfig) -> SmolVLMForConditionalGeneration:
     return SmolVLMForConditionalGeneration(config).float()
 
 
-# ---- tokenizer ---------------------------------------------------------------------------------------
-
-
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     """SmolVLM's 49,280 ids without SmolLM2's merges: bytes, filler, and the special tokens where they belong."""
     vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

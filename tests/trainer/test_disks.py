@@ -36,7 +36,7 @@ def test_a_fresh_process_beside_files_of_our_names_on_a_disk_that_refuses_all_ni
     for name in ("trainer", "pipeline"):
         (mine / f"{name}.py").write_text(f"open('{name} was imported', 'w')\n")
     refuses = {"FAKE_FS": str(tmp_path), "REFUSED": "flock,chmod,fsync,over", "TMPDIR": str(deep)}
-    env = {**os.environ, **refuses, "PYTHONPATH": str(REFUSING), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **refuses, "PYTHONPATH": str(REFUSING)}
     few = ("--steps", "1", "--clips-per-step", "2", "--max-tokens", "200", "--workers", "1", "--model", "nano")
     command = [Path(sys.executable).with_name("prospect-dst"), "train", data, "--run", tmp_path / "run", *few]
     ran = subprocess.run(command, cwd=mine, env=env, capture_output=True, text=True)

@@ -30,7 +30,6 @@ STEP = TrainConfig(weight_decay=0.0, lr_by_part={"heads": 1e-2})
 
 
 def _rank(rank: int, size: int, port: int, task, out: Path, args: tuple) -> None:
-    torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -25,9 +25,7 @@ from trainer.plan import Plan
 
 DARK, FLASH, BRIGHT = 20, 120, 250
 SEEDS = (0, 1, 2)
-CONFIG = TrainConfig(
-    model="nano", steps=30, optimizer="muon", lr=5e-3, warmup_steps=10, clips_per_step=16, max_tokens=200
-)
+CONFIG = TrainConfig(model="nano", steps=30, optimizer="muon", lr=5e-3, warmup_steps=10, max_tokens=200)
 
 
 def world(out: Path, state_tells: bool) -> Path:

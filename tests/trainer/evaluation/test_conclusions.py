@@ -169,9 +169,6 @@ def test_convergence_is_told_from_the_last_third(aps, said):
     assert converged([(steps, np.array(aps))] * 2, 0.05) == said
 
 
-# ---- curves ------------------------------------------------------------------------------------------
-
-
 def with_speaking(out: Path, labels: list[int], *logits: list[float]) -> Benchmark:
     """A benchmark of speak alone, teacher-forced; of each seed the logits of the frames."""
     for seed, of_seed in enumerate(logits):

@@ -194,9 +194,6 @@ def test_frames_that_nobody_annotated_are_neither_right_nor_wrong():
     assert best_event_threshold([scored], "speaking", S) == 1.5
 
 
-# ---- metronomes ----------------------------------------------------------------------------------------
-
-
 def spoken(frames, size):
     return clip_example([turn("assistant", "!", f, f + 1) for f in frames], 0, size, positive="onset", rate=1.0)
 

@@ -16,13 +16,7 @@ from sklearn.metrics import (
 
 from trainer.config import Settings
 from trainer.evaluation import frame_metrics
-from trainer.evaluation.frame_metrics import (
-    HeadFrames,
-    best_threshold,
-    head_frames,
-    ranking,
-    report_frames,
-)
+from trainer.evaluation.frame_metrics import HeadFrames, best_threshold, head_frames, ranking, report_frames
 from trainer.evaluation.metrics import Thresholds, measure
 
 RECORDINGS = [f"r{i}" for i in range(5)]

@@ -172,9 +172,6 @@ def test_a_margin_is_settled_before_any_run(tmp_path):
         settle(Plan(tmp_path, tmp_path))
 
 
-# ---- the page ----------------------------------------------------------------------------------------
-
-
 def texts(page: str, tag: str) -> list[str]:
     """What stands in each such element, without the markup inside."""
     return [html.unescape(re.sub(r"<[^>]*>", "", text)) for text in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page)]
