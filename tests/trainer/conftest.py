@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on `data` that nobody stopped, by one process; nobody may change it."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    go(data, run)
+    go(data, run, drawn=True)
     return run
 
 

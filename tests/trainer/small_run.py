@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from by_hand import clip_example, dst, turn, write_frames, write_shards
 
+import trainer.curves
 import trainer.train
 from trainer.config import RunOptions, TrainConfig
 from trainer.train import TrainReport, train
@@ -40,11 +41,14 @@ def write_data(out: Path, clips: int = 7, val: int = 3, test: int = 0, order=lis
     return write_shards(out, placed, frames_root=out / "frames-on-disk", **{"group": 2, **layout})
 
 
-def go(data: Path, run: Path, resume=False, workers=0, save_every=2, fsdp=False, **changed) -> TrainReport:
-    """Train, quietly; top-level, so that a fresh process can be started on it."""
+def go(data: Path, run: Path, resume=False, workers=0, save_every=2, fsdp=False, drawn=False, **changed) -> TrainReport:
+    """Train, quietly; top-level, so that a fresh process can be started on it. Curves are drawn if asked for."""
     config = TrainConfig(**{**CONFIG.__dict__, **changed})
     options = RunOptions(workers=workers, save_every=save_every, fsdp=fsdp, progress=False)
-    return train(data, run, config, options=options, resume=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:  # which takes half a second
+            patch.setattr(trainer.curves, "draw", lambda run: None)
+        return train(data, run, config, options=options, resume=resume)
 
 
 class PowerCut(BaseException):

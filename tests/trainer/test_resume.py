@@ -115,7 +115,7 @@ def test_kills_at_random_moments_change_no_bit(data, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
 
     def start(run):
-        process = context.Process(target=go, args=(data, run), kwargs={"resume": True, "save_every": 1})
+        process = context.Process(target=go, args=(data, run), kwargs={"resume": True, "save_every": 1, "drawn": True})
         process.start()
         return process
 
