@@ -107,14 +107,14 @@ def with_options(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Cal
 
 def numbers(option: str, given: list[str] | None) -> dict[str, float]:
     """name=number items, over commas and repeats; a number alone stands for every name ('*')."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for item in names(given) or given or []:
         name, _, number = (part.strip() for part in (item if "=" in item else f"*={item}").rpartition("="))
         try:
-            found[name] = float(number if name else "")
+            values[name] = float(number if name else "")
         except ValueError:
             raise UsageError(f"{option} {item!r}: expected a number, or name=number items with commas") from None
-    return found
+    return values
 
 
 def names(given: list[str] | None) -> list[str]:

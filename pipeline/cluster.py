@@ -99,18 +99,18 @@ def ray_cluster(
         where = (os.getcwd(), version("prospect-dst"), needed)
 
         def mapped(function: Callable[..., Any], calls: Calls) -> Generator[Any]:
-            coming = (task.remote(where, function, call) for call in calls)
-            waiting = deque(islice(coming, AHEAD))
+            submitted = (task.remote(where, function, call) for call in calls)
+            waiting = deque(islice(submitted, AHEAD))
             try:
                 while waiting:
                     yield ray.get(waiting[0])
                     waiting.popleft()
-                    waiting.extend(islice(coming, 1))
+                    waiting.extend(islice(submitted, 1))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except ray.exceptions.RayError as error:  # of a worker
-                said, _, _ = str(error).partition("\n")
-                raise InputError(f"--ray: {said}; give Ray fewer CPUs if memory ran out, or see its logs") from None
+                reason, _, _ = str(error).partition("\n")
+                raise InputError(f"--ray: {reason}; give Ray fewer CPUs if memory ran out, or see its logs") from None
             finally:  # when nothing runs on, what was being written can be removed
                 for left in waiting:
                     ray.cancel(left)  # not by force: in Ray 2.60 that aborts this process now and then
@@ -134,8 +134,8 @@ def _connect(ray: Any, address: str, workers: int, empty: str) -> None:
             ray.init(address, **options)
     except Exception as error:  # ray.init also raises the plain class, where its start takes too long
         expected = "expected local, auto, or the host:port or ray://host:port of a cluster (`ray start --head`)"
-        said, _, _ = str(error).partition("\n")
-        raise InputError(f"--ray {address}: {said}; {expected}") from None
+        reason, _, _ = str(error).partition("\n")
+        raise InputError(f"--ray {address}: {reason}; {expected}") from None
 
 
 def _run(where: tuple[str, str, list[str]], function: Callable[..., Any], call: Sequence[Any]) -> Any:
@@ -144,7 +144,7 @@ def _run(where: tuple[str, str, list[str]], function: Callable[..., Any], call: 
     node = f"--ray: node {socket.gethostname()}"
     if unseen := [path for path in needed if not os.path.exists(path)]:
         raise InputError(f"{node} does not see {unseen[0]}; put it on a disk that all machines share")
-    if (there := version("prospect-dst")) != expected:
-        raise InputError(f"{node} has prospect-dst {there}, expected {expected} as here; install the same")
+    if (installed := version("prospect-dst")) != expected:
+        raise InputError(f"{node} has prospect-dst {installed}, expected {expected} as here; install the same")
     os.chdir(folder)  # paths mean the same
     return function(*call)

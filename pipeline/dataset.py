@@ -80,8 +80,8 @@ def read_manifest(data: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         schema = manifest["schema_version"], manifest["schema_hash"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        what = "not found, or not ours; expected a folder written by preprocess: run prospect-dst preprocess"
-        raise InputError(f"{path}: {what}") from None
+        problem = "not found, or not ours; expected a folder written by preprocess: run prospect-dst preprocess"
+        raise InputError(f"{path}: {problem}") from None
     if schema != (SCHEMA_VERSION, SCHEMA_HASH):
         expected = f"schema {SCHEMA_VERSION} {SCHEMA_HASH}"
         raise InputError(f"{path}: schema {schema[0]} {schema[1]}, expected {expected}; run preprocess again")
@@ -92,8 +92,8 @@ def verify_shard(data: Path, shard: dict[str, Any]) -> Path:
     """The path of a manifest's shard; InputError where it is missing or its SHA-256 is another."""
     path = data / shard["path"]
     if not path.is_file() or _sha256(path, path.stat().st_mtime_ns) != shard["sha256"]:
-        what = "damaged, SHA-256 differs from the manifest's" if path.is_file() else "missing"
-        raise InputError(f"{path}: {what}; run preprocess again")
+        problem = "damaged, SHA-256 differs from the manifest's" if path.is_file() else "missing"
+        raise InputError(f"{path}: {problem}; run preprocess again")
     return path
 
 
@@ -135,9 +135,9 @@ class Split:
         self.manifest, self.name = read_manifest(data), split
         shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
         if not any(shard["clips"] for shard in shards):
-            found = ", ".join(sorted(self.manifest["splits"])) or "none"
+            available = ", ".join(sorted(self.manifest["splits"])) or "none"
             then = f"name the input file {split}_<anything>.json, or run preprocess with --split {split}"
-            raise InputError(f"{data / MANIFEST}: no split {split!r}, found: {found}; {then}")
+            raise InputError(f"{data / MANIFEST}: no split {split!r}, found: {available}; {then}")
         content = "".join(sorted(f"{shard['path']} {shard['sha256']}\n" for shard in shards))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._groups: list[tuple[Path, int]] = []  # shard of clips, number of the row group in it

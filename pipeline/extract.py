@@ -160,10 +160,10 @@ def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray, owner: n
     numbers = np.stack([role, start, end, time, pc.binary_length(text)], axis=1, dtype=np.int64)
     texts = pc.binary_join(pa.ListArray.from_arrays(pa.array(at), text), "")
     system, is_update = (role == ROLES.index(name) for name in ("system", "DST_UPDATE"))
-    told: list[dict[str, str]] = [{} for _ in clips]  # the states that system turns name
+    system_states: list[dict[str, str]] = [{} for _ in clips]  # the states that system turns name
     for i, words in zip(owner[system].tolist(), text.filter(pa.array(system)).to_pylist(), strict=True):
         if _ANY_STATE.search(words):
-            told[i].update(_STEP_STATE.findall(words))
+            system_states[i].update(_STEP_STATE.findall(words))
     tracked = np.bincount(owner[is_update], minlength=len(clips)).tolist()
     first, updates = flat_lists(turns.field("updates"))
     frames = np.repeat(numbers[:, 1:3], np.diff(first), axis=0).T.tolist()
@@ -172,14 +172,14 @@ def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray, owner: n
         clip.clip_id = str(clip.id)
         if clip.id is None:
             bounds = f"{clip.start_frame} {clip.end_frame}".encode()
-            said = hashlib.sha256(b"".join((numbers[at[i] : at[i + 1]].tobytes(), texts[i].as_buffer(), bounds)))
-            parts = (clip.video_uid, clip.clip_idx, clip.user, said.hexdigest()[:8])
+            digest = hashlib.sha256(b"".join((numbers[at[i] : at[i + 1]].tobytes(), texts[i].as_buffer(), bounds)))
+            parts = (clip.video_uid, clip.clip_idx, clip.user, digest.hexdigest()[:8])
             clip.clip_id = "_".join(str(part) for part in parts if part is not None)
         clip.updates, clip.tracked = msgspec.msgpack.encode(changes[begin:stop]), bool(clip.steps or tracked[i])
-        if clip.initial_state or told[i]:
+        if clip.initial_state or system_states[i]:
             own = [update[2:] for update in changes[begin:stop]]
             clip.contradicted = bool(clip.initial_state) and contradicts(clip.initial_state or {}, own)
-            clip.system_contradicted = bool(told[i]) and contradicts(told[i], own)
+            clip.system_contradicted = bool(system_states[i]) and contradicts(system_states[i], own)
         clip.turns, clip.goal, clip.knowledge, clip.steps, clip.echoed = (), None, None, (), echoed[i]
         clip.unlabelled = EVERYWHERE if tuple(clip.unlabelled) == EVERYWHERE else ()
 
@@ -412,13 +412,13 @@ def _pad(clips: list[Clip], options: Options) -> None:
         videos.setdefault(clip.video_uid, []).append(clip)
     for members in videos.values():
         starts, ends = (sorted(bounds) for bounds in zip(*(clip.bounds for clip in members), strict=True))
-        one, root, there = members[0], options.frames_root, None  # frames on disk
+        one, root, on_disk = members[0], options.frames_root, None  # frames on disk
         if root and (path := find_frames(Path(root), one.video_uid, one.frames_file, one.dataset)):
-            there, _ = count_frames(path, one.fps)
+            on_disk, _ = count_frames(path, one.fps)
         for clip in members:
             start, end = clip.bounds
             pad = int(options.pad_s * clip.fps + labels.FLOOR_TOLERANCE)
             before, after = bisect_right(ends, start), bisect_left(starts, end)
             first = max(0, start - pad, *ends[before - 1 : before])
-            last = min(MAX_FRAME if there is None else there, end + pad, *starts[after : after + 1])
+            last = min(MAX_FRAME if on_disk is None else on_disk, end + pad, *starts[after : after + 1])
             clip.bounds = first, max(end, last)

@@ -82,10 +82,10 @@ def of_labels(split: str, counts: Mapping[str, Any]) -> Iterator[Hazard]:
 def of_context(split: str, sources: list[Source]) -> Iterator[Hazard]:
     """Texts that tell a label before the decision is made, and states that cannot be right."""
     clips = [clip for source in sources for clip in source.kept()]
-    told, decisions = (sum(clip.given_away[i] for clip in clips) for i in (0, 1))
-    if told > BY_CHANCE * decisions:
-        text = f"{told:,} of {decisions:,} speaking decisions can be read off the file's `dialog`, which grows exactly"
-        text += " after an interrupt: it is not read here; do not show a model later entries or their number"
+    given_away, decisions = (sum(clip.given_away[i] for clip in clips) for i in (0, 1))
+    if given_away > BY_CHANCE * decisions:
+        text = f"{given_away:,} of {decisions:,} speaking decisions can be read off the file's `dialog`, which grows"
+        text += " exactly after an interrupt: it is not read here; do not show a model later entries or their number"
         yield "dialog history tells the answers", split, text
     given = [clip for clip in clips if clip.initial_state is not None]
     wrong = 0  # given states that the replay, or the clip's own updates, contradict
@@ -162,18 +162,18 @@ def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (split, uid, frames_file, dataset, fps), end in ends.items():
         path = find_frames(root, uid, frames_file, dataset)
-        there, late_s = count_frames(path, fps) if path else (None, 0.0)
+        count, late_s = count_frames(path, fps) if path else (None, 0.0)
         if late_s:
             late = f"{uid} (at {late_s:.3g} s; frames before it show it, too)"
             problems["first picture comes late", split].append(late)
         if path is None:
             problems["frames missing", split].append(uid)
-        elif there is None:
+        elif count is None:
             problems["frames unreadable", split].append(str(path.relative_to(root)))
-        elif there < end:
-            problems["annotations longer than the frames", split].append(f"{uid} (annotated to {end:,}, has {there:,})")
-        elif there >= OTHER_RATE * end and (path.is_dir() or path.suffix == ".arrow"):  # they have no clock
-            many = f"{uid} (annotated to {end:,} at {fps:g} a second, has {there:,})"
+        elif count < end:
+            problems["annotations longer than the frames", split].append(f"{uid} (annotated to {end:,}, has {count:,})")
+        elif count >= OTHER_RATE * end and (path.is_dir() or path.suffix == ".arrow"):  # they have no clock
+            many = f"{uid} (annotated to {end:,} at {fps:g} a second, has {count:,})"
             problems["frames perhaps at another rate than the clips'", split].append(many)
     for (name, split), which in sorted(problems.items()):
         where = f"{counted(len(which), 'video')} below {root.resolve().name}"

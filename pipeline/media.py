@@ -115,7 +115,7 @@ def images_in(folder: Path) -> list[Path]:
     numbers = [re.findall("[0-9]+", os.path.splitext(name)[0]) for name in names]
     if not any(numbers):
         return [folder / name for name in names]
-    ordered = sorted((int(found[-1]) if found else -1, name) for name, found in zip(names, numbers, strict=True))
+    ordered = sorted((int(digits[-1]) if digits else -1, name) for name, digits in zip(names, numbers, strict=True))
     for expected, (number, name) in enumerate(ordered, min(abs(ordered[0][0]), 1)):
         if number != expected:
             raise ValueError(f"{name}: expected number {expected}; images count from 0 or 1, by a name's last number")

@@ -87,16 +87,16 @@ def splits_in(name: str) -> list[str]:
 
 def split_of(path: Path, options: Options) -> str:
     """--split, else what the name tells, else its folder's. UsageError for none, two, or a --split that contradicts."""
-    told = [options.split] if options.split else splits_in(path.name) or splits_in(path.absolute().parent.name)
-    if not told:
-        what = "the file name tells no split (expected train, val or test between _ - . in it)"
-        raise UsageError(f"{path}: {what}; give --split")
-    if len(told) > 1:
-        raise UsageError(f"{path}: the name tells the splits {' and '.join(told)}; give --split")
+    splits = [options.split] if options.split else splits_in(path.name) or splits_in(path.absolute().parent.name)
+    if not splits:
+        problem = "the file name tells no split (expected train, val or test between _ - . in it)"
+        raise UsageError(f"{path}: {problem}; give --split")
+    if len(splits) > 1:
+        raise UsageError(f"{path}: the name tells the splits {' and '.join(splits)}; give --split")
     if other := _contradicted(path, options):
-        what = f"--split {told[0]} contradicts the file name, which tells {other}"
-        raise UsageError(f"{path}: {what}; drop --split, or give --force-split as well")
-    return told[0]
+        problem = f"--split {splits[0]} contradicts the file name, which tells {other}"
+        raise UsageError(f"{path}: {problem}; drop --split, or give --force-split as well")
+    return splits[0]
 
 
 def _contradicted(path: Path, options: Options) -> str:
@@ -112,13 +112,13 @@ def find_inputs(inputs: list[Path], options: Options) -> tuple[list[Path], list[
     skipped: list[Skipped] = []
     for path in inputs:
         path.stat()  # an OSError where it is not there
-        found = list(_search(path, options)) if path.is_dir() else [(path, "")]
-        left = [(file, why) for file, why in found if why]
-        if len(left) == len(found):
+        entries = list(_search(path, options)) if path.is_dir() else [(path, "")]
+        left = [(file, why) for file, why in entries if why]
+        if len(left) == len(entries):
             some = "; ".join(f"{file.name}, {why}" for file, why in left[:3]) or "nothing"
-            what = f"a folder without a JSON file of train, val or test in its name (left out: {some})"
-            raise InputError(f"{path}: found {what}; name the files themselves")
-        files += [file for file, why in found if not why]
+            problem = f"a folder without a JSON file of train, val or test in its name (left out: {some})"
+            raise InputError(f"{path}: found {problem}; name the files themselves")
+        files += [file for file, why in entries if not why]
         skipped += left
     return files, skipped
 

@@ -42,7 +42,7 @@ PART_CLIPS: Final = 2048
 PART_BYTES: Final = 512 << 20  # of JSON; only absurdly large clips reach it
 STAGING: Final = ".staging-"
 
-Progress = Callable[[str, int, int], None]  # (what, done, of)
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 def preprocess(
@@ -50,7 +50,7 @@ def preprocess(
     out: Path,
     options: Options | None = None,
     workers: int = 1,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = lambda stage, done, total: None,
     mapper: Mapper | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Write the shards of `inputs` to `out`; returns (manifest, whether an unchanged input was skipped).
@@ -63,12 +63,12 @@ def preprocess(
     sources = [Source(path, split_of(path, options), path.stat().st_size, sha256(path)) for path in files]
     splits = {source.split for source in sources}
     if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
-        there = ", ".join(sorted(splits))
-        raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({there})")
+        known = ", ".join(sorted(splits))
+        raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({known})")
     on_disk = sorted(_frames_below(options.frames_root)) if options.frames_root else []
     read = [(source.path.name, source.split, source.sha256) for source in sources]
-    of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # what the output is a function of
-    key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+    key_of = [SCHEMA_HASH, version("prospect-dst"), asdict(options), read, on_disk]  # all that the output depends on
+    key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(InputError, OSError):  # damaged, or none: it is written anew
         if read_manifest(out).get("key") == key and (out / CARD).exists():
             return verify(out), True
@@ -194,12 +194,12 @@ def _parts(source: Source, spool: str, options: Options) -> Iterator[tuple[Any, 
         yield f"{spool}-{start}.arrow", str(source.path), spans, start, options.fps, options.recording_regex
 
 
-def _map(mapper: Mapper, function: Callable[..., Any], calls: Calls, what: str, progress: Progress) -> Iterator[Any]:
+def _map(mapper: Mapper, function: Callable[..., Any], calls: Calls, stage: str, progress: Progress) -> Iterator[Any]:
     """The mapper's results, in order."""
-    progress(what, 0, len(calls))
-    with contextlib.closing(mapper(function, calls)) as coming:
-        for done, result in enumerate(coming, 1):
-            progress(what, done, len(calls))
+    progress(stage, 0, len(calls))
+    with contextlib.closing(mapper(function, calls)) as results:
+        for done, result in enumerate(results, 1):
+            progress(stage, done, len(calls))
             yield result
 
 

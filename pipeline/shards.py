@@ -246,9 +246,9 @@ def _count(group: _Group, positive: str, counts: Counts) -> None:
     annotated = rule.sizes if rule.unlabelled is None else group.per_clip(~rule.unlabelled)  # frames [C]
     first = np.cumsum(rule.sizes) - rule.sizes
     counts["neg_rates"].update(rule.rates.tolist())
-    for head, own, supervised, said in zip(HEADS, ones, known, (annotated > 0, rule.tracked), strict=True):
-        counts["counts"][f"{head}_clips"] += int((said & (annotated > 0)).sum())
-        counts["counts"][f"{head}_frames"] += int(annotated[said].sum())
+    for head, own, supervised, labelled in zip(HEADS, ones, known, (annotated > 0, rule.tracked), strict=True):
+        counts["counts"][f"{head}_clips"] += int((labelled & (annotated > 0)).sum())
+        counts["counts"][f"{head}_frames"] += int(annotated[labelled].sum())
         counts["counts"][f"{head}_supervised"] += int(supervised.sum())
         counts["counts"][f"{head}_positive"] += int(own.sum())
         frames = np.flatnonzero(own)

@@ -59,8 +59,8 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        what = "is a file, or a link to what is not there; name a folder"
-        raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from None
+        problem = "is a file, or a link to what is not there; name a folder"
+        raise NotADirectoryError(errno.ENOTDIR, problem, str(path)) from None
 
 
 def is_vacant(folder: Path) -> bool:

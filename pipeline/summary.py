@@ -49,8 +49,8 @@ def _cells(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, bool, str]]:
     yield "hours", f"{counts['hours']:,.2f}", False, ""
     yield "supervised frames", percent(counts["supervised"] / counts["frames"]), True, ""
     for head, title in HEAD_TITLES.items():
-        positives, of = counts[f"{head}_positive"], (counts[f"{head}_frames"], counts[f"{head}_supervised"])
-        before, after = (percent(positives / frames) if frames else "-" for frames in of)
+        positives, totals = counts[f"{head}_positive"], (counts[f"{head}_frames"], counts[f"{head}_supervised"])
+        before, after = (percent(positives / frames) if frames else "-" for frames in totals)
         yield f"{title} positives", f"{positives:,}", False, HUES[title]
         yield "  of frames, before sampling", before, False, ""
         yield "  of supervised, after sampling", after, True, ""
@@ -76,7 +76,7 @@ def _input_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
         schemas = f" of {' and '.join(source['schemas'])}" if source["schemas"] else ""
         facts = [counted(source["clips"], f"{source['split']} clip") + schemas]
         facts.append(f"{source['frame_convention']} convention")
-        facts += [f"{source[key]:,} {what}" for key, what in remarks.items() if source[key]]
+        facts += [f"{source[key]:,} {remark}" for key, remark in remarks.items() if source[key]]
         facts += [f"{name} ignored in {n:,} clips (not text)" for name, n in source["ignored_fields"].items()]
         yield f"{plain(Path(source['path']).name)}: {plain(', '.join(facts))}"
     skipped: dict[str, list[str]] = {}

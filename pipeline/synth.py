@@ -138,8 +138,8 @@ def plan_recording(name: str, rng: Generator, config: SynthConfig) -> Recording:
         if source == "history":
             events.append(Event("question", follow_ups=FOLLOW_UPS))
         if source == "user":
-            asked = [rng.random() < 0.5 for _ in range(_between(rng, 1, 2))]
-            events += [Event("question") if one else Event("aside", speaks=False) for one in asked]
+            questions = [rng.random() < 0.5 for _ in range(_between(rng, 1, 2))]
+            events += [Event("question") if one else Event("aside", speaks=False) for one in questions]
         speaks = plan == "a" if source == "state" else coin and source == "vision"
         events.append(Event("placement", 0, step, speaks, lamp=coin and source == "vision"))
         words.append((" aloud" if speaks else " quietly") if source == "state" else "")
@@ -245,20 +245,20 @@ def make_clips(recording: Recording, view: int, rng: Generator) -> list[dict[str
     clips = []
     for number, (start, end) in enumerate(recording.clips):
         initial = state = {"S1": "in_progress"}  # the first step began with the video
-        said: list[dict[str, Any]] = []
+        own_turns: list[dict[str, Any]] = []
         for turn in (turn for turn in turns if turn["start_frame"] < end):
             if turn["start_frame"] >= start:
                 unseen = {step: "not_started" for step, _ in _updates(turn) if step not in state}
-                said.append(turn | {"dst_state": state | unseen})
+                own_turns.append(turn | {"dst_state": state | unseen})
             state = replay(state, _updates(turn))
-            initial = initial if said else state
+            initial = initial if own_turns else state
         clip = {
             "id": f"{uid}_{number}",
             "video_uid": uid,
             "inferred_goal": recording.goal,
             "inferred_knowledge": "\n".join([recording.goal, *numbered]),
             "video_labels": {},
-            "conversation": [system | {"labels": "system|generic"}, *said],
+            "conversation": [system | {"labels": "system|generic"}, *own_turns],
             "dst": steps,
             "initial_dst_state": initial,
             "frames_file": f"frames/{recording.name}__view{view}.arrow",

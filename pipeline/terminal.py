@@ -28,17 +28,17 @@ def table(first: str, *others: str) -> Table:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[..., None]]:
-    """Yields report(what, done, of, note=""); the bar is on stderr, and only where that is a terminal."""
+    """Yields report(stage, done, total, note=""); the bar is on stderr, and only where that is a terminal."""
     stderr = Console(stderr=True)
     note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         tasks: dict[str, int] = {}
 
-        def report(what: str, done: int, of: int, note: str = "") -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of, note=note)
-            bar.update(tasks[what], completed=done, total=of, note=note)  # type: ignore[arg-type]
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, note=note)
+            bar.update(tasks[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
 
         yield report
 

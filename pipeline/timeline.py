@@ -180,10 +180,10 @@ def _turns(clip: ClipExample) -> Table:
     hues = {"assistant": HUES["speaking"], "DST_UPDATE": HUES["DST"]}
     for number, (turn, state) in enumerate(zip(clip.turns, states_of(clip)[1:], strict=True), 1):
         time = turn_seconds(clip, turn)
-        what = Text(plain(", ".join(f"{step}→{transition}" for step, transition in turn.updates) or turn.text))
+        words = Text(plain(", ".join(f"{step}→{transition}" for step, transition in turn.updates) or turn.text))
         for note in (turn_note(clip, turn), state_line(state) if turn.updates else ""):
-            what.append(f"\n{plain(note)}" if note else "", style="dim")
+            words.append(f"\n{plain(note)}" if note else "", style="dim")
         seconds = "-" if time is None else clock(time, tenths=True)
         frames = "-" if turn.start_frame is None else f"{turn.start_frame}..{turn.end_frame}"
-        table.add_row(str(number), seconds, frames, Text(turn.role, style=hues.get(turn.role, "")), what)
+        table.add_row(str(number), seconds, frames, Text(turn.role, style=hues.get(turn.role, "")), words)
     return table

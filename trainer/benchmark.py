@@ -82,24 +82,24 @@ def benchmark(plan: Plan, report_line: Callable[[str], None] = lambda line: None
         lock_folder(plan.out, held)
         settle(plan)
         schedule = _schedule(plan, splits, trained_on, until)
-        count, there = sum(map(len, schedule.units)), len(schedule.done)
-        of = f" of {count}" if len(plan.seeds) < MOST_SEEDS else ""
+        count, finished = sum(map(len, schedule.units)), len(schedule.done)
+        out_of = f" of {count}" if len(plan.seeds) < MOST_SEEDS else ""
         update = partial(_update, plan, schedule, splits, report_line)
         if not (plan.out / PAGE).exists():
             write_text(plan.out / PAGE, FIRST_PAGE)
         try:
-            if there:
-                report_line(f"{there}{of} runs are there already")
-            if there < count:
+            if finished:
+                report_line(f"{finished}{out_of} runs are there already")
+            if finished < count:
                 report_line(power_line(plan, splits.test))
-                if there:  # a kill may have come between the end of a run and its report
+                if finished:  # a kill may have come between the end of a run and its report
                     update(in_progress=True)
             with closing(_run_all(plan, schedule, splits)) as results:
                 for job, (seconds, notes) in results:
                     metrics, name = metrics_of(plan, job), f"{job[0]} seed {job[1]}"
                     values = {mode: value_at(metrics[mode], METRICS[PRIMARY].path) for mode in MODES if mode in metrics}
                     words = ", ".join(f"{mode} {format_number(value)}" for mode, value in values.items())
-                    report_line(f"{name}: event F1 {words} ({seconds:.0f} s, {len(schedule.done)}{of})")
+                    report_line(f"{name}: event F1 {words} ({seconds:.0f} s, {len(schedule.done)}{out_of})")
                     for note in notes:
                         report_line(f"{name}: {note}")
                     if schedule.report_is_due(job, time.monotonic()) and len(schedule.done) < count:
@@ -138,13 +138,13 @@ def _schedule(plan: Plan, splits: EvalSplits, trained_on: Split, until: float) -
     arms = [rung for rung in plan.rungs if RUNGS[rung].kind == "arm"]
     pair = [arm for arm in arms if arm in question_of(plan.rungs)] or arms[:1]
     units = in_order(plan.rungs, pair, plan.seeds)
-    asked = {job for unit in units for job in unit}
-    done = {job for job in jobs_with(plan) if job in asked and is_done(plan, job, splits, trained_on)}
+    wanted = {job for unit in units for job in unit}
+    done = {job for job in jobs_with(plan) if job in wanted and is_done(plan, job, splits, trained_on)}
     schedule = Schedule(units, pair, done, plan.jobs or len(_gpus()) or available_cores(), until)
     with suppress(OSError, ValueError):  # without it the first run is measured anew
         kept = {(rung, seed): seconds for rung, seed, seconds in json.loads((plan.out / SECONDS).read_bytes())}
         schedule.seconds = {job: kept[job] for job in done if job in kept}
-    begun = [job for job in jobs_with(plan, "last") if job in asked - done]
+    begun = [job for job in jobs_with(plan, "last") if job in wanted - done]
     schedule.left = {job: 1 - len(_step_seconds(plan, job)) / plan.config.steps for job in begun}
     return schedule
 

@@ -202,8 +202,8 @@ def load_run(run: Path, to_train: bool = False) -> LoadedRun:
         merged = merge_adapters(vlm, vlm.state_dict())
         for name, value in ((n, v) for file in folder.glob("model*.safetensors") for n, v in load_file(file).items()):
             if not torch.allclose(merged[name], value, atol=1e-5):
-                what = f"{name} is not what the adapters were trained on; get that model back"
-                raise InputError(f"{config.model}: {what}")
+                problem = f"{name} is not what the adapters were trained on; get that model back"
+                raise InputError(f"{config.model}: {problem}")
     return LoadedRun(model.eval(), tokens, config, info)
 
 
@@ -261,8 +261,8 @@ def _verified_info(folder: Path, to_train: bool = False) -> dict[str, Any]:
     for name, expected in files.items():
         path = folder / name
         if (to_train or name != STATE) and not (path.is_file() and sha256(path) == expected["sha256"]):
-            what = "damaged, its SHA-256 differs" if path.is_file() else "not found"
-            raise InputError(f"{path}: {what}; train again, or get the whole folder again")
+            problem = "damaged, its SHA-256 differs" if path.is_file() else "not found"
+            raise InputError(f"{path}: {problem}; train again, or get the whole folder again")
     return info
 
 
@@ -329,8 +329,8 @@ def read_options(run: Path) -> dict[str, Any]:
         options: dict[str, Any] = json.loads((run / OPTIONS).read_bytes())
         return options | {"config": asdict(TrainConfig.from_json(options["config"]))}
     except (ValueError, KeyError, TypeError) as error:
-        what = f"damaged, or of another version ({error!r})"
-        raise InputError(f"{run / OPTIONS}: {what}; train into a new folder") from None
+        problem = f"damaged, or of another version ({error!r})"
+        raise InputError(f"{run / OPTIONS}: {problem}; train into a new folder") from None
 
 
 def resolve_config(run: Path, values: dict[str, Any], chosen: Collection[str], resume: bool = False) -> TrainConfig:

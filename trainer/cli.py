@@ -244,11 +244,11 @@ def benchmark(
     if on_synth:
         data = synthetic_data(out, parse_tells(tells), echo=typer.echo)
     many = seeds or (3 if until == math.inf else MOST_SEEDS)
-    asked = shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else ""
+    command_line = shlex.join(["prospect-dst", *sys.argv[1:]]) if sys.argv[1:2] == ["benchmark"] else ""
     hazards = tuple(plain(f"{hazard['split']}: {hazard['text']}") for hazard in verify(data).get("hazards", []))
     plan = Plan(
         data, out, ladder(names(rungs) or DEFAULT_RUNGS), tuple(range(many)), given.make(TrainConfig),
-        given.make(Settings), split, frames_root, features, free_running, draws, margin, jobs, asked, hazards,
+        given.make(Settings), split, frames_root, features, free_running, draws, margin, jobs, command_line, hazards,
     )  # fmt: skip
     check_plan(plan)  # before torch is imported, which takes seconds
     from trainer import benchmark as of
@@ -294,11 +294,11 @@ def stream(
         raise UsageError(f"--html {html}: is there, and its name is no page's; expected a new name, or one in .html")
     loaded = load_run(run)
     decoding = decoding_config(run, numbers("--threshold", threshold), refractory_s)
-    about, heard = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
-    part = range(about.start_frame, about.end_frame) or None
+    example, user_texts = find_task(task, clip, video, fps, trained_fps=loaded.info.get("fps", 2.0))
+    part = range(example.start_frame, example.end_frame) or None
     with contextlib.ExitStack() as stack:
-        frames = stack.enter_context(open_video_input(video, about.fps, loaded.model.side, realtime, part))
-        live = stack.enter_context(Stream(loaded, about, decoding, max_tokens))
+        frames = stack.enter_context(open_video_input(video, example.fps, loaded.model.side, realtime, part))
+        live = stack.enter_context(Stream(loaded, example, decoding, max_tokens))
         info = live.info(f"camera {video}" if video.isdigit() else video, str(run))
         shows = [stack.enter_context(html_page(html, info))] if html else []
         shows.append(json_lines if json else stack.enter_context(terminal_log(console(), info)))
@@ -308,7 +308,7 @@ def stream(
         with contextlib.suppress(KeyboardInterrupt):  # the usual end of a camera's stream
             for frame in frames:
                 since = range(frame.frame - frame.skipped, frame.frame + 1)
-                scripted = [text for number in since for text in heard.get(number, ())]
+                scripted = [text for number in since for text in user_texts.get(number, ())]
                 output = live.step(frame, [*scripted, *user.due(frame.time_s)])
                 for show in shows:
                     show(output, frame.image)

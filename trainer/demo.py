@@ -42,8 +42,8 @@ def demo(out: Path, steps: int, seed: int, console: Console, config: SynthConfig
     raw, data, run, picture = out / "raw", out / "data", out / "run", out / "learned.svg"
     began = time.monotonic()
 
-    def heading(step: str, what: str) -> None:
-        console.print(f"\n[bold]{step}[/]  {what}  [dim]({time.monotonic() - began:.0f} s)[/]")
+    def heading(step: str, description: str) -> None:
+        console.print(f"\n[bold]{step}[/]  {description}  [dim]({time.monotonic() - began:.0f} s)[/]")
 
     heading("1  synth", f"synthetic task videos with conversations -> {raw}")
     config = replace(config or SynthConfig(), seed=seed)

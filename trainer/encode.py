@@ -98,8 +98,8 @@ def encode(
     share, _, shares = part.partition("/")
     if not (share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
         raise InputError(f"part is {part}, expected 1/N to N/N; --part counts from 1 (--array=1-N)")
-    [there] = (mapper or here)(best_device, [()])  # on the machine that computes
-    computed = dtype if dtype != "auto" else "bfloat16" if there.type == "cuda" else "float32"
+    [device] = (mapper or here)(best_device, [()])  # on the machine that computes
+    computed = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     tower = load_tower(model, k, keep, store, computed)
     manifest = read_manifest(data)
     source = PixelFrames(open_frames(manifest, frames_root, tower.side).root, tower.side, cache_bytes=0)
@@ -152,8 +152,8 @@ def _plan(clips: list[ClipExample], source: PixelFrames, out: Path, tower: Tower
         report.refused.append(f"video {clip.video_uid}: {error}")
         return None
     if (needed := frames[-1] + 1) > count:
-        what = f"{count} frames, but its clips need {needed}; those that are there are encoded"
-        report.refused.append(f"video {clip.video_uid}: {what}")
+        problem = f"{count} frames, but its clips need {needed}; those that are there are encoded"
+        report.refused.append(f"video {clip.video_uid}: {problem}")
         frames = frames[frames < count]
         if not len(frames):
             return None
@@ -256,8 +256,8 @@ def _encode_all(
                 yield str(error)
                 continue
             if not np.isfinite(values).all():
-                what = f"features that are no numbers, or too large for {tower.store}"
-                raise InputError(f"video {job.clip.video_uid}: {what}; use --store float32, or another --model")
+                problem = f"features that are no numbers, or too large for {tower.store}"
+                raise InputError(f"video {job.clip.video_uid}: {problem}; use --store float32, or another --model")
             features.write_features(job.path, job.header, job.frames, values)
             done += filled
             yield None

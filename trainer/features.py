@@ -141,14 +141,14 @@ class FeatureFile:
             self.checksums: npt.NDArray[np.uint32] = file.get_tensor("checksums").numpy()
             self.features: Features = file.get_tensor("features").numpy()
         except (OSError, SafetensorError) as error:
-            there = "name another --features, or delete it and " if path.is_file() else ""
-            raise InputError(f"{path}: no features ({error}); {there}{ENCODE} on this data") from None
+            advice = "name another --features, or delete it and " if path.is_file() else ""
+            raise InputError(f"{path}: no features ({error}); {advice}{ENCODE} on this data") from None
 
     def rows(self, first: int, end: int) -> Features | None:
         """[end - first, k, D], memory-mapped; None where a checksum differs."""
-        found = self.features[first:end]
-        sums = _checksums(found, self.frames[first:end])
-        return found if np.array_equal(sums, self.checksums[first:end]) else None
+        features = self.features[first:end]
+        sums = _checksums(features, self.frames[first:end])
+        return features if np.array_equal(sums, self.checksums[first:end]) else None
 
 
 def kept_layer(folder: Path) -> str:
@@ -172,11 +172,11 @@ class CachedFeatures:
     def load(self, clip: ClipExample, start: int, end: int) -> Features:
         """[F, k, D], in the type that is stored (float32 where it is pooled on the way); memory-mapped."""
         file, first = self._find(clip, start, end)
-        found = file.rows(first, first + end - start)
-        if found is None:
-            what = f"damaged in the frames {start} to {end - 1} (checksums differ)"
-            raise InputError(f"{file.path}: {what}; delete it, {ENCODE}")
-        return found if found.shape[1] == self.k else pool(torch.from_numpy(found).float(), self.k).numpy()
+        features = file.rows(first, first + end - start)
+        if features is None:
+            problem = f"damaged in the frames {start} to {end - 1} (checksums differ)"
+            raise InputError(f"{file.path}: {problem}; delete it, {ENCODE}")
+        return features if features.shape[1] == self.k else pool(torch.from_numpy(features).float(), self.k).numpy()
 
     def find(self, clip: ClipExample) -> Path:
         """The file with the clip's features; InputError unless every frame of the clip is there."""

@@ -19,7 +19,7 @@ def model_folder(name: str) -> str:
 
 
 @contextlib.contextmanager
-def loading(name: str | Path, what: str) -> Iterator[dict[str, Any]]:
+def loading(name: str | Path, kind: str) -> Iterator[dict[str, Any]]:
     """Options of from_pretrained: only the hub's cache where the hub can't be reached (left to itself the library
     retries for minutes). Whatever is raised, by a damaged file among others, becomes an InputError."""
     options = {} if Path(name).exists() or _hub_answers() else {"local_files_only": True}
@@ -28,7 +28,7 @@ def loading(name: str | Path, what: str) -> Iterator[dict[str, Any]]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "offline: the hub does not answer, and its cache has no such model" if options else reason
-        raise InputError(f"{name}: no {what} could be loaded ({reason}); give a folder, or tiny") from None
+        raise InputError(f"{name}: no {kind} could be loaded ({reason}); give a folder, or tiny") from None
 
 
 @functools.cache

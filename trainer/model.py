@@ -233,10 +233,10 @@ def load_model(name: str, vocabulary: int, seed: int = 0) -> SmolVLMForCondition
             config = SmolVLMConfig.from_dict(values)
         if not isinstance(config, SmolVLMConfig):
             raise ValueError(f"a {config.model_type}, expected a smolvlm or an idefics3")
-        vlm, found = SmolVLMForConditionalGeneration.from_pretrained(
+        vlm, info = SmolVLMForConditionalGeneration.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name}: {len(missing)} weights missing, {missing[0]} first; get the model again")
     return vlm
 

@@ -80,8 +80,8 @@ def run_of(plan: Plan, job: Job) -> Path:
 
 def jobs_with(plan: Plan, file: str = "scores/metrics.json") -> list[Job]:
     """The runs in OUT, asked for or not, that have such a file or folder, by rung and seed: one look at the disk."""
-    found = [path.relative_to(plan.out / "runs").parts for path in (plan.out / "runs").glob(f"*/seed-*/{file}")]
-    return sorted((rung, int(seed[5:])) for rung, seed, *_ in found if seed[5:].isdecimal())  # no copy, seed-0-old
+    places = [path.relative_to(plan.out / "runs").parts for path in (plan.out / "runs").glob(f"*/seed-*/{file}")]
+    return sorted((rung, int(seed[5:])) for rung, seed, *_ in places if seed[5:].isdecimal())  # no copy, seed-0-old
 
 
 def in_order(rungs: Sequence[str], pair: Sequence[str], seeds: Sequence[int]) -> list[Unit]:

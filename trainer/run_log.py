@@ -105,9 +105,12 @@ def scalars(line: Line) -> dict[str, float]:
     """
     named = {}
     if "evaluation" in line:
-        found = line["evaluation"]
-        named = {f"{head}_{key}": found.get(head, {}).get(key) for head in HEADS for key in ("ap", "chance")}
-        named = {f"eval/{found['split']}/{name}": v for name, v in {**named, "lm_loss": found.get("lm_loss")}.items()}
+        evaluation = line["evaluation"]
+        named = {f"{head}_{key}": evaluation.get(head, {}).get(key) for head in HEADS for key in ("ap", "chance")}
+        named = {
+            f"eval/{evaluation['split']}/{name}": v
+            for name, v in {**named, "lm_loss": evaluation.get("lm_loss")}.items()
+        }
     else:
         for name, value in {**line, **line.get("clock", {})}.items():
             if name != "step" and line.get(f"n_{name}") != 0:
@@ -134,8 +137,8 @@ def _whole_lines(run: Path) -> Iterator[tuple[bytes, Line]]:
                 line = json.loads(text)
                 line["step"] = int(line["step"])
             except (ValueError, KeyError, TypeError):
-                what = "damaged, expected a JSON object with a step; remove that line and run again"
-                raise InputError(f"{path} line {number}: {what}") from None
+                problem = "damaged, expected a JSON object with a step; remove that line and run again"
+                raise InputError(f"{path} line {number}: {problem}") from None
             yield text, line
 
 
@@ -148,11 +151,12 @@ def _progress(total: int, done: int) -> Iterator[Log]:
         def write(line: Line) -> None:
             step = line["step"]
             if "evaluation" in line:
-                found = line["evaluation"]
+                evaluation = line["evaluation"]
                 heads = (
-                    f"{head} AP {short(found[head]['ap'])} (chance {short(found[head]['chance'])})" for head in HEADS
+                    f"{head} AP {short(evaluation[head]['ap'])} (chance {short(evaluation[head]['chance'])})"
+                    for head in HEADS
                 )
-                print(f"step {step}/{total}  on {found['split']}: {'  '.join(heads)}", file=sys.stderr)
+                print(f"step {step}/{total}  on {evaluation['split']}: {'  '.join(heads)}", file=sys.stderr)
                 return
             eta = clock(round((total - step) * (time.monotonic() - began) / (step - done)))
             pace = f"{line['clock']['tokens_per_s']:,.0f} tok/s  eta {eta}"

@@ -107,9 +107,9 @@ def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
     return cuts
 
 
-def to_repeat(room: int, coming: int) -> int:
+def to_repeat(room: int, next_cost: int) -> int:
     """Tokens of earlier frames that a new window may repeat before its first own frame, which costs `coming`."""
-    return min(int(CONTEXT * room), room - coming)
+    return min(int(CONTEXT * room), room - next_cost)
 
 
 class _ByteTokens:

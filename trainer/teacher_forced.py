@@ -156,15 +156,15 @@ def report(split: str, scored: Sequence[ClipScores], arm: Arm) -> dict[str, Any]
     labels = np.concatenate([s.clip.labels for s in scored], 1)
     if not np.isfinite(logits).all():
         raise NotFiniteError("scores of held-out clips are not finite; train anew with a lower --lr")
-    found: dict[str, Any] = {"split": split, "clips": len(scored)}
+    result: dict[str, Any] = {"split": split, "clips": len(scored)}
     for head, own, values in zip(HEADS, labels, logits, strict=True):
         known, positives = own >= 0, int((own == 1).sum())
         frames = int(known.sum())
         has_ap = positives and (head == "speaking" or arm.dst_head)
         ap = float(average_precision_score(own[known], values[known])) if has_ap else None
-        found[head] = {"ap": ap, "chance": positives / max(frames, 1), "frames": frames, "positives": positives}
+        result[head] = {"ap": ap, "chance": positives / max(frames, 1), "frames": frames, "positives": positives}
     speaks, updates = labels == 1
     cells = {"speaking_only": speaks & ~updates, "dst_update_only": updates & ~speaks, "both": speaks & updates}
-    found |= {name: int(frames.sum()) for name, frames in cells.items()}
+    result |= {name: int(frames.sum()) for name, frames in cells.items()}
     text_tokens = sum(s.lm_tokens for s in scored)
-    return found | {"lm_loss": sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None}
+    return result | {"lm_loss": sum(s.lm_loss for s in scored) / text_tokens if text_tokens else None}

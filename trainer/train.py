@@ -118,11 +118,11 @@ def train_step(
     supervised_by = counts[0:2].sum(), counts[2:4].sum(), counts[4]
     numbers = torch.stack([loss, *terms.values(), *supervised_by, norm, *whole_step[5:]]).tolist()  # the wait
     if not (math.isfinite(numbers[0]) and math.isfinite(numbers[7])):
-        what = "gradient" if math.isfinite(numbers[0]) else "loss"
+        quantity = "gradient" if math.isfinite(numbers[0]) else "loss"
         seen = zip(passes, parts, strict=True)
-        bad = [pack.clip_ids for pack, sums in seen if what == "gradient" or not torch.isfinite(sums).all()]
+        bad = [pack.clip_ids for pack, sums in seen if quantity == "gradient" or not torch.isfinite(sums).all()]
         clips = ", ".join(dict.fromkeys(clip_id for of_rank in world.gather(bad) for ids in of_rank for clip_id in ids))
-        raise NotFiniteError(f"the {what} is not finite at clips {clips}; look at them, or train with a lower --lr")
+        raise NotFiniteError(f"the {quantity} is not finite at clips {clips}; look at them, or train with a lower --lr")
     optimizer.step()
     *of_loss, read, blanks = numbers
     return StepResult(*of_loss, int(read), blanks / max(read + blanks, 1))  # type: ignore[call-arg]
@@ -195,8 +195,9 @@ def train(
         if already == config.steps:
             note = f"all {already} steps had been done before"
         elif held_out is None:
-            found = ", ".join(sorted(split.manifest["splits"]))
-            note = f"no split {config.eval_split!r} to evaluate on, found: {found}; preprocess one, or set --eval-split"
+            available = ", ".join(sorted(split.manifest["splits"]))
+            note = f"no split {config.eval_split!r} to evaluate on, found: {available}"
+            note += "; preprocess one, or set --eval-split"
         done = TrainReport(config.steps, already, world.is_main, note)
         _Session(run, model, optimizer, state, options, frames, held_out, world, done).go(split)
         if world.is_main:
@@ -307,10 +308,10 @@ class _Session:
         if self.held_out is not None and (last or (config.eval_every and step % config.eval_every == 0)):
             sharded = self.options.fsdp
             scored = score_split(state, self.held_out, self.frames, self.world, sharded)
-            self.report.evaluation = found = report(self.held_out.name, scored, state.model.arm)
+            self.report.evaluation = evaluation = report(self.held_out.name, scored, state.model.arm)
             if self.log is not None:
-                self.log({"step": step, "evaluation": found})
-            known = [found[head]["ap"] for head in HEADS if found[head]["ap"] is not None]
+                self.log({"step": step, "evaluation": evaluation})
+            known = [evaluation[head]["ap"] for head in HEADS if evaluation[head]["ap"] is not None]
             mean = self.world.gather(sum(known) / len(known) if known else -1.0)[0]  # rank 0's: all save, or none
             if mean > state.info["best"]:
                 state.info["best"] = mean

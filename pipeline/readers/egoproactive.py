@@ -77,8 +77,8 @@ READER: Final = Reader("egoproactive", lambda names, raw: "video_intervals" in n
 def _given_away(dialog: Any, interrupts: list[bool]) -> tuple[int, int]:
     """(chunks that `dialog` gives away: all, where it gains assistant turns exactly after interrupts; of how many)."""
     try:
-        said = [sum(turn["role"] == "assistant" for turn in history) for history in dialog[: len(interrupts)]]
+        spoken = [sum(turn["role"] == "assistant" for turn in history) for history in dialog[: len(interrupts)]]
     except (TypeError, LookupError):
         return 0, 0
-    grows = [after > before for before, after in pairwise(said)]
+    grows = [after > before for before, after in pairwise(spoken)]
     return len(grows) if any(grows) and grows == interrupts[: len(grows)] else 0, len(grows)

@@ -81,8 +81,8 @@ def clip_in(record: Record, fps: float | None) -> Clip:
         elif last < first:
             raise ClipError("end_frame", str(last), f"at least start_frame {first}", number)
         turns.append((kind, words, time, first, last))
-    said = [(time, start) for role, _, time, start, _ in turns if role != "system"]
-    if any(time is not None for time, _ in said) and all(start is None for _, start in said):
+    spoken = [(time, start) for role, _, time, start, _ in turns if role != "system"]
+    if any(time is not None for time, _ in spoken) and all(start is None for _, start in spoken):
         if not clip.fps_given:
             raise ClipError("fps", "nothing", "frames a second, as turns have times but no frames; give --fps")
         clip.convention = "event"

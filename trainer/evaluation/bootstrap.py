@@ -81,8 +81,8 @@ def replicate(estimators: Sequence[Estimator], draws: Weights) -> Floats:
     """float64 [S, ..., 1 + B]: each estimator's value on the recordings as they are, then on each draw. An estimator is
     given BLOCK draws in float64 at a time, and may give several values, [..., B]."""
     blocks = [np.ones_like(draws[:1]), *(draws[first : first + BLOCK] for first in range(0, len(draws), BLOCK))]
-    found = ([estimator(weights) for estimator in estimators] for weights in (b.astype(np.float64) for b in blocks))
-    return np.concatenate([np.array(values, np.float64) for values in found], axis=-1)
+    by_block = ([estimator(weights) for estimator in estimators] for weights in (b.astype(np.float64) for b in blocks))
+    return np.concatenate([np.array(values, np.float64) for values in by_block], axis=-1)
 
 
 @lru_cache(maxsize=8)
@@ -168,8 +168,8 @@ def answer(comparison: Comparison, a: str, b: str, mode: str) -> str:
         return f"No answer: event F1 is undefined for {a}, {b} or both, {where}"
     if low is None or high is None:
         why = "for one recording" if comparison.recordings == 1 else f"undefined in {comparison.undefined} draws"
-        what = f"{a} minus {b} is {difference:+.3f} event F1 {where}"
-        return f"No answer: {what}, but without an interval ({why}){caveats}"
+        statement = f"{a} minus {b} is {difference:+.3f} event F1 {where}"
+        return f"No answer: {statement}, but without an interval ({why}){caveats}"
     if max(abs(difference), abs(low), abs(high)) < EQUAL:
         return f"{a} and {b} came out equal in event F1, to 6 decimals, {where}{caveats}"
     digits = next(d for d in range(3, 16) if all(round(x, d) for x in (low, high) if abs(x) > 1e-12) or d == 15)

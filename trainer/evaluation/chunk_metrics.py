@@ -61,8 +61,8 @@ def read_sessions(path: Path) -> list[Session]:
             try:
                 sessions.append(session := msgspec.json.decode(line, type=Session))
             except msgspec.MsgspecError as error:
-                what = "expected an object with video_path, video_intervals [[start_s, end_s], ...] and answers [...]"
-                raise InputError(f"{path} line {number}: {error}; {what}") from None
+                form = "expected an object with video_path, video_intervals [[start_s, end_s], ...] and answers [...]"
+                raise InputError(f"{path} line {number}: {error}; {form}") from None
             session.where = f"{path} line {number} ({session.video_path})"
     return sessions
 
@@ -103,15 +103,15 @@ def match_clips(sessions: Sequence[Session], clips: Sequence[ClipExample]) -> li
         )
 
     waiting = sorted(clips, key=lambda clip: clip.clip)
-    found = []
+    matched = []
     for session in sessions:
         fitting = [clip for clip in waiting if clip.video_uid == session.video and fits(session, clip)]
         if not fitting:
-            what = f"the split has no clip of video {session.video!r} whose speaking labels are its interrupt chunks"
-            raise InputError(f"{session.where}: {what}; give the sessions file that the split was made from")
-        found.append(fitting[0])
+            problem = f"the split has no clip of video {session.video!r} whose speaking labels are its interrupt chunks"
+            raise InputError(f"{session.where}: {problem}; give the sessions file that the split was made from")
+        matched.append(fitting[0])
         waiting.remove(fitting[0])
-    return found
+    return matched
 
 
 def answers_of(session: Session, scored: ScoredClip, threshold: float | None, refractory_s: float) -> list[str]:
@@ -191,9 +191,9 @@ def _report_group(counts: Ints, recordings: Any) -> dict[str, Any]:
         classes = np.stack([drawn[:, 0] + drawn[:, 3], drawn[:, 1] + drawn[:, 2]], axis=1)  # interrupts, silent chunks
         lacking = ((classes == 0) & (classes[0] > 0)).any(axis=1)  # a draw without a class says nothing
         for name, values in chunk_rates(drawn).items():
-            found = interval_of(np.where(lacking, np.nan, values)[None], len(names), (0.0, 1.0))
-            if found.low is not None and found.high is not None:
-                intervals[name] = [round(found.low, DECIMALS), round(found.high, DECIMALS)]
+            interval = interval_of(np.where(lacking, np.nan, values)[None], len(names), (0.0, 1.0))
+            if interval.low is not None and interval.high is not None:
+                intervals[name] = [round(interval.low, DECIMALS), round(interval.high, DECIMALS)]
     return {
         **{name: round(float(value), DECIMALS) for name, value in rates.items()},
         **dict(zip(COUNTS, totals.tolist(), strict=True)),

@@ -77,9 +77,9 @@ def _make_figure(
     figure = plots.new_figure(sum(heights) + 170, width=1200)
     pictures, *panels, texts = figure.subplots(len(heights), height_ratios=heights)
     figure.suptitle(title, x=0.02, ha="left", size=19, weight="bold")
-    about = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
-    about = f"clip {plots.printable(clip.clip_id, 60)}, {about}"
-    pictures.set_title(about, size=13, weight="normal", color=plots.MUTED)
+    subtitle = "not seen in training. Line: the head's score at each frame. Band: frames labelled positive."
+    subtitle = f"clip {plots.printable(clip.clip_id, 60)}, {subtitle}"
+    pictures.set_title(subtitle, size=13, weight="normal", color=plots.MUTED)
     if path := find_frames(frames_root, clip.video_uid, clip.frames_file, clip.dataset):
         which = np.linspace(0, clip.num_frames - 1, min(clip.num_frames, MAX_THUMBNAILS)).round().astype(int)
         numbers = (clip.start_frame + which).tolist()
@@ -154,13 +154,13 @@ def find_disagreements(bench: Benchmark) -> tuple[list[Disagreement], str]:
     gains = [(len(second.errors) - len(first.errors), (first, second)) for first, second in pairs]
     gains.sort(key=lambda gained: (-abs(gained[0]), gained[1][0].scored.clip.clip_id))
     better, worse = ([pair for gain, pair in gains if sign * gain > 0] for sign in (1, -1))
-    about = (
+    summary = (
         f"Seed {seed}, {bench.mode}. Errors are reference events missed and speech that matches none. Of "
         f"{len(pairs):,} clips {a} makes fewer in {len(better):,}, {b} in {len(worse):,}; the rest are even."
     )
     if better or worse:
-        about += f" Shown: up to {CLIPS_EACH_WAY} clips with the greatest difference, either way."
-    return [_disagreement(pair) for pair in (*better[:CLIPS_EACH_WAY], *worse[:CLIPS_EACH_WAY])], about
+        summary += f" Shown: up to {CLIPS_EACH_WAY} clips with the greatest difference, either way."
+    return [_disagreement(pair) for pair in (*better[:CLIPS_EACH_WAY], *worse[:CLIPS_EACH_WAY])], summary
 
 
 def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[Outcome]:
@@ -171,8 +171,8 @@ def _outcomes(bench: Benchmark, arm: str, seed: int, split: Split) -> Iterator[O
     for scored in read_scores(path, {split.name: split})[split.name]:
         reference = references(scored.clip, "assistant")
         spoken = predicted_frames(scored, "speaking", logit, settings.refractory_s) / scored.clip.fps
-        found, right = match(reference, spoken, settings.early_s, settings.late_s)
-        false_alarms, misses = np.delete(spoken, right).tolist(), np.delete(reference, found).tolist()
+        matched, right = match(reference, spoken, settings.early_s, settings.late_s)
+        false_alarms, misses = np.delete(spoken, right).tolist(), np.delete(reference, matched).tolist()
         yield Outcome(arm, scored, logit, spoken[right].tolist(), false_alarms, {*false_alarms, *misses})
 
 

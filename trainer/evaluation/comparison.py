@@ -129,8 +129,8 @@ def settle(plan: Plan) -> None:
     if not path.exists():
         write_json(path, {"margin": plan.margin, "primary": _question(plan)})
     elif (begun := json.loads(path.read_bytes())["margin"]) != plan.margin:
-        what = f"--margin {plan.margin:g}: this benchmark was begun with {begun:g}"
-        raise InputError(f"{what}; a margin is settled before any run: keep it, or choose another --out")
+        problem = f"--margin {plan.margin:g}: this benchmark was begun with {begun:g}"
+        raise InputError(f"{problem}; a margin is settled before any run: keep it, or choose another --out")
 
 
 def _question(plan: Plan) -> Row:
@@ -171,7 +171,7 @@ def what_narrows(row: Mapping[str, Any], pair_s: float) -> str:
         (math.hypot(by_seed * doubled / factor, by_recording), more),
         (math.hypot(by_seed, by_recording / math.sqrt(2)), f"twice the {counted(recordings, 'recording')}"),
     ]
-    return f"±{half:.3f} now; " + "; ".join(f"with {what}: ±{width:.3f}" for width, what in sorted(choices))
+    return f"±{half:.3f} now; " + "; ".join(f"with {option}: ±{width:.3f}" for width, option in sorted(choices))
 
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def what_narrows(row: Mapping[str, Any], pair_s: float) -> str:
 def compare_runs(plan: Plan, jobs: Sequence[Job], held: EvalSplits) -> None:
     """Write OUT's tables and benchmark.json from those of the jobs that are finished."""
     split = held.test
-    metrics = {job: found for job in jobs if (found := metrics_of(plan, job))}
+    metrics = {job: of_run for job in jobs if (of_run := metrics_of(plan, job))}
     recordings = len({clip.recording_id for clip in split.in_order()})
     measured: Measured = {}
     matches: dict[tuple[str, str], dict[int, Ints]] = {}
@@ -194,9 +194,9 @@ def compare_runs(plan: Plan, jobs: Sequence[Job], held: EvalSplits) -> None:
                 matches.setdefault((rung, mode), {})[seed] = events
     results = (
         {"rung": rung, "seed": seed, "mode": mode, "metric": metric.name, "recordings": recordings}
-        | {"value": value_at(found[mode], metric.path)}
-        for ((rung, seed), found), mode in product(metrics.items(), MODES)
-        for metric in (METRICS.values() if mode in found else ())
+        | {"value": value_at(of_run[mode], metric.path)}
+        for ((rung, seed), of_run), mode in product(metrics.items(), MODES)
+        for metric in (METRICS.values() if mode in of_run else ())
     )
     intervals = (
         {"rung": rung, "mode": mode, "metric": name, "seeds": len(runs), "recordings": recordings}
@@ -222,8 +222,8 @@ def _read_run(
     file: tuple[Path, int], thresholds: str, split: Split, settings: Settings, draws: int
 ) -> tuple[dict[str, Floats], Ints | None]:
     """(each metric's [1, 1 + B], its events if it has a threshold) of a scores file, named with its time: read once."""
-    found, clips = json.loads(thresholds), read_scores(file[0], {split.name: split})[split.name]
-    chosen = Thresholds(found["frame"], found["event"])
+    by_kind, clips = json.loads(thresholds), read_scores(file[0], {split.name: split})[split.name]
+    chosen = Thresholds(by_kind["frame"], by_kind["event"])
     return replicates(clips, chosen, settings, draws), count_matches(clips, chosen.event.get("speaking"), settings)
 
 
@@ -238,10 +238,13 @@ def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterato
         others = [(high, low) for low, high in combinations(chain, 2) if (high, low) not in interest]
         for pair in [*interest, *others]:
             runs = [measured[rung, mode] for rung in pair]
-            having = [set(of) for rung, of in zip(pair, runs, strict=True) if RUNGS[rung].kind != "control"]
+            having = [set(by_seed) for rung, by_seed in zip(pair, runs, strict=True) if RUNGS[rung].kind != "control"]
             if not (seeds := sorted(set.intersection(*having or map(set, runs)))):
                 continue
-            a, b = (np.concatenate([of.get(seed, next(iter(of.values())))[metric] for seed in seeds]) for of in runs)
+            a, b = (
+                np.concatenate([by_seed.get(seed, next(iter(by_seed.values())))[metric] for seed in seeds])
+                for by_seed in runs
+            )
             one, (low, high) = compare_of(a, b, recordings, bounds), always_valid(a - b, recordings, bounds)
             row = {"a": pair[0], "b": pair[1], "mode": mode, "metric": metric, "always_low": low, "always_high": high}
             row["primary"] = {"metric": metric, "mode": mode, "pair": list(pair)} == question
@@ -285,7 +288,7 @@ def _summary(plan: Plan, metrics: dict[Job, Row], split: Split, recordings: int)
         "commands": [*filter(None, [plan.command])],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hazards": list(plan.hazards),
-        "hashes": {f"{rung}/seed-{seed}": found["model"] for (rung, seed), found in metrics.items()},
+        "hashes": {f"{rung}/seed-{seed}": of_run["model"] for (rung, seed), of_run in metrics.items()},
         "machine": ", ".join([platform.platform(), f"{os.cpu_count()} cores", *gpus]),
         "cost": cost,
         "seconds": round(sum(total["seconds"] for total in cost.values())),
@@ -349,8 +352,8 @@ def read_benchmark(out: Path) -> Benchmark:
             if path.is_file():
                 bench.metrics[rung, seed] = json.loads(path.read_bytes())
     except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
-        what, again = str(error).splitlines()[0], command("benchmark", "DATA", "--out", out)
-        raise InputError(f"{out}: not what benchmark leaves ({what}); run {again}") from None
+        problem, again = str(error).splitlines()[0], command("benchmark", "DATA", "--out", out)
+        raise InputError(f"{out}: not what benchmark leaves ({problem}); run {again}") from None
     return bench
 
 

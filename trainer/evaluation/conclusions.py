@@ -132,11 +132,11 @@ def opening(bench: Benchmark) -> list[str]:
     for rung in others:
         place = CHAIN.index(str(steps[rung].below)) + 1
         adds[rung] = [SOURCES[added] for added in CHAIN[place : CHAIN.index(rung) + 1]]
-    if told := [source for rung in tells(bench) for source in adds[rung]]:
-        first = f"On these data, when to speak is told by {_listed(told)}{beyond and f', {beyond}'}"
+    if sources := [source for rung in tells(bench) for source in adds[rung]]:
+        first = f"On these data, when to speak is told by {_listed(sources)}{beyond and f', {beyond}'}"
         rows = [(control, bench.comparison(a, control, bench.mode, PRIMARY)) for a, control in CONTROL_PAIRS]
         alike = [control for control, row in rows if row and (row["low"] or 0.0) <= 0]
-        if SOURCES[QUESTION[0]] in told and alike:
+        if SOURCES[QUESTION[0]] in sources and alike:
             verb = "lacks the state's content, is" if len(alike) == 1 else "lack the state's content, are"
             first += f", or by what comes with it: {_listed(alike)}, which {verb} not shown to be worse"
     else:
@@ -246,13 +246,13 @@ def limits(bench: Benchmark) -> Iterator[str]:
         if rung in bench.pair and text.startswith(IMPROVING):
             yield f"{rung} {text} when training ended: more --steps may change the answer."
     if row.get("low") is not None and row["seeds"] > 1:  # bootstrap.always_valid
-        told = (
+        holds = (
             "The answer's interval holds where the clock, or a number of seeds that was set beforehand, ended the runs"
         )
         always = format_interval(row["difference"], row.get("always_low"), row.get("always_high"), signed=True)
         use = f"if you stopped because of what you saw, use {always}, valid at any number of seeds"
         takes = "to stop because of what was seen takes 3 seeds or more"
-        yield f"{told}; {takes if row.get('always_low') is None else use}."
+        yield f"{holds}; {takes if row.get('always_low') is None else use}."
 
 
 def convergence(bench: Benchmark) -> dict[str, str]:

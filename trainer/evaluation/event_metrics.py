@@ -199,8 +199,8 @@ def event_rates(c: dict[str, Any]) -> dict[str, Any]:
     reactive = [c[f"reactive_{name}"] for name in ("references", "found", "predictions", "right")]
     everything = [c[name] for name in ("references", "matched", "predictions", "matched")]
     proactive = [total - part for total, part in zip(everything, reactive, strict=True)]
-    for kind, (due, found, predicted, right) in (("reactive", reactive), ("proactive", proactive)):
-        recall, precision = ratio(found, due), ratio(right, predicted)
+    for kind, (due, hits, predicted, right) in (("reactive", reactive), ("proactive", proactive)):
+        recall, precision = ratio(hits, due), ratio(right, predicted)
         f1 = np.nan_to_num(ratio(2 * recall * precision, recall + precision))
         f1 = np.where(np.isnan(recall) & np.isnan(precision), np.nan, f1)
         rates[kind] = {"precision": precision, "recall": recall, "f1": f1}
@@ -229,28 +229,28 @@ class Target(NamedTuple):
 
 def targets_of(clips: Iterable[ClipExample], head: str, settings: Settings) -> list[Target]:
     """Of the clips in which the head's events can happen."""
-    found = []
+    targets = []
     for clip in (clip for clip in clips if tracked(clip, head)):
         times = references(clip, ROLE_OF[head])
         first = np.ceil((times - settings.early_s - TOLERANCE) * clip.fps) - clip.start_frame
         last = np.floor((times + settings.late_s + TOLERANCE) * clip.fps) - clip.start_frame
         windows = np.stack([np.maximum(first, 0), np.minimum(last, clip.num_frames - 1)], axis=1).astype(np.int64)
-        found.append(Target(clip, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
-    return found
+        targets.append(Target(clip, windows[windows[:, 0] <= windows[:, 1]], len(times), annotated(clip)))
+    return targets
 
 
 def most_matches(windows: Ints, fired: Ints) -> int:
     """How many of the ascending `fired` can be matched one to one to `windows` (first and last ascending)."""
     ends, events = windows.tolist(), fired.tolist()
-    i = j = found = 0
+    i = j = matched = 0
     while i < len(ends) and j < len(events):
         if events[j] < ends[i][0]:
             j += 1
         elif events[j] > ends[i][1]:
             i += 1
         else:
-            i, j, found = i + 1, j + 1, found + 1
-    return found
+            i, j, matched = i + 1, j + 1, matched + 1
+    return matched
 
 
 def _f1(targets: Sequence[Target], fired: Iterable[Ints]) -> float:
@@ -371,7 +371,7 @@ def count_matches(clips: Sequence[ScoredClip], threshold: float | None, settings
     fired = [predicted_frames(s, "speaking", threshold, settings.refractory_s) - s.clip.start_frame for s in clips]
     targets = [targets_of([s.clip for s in clips], "speaking", at) for at in windows(settings).values()]
     events = [target.references + len(own) for target, own in zip(targets[0], fired, strict=True)]
-    matched = [[most_matches(t.windows, own) for t, own in zip(of, fired, strict=True)] for of in targets]
+    matched = [[most_matches(t.windows, own) for t, own in zip(of_width, fired, strict=True)] for of_width in targets]
     return np.array([events, *matched])
 
 

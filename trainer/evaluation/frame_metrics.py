@@ -101,12 +101,12 @@ def weighted_frames(frames: HeadFrames, threshold: float | None, bins: int, alon
 
     def rates(weights: Weights) -> dict[str, Any]:
         ap, auroc = rank(weights)
-        found: dict[str, Any] = {"ap": ap, "auroc": auroc} | confusion_rates(weights @ counts)
+        metrics: dict[str, Any] = {"ap": ap, "auroc": auroc} | confusion_rates(weights @ counts)
         if rank_alone is not None:
-            found["alone"] = {"ap": rank_alone(weights)[0]}
+            metrics["alone"] = {"ap": rank_alone(weights)[0]}
         if in_bins is not None:
-            found["calibration"] = {"ece": calibration_error(np.tensordot(weights.astype(float), in_bins, 1))}
-        return found
+            metrics["calibration"] = {"ece": calibration_error(np.tensordot(weights.astype(float), in_bins, 1))}
+        return metrics
 
     return rates
 

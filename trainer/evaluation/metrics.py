@@ -187,9 +187,9 @@ def weighted(
             head: {kind: part and part(weights) for kind, part in own.items()} for head, own in parts.items()
         }
         report["state"] = of_states and of_states(weights)
-        found = {name: value_at(report, metric.path) for name, metric in METRICS.items()}
-        found["median_latency_s"] = latency and latency(weights)
-        return {name: np.full(len(weights), np.nan) if value is None else value for name, value in found.items()}
+        values = {name: value_at(report, metric.path) for name, metric in METRICS.items()}
+        values["median_latency_s"] = latency and latency(weights)
+        return {name: np.full(len(weights), np.nan) if value is None else value for name, value in values.items()}
 
     return rates
 
@@ -207,14 +207,14 @@ def weighted_median(values: Floats, recording: Ints) -> Estimator:
     values, recording = values[order], recording[order]
 
     def median(weights: Weights) -> Floats:
-        found = np.full(len(weights), np.nan)
+        medians = np.full(len(weights), np.nan)
         rows = max(1, 4_000_000 // max(1, len(values)))  # draws at a time: 32 MB
         for first in range(0, len(weights) if len(values) else 0, rows):
             up_to = np.cumsum(weights[first : first + rows, recording], axis=1)  # [b, M]
             total = up_to[:, -1:]
             at = [(up_to < half).sum(1).clip(max=len(values) - 1) for half in ((total + 1) // 2, total // 2 + 1)]
-            found[first : first + rows] = np.where(total[:, 0] > 0, values[at].mean(0), np.nan)
-        return found
+            medians[first : first + rows] = np.where(total[:, 0] > 0, values[at].mean(0), np.nan)
+        return medians
 
     return median
 
@@ -378,8 +378,8 @@ def all_metrics(
         if draws:
             limits = metrics[mode]["intervals"] = {}
             for name, values in replicates(clips, thresholds, settings, draws).items():
-                found = interval_of(values, metrics[mode]["recordings"], METRICS[name].bounds)
-                limits[name] = None if found.low is None else [found.low, found.high]
+                interval = interval_of(values, metrics[mode]["recordings"], METRICS[name].bounds)
+                limits[name] = None if interval.low is None else [interval.low, interval.high]
         if sessions is not None:
             at = thresholds.event.get("speaking")
             metrics[mode]["chunks"], answers = chunk_metrics.report_clips(sessions, clips, at, settings.refractory_s)

@@ -76,7 +76,7 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
     for row in bench.groups:
         if row["mode"] == mode:
             groups[row["by"]].setdefault(plots.printable(row["group"], 40), {})[row["rung"]] = row
-    clips, about = find_disagreements(bench)
+    clips, how_chosen = find_disagreements(bench)
 
     def draw(name: str, make: Callable[[], Figure], label: str) -> Markup:
         return Markup(plots.write_figure(bench.out / FIGURES / name, make, label))
@@ -90,12 +90,12 @@ def page_data(bench: Benchmark) -> dict[str, Any]:
         "colours": plots.CSS_COLOURS,
         "rungs": {rung: {"about": RUNGS[rung], "colour": css_colour(RUNG_STYLES[rung].colour)} for rung in bench.rungs},
         "steps": ladder_steps(bench),
-        "groups": {by: dict([*found.items()][:MOST_GROUPS]) for by, found in groups.items() if len(found) > 1},
+        "groups": {by: dict([*by_group.items()][:MOST_GROUPS]) for by, by_group in groups.items() if len(by_group) > 1},
         "convergence": conclusions.convergence(bench),
         "figures": {name: draw(name, make, label) for name, (make, label) in _figures(bench).items()},
         "min_frames": MIN_FRAMES_PER_BIN,
         "primary": {"metric": PRIMARY, "a": a, "b": b, "rung": a if a in bench.rungs else bench.rungs[0]},
-        "disagreements": about,
+        "disagreements": how_chosen,
         "clips": [
             {"svg": draw(f"timeline-{i}", partial(timeline, clip), f"clip {clip.clip.clip_id}"), "lines": clip.lines}
             for i, clip in enumerate(clips, 1)
@@ -116,16 +116,16 @@ def _metric_rows(bench: Benchmark) -> list[dict[str, Any]]:
         cells = {mode: [bench.score(rung, mode, name) for rung in bench.rungs] for mode in bench.modes}
         if any(map(any, cells.values())):
             baselines = {mode: baseline(bench, mode, name) for mode in bench.modes}
-            about = {"name": name, "heading": METRICS[name].label, "meaning": METRICS[name].meaning}
-            rows.append(about | {"modes": cells, "baselines": baselines})
+            heading = {"name": name, "heading": METRICS[name].label, "meaning": METRICS[name].meaning}
+            rows.append(heading | {"modes": cells, "baselines": baselines})
     cells = {}
     for mode in bench.modes:
         seeds = [bench.of_seeds(rung, mode, "state.transitions.median_latency_s") for rung in bench.rungs]
         if any(seeds):  # means without an interval: not compared
             cells[mode] = [{"value": np.mean(latencies) if latencies else None, "low": None} for latencies in seeds]
     if cells:
-        about = {"name": "", "heading": UPDATE_LATENCY, "meaning": ""}
-        rows.append(about | {"modes": cells, "baselines": dict.fromkeys(cells)})
+        heading = {"name": "", "heading": UPDATE_LATENCY, "meaning": ""}
+        rows.append(heading | {"modes": cells, "baselines": dict.fromkeys(cells)})
     return rows
 
 
@@ -163,10 +163,10 @@ def _ladder(bench: Benchmark) -> Figure:
         axes.margins(x=0.08)
         right, steps = axes.get_yaxis_transform(), {step.rung: step for step in ladder_steps(bench, mode)}
         for y, (rung, colour) in enumerate(zip(bench.rungs, colours, strict=True)):
-            row, step, told = bench.score(rung, mode, PRIMARY), steps.get(rung), ""
+            row, step, step_text = bench.score(rung, mode, PRIMARY), steps.get(rung), ""
             value, low, high = (row.get(name) for name in ("value", "low", "high"))
             if step and step.below:
-                told = format_interval(step.difference, step.low, step.high, signed=True)
+                step_text = format_interval(step.difference, step.low, step.high, signed=True)
                 ends = [steps[step.below].value, value]
                 if None not in ends:
                     axes.plot(ends, [y, y], color=plots.GRID, linewidth=9, solid_capstyle="butt", zorder=2)
@@ -176,8 +176,8 @@ def _ladder(bench: Benchmark) -> Figure:
                 inside = plots.WHITE if mode == TEACHER_FORCED else colour
                 axes.plot([value], [y], "o", color=colour, mfc=inside, markersize=6.5, markeredgewidth=1.6, zorder=4)
             style = {"transform": right, "va": "center"}
-            axes.text(1.03, y + (0.2 if told else 0), format_interval(value, low, high), size=11, **style)
-            axes.text(1.03, y - 0.2, told, size=10.5, color=plots.MUTED, **style)
+            axes.text(1.03, y + (0.2 if step_text else 0), format_interval(value, low, high), size=11, **style)
+            axes.text(1.03, y - 0.2, step_text, size=10.5, color=plots.MUTED, **style)
     names = [RUNGS[rung].label or rung for rung in bench.rungs]
     all_axes[0].set_yticks(range(len(names)), names, size=12, weight="bold")
     for label, colour in zip(all_axes[0].get_yticklabels(), colours, strict=True):

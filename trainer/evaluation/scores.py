@@ -135,13 +135,13 @@ def read_scores(path: Path, splits: Mapping[str, Split], optional: Collection[st
             if name in names:
                 table = table.set_column(table.column_names.index(name), name, table[name].cast(type_))
         of_split = table["split"].cast(pa.string()) if "split" in names else None
-        there = set(splits) - set(optional) if of_split is None else {*pc.unique(of_split).to_pylist()} - {None}
-        if lacking := set(splits) - set(optional) - there:
-            found = ", ".join(sorted(there)) or "none"
-            raise InputError(f"{path}: no rows of split {min(lacking)}, found: {found}; score it, or rename it")
+        present = set(splits) - set(optional) if of_split is None else {*pc.unique(of_split).to_pylist()} - {None}
+        if lacking := set(splits) - set(optional) - present:
+            available = ", ".join(sorted(present)) or "none"
+            raise InputError(f"{path}: no rows of split {min(lacking)}, found: {available}; score it, or rename it")
         scored = {}
-        for name in (name for name in splits if name in there):
-            whole = of_split is None or (len(there) == 1 and not of_split.null_count)
+        for name in (name for name in splits if name in present):
+            whole = of_split is None or (len(present) == 1 and not of_split.null_count)
             rows = table if whole else table.filter(pc.equal(of_split, name))
             scored[name] = _read_split(f"{path} split {name}", rows, splits[name])
     except pa.ArrowException as error:
@@ -155,13 +155,13 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
     clips = sorted(split.in_order(), key=lambda clip: clip.clip_id)
     first = np.cumsum([0, *(clip.num_frames for clip in clips)])  # [C + 1] where each clip's frames begin
 
-    def refuse(bad: Any, what: str) -> None:
+    def refuse(bad: Any, problem: str) -> None:
         """InputError, naming the first, if some of the N frames are `bad`."""
         if bad.any():
             at = int(bad.argmax())
             i = int(np.searchsorted(first, at, side="right")) - 1
             name = f"clip {clips[i].clip_id} frame {clips[i].start_frame + at - first[i]}"
-            raise InputError(f"{where}: {bad.sum()} frames {what}; the first is {name}")
+            raise InputError(f"{where}: {bad.sum()} frames {problem}; the first is {name}")
 
     key = "clip_id" if "clip_id" in rows.column_names else "clip"
     ids = rows[key].combine_chunks()
@@ -174,8 +174,8 @@ def _read_split(where: str, rows: pa.Table, split: Split) -> list[ScoredClip]:
     unknown = (place < 0) | (frame < start[place]) | (frame >= end[place])
     if unknown.any():
         i = int(unknown.argmax())
-        what = f"{unknown.sum()} rows are of frames that the shards lack; the first is clip {ids[i]} frame {frame[i]}"
-        raise InputError(f"{where}: {what} (frames are absolute, as in the shards)")
+        first_one = f"the first is clip {ids[i]} frame {frame[i]} (frames are absolute, as in the shards)"
+        raise InputError(f"{where}: {unknown.sum()} rows are of frames that the shards lack; {first_one}")
     position = first[place] - start[place] + frame  # of each row among the N frames
     times = np.bincount(position, minlength=int(first[-1]))
     refuse(times == 0, "have no row")

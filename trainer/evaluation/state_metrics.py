@@ -49,7 +49,7 @@ def changes(clip: ClipExample) -> list[tuple[int, Update]]:
     An event of the clip happens at the frame that shows its instant. Other turns happen at their first frame, else at
     their time, else at the next turn's frame: as in the model's prompt, the future never leaks in.
     """
-    found: list[tuple[int, Update]] = []
+    transitions: list[tuple[int, Update]] = []
     at = clip.end_frame
     for turn in reversed(clip.turns):
         if is_event(turn, clip):
@@ -58,9 +58,9 @@ def changes(clip: ClipExample) -> list[tuple[int, Update]]:
             at = turn.start_frame
         elif turn.time_s is not None:
             at = math.floor(turn.time_s * clip.fps + TOLERANCE)
-        found += [(at, update) for update in reversed(turn.updates)]
-    found.reverse()
-    return sorted(found, key=lambda change: change[0])
+        transitions += [(at, update) for update in reversed(turn.updates)]
+    transitions.reverse()
+    return sorted(transitions, key=lambda change: change[0])
 
 
 def state_at_start(clip: ClipExample) -> dict[str, str]:
@@ -95,7 +95,7 @@ def _count_states(scored: ScoredClip, settings: Settings) -> tuple[dict[str, Any
         "matched": len(late),
         "mistake references": sum(kind in MISTAKES for _, _, (_, kind) in due),
         "mistake predictions": sum(kind in MISTAKES for _, (_, kind) in made),
-        "mistake matched": sum(len(found) for (_, kind), found in latencies.items() if kind in MISTAKES),
+        "mistake matched": sum(len(of_update) for (_, kind), of_update in latencies.items() if kind in MISTAKES),
     }
     completed = sorted((frame, step) for _, frame, (step, kind) in due if kind == "complete")
     counts |= _count_completions(completed, [(i, step) for i, (step, kind) in made if kind == "complete"], clip.fps)

@@ -160,9 +160,9 @@ class Session:
         self._frames[-1].block.replies.append([self.tokens.marker[role], *ids, self.tokens.end])
         return self.tokens.decode(ids)
 
-    def _start_over(self, coming: _ContextFrame | None) -> None:
+    def _start_over(self, next_frame: _ContextFrame | None) -> None:
         """Forget all but the last frames: as many as a training window repeats before the `coming` one."""
-        cost = 0 if coming is None else coming.block.cost(self.k)
+        cost = 0 if next_frame is None else next_frame.block.cost(self.k)
         left, first = to_repeat(self.room, cost) if self._frames else 0, len(self._frames)
         while first and (left := left - self._frames[first - 1].block.cost(self.k)) >= 0:
             first -= 1
