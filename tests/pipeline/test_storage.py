@@ -1,27 +1,22 @@
 """File systems that refuse things: it works, or says what refuses and where."""
 
 import fcntl
-import importlib.util
-from pathlib import Path
 
 import pytest
+from refusing.sitecustomize import refuse
 
 from pipeline import storage
-
-SPEC = importlib.util.spec_from_file_location("refusing", Path(__file__).parents[1] / "refusing" / "sitecustomize.py")
-refuse = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(refuse)
 
 
 def test_a_file_is_replaced_where_niceties_are_refused_and_a_disk_without_renames_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        refuse.refuse(patch.setattr, tmp_path, "flock", "chmod", "fsync", "over")
+        refuse(patch.setattr, tmp_path, "flock", "chmod", "fsync", "over")
         for text in ("one", "two"):
             storage.write_text(tmp_path / "file", text)
             storage.lock(tmp_path / ".lock", ValueError("taken"))  # the first run is killed, as it were
     assert (tmp_path / "file").read_text() == "two"
     (tmp_path / "file").unlink()
-    refuse.refuse(monkeypatch.setattr, tmp_path, "rename")
+    refuse(monkeypatch.setattr, tmp_path, "rename")
     with pytest.raises(OSError, match="Function not implemented") as caught:
         storage.write_text(tmp_path / "file", "text")
     assert (caught.value.filename, (tmp_path / "file").exists()) == (str(tmp_path / "file"), False)

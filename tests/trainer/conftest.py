@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import go, go_until, write_data
 
 from trainer.tokenizer import Tokens, train_tiny_tokens
@@ -14,6 +15,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Bits and gloo are the CPU's: a GPU is used by `-m gpu` alone."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")

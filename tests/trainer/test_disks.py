@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from refusing.sitecustomize import refuse
 from small_run import go, same
 
 from trainer.checkpoint import load_run
 
 REFUSING = Path(__file__).parents[1] / "refusing"
-SPEC = importlib.util.spec_from_file_location("refusing", REFUSING / "sitecustomize.py")
-refusing = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(refusing)
 
 
 @pytest.mark.parametrize("what", [("flock", "chmod", "fsync", "over"), ("folders", "chmod")])
 def test_a_run_is_saved_over_an_older_checkpoint_to_the_same_bits(data, whole, cut, monkeypatch, what):
-    refusing.refuse(monkeypatch.setattr, cut, *what)
+    refuse(monkeypatch.setattr, cut, *what)
     assert go(data, cut, resume=True).resumed_from == 6
     assert same(cut, whole)
     assert [path.name for path in cut.glob(".*")] in ([], [".lock"])

@@ -103,7 +103,6 @@ def test_cached_features_are_the_live_ones(model, root, data, tmp_path, keep, st
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("keep", ["vision", "connector"])
 def test_a_gpu_encodes_what_a_cpu_does_also_where_copies_overlap(model, root, data, tmp_path, keep):
     vlm, folder = model

@@ -23,7 +23,7 @@ from trainer.packing import make_pack
 from trainer.sequence import build_windows
 from trainer.tokenizer import Tokens, train_tiny_tokens
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 def small(config: TrainConfig) -> tuple[ProspectModel, Tokens]:

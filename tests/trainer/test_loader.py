@@ -24,7 +24,6 @@ def numbered(number: int):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_on_a_gpu_are_those_values_however_far_the_host_runs_ahead():
     transfer = Transfer(GPU)
     weight = torch.eye(2048, device=GPU)
