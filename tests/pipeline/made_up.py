@@ -85,8 +85,8 @@ class Out:
     def bounds(self, split: str = "train") -> list[tuple[int, int]]:
         return [(clip["start_frame"], clip["end_frame"]) for clip in self.clips(split)]
 
-    def states(self, split: str = "train") -> list[dict[str, str]]:
-        return [{s["id"]: s["state"] for s in clip["initial_state"]} for clip in self.clips(split)]
+    def states(self) -> list[dict[str, str]]:
+        return [{s["id"]: s["state"] for s in clip["initial_state"]} for clip in self.clips()]
 
     def hazards(self) -> dict[str, str]:
         return {hazard["name"]: hazard["text"] for hazard in self.manifest["hazards"]}
@@ -94,6 +94,10 @@ class Out:
     def refused(self) -> list[dict[str, Any]]:
         path = self.folder / "quarantine.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def written(path: Path, clips: list[dict[str, Any]]) -> Path:
@@ -162,7 +166,7 @@ def toy_output(folder: Path) -> Out:
     return run_on(paths, folder, positive="onset", frame_convention="event", neg_rate={"*": 1.0})
 
 
-def text_of(renderable: Any, width: int = 100) -> str:
-    """What is printed, without colour."""
-    Console(file=(file := io.StringIO()), width=width, color_system=None).print(renderable)
+def text_of(renderable: Any) -> str:
+    """What is printed on 100 columns, without colour."""
+    Console(file=(file := io.StringIO()), width=100, color_system=None).print(renderable)
     return file.getvalue()

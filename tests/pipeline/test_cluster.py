@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_up import toy_clip, turn, written
+from made_up import snapshot, toy_clip, turn, written
 
 from pipeline import cluster, extract, shards
 from pipeline import preprocess as module
 from pipeline.cli import main
-
-
-def snapshot(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("mapper", [cluster.here, cluster.pool(2)])

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from made_up import run, run_on, toy_clip, toy_output, turn, written
+from made_up import run, run_on, snapshot, toy_clip, toy_output, turn, written
 
 from pipeline import storage
 from pipeline.cli import main
@@ -26,10 +26,6 @@ def clip(name="a", start=10, end=20, turns=None, **more):
 def many(count):
     starts = [12 + i % 20 for i in range(count)]
     return [clip(f"c{i}", 10, 60, [turn("assistant", "x", at / 2, at, at + 2)]) for i, at in enumerate(starts)]
-
-
-def snapshot(folder: Path):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_clip_becomes_rows(tmp_path):
@@ -84,11 +80,9 @@ def test_recordings_span_camera_views(tmp_path):
 
 def test_drops_are_counted_by_reason(tmp_path):
     ranges = [("assistant", 0, 5), ("assistant", 13, 13), ("assistant", None, None), ("user", 0, 1)]
-    turns = [
-        *(turn(role, "x", None, *frames) for role, *frames in ranges),
-        turn("DST_UPDATE", "S1 start", None, 18, 25),
-    ]
-    counts = run(tmp_path, [clip(turns=turns)], frame_convention="event").manifest["splits"]["train"]
+    turns = [turn(role, "x", None, *frames) for role, *frames in ranges]
+    made = clip(turns=[*turns, turn("DST_UPDATE", "S1 start", None, 18, 25)])
+    counts = run(tmp_path, [made], frame_convention="event").manifest["splits"]["train"]
     assert counts["drops"] == {"no frames": 1, "empty range": 1, "outside the clip": 1}
     assert counts["turns_cut"] == 1
 

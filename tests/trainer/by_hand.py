@@ -160,6 +160,10 @@ def write_shards(
     return out
 
 
+def grey(value: int) -> np.ndarray:
+    return np.full((64, 64, 3), value, np.uint8)
+
+
 def jpeg(pixels: np.ndarray) -> str:
     """base64 JPEG of uint8 [H, W, 3]"""
     buffer = io.BytesIO()
@@ -167,13 +171,13 @@ def jpeg(pixels: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_frames(path: Path, frames: Sequence[np.ndarray], file_format: bool = False, batch: int = 5) -> Path:
+def write_frames(path: Path, frames: Sequence[np.ndarray], file_format: bool = False) -> Path:
     """Arrow IPC, as datasets' ArrowWriter writes it (stream), or the IPC file format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([("frame", pa.string())])
     with (pa.ipc.new_file if file_format else pa.ipc.new_stream)(str(path), schema) as writer:
-        for i in range(0, len(frames), batch):
-            writer.write_batch(pa.record_batch([[jpeg(f) for f in frames[i : i + batch]]], schema=schema))
+        for i in range(0, len(frames), 5):
+            writer.write_batch(pa.record_batch([[jpeg(f) for f in frames[i : i + 5]]], schema=schema))
     return path
 
 

@@ -6,14 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
-from by_hand import clip_example, write_frames
+from by_hand import clip_example, grey, write_frames
 
 from pipeline.errors import InputError
 from trainer.frame_source import PixelFrames
-
-
-def grey(value: int) -> np.ndarray:
-    return np.full((64, 64, 3), value, np.uint8)
 
 
 def clip(video: str = "cam_nusar-1"):

@@ -37,8 +37,8 @@ def clips(n: int):
     ]  # fmt: skip
 
 
-def windows(tokens: Tokens, n: int = 4, k: int = 1):
-    return [w for clip in clips(n) for w in build_windows(clip, tokens, k, 1000)]
+def windows(tokens: Tokens, n: int = 4):
+    return [w for clip in clips(n) for w in build_windows(clip, tokens, 1, 1000)]
 
 
 def gradient(model: ProspectModel, packs) -> torch.Tensor:
@@ -49,8 +49,8 @@ def gradient(model: ProspectModel, packs) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def pixels(frames: int = 3) -> torch.Tensor:
-    return torch.from_numpy(FRAMES.load(clips(1)[0], 0, frames))
+def pixels() -> torch.Tensor:
+    return torch.from_numpy(FRAMES.load(clips(1)[0], 0, 3))
 
 
 def test_equals_the_whole_smolvlm(tokens):

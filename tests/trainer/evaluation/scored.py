@@ -29,13 +29,10 @@ def clip_of(
     updating: Sequence[float] | None = None,
     spoke: Sequence[float] | None = None,
     updates: dict[float, tuple[tuple[str, str], ...]] | None = None,
-    positive: str = "span",
     **other,
 ) -> ScoredClip:
     """At 2 fps. `spoke` and the keys of `updates` are seconds of a live model's events."""
-    example = clip_example(
-        turns, start, frames, clip_id=name, rate=1.0, positive=positive, video=recording or f"r-{name}", **other
-    )
+    example = clip_example(turns, start, frames, clip_id=name, rate=1.0, video=recording or f"r-{name}", **other)
     logits = {
         head: np.asarray(values, np.float32)
         for head, values in zip(HEADS, (speaking, updating), strict=True)
@@ -51,9 +48,10 @@ def clip_of(
     )
 
 
-def noisy_clips(number: int, seed: int = 0, frames: int = 60, recordings: int = 5, live: bool = False):
-    """Clips of several recordings, with events of all kinds and scores that know something; many scores tie."""
-    rng = np.random.default_rng(seed)
+def noisy_clips(number: int, live: bool = False):
+    """Clips of 60 frames in 5 recordings, with events of all kinds and scores that know something; many scores tie."""
+    rng = np.random.default_rng(0)
+    frames = 60
     clips = []
     for i in range(number):
         turns: list[Turn] = []
@@ -65,7 +63,7 @@ def noisy_clips(number: int, seed: int = 0, frames: int = 60, recordings: int = 
             if rng.random() < 0.7:
                 turns.append(turn("assistant", "!", at, at + 1))
         shifted = [t._replace(start_frame=t.start_frame + 10 * i, end_frame=t.end_frame + 10 * i) for t in turns]
-        scored = clip_of(shifted, 10 * i, frames, name=f"c{i:02d}", recording=f"r{i % recordings}")
+        scored = clip_of(shifted, 10 * i, frames, name=f"c{i:02d}", recording=f"r{i % 5}")
         logits = {
             head: np.round(3 * (scored.clip.labels[row] == 1) + rng.normal(size=frames), 1).astype(np.float32)
             for row, head in enumerate(HEADS)

@@ -60,8 +60,8 @@ def test_after_an_event_the_head_is_silent_for_the_refractory_time():
     assert predicted_frames(live, "speaking", 0.5, 2.0).tolist() == [2, 3, 8]
 
 
-def pairs(reference, predicted, early=2.0, late=4.0):
-    own, near = match(np.array(reference, float), np.array(predicted, float), early, late)
+def pairs(reference, predicted):
+    own, near = match(np.array(reference, float), np.array(predicted, float), 2.0, 4.0)
     return list(zip(own.tolist(), near.tolist(), strict=True))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from by_hand import NoisyFrames, clip_example, dst, turn
+from by_hand import NoisyFrames, clip_example, dst, grey, turn
 
 from pipeline.dataset import ClipExample
 from pipeline.schema import HEADS
@@ -130,10 +130,6 @@ class Writes(torch.nn.Module):
 
 
 # ---- videos ------------------------------------------------------------------------------------------
-
-
-def grey(value: int) -> np.ndarray:
-    return np.full((64, 64, 3), value, np.uint8)
 
 
 def write_video(path: Path, count: int, rate: Fraction | int = 30, step: int = 1, **options: str) -> Path:

@@ -98,11 +98,8 @@ def test_memory_is_bounded_and_the_state_outlives_the_context(splits_run, monkey
         assert {slab.shape[2] for layer in stream._engine._cache._slabs for slab in layer} == {150}
     assert max(f.tokens for f in frames) <= 150
     assert sum(f.started_over for f in frames) > 2
-    assert [frames[i].state for i in (0, 40, 199)] == [
-        {"S1": "in_progress", "S2": "not_started"},
-        {"S1": "completed", "S2": "in_progress"},
-        {"S1": "completed", "S2": "in_progress"},
-    ]
+    assert frames[0].state == {"S1": "in_progress", "S2": "not_started"}
+    assert frames[40].state == frames[199].state == {"S1": "completed", "S2": "in_progress"}
     assert frames[40].updates == (("S1", "complete"), ("S2", "start"))
 
 

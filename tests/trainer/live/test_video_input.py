@@ -11,8 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from by_hand import clip_example, write_frames
-from live_model import grey, write_video
+from by_hand import clip_example, grey, write_frames
+from live_model import write_video
 from PIL import Image
 
 from pipeline.errors import InputError
@@ -148,11 +148,7 @@ def due(path: Path, text: str) -> list[list[str]]:
 def test_a_script_s_lines_are_due_at_their_times_and_else_at_once(tmp_path):
     assert UserInput(None).due(0.0) == []
     script = "what now?\n\n  \n@0.5 and now?\nplease\n@0.7   later\n@.2 soon\n@9 never\n@1 done"
-    assert due(tmp_path / "script", script) == [
-        ["what now?", "please"],
-        ["soon", "and now?"],
-        ["later", "done"],
-        ["never"],
-    ]
+    expected = [["what now?", "please"], ["soon", "and now?"], ["later", "done"], ["never"]]
+    assert due(tmp_path / "script", script) == expected
     lines = ["@joe hello", "@ 5 hello", "@nan hello", "@5hello"]
     assert due(tmp_path / "script", "\n".join(lines))[0] == lines  # only a time is a time
