@@ -97,10 +97,7 @@ def test_a_loaded_run_scores_every_frame_with_the_model_s_logit(whole, data):
     scored = list(loaded.score(str(data), "val"))
     assert [s.clip.clip_id for s in scored] == ["val0", "val1", "val2"]
     assert all(s.logits.shape == s.clip.labels.shape and s.logits.dtype == np.float32 for s in scored)
-    assert scored[0].clip.labels.tolist() == [
-        [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0],
-    ]
+    assert scored[0].clip.labels.tolist() == [[0] * 4 + [1] * 2 + [0] * 6, [0] * 3 + [1] + [0] * 8]
     windows = build_windows(scored[0].clip, loaded.tokens, 1, 200)
     seen = make_pack(windows, PixelFrames(data / "frames-on-disk", 64))
     loaded.model.cpu()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from pipeline.errors import InputError
@@ -25,8 +23,3 @@ from trainer.config import TrainConfig
 def test_fields_that_disagree_are_named(wrong, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**wrong)
-
-
-def test_config_goes_through_json():
-    config = TrainConfig(lr=3e-4, betas=(0.8, 0.9), reweigh=True)
-    assert TrainConfig.from_json(json.loads(json.dumps(vars(config)))) == config

@@ -51,9 +51,7 @@ def test_all_metrics_follow_from_the_parquet_alone(found, mode):
 
 
 def test_order_and_shards_change_no_digit(found, splits_run, tmp_path):
-    shuffled = write_data(
-        tmp_path / "data", 7, 4, 6, lambda clips: random.Random(1).sample(clips, len(clips)), group=2, part=5
-    )
+    shuffled = write_data(tmp_path / "data", 7, 4, 6, lambda clips: random.Random(1).sample(clips, len(clips)), part=5)
     again = evaluate(splits_run, shuffled, out=tmp_path / "out")
     assert again.metrics["data_key"] != found.metrics["data_key"]
     assert [again.metrics[mode] for mode in MODES] == [found.metrics[mode] for mode in MODES]
@@ -124,8 +122,6 @@ def test_a_strangers_oracle_is_perfect(splits, tmp_path, capsys):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     speaking = metrics["scores"]["speaking"]
     assert (speaking["frames"]["ap"], speaking["frames"]["f1"], speaking["events"]["f1"]) == (1.0, 1.0, 1.0)
-    assert speaking["events"]["median_latency_s"] == 0.0
-    assert metrics["scores"]["dst_update"]["frames"] is None
     assert "event F1" in capsys.readouterr().out
 
 

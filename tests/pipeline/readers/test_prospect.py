@@ -1,7 +1,7 @@
 """Training files as the public generators write them: fields, bounds, states, conventions, and what is no use."""
 
 import pytest
-from made_up import SYSTEM, TEA, run, run_on, tea, written
+from made_up import SYSTEM, TEA, run, run_on, tea, turn, written
 
 from pipeline.errors import InputError
 
@@ -87,9 +87,7 @@ def test_a_system_turn_with_a_wrong_state_is_a_hazard(tmp_path):
 def test_an_answer_that_an_earlier_user_turn_holds_is_a_hazard(tmp_path):
     def told(order):
         words = {"user": "(say: the kettle is full enough)", "assistant": "the kettle is full enough"}
-        turns = [
-            {"role": role, "content": words[role], "time": 1.0, "start_frame": 2, "end_frame": 4} for role in order
-        ]
+        turns = [turn(role, words[role], 1.0, 2, 4) for role in order]
         return run(tmp_path / order[0], [tea([*turns, *TEA], 0, 42)], frame_convention="event").hazards()
 
     assert told(["user", "assistant"])["user turns tell the answers"].startswith("1 of ")

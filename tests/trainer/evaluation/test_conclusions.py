@@ -15,10 +15,11 @@ from trainer.evaluation.comparison import BEATS, NO_LARGER, SMALL, UNDECIDED, WO
 from trainer.evaluation.conclusions import converged, ladder_steps, leaks, limits, opening, question, tells, top_rung
 from trainer.evaluation.report import precision_recall
 
+FREE = "free-running"
 VALUES: dict[tuple[str, str], float | None] = {  # event F1
-    ("speak", "teacher-forced"): 0.52, ("speak", "free-running"): 0.5,
-    ("speak+markers", "teacher-forced"): 0.6, ("speak+markers", "free-running"): 0.525,
-    ("speak+dst", "teacher-forced"): 0.82, ("speak+dst", "free-running"): 0.6,
+    ("speak", "teacher-forced"): 0.52, ("speak", FREE): 0.5,
+    ("speak+markers", "teacher-forced"): 0.6, ("speak+markers", FREE): 0.525,
+    ("speak+dst", "teacher-forced"): 0.82, ("speak+dst", FREE): 0.6,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def benchmark(
     info = {
         "rungs": rungs, "seeds": list(seeds), "margin": 0.05, "recordings": 5, "split": "test",
         "settings": {"bins": 10, "early_s": 2, "late_s": 4},
-        "primary": {"metric": "event_f1", "mode": "free-running", "pair": ["speak+dst", "speak"]},
+        "primary": {"metric": "event_f1", "mode": FREE, "pair": ["speak+dst", "speak"]},
     }  # fmt: skip
     run = {mode: {} for mode in modes} | {"thresholds": {"event": {"speaking": 0.5}}}
     return Benchmark(out, info, scores, rows, pl.DataFrame(), [], {job: dict(run) for job in product(rungs, seeds)})
@@ -68,11 +69,7 @@ def test_the_answer_comes_first_then_what_limits_it():
 
 
 def test_the_opening_says_where_a_control_without_the_states_content_does_as_well():
-    values = {
-        ("speak", "free-running"): 0.5,
-        ("speak+markers", "free-running"): 0.6,
-        ("speak+dst", "free-running"): 0.6,
-    }
+    values = {("speak", FREE): 0.5, ("speak+markers", FREE): 0.6, ("speak+dst", FREE): 0.6}
     told = "or by what comes with it: speak+markers, which lacks the state's content, is not shown to be worse"
     assert f"is told by own state, beyond what speak has, {told}; " in opening(benchmark(values))[0]
 
@@ -80,7 +77,7 @@ def test_the_opening_says_where_a_control_without_the_states_content_does_as_wel
 def test_a_rung_that_is_not_better_than_all_below_it_tells_nothing():
     """History alone is right; the models above learn worse, and pictures make up for half of it."""
     values = {"metronome": 0.1, "history": 0.9, "texts": 0.1, "speak": 0.9}
-    bench = benchmark({(rung, "free-running"): value for rung, value in values.items()})
+    bench = benchmark({(rung, FREE): value for rung, value in values.items()})
     assert [step.verdict for step in ladder_steps(bench)] == ["", BEATS, WORSE, BEATS]
     assert opening(bench)[0].startswith("On these data, when to speak is told by history; history is the lowest rung ")
     (text,) = leaks(bench)
@@ -89,7 +86,7 @@ def test_a_rung_that_is_not_better_than_all_below_it_tells_nothing():
     )
 
 
-LOSS = {**VALUES, ("speak+dst", "free-running"): 0.3}
+LOSS = {**VALUES, ("speak+dst", FREE): 0.3}
 FORCED = {(rung, mode): value for (rung, mode), value in VALUES.items() if mode == "teacher-forced"}
 
 
@@ -111,10 +108,7 @@ def test_limits_say_what_the_numbers_allow(changes, said):
         ({"half_width": 0.2}, "No difference between speak+dst and speak could be shown: +0.100 event F1 [-0.100"),
         ({"values": LOSS}, "speak beats speak+dst by +0.200 event F1 [0.160, 0.240]"),
         ({"values": dict.fromkeys(VALUES), "half_width": None}, "No answer: event F1 is undefined for speak+dst"),
-        (
-            {"values": {("speak", "free-running"): 0.5}},
-            "No answer: speak+dst and speak were not compared (free-running).",
-        ),
+        ({"values": {("speak", FREE): 0.5}}, "No answer: speak+dst and speak were not compared (free-running)."),
     ],
 )
 def test_the_question_gets_no_more_than_its_interval(changes, starts):
@@ -150,8 +144,8 @@ def test_a_verdict_is_what_the_interval_allows(low, high, verdict):
 def test_a_rung_with_few_seeds_does_not_hide_what_is_shown_against_a_better_one(texts, told, top):
     """speak+dst is shown to beat metronome and speak, but not texts, whose seeds are few; 0.6 is better than those."""
     values = {"metronome": 0.5, "texts": texts, "speak": 0.48, "speak+dst": 0.71}
-    bench = benchmark({(rung, "free-running"): value for rung, value in values.items()}, half_width=0.15)
-    bench.comparisons["speak+dst", "texts", "free-running", "event_f1"]["low"] = -0.18
+    bench = benchmark({(rung, FREE): value for rung, value in values.items()}, half_width=0.15)
+    bench.comparisons["speak+dst", "texts", FREE, "event_f1"]["low"] = -0.18
     assert (tells(bench), top_rung(bench).rung) == (told, top)
 
 

@@ -125,12 +125,10 @@ def test_the_references_next_text_in_the_context_is_named(tmp_path):
 
 
 def test_where_nothing_tells_no_rung_beats_the_metronome(tmp_path):
-    bench = folder(
-        tmp_path, {name: at_random(i) for i, name in enumerate(("metronome", "texts", "speak", "speak+dst"))}
-    )
-    assert opening(bench)[0].startswith(
-        "On these data nothing is shown to tell when to speak better than a metronome; "
-    )
+    names = ("metronome", "texts", "speak", "speak+dst")
+    bench = folder(tmp_path, {name: at_random(i) for i, name in enumerate(names)})
+    start = "On these data nothing is shown to tell when to speak better than a metronome; "
+    assert opening(bench)[0].startswith(start)
     assert top_rung(bench).rung == "metronome"
     assert not [*leaks(bench)]
 

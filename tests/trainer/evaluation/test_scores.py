@@ -42,18 +42,12 @@ def scored(split):
 
 def frame(split):
     """Another program's file with the fewest columns."""
-    return pl.concat(
-        pl.DataFrame(
-            {
-                "split": "test",
-                "clip_id": clip.clip_id,
-                "frame": range(clip.start_frame, clip.end_frame),
-                "speaking_logit": [0.5 * i for i in range(clip.num_frames)],
-                "speaking_label": clip.labels[0].tolist(),
-            }
-        )
-        for clip in split.in_order()
-    )
+    tables = []
+    for clip in split.in_order():
+        rows = {"split": "test", "clip_id": clip.clip_id, "frame": range(clip.start_frame, clip.end_frame)}
+        rows |= {"speaking_logit": np.arange(clip.num_frames) / 2, "speaking_label": clip.labels[0].tolist()}
+        tables.append(pl.DataFrame(rows))
+    return pl.concat(tables)
 
 
 def read(path, table, split):
@@ -114,14 +108,8 @@ def test_texts_as_string_views_are_read_in_any_order(tmp_path, split):
     for name in ("split", "clip_id", "said"):
         table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string_view()))
     pq.write_table(table, tmp_path / "s.parquet")
-    assert read_scores(tmp_path / "s.parquet", {"test": split})["test"][1].said == [
-        None,
-        None,
-        "Now.",
-        None,
-        None,
-        None,
-    ]
+    _, b = read_scores(tmp_path / "s.parquet", {"test": split})["test"]
+    assert b.said == [None, None, "Now.", None, None, None]
 
 
 def test_infinite_logits_and_certain_probabilities_become_large_finite_logits(tmp_path, split):
