@@ -7,6 +7,7 @@ adds the trainer's commands; this module alone runs without torch (`python -m pi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -152,10 +153,10 @@ def preprocess(
     if not is_our_card(out / CARD):
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
-        with (out / QUARANTINE).open(encoding="utf-8") as file:
-            first = json.loads(file.readline())["message"]
-        where = f"{manifest['quarantined']} quarantined, each with a line in {out / QUARANTINE}; the first"
-        typer.echo(plain(f"{where}: {first}"), err=True)
+        where = f"{manifest['quarantined']} quarantined, each with a line in {out / QUARANTINE}"
+        with contextlib.suppress(OSError, ValueError):  # somebody has removed it
+            where += f"; the first: {json.loads((out / QUARANTINE).read_bytes().splitlines()[0])['message']}"
+        typer.echo(plain(where), err=True)
     return int(manifest["status"])
 
 

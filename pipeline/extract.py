@@ -149,7 +149,7 @@ def _spooled(clips: list[Clip]) -> pa.RecordBatch:
 
 
 def _describe(clips: list[Clip], turns: pa.StructArray, at: np.ndarray, owner: np.ndarray) -> None:
-    """Each clip's id, and what its turns say about the dialog state and of each other; they go.
+    """Give each clip its id and what its turns tell (state, updates, echoes), and take the turns away.
 
     turns [T] of all clips; at [C + 1]: where each clip's begin; owner [T]: each turn's clip. The id is the clip's own,
     else its video, number, user and a digest of its conversation: of the clip alone, so that only duplicates share it.

@@ -6,7 +6,7 @@ A hazard never changes a label. Each function yields (name, split, text); the ma
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -27,7 +27,8 @@ OTHER_RATE: Final = 4  # so many more pictures than annotated frames: probably e
 BY_CHANCE: Final = 0.2  # share of decisions that a history which grows at random may tell
 
 Hazard = tuple[str, str, str]
-_VIEW: Final = re.compile(r"(.+?)(?:__.+|[_-](?:cam|view|head|chest|side|ego|exo)\w*)", re.IGNORECASE)
+_WORDS: Final = "[_-](?:cam|view|head|chest|side|ego|exo)"
+_VIEW: Final = re.compile(rf"(.+?)(__.+|{_WORDS}\w*)")
 
 
 def find_hazards(
@@ -139,16 +140,20 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
 
 
 def of_views(sources: list[Source]) -> Iterator[Hazard]:
-    """Videos that are views of one recording by their names, but count as recordings of their own."""
-    views: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what names share -> (video, split)
-    for source, clip in [(owner, clip) for owner in sources for clip in owner.kept()]:
-        if clip.recording_id == clip.video_uid and (match := _VIEW.fullmatch(clip.video_uid)):
-            views[match[1]].add((clip.video_uid, source.split))
-    if several := [videos for videos in views.values() if len(dict(videos)) > 1]:
-        names, splits = (sorted({pair[i] for videos in several for pair in videos}) for i in (0, 1))
-        text = f"{len(names):,} videos look like views of {counted(len(several), 'recording')}, {_examples(names)}, but"
-        text += " each counts as one: intervals are too narrow, leaks unseen; say what names a recording, e.g."
-        yield "views counted as recordings", "+".join(splits), f"{text} --recording-regex '^.*?(?=__)'"
+    """Videos that count as recordings of their own, though their names look like several views of one recording: one
+    beginning (before `__`, or a word such as _cam) has several endings, some of which other beginnings have, too."""
+    videos = {clip.video_uid: source.split for source in sources for clip in source.kept()}
+    own = {clip.video_uid for source in sources for clip in source.kept() if clip.recording_id == clip.video_uid}
+    parts = {uid: match.groups() for uid in sorted(own) if (match := _VIEW.fullmatch(uid))}
+    takes, endings = (Counter(part[i] for part in parts.values()) for i in (0, 1))
+    shared = {take for take, ending in parts.values() if takes[take] > 1 and endings[ending] > 1}
+    views = [uid for uid, (take, _) in parts.items() if take in shared]
+    if count := len({parts[uid][0] for uid in views}):
+        text = f"{len(views):,} videos look like camera views of {counted(count, 'recording')}, {_examples(views)}, but"
+        text += f" count as {counted(len(views), 'recording')}: intervals are too narrow, leaks between splits unseen"
+        pattern = "^.*?(?=__)" if all("__" in uid for uid in views) else f"^.*?(?=__|{_WORDS})"
+        text += f"; say what names a recording, e.g. --recording-regex '{pattern}'"
+        yield "views counted as recordings", "+".join(sorted({videos[uid] for uid in views})), text
 
 
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:

@@ -301,8 +301,9 @@ def check_resume(run: Path, options: dict[str, Any]) -> None:
     before, now = ({**each, **each["config"], "config": None} for each in (read_options(run), options))
     changed = [f"{name} is {now[name]!r}, the run has {before[name]!r}" for name in now if now[name] != before[name]]
     if changed:
-        same = "the same --features" if now["frames"] != before["frames"] else "the same"
-        raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; resume with {same}, or train into a new folder")
+        asked = {"pixels": "leave --features out"}.get(before["frames"], "give --features again")
+        hint = f"resume with the same{f' ({asked})' * (now['frames'] != before['frames'])}, or train into a new folder"
+        raise InputError(f"{run / OPTIONS}: {'; '.join(changed)}; {hint}")
 
 
 def write_options(run: Path, options: dict[str, Any], model: ProspectModel, held: ExitStack) -> None:
@@ -348,7 +349,7 @@ def start_run(run: Path, split: Split, config: TrainConfig, resume: bool) -> Loa
     if resume and (run / "last").is_dir():
         return load_run(run / "last", to_train=True)
     verify_model(config.model)
-    torch.manual_seed(config.seed)  # a pretrained model draws nothing, but the generator's state is saved
+    torch.manual_seed(config.seed)  # its state is saved, also of a pretrained model
     random = config.model in RANDOM_MODELS
     tokens = train_tiny_tokens(split.texts()) if random else load_tokens(model_folder(config.model))
     vlm = load_model(config.model, len(tokens), config.seed)

@@ -162,13 +162,19 @@ def evaluate(
     settings, places = given.make(Settings), places or []
     if submission is not None and chunks is None:
         raise UsageError("--submission needs --chunks: the sessions that it answers")
-    matching = {field.name for field in fields(Settings)}
+    if scores is not None and control is not None:
+        raise UsageError("--scores and --control: give one of them")
     answers = scores is not None and scores.suffix == ".jsonl" and chunks is not None
-    of_scores = {"places", "split", "threshold", "draws", "submission", *matching} if not answers else set()
-    reads = {"scores": {"out", "chunks", *of_scores}, "control": {"places", "split", "out", "free_running", *matching}}
-    for option in given.chosen & reads.keys():
-        if unused := given.chosen - reads[option] - {option}:
-            raise UsageError(f"--{min(unused).replace('_', '-')}: not used with --{option}; drop one of them")
+    kind = "a submission" if answers else "--scores" if scores else "--control" if control else ""
+    matching, of_any = {field.name for field in fields(Settings)}, {"scores", "control", "out"}
+    used = {
+        "a submission": {"chunks"},
+        "--scores": {"places", "split", "threshold", "draws", "chunks", "submission", *matching},
+        "--control": {"places", "split", "free_running", *matching},
+    }
+    if kind and (unused := sorted(given.chosen - used[kind] - of_any)):
+        name = "DATA" if unused[0] == "places" else f"--{unused[0].replace('_', '-')}"
+        raise UsageError(f"{name}: not used with {kind}; leave it out")
     if scores is not None:
         from trainer.evaluation.metrics import evaluate_scores, evaluate_submission
 

@@ -55,8 +55,8 @@ def evaluate(
     features: what `encode` wrote with this run's vision tower, instead of frames. live: also free-running. chunks,
     submission, draws: as for `all_metrics`. updates: whose state updates a free-running model has in its context and
     prompt, its "own" or the "reference"'s (the rung true-state): it still speaks by itself, and its DST head's scores
-    are written, but all metrics of the state are the reference's. given: thresholds (logits by head), instead of those
-    chosen on val. InputError for an arm whose updates have no content.
+    are written, but all metrics of the state are the reference's; InputError for an arm whose updates have no content.
+    given: thresholds (logits by head), which count instead of that head's chosen on val.
     """
     check_thresholds(given or {})
     settings = settings or Settings()

@@ -108,7 +108,7 @@ def cut_windows(costs: Ints, room: int) -> list[tuple[int, int, int]]:
 
 
 def to_repeat(room: int, next_cost: int) -> int:
-    """Tokens of earlier frames that a new window may repeat before its first own frame, which costs `coming`."""
+    """Tokens of earlier frames that a new window may repeat before its first own frame, which costs `next_cost`."""
     return min(int(CONTEXT * room), room - next_cost)
 
 

@@ -1,6 +1,6 @@
 """The streaming engine: many clips at once against one at a time, frames a second live, and eight hours of it.
 
-    A  free-running evaluation: ours (a slot per clip, several frames a pass) against the loop that it replaced
+    A  free-running evaluation: ours (a slot per clip, several frames a pass) against a plain loop
        (`plain.py`: the library's attention and cache, one clip at a time, a forward per frame and written token) and
        against itself with one slot and one frame a pass. The sides take turns. On a CPU all must write the same texts;
        in bf16 on a GPU near ties fall either way, so it is told how many clips have them, and logits are compared up

@@ -73,7 +73,7 @@ class Clip:
     unbounded: bool = False  # whether `given` is the 0..0 that generators write for a clip without DST updates
     first_end: int = -1  # end of the first of the non-system turns by end
     votes: Sequence[int] = (0, 0, 0, 0)  # timed turns, and those of them that fit lead-in, event, window
-    updates: bytes = b""  # msgpack of (start, end, step id, transition), or labels.NO_FRAMES: 20 bytes each
+    updates: bytes = b""  # msgpack of (start, end, step id, transition); without frames the first two are NO_FRAMES
     # what `resolve` decides
     keep: bool = True
     bounds: Range = (0, 0)
@@ -109,8 +109,12 @@ class ClipError(Exception):
 def brief(value: object, width: int = 60) -> str:
     """A value for an error message: one line, at most `width` characters, printable."""
     short = value[: 2 * width] if isinstance(value, str) else value
-    text = repr(value)[1:] if isinstance(value, bytes) else json.dumps(short, default=repr)
+    text = repr(value)[1:] if isinstance(value, bytes) else json.dumps(short, default=_as_json)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _as_json(value: object) -> Any:
+    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else repr(value)
 
 
 def columns(turns: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], ...]:

@@ -123,10 +123,14 @@ def test_hazards_are_named(tmp_path):
 
 
 def test_views_that_count_as_recordings_are_a_hazard(tmp_path):
-    clips = [clip(uid, video_uid=uid) for uid in ("r1__head", "r1__side", "r2_cam1", "r2_cam2", "r3__head", "r_4")]
+    uids = ["r1__head", "r1__side", "r2__head", "r3_cam1", "r3_cam2", "r4_cam1", "d__a", "d__b", "sea_side", "sea_view"]
+    clips = [clip(uid, video_uid=uid) for uid in uids]
     text = run(tmp_path, clips).hazards()["views counted as recordings"]
-    assert text.startswith("4 videos look like views of 2 recordings, e.g. r1__head, r1__side, r2_cam1, but")
-    assert "views counted as recordings" not in run(tmp_path, clips, recording_regex="r_?[0-9]").hazards()
+    assert text.startswith("4 videos look like camera views of 2 recordings, e.g. r1__head, r1__side, r3_cam1, but")
+    pattern = text.rpartition("--recording-regex ")[2].strip("'")
+    out = run(tmp_path, clips, recording_regex=pattern)
+    assert [row["recording_id"] for row in out.clips()][:6] == ["r1", "r1", "r2", "r3", "r3", "r4"]
+    assert "views counted as recordings" not in out.hazards()
 
 
 def test_frames_on_disk_are_held_against_the_annotations(tmp_path):

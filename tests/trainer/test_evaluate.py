@@ -35,12 +35,16 @@ def test_it_writes_val_and_test_teacher_forced_and_test_free_running(found, spli
     assert json.loads((found.folder / "metrics.json").read_text()) == found.metrics
 
 
-def test_given_thresholds_are_used_in_both_modes(splits, splits_run, tmp_path):
+def test_given_thresholds_are_used_in_both_modes(found, splits, splits_run, tmp_path):
     out = ["--out", str(tmp_path), "--draws", "0"]
     assert main(["evaluate", str(splits_run), str(splits), "--threshold", "speaking=1e9", *out]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["thresholds"]["event"], metrics["thresholds_from"]) == ({"speaking": 1e9}, "given")
+    updates = found.metrics["thresholds"]["event"]["dst_update"]  # the other head's stays as it was chosen
+    assert metrics["thresholds"]["event"] == {"speaking": 1e9, "dst_update": updates}
+    assert metrics["thresholds_from"] == "val, but speaking given"
     assert [metrics[mode]["speaking"]["events"]["predictions"] for mode in MODES] == [0, 0]
+    again = evaluate_scores(tmp_path / "teacher-forced.parquet").metrics
+    assert (again["thresholds_from"], again["thresholds"]) == (metrics["thresholds_from"], metrics["thresholds"])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +79,7 @@ def test_without_val_nothing_is_chosen_and_it_says_so(splits_run, splits, tmp_pa
     found = evaluate(splits_run, splits, split="val", out=tmp_path / "out")
     assert found.notes == (
         "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one",
-        "not free-running: no threshold for speaking",
+        "not evaluated free-running: no threshold for speaking",
     )
     report = found.metrics["teacher-forced"]["speaking"]
     assert report["frames"]["ap"] is not None

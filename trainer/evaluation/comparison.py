@@ -228,9 +228,8 @@ def _read_run(
 
 
 def _comparison_rows(plan: Plan, measured: Measured, recordings: int) -> Iterator[Row]:
-    """Each pair on the seeds that both have: those of interest, and by the primary metric the others of CHAIN: a rung
-    may beat the one below it, but not the one below that. A control without a model has no seeds: where it lacks one,
-    any run of it serves, as each comes out the same."""
+    """Each pair on the seeds that both have: those of interest, and by the primary metric the others of CHAIN, as a
+    rung may beat the next lower one and not the lowest. A control has no model and no seeds: any run of it serves."""
     question = _question(plan)
     for mode, metric in product(MODES, METRICS):
         rungs, bounds, rows = [rung for rung, known in measured if known == mode], METRICS[metric].bounds, []
@@ -382,7 +381,7 @@ def why_missing(bench: Benchmark, rung: str, mode: str) -> str | None:
     where = f"(seed{'s' if len(seeds) > 1 else ''} {named})"
     if unmeasured:
         return f"not evaluated {where}; run the benchmark again"
-    return f"not {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
+    return f"not evaluated {mode}: no threshold could be chosen, as val has no frame to speak at {where}"
 
 
 def training_curves(bench: Benchmark, head: str) -> tuple[list[Curve], str]:

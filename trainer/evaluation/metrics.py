@@ -287,8 +287,9 @@ def evaluate_scores(
     held = hold(data or Path(info["data"]), split)
     scored = read_scores(path, held.all, optional=held.all.keys() - {split})
     thresholds, source, notes = pick_thresholds(scored, held, settings, given)
-    if not given and "thresholds" in info and scored[split][0].said is not None:
-        was, source, notes = info["thresholds"], held.val.name if held.val else None, []
+    was_given = "given" in str(info.get("thresholds_from"))
+    if not given and "thresholds" in info and (was_given or scored[split][0].said is not None):
+        was, source, notes = info["thresholds"], info.get("thresholds_from"), []
         beats = {head: Beat(**beat) for head, beat in was.get("metronome", {}).items()}
         thresholds = Thresholds(was["frame"], was["event"], beats)
     by_mode = {str(info.get("mode", "scores")): scored[split]}
@@ -338,7 +339,7 @@ def write_evaluation(
             folder / f"{FREE_RUNNING}.parquet", {split: by_mode[FREE_RUNNING]}, origin | {"mode": FREE_RUNNING}
         )
     elif run_live is not None:
-        notes.append("not free-running: no threshold for speaking")
+        notes.append("not evaluated free-running: no threshold for speaking")
     metrics, missing = all_metrics(by_mode, thresholds, settings, chunks, submission, draws)
     metrics |= origin | {"split": split}
     write_json(folder / METRICS_FILE, metrics)
@@ -348,13 +349,16 @@ def write_evaluation(
 def pick_thresholds(
     scored: Mapping[str, Sequence[ScoredClip]], held: EvalSplits, settings: Settings, given: Mapping[str, float] | None
 ) -> tuple[Thresholds, str | None, list[str]]:
-    """(thresholds, the split they were chosen on or 'given' or None, notes); given: logits by head, instead of any."""
-    if given:
-        return Thresholds(dict(given), dict(given)), "given", []
+    """(thresholds, where they come from: a split, 'given', both or None; notes). given: logits by head, which count
+    instead of that head's chosen ones."""
+    chosen, source, own = Thresholds({}, {}), None, dict(given or {})
     if held.val is not None and held.val.name in scored:
-        return choose_thresholds(scored[held.val.name], settings), held.val.name, []
+        chosen, source = choose_thresholds(scored[held.val.name], settings), held.val.name
+    if own:
+        chosen = Thresholds(chosen.frame | own, chosen.event | own, chosen.metronome)
+        source = f"{source}, but {' and '.join(own)} given" if source else "given"
     note = "no scores of val beside those of the split: no threshold was chosen, so no events from scores; give one"
-    return Thresholds({}, {}), None, [note]
+    return chosen, source, [] if source else [note]
 
 
 def all_metrics(

@@ -161,7 +161,7 @@ class Session:
         return self.tokens.decode(ids)
 
     def _start_over(self, next_frame: _ContextFrame | None) -> None:
-        """Forget all but the last frames: as many as a training window repeats before the `coming` one."""
+        """Forget all but the last frames: as many as a training window repeats before the `next_frame`."""
         cost = 0 if next_frame is None else next_frame.block.cost(self.k)
         left, first = to_repeat(self.room, cost) if self._frames else 0, len(self._frames)
         while first and (left := left - self._frames[first - 1].block.cost(self.k)) >= 0:

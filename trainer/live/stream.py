@@ -139,8 +139,9 @@ class Stream(ExitStack):
 
 
 def decoding_config(run: Path, thresholds: Mapping[str, float], refractory_s: float | None) -> DecodingConfig:
-    """The thresholds (logits) and the refractory time that `evaluate` chose on val for the checkpoint in `run`, or
-    what is given instead. A head without one never fires; InputError where that is speaking."""
+    """The thresholds (logits) and the refractory time that `evaluate` chose on val for the checkpoint in `run`, or was
+    given; `thresholds` count instead, head by head. A head without one never fires; InputError where that is speaking.
+    """
     check_thresholds(thresholds)
     chosen, rest, checkpoint = {}, Settings.refractory_s, run_hash(run)
     paths = [path for folder in (run, run.parent) for path in sorted(folder.glob("evaluation-*/metrics.json"))]
