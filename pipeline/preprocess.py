@@ -162,13 +162,14 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     in_order: list[str] = [name for name in ("train", "val", "test") if name in counts]
     in_order += sorted(counts.keys() - {*in_order})
     splits = {split: counts[split] | {"recordings": len(names[split])} for split in in_order}
-    hazards = find_hazards(sources, splits, options.frames_root)
+    root = options.frames_root
+    hazards = find_hazards(sources, splits, root)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "schema_hash": SCHEMA_HASH,
         "prospect_dst": version("prospect-dst"),
         "status": 3 if refused else 0,
-        "options": asdict(options),
+        "options": asdict(options) | {"frames_root": root and os.path.abspath(root)},  # found from any folder
         "inputs": [source.manifest_entry() for source in sources],
         "splits": splits,
         "quarantined": len(refused),

@@ -133,6 +133,11 @@ def test_views_that_count_as_recordings_are_a_hazard(tmp_path):
     assert "views counted as recordings" not in out.hazards()
 
 
+def test_frames_below_a_relative_root_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path, [clip()], frames_root=".").manifest["options"]["frames_root"] == str(tmp_path)
+
+
 def test_frames_on_disk_are_held_against_the_annotations(tmp_path):
     root = tmp_path / "frames"
     root.mkdir()
