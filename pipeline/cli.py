@@ -154,8 +154,8 @@ def preprocess(
         typer.echo(f"{plain(out / CARD)}: not, or no longer, the card that preprocess writes; left as it is", err=True)
     if manifest["quarantined"]:
         where = f"{manifest['quarantined']} quarantined, each with a line in {out / QUARANTINE}"
-        with contextlib.suppress(OSError, ValueError):  # somebody has removed it
-            where += f"; the first: {json.loads((out / QUARANTINE).read_bytes().splitlines()[0])['message']}"
+        with contextlib.suppress(OSError, ValueError), (out / QUARANTINE).open(encoding="utf-8") as lines:
+            where += f"; the first: {json.loads(next(lines, ''))['message']}"  # unless somebody has removed it
         typer.echo(plain(where), err=True)
     return int(manifest["status"])
 

@@ -142,8 +142,8 @@ def of_recordings(splits: Mapping[str, set[str]]) -> Iterator[Hazard]:
 def of_views(sources: list[Source]) -> Iterator[Hazard]:
     """Videos that count as recordings of their own, though their names look like several views of one recording: one
     beginning (before `__`, or a word such as _cam) has several endings, some of which other beginnings have, too."""
-    videos = {clip.video_uid: source.split for source in sources for clip in source.kept()}
-    own = {clip.video_uid for source in sources for clip in source.kept() if clip.recording_id == clip.video_uid}
+    clips = [(clip, source.split) for source in sources for clip in source.kept()]
+    own = {clip.video_uid: split for clip, split in clips if clip.recording_id == clip.video_uid}  # video -> its split
     parts = {uid: match.groups() for uid in sorted(own) if (match := _VIEW.fullmatch(uid))}
     takes, endings = (Counter(part[i] for part in parts.values()) for i in (0, 1))
     shared = {take for take, ending in parts.values() if takes[take] > 1 and endings[ending] > 1}
@@ -153,7 +153,7 @@ def of_views(sources: list[Source]) -> Iterator[Hazard]:
         text += f" count as {counted(len(views), 'recording')}: intervals are too narrow, leaks between splits unseen"
         pattern = "^.*?(?=__)" if all("__" in uid for uid in views) else f"^.*?(?=__|{_WORDS})"
         text += f"; say what names a recording, e.g. --recording-regex '{pattern}'"
-        yield "views counted as recordings", "+".join(sorted({videos[uid] for uid in views})), text
+        yield "views counted as recordings", "+".join(sorted({own[uid] for uid in views})), text
 
 
 def of_frames(root: Path, sources: list[Source]) -> Iterator[Hazard]:

@@ -30,7 +30,7 @@ from pipeline.dataset import read_manifest, verify
 from pipeline.errors import InputError, UsageError
 from pipeline.extract import Source, cut, extract, resolve
 from pipeline.hazards import find_hazards, recordings
-from pipeline.options import Options, find_inputs, split_of
+from pipeline.options import SPLITS, Options, find_inputs, split_of
 from pipeline.readers.clip import ClipError
 from pipeline.readers.index import index
 from pipeline.schema import MANIFEST, QUARANTINE, SCHEMA_HASH, SCHEMA_VERSION, shard_path
@@ -62,7 +62,7 @@ def preprocess(
     files, skipped = find_inputs(inputs, options)
     sources = [Source(path, split_of(path, options), path.stat().st_size, sha256(path)) for path in files]
     splits = {source.split for source in sources}
-    if unknown := sorted(set(options.neg_rate) - splits - {"*", "train", "val", "test"}):
+    if unknown := sorted(set(options.neg_rate) - splits - {"*", *SPLITS.values()}):
         known = ", ".join(sorted(splits))
         raise UsageError(f"--neg-rate {unknown[0]}=...: no such split, expected one of the inputs' ({known})")
     on_disk = sorted(_frames_below(options.frames_root)) if options.frames_root else []
@@ -159,9 +159,8 @@ def _run(sources: list[Source], options: Options, staged: Path, mapper: Mapper, 
     written = list(_map(mapper, write_part, [(plan,) for plan in plans], "writing", progress))
     shutil.rmtree(spool, ignore_errors=True)
     counts, names = counts_by_split(written), recordings(sources)
-    in_order: list[str] = [name for name in ("train", "val", "test") if name in counts]
-    in_order += sorted(counts.keys() - {*in_order})
-    splits = {split: counts[split] | {"recordings": len(names[split])} for split in in_order}
+    in_order = [*dict.fromkeys([*SPLITS.values(), *sorted(counts)])]
+    splits = {split: counts[split] | {"recordings": len(names[split])} for split in in_order if split in counts}
     root = options.frames_root
     hazards = find_hazards(sources, splits, root)
     manifest = {

@@ -118,7 +118,7 @@ def step_packs(
 def _workers_that_fit(data: StepData, steps: range, workers: int, asked: bool) -> int:
     """As many as can be two steps ahead in half of /dev/shm, where a worker without room dies of a bus error.
 
-    Fewer than `workers` are told in a line; InputError where the user `asked` for some and none fits.
+    Prints a line where fewer than `workers` fit; InputError where the user `asked` for workers and none fits.
     """
     if not SHARED_MEMORY.is_dir():
         return workers

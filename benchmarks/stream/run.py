@@ -3,8 +3,8 @@
     A  free-running evaluation: ours (a slot per clip, several frames a pass) against a plain loop
        (`plain.py`: the library's attention and cache, one clip at a time, a forward per frame and written token) and
        against itself with one slot and one frame a pass. The sides take turns. On a CPU all must write the same texts;
-       in bf16 on a GPU near ties fall either way, so it is told how many clips have them, and logits are compared up
-       to there
+       in bf16 on a GPU near ties fall either way: the report counts the clips that have them, and compares logits up to
+       there
     B  live: one frame at a time with ready features, k=1, in a context of at most 2,048 tokens. Every frame of a whole
        cycle is timed, from just after the context started over to just after it did so again. At four sizes of context
        the rivals read its last frames: the library's `DynamicCache`, and everything once more at each frame
